@@ -1,0 +1,272 @@
+//! The processor as a device: f32, products by the `gemm` crate, everything else vectorised and
+//! spread over the current rayon pool.
+//!
+//! Work is split into pieces whose size does not depend on the number of threads, and partial sums
+//! are added in order, so a result has the same bits on any number of threads.
+
+mod activation;
+mod attention;
+mod buffer;
+mod loss;
+mod norms;
+mod optimizer;
+mod products;
+mod rope;
+mod rows;
+mod shared;
+mod vector;
+
+use std::sync::Arc;
+
+pub use buffer::CpuTensor;
+
+use super::{AdamWStep, Attended, AttentionShape, Backend, Layout, RopeTable, Shape, Turn};
+use crate::Result;
+
+/// The CPU backend. Clones share one pool of buffers.
+#[derive(Clone, Default)]
+pub struct Cpu {
+    pool: Arc<buffer::BufferPool>,
+}
+
+impl Cpu {
+    /// A backend that computes on the current rayon pool.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A matrix whose contents the caller is about to write in full.
+    fn unspecified(&self, rows: usize, cols: usize) -> CpuTensor {
+        CpuTensor::unspecified(&self.pool, rows, cols)
+    }
+
+    fn zeros_tensor(&self, rows: usize, cols: usize) -> CpuTensor {
+        let mut x = self.unspecified(rows, cols);
+        x.as_mut_slice().fill(0.0);
+        x
+    }
+}
+
+impl Backend for Cpu {
+    type Tensor = CpuTensor;
+    type Index = Vec<u32>;
+
+    fn description(&self) -> String {
+        let vectors = format!("{:?}", pulp::Arch::new());
+        let vectors = vectors.split('(').next().unwrap_or("scalar");
+        format!("CPU, {} threads, f32, vector unit {vectors}", rayon::current_num_threads())
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
+        Ok(self.zeros_tensor(rows, cols))
+    }
+
+    fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<CpuTensor> {
+        assert_eq!(data.len(), rows * cols, "upload: elements");
+        let mut x = self.unspecified(rows, cols);
+        x.as_mut_slice().copy_from_slice(data);
+        Ok(x)
+    }
+
+    fn upload_index(&self, data: &[u32]) -> Result<Vec<u32>> {
+        Ok(data.to_vec())
+    }
+
+    fn download(&self, x: &CpuTensor) -> Result<Vec<f32>> {
+        Ok(x.as_slice().to_vec())
+    }
+
+    fn slice_rows(&self, x: &CpuTensor, start: usize, count: usize) -> Result<CpuTensor> {
+        let cols = x.cols();
+        self.upload(&x.as_slice()[start * cols..(start + count) * cols], count, cols)
+    }
+
+    fn concat_rows(&self, parts: &[&CpuTensor]) -> Result<CpuTensor> {
+        let cols = parts.first().map_or(0, |part| part.cols());
+        let rows = parts.iter().map(|part| part.rows()).sum();
+        let mut x = self.unspecified(rows, cols);
+        let mut at = 0;
+        for part in parts {
+            assert_eq!(part.cols(), cols, "concat_rows: columns");
+            x.as_mut_slice()[at..at + part.as_slice().len()].copy_from_slice(part.as_slice());
+            at += part.as_slice().len();
+        }
+        Ok(x)
+    }
+
+    fn linear(
+        &self,
+        x: &CpuTensor,
+        w: &CpuTensor,
+        bias: Option<&CpuTensor>,
+        residual: Option<&CpuTensor>,
+    ) -> Result<CpuTensor> {
+        Ok(products::linear(self, x, w, bias, residual))
+    }
+
+    fn linear_input_grad(
+        &self,
+        dy: &CpuTensor,
+        w: &CpuTensor,
+        onto: Option<CpuTensor>,
+    ) -> Result<CpuTensor> {
+        Ok(products::linear_input_grad(self, dy, w, onto))
+    }
+
+    fn linear_weight_grad(
+        &self,
+        dy: &CpuTensor,
+        x: &CpuTensor,
+        dw: &mut CpuTensor,
+    ) -> Result<()> {
+        products::linear_weight_grad(dy, x, dw);
+        Ok(())
+    }
+
+    fn linear_bias_grad(&self, dy: &CpuTensor, db: &mut CpuTensor) -> Result<()> {
+        products::linear_bias_grad(dy, db);
+        Ok(())
+    }
+
+    fn gather_rows(&self, x: &CpuTensor, rows: &Vec<u32>) -> Result<CpuTensor> {
+        Ok(rows::gather_rows(self, x, rows))
+    }
+
+    fn scatter_add_rows(
+        &self,
+        dy: &CpuTensor,
+        rows: &Vec<u32>,
+        dx: &mut CpuTensor,
+    ) -> Result<()> {
+        rows::scatter_add_rows(dy, rows, dx);
+        Ok(())
+    }
+
+    fn segment_mean(&self, x: &CpuTensor, offsets: &Vec<u32>) -> Result<CpuTensor> {
+        Ok(rows::segment_mean(self, x, offsets))
+    }
+
+    fn segment_mean_backward(
+        &self,
+        dy: &CpuTensor,
+        offsets: &Vec<u32>,
+        rows: usize,
+    ) -> Result<CpuTensor> {
+        Ok(rows::segment_mean_backward(self, dy, offsets, rows))
+    }
+
+    fn rms_norm(&self, x: &CpuTensor, w: &CpuTensor, eps: f32) -> Result<(CpuTensor, CpuTensor)> {
+        Ok(norms::rms_norm(self, x, w, eps))
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dy: &CpuTensor,
+        x: &CpuTensor,
+        w: &CpuTensor,
+        inv_rms: &CpuTensor,
+        dw: Option<&mut CpuTensor>,
+        onto: Option<CpuTensor>,
+    ) -> Result<CpuTensor> {
+        Ok(norms::rms_norm_backward(self, dy, (x, w, inv_rms), dw, onto))
+    }
+
+    fn normalize(&self, x: &CpuTensor) -> Result<(CpuTensor, CpuTensor)> {
+        Ok(norms::normalize(self, x))
+    }
+
+    fn normalize_backward(
+        &self,
+        dy: &CpuTensor,
+        y: &CpuTensor,
+        inv_norm: &CpuTensor,
+    ) -> Result<CpuTensor> {
+        Ok(norms::normalize_backward(self, dy, y, inv_norm))
+    }
+
+    fn rope(
+        &self,
+        x: &mut CpuTensor,
+        positions: &Vec<u32>,
+        table: &RopeTable<Self>,
+        turn: Turn,
+    ) -> Result<()> {
+        rope::rope(x, positions, (&table.cos, &table.sin), turn);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &CpuTensor,
+        k: &CpuTensor,
+        v: &CpuTensor,
+        queries: &Layout<Self>,
+        keys: &Layout<Self>,
+        shape: &AttentionShape,
+    ) -> Result<Attended<Self>> {
+        Ok(attention::attention(self, (q, k, v), queries, keys, shape))
+    }
+
+    fn attention_backward(
+        &self,
+        dout: &CpuTensor,
+        q: &CpuTensor,
+        k: &CpuTensor,
+        v: &CpuTensor,
+        attended: &Attended<Self>,
+        queries: &Layout<Self>,
+        keys: &Layout<Self>,
+        shape: &AttentionShape,
+    ) -> Result<(CpuTensor, CpuTensor, CpuTensor)> {
+        Ok(attention::attention_backward(self, dout, (q, k, v), attended, queries, keys, shape))
+    }
+
+    fn swiglu(&self, gate: &CpuTensor, up: &CpuTensor) -> Result<CpuTensor> {
+        Ok(activation::swiglu(self, gate, up))
+    }
+
+    fn swiglu_backward(
+        &self,
+        dy: &CpuTensor,
+        gate: &CpuTensor,
+        up: &CpuTensor,
+    ) -> Result<(CpuTensor, CpuTensor)> {
+        Ok(activation::swiglu_backward(self, dy, gate, up))
+    }
+
+    fn scale(&self, x: &mut CpuTensor, factor: f32) -> Result<()> {
+        optimizer::scale(x, factor);
+        Ok(())
+    }
+
+    fn cross_entropy(
+        &self,
+        scores: &CpuTensor,
+        targets: &Vec<u32>,
+    ) -> Result<(CpuTensor, CpuTensor)> {
+        Ok(loss::cross_entropy(self, scores, targets))
+    }
+
+    fn add_sum_of_squares(&self, x: &CpuTensor, sum: &mut CpuTensor) -> Result<()> {
+        optimizer::add_sum_of_squares(x, sum);
+        Ok(())
+    }
+
+    fn clip_factor(&self, sum: &CpuTensor, max_norm: Option<f32>) -> Result<CpuTensor> {
+        let mut clip = self.unspecified(1, 2);
+        optimizer::clip_factor(sum, max_norm, &mut clip);
+        Ok(clip)
+    }
+
+    fn adamw(
+        &self,
+        param: &mut CpuTensor,
+        grad: &CpuTensor,
+        moments: (&mut CpuTensor, &mut CpuTensor),
+        clip: &CpuTensor,
+        step: &AdamWStep,
+    ) -> Result<()> {
+        optimizer::adamw(param, grad, moments, clip, step);
+        Ok(())
+    }
+}

@@ -1,0 +1,43 @@
+//! Rotary position embedding, in place.
+
+use rayon::prelude::*;
+
+use super::CpuTensor;
+use super::vector::{rows_per_task, vectorised};
+use crate::backend::{Shape, Turn};
+
+/// The table has `hd / 2` columns. Within a head, features `i` and `i + hd/2` are one pair (the
+/// "rotate half" order in which Hugging Face stores projections).
+pub(super) fn rope(
+    x: &mut CpuTensor,
+    positions: &[u32],
+    (cos, sin): (&CpuTensor, &CpuTensor),
+    turn: Turn,
+) {
+    let (rows, cols) = x.shape();
+    let half = cos.cols();
+    assert_eq!(cols % (2 * half), 0, "rope: heads");
+    assert_eq!(rows, positions.len(), "rope: positions");
+    let direction = if turn == Turn::Forward { 1.0 } else { -1.0 };
+    let task = rows_per_task(cols);
+    x.as_mut_slice().par_chunks_mut(task * cols).zip(positions.par_chunks(task)).for_each(
+        |(rows, positions)| {
+            vectorised(|| {
+                for (row, &position) in rows.chunks_exact_mut(cols).zip(positions) {
+                    let at = position as usize * half;
+                    let cos = &cos.as_slice()[at..at + half];
+                    let sin = &sin.as_slice()[at..at + half];
+                    for head in row.chunks_exact_mut(2 * half) {
+                        let (first, second) = head.split_at_mut(half);
+                        for ((a, b), (c, s)) in
+                            first.iter_mut().zip(second).zip(cos.iter().zip(sin))
+                        {
+                            let s = s * direction;
+                            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                        }
+                    }
+                }
+            });
+        },
+    );
+}

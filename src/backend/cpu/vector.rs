@@ -1,0 +1,142 @@
+//! Loops over slices, compiled for the vector unit found at run time.
+//!
+//! Everything here is `#[inline(always)]` so that it is compiled again inside [`vectorised`], where
+//! the compiler may use AVX2 or AVX-512. Sums keep sixteen partial sums: that is what makes them
+//! vectorise, and it fixes the order of additions whatever the vector width.
+
+/// Runs `work` compiled for the best vector unit of this processor.
+#[inline(always)]
+pub(super) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
+/// Elements that one parallel task handles, fixed so that results do not depend on thread counts.
+const TASK_ELEMENTS: usize = 1 << 14;
+
+/// Rows of `cols` elements that one parallel task handles.
+pub(super) fn rows_per_task(cols: usize) -> usize {
+    (TASK_ELEMENTS / cols.max(1)).max(1)
+}
+
+const LANES: usize = 16;
+
+/// `Σ f(a[i], b[i])`
+#[inline(always)]
+pub(super) fn sum_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
+    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
+    for (a, b) in a_chunks.iter().zip(b_chunks) {
+        for lane in 0..LANES {
+            lanes[lane] += f(a[lane], b[lane]);
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(&a, &b)| f(a, b)).sum();
+    fold(lanes, |a, b| a + b) + rest
+}
+
+/// `Σ a[i] · b[i]`
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    sum_pairs(a, b, |a, b| a * b)
+}
+
+/// The largest element; `-∞` of none.
+#[inline(always)]
+pub(super) fn max(a: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = a.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
+        }
+    }
+    rest.iter().fold(fold(lanes, f32::max), |m, &x| m.max(x))
+}
+
+/// `x[i] = exp(x[i] · scale − shift)`; returns the sum of the results.
+#[inline(always)]
+pub(super) fn exp_scaled_sum(x: &mut [f32], scale: f32, shift: f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = x.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            chunk[lane] = exp(chunk[lane] * scale - shift);
+            lanes[lane] += chunk[lane];
+        }
+    }
+    let mut sum = fold(lanes, |a, b| a + b);
+    for x in rest {
+        *x = exp(*x * scale - shift);
+        sum += *x;
+    }
+    sum
+}
+
+/// Combines lanes as a tree.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = f(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `e^x` to about one unit in the last place, for x clamped to `[-87, 88]`; NaN stays NaN.
+///
+/// Cody and Waite's range reduction with the Cephes polynomial: branch-free, so that it vectorises,
+/// which the C library's does not.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    /// Adding this rounds to an integer, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_2e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 0.5;
+    let e_r = p * r * r + r + 1.0;
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+    e_r * f32::from_bits(exponent)
+}
+
+/// `1 / (1 + e^-x)`
+#[inline(always)]
+pub(super) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate() {
+        for i in -87_000..=88_000 {
+            let x = i as f32 / 1000.0;
+            let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((got - want).abs() <= want * 2.5e-7, "exp({x}): {got} against {want}");
+        }
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_agree_with_plain_sums_at_every_length() {
+        for len in 0..70 {
+            let a: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin()).collect();
+            let plain: f64 = a.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            assert!((f64::from(dot(&a, &a)) - plain).abs() < 1e-5);
+            let largest = a.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(max(&a), largest);
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The narrow waist: everything that a device must do for a model to be trained on it.
+//!
+//! A backend owns its memory: [`Backend::Tensor`] and [`Backend::Index`] are opaque, and nothing
+//! above this module reads an element of one inside a training step. What a step produces for
+//! people (a loss, a norm) stays on the device until [`Backend::download`] asks for it.
+//!
+//! Every matrix is row-major `[rows, cols]`, f32. `T` is the number of tokens in a packed batch,
+//! `S` the number of its sequences, `d` the hidden size, `H` and `KV` the query and key/value
+//! heads, `hd` the head size. Shapes that do not fit are mistakes of the caller and panic; what a
+//! user can cause (no memory, a lost device) is an [`Error`](crate::Error).
+//!
+//! Backward functions take `onto: Option<Tensor>`: a gradient that has already reached the same
+//! input another way (a residual, a second projection). It is consumed, added to and returned.
+//!
+//! [`conformance`] runs one body of checks on any backend: a new device implements this page and
+//! passes that suite.
+
+pub mod conformance;
+mod cpu;
+
+pub use cpu::Cpu;
+
+use crate::Result;
+
+/// The shape of a matrix on a device.
+pub trait Shape {
+    /// Number of rows.
+    fn rows(&self) -> usize;
+    /// Number of columns.
+    fn cols(&self) -> usize;
+    /// `(rows, cols)`.
+    fn shape(&self) -> (usize, usize) {
+        (self.rows(), self.cols())
+    }
+}
+
+/// Which rows belong to which sequence, and where in it they stand.
+///
+/// Usually all tokens of a packed batch; for the queries of an attention it may be some of them.
+pub struct Layout<B: Backend> {
+    /// Rows of sequence `s` are `offsets[s]..offsets[s + 1]`. `[S + 1]`
+    pub offsets: B::Index,
+    /// Position of each row in its sequence, from 0, ascending within a sequence. `[rows]`
+    pub positions: B::Index,
+    /// Number of sequences, `S`.
+    pub sequences: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// One more than the largest position.
+    pub longest: usize,
+}
+
+/// Cosines and sines of the rotary embedding, one row a position. Both `[positions, hd / 2]`.
+pub struct RopeTable<B: Backend> {
+    /// `cos(position · inv_freq)`.
+    pub cos: B::Tensor,
+    /// `sin(position · inv_freq)`.
+    pub sin: B::Tensor,
+}
+
+/// Which way [`Backend::rope`] turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// The rotation of the forward pass.
+    Forward,
+    /// Its inverse, which is also its transpose: the backward pass.
+    Backward,
+}
+
+/// The heads of an attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads, `H`.
+    pub heads: usize,
+    /// Key and value heads, `KV`; divides `H`. Query head `h` reads key head `h / (H / KV)`.
+    pub kv_heads: usize,
+    /// Features of a head, `hd`.
+    pub head_dim: usize,
+    /// A query at position `i` sees keys at positions `i - window < j <= i`; `None` sees all `j <= i`.
+    pub window: Option<usize>,
+    /// Factor on `q · k` before the softmax, usually `1 / sqrt(hd)`.
+    pub scale: f32,
+}
+
+/// What an attention must remember for its backward pass.
+pub struct Attended<B: Backend> {
+    /// The weighted values. `[rows of q, H · hd]`
+    pub out: B::Tensor,
+    /// Log of the sum of exponentials of each query's scaled scores. `[rows of q, H]`
+    pub log_sum_exp: B::Tensor,
+}
+
+/// Hyperparameters of one AdamW update (Loshchilov and Hutter 2019, algorithm 2). f64, because
+/// `1 - beta2` would lose half its digits in f32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Learning rate of this step, schedule applied.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Number of this update, from 1, for the bias correction.
+    pub step: u64,
+}
+
+/// A device: its buffers and the operations of an embedding model on them.
+pub trait Backend: Clone + Send + Sync + 'static {
+    /// A row-major matrix of f32.
+    type Tensor: Shape + Send + Sync;
+    /// A list of u32: token ids, row numbers, offsets, positions.
+    type Index: Send + Sync;
+
+    /// What runs the kernels, in words for the log.
+    fn description(&self) -> String;
+
+    // ---- Buffers ------------------------------------------------------------------------------
+
+    /// A matrix of zeros.
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+    /// Copies `data` (`rows * cols` elements, row-major) to the device.
+    fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<Self::Tensor>;
+    /// Copies a list of indices to the device.
+    fn upload_index(&self, data: &[u32]) -> Result<Self::Index>;
+    /// Waits for the device and copies a matrix to the host.
+    fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+    /// Rows `start..start + count` of `x`.
+    fn slice_rows(&self, x: &Self::Tensor, start: usize, count: usize) -> Result<Self::Tensor>;
+    /// The rows of all `parts`, end to end.
+    fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor>;
+
+    // ---- Products -----------------------------------------------------------------------------
+
+    /// `x · wᵀ (+ bias) (+ residual)`: x `[n, in]`, w `[out, in]`, bias `[1, out]`, residual and
+    /// result `[n, out]`.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        bias: Option<&Self::Tensor>,
+        residual: Option<&Self::Tensor>,
+    ) -> Result<Self::Tensor>;
+    /// Gradient of [`linear`](Backend::linear) by its input: `dy · w (+ onto)`. `[n, in]`
+    fn linear_input_grad(
+        &self,
+        dy: &Self::Tensor,
+        w: &Self::Tensor,
+        onto: Option<Self::Tensor>,
+    ) -> Result<Self::Tensor>;
+    /// Gradient of [`linear`](Backend::linear) by its weight: `dw += dyᵀ · x`. `[out, in]`
+    fn linear_weight_grad(
+        &self,
+        dy: &Self::Tensor,
+        x: &Self::Tensor,
+        dw: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
+    fn linear_bias_grad(&self, dy: &Self::Tensor, db: &mut Self::Tensor) -> Result<()>;
+
+    // ---- Rows ---------------------------------------------------------------------------------
+
+    /// Row `rows[i]` of `x` as row `i` of the result; an embedding when `x` is a table.
+    fn gather_rows(&self, x: &Self::Tensor, rows: &Self::Index) -> Result<Self::Tensor>;
+    /// Gradient of [`gather_rows`](Backend::gather_rows): `dx[rows[i]] += dy[i]`; rows may repeat.
+    fn scatter_add_rows(
+        &self,
+        dy: &Self::Tensor,
+        rows: &Self::Index,
+        dx: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Mean of rows `offsets[s]..offsets[s + 1]` as row `s`. `[S, d]`
+    fn segment_mean(&self, x: &Self::Tensor, offsets: &Self::Index) -> Result<Self::Tensor>;
+    /// Gradient of [`segment_mean`](Backend::segment_mean): each row gets its share of `dy[s]`.
+    fn segment_mean_backward(
+        &self,
+        dy: &Self::Tensor,
+        offsets: &Self::Index,
+        rows: usize,
+    ) -> Result<Self::Tensor>;
+
+    // ---- Norms --------------------------------------------------------------------------------
+
+    /// `y = x / rms(x) · w` with `rms = sqrt(mean(x²) + eps)`, over each group of `w.cols()` columns
+    /// (a whole row, or one head of it). w `[1, g]`. Returns y and `1 / rms` `[n, cols / g]`.
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        eps: f32,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
+    /// Gradients of [`rms_norm`](Backend::rms_norm), with `x̂ = x · inv_rms`:
+    /// `dx = inv_rms · (dy∘w − x̂ · mean(dy∘w∘x̂)) (+ onto)` and `dw += Σ_rows dy∘x̂`.
+    fn rms_norm_backward(
+        &self,
+        dy: &Self::Tensor,
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        inv_rms: &Self::Tensor,
+        dw: Option<&mut Self::Tensor>,
+        onto: Option<Self::Tensor>,
+    ) -> Result<Self::Tensor>;
+    /// `y = x / max(‖x‖₂, 1e-12)` row by row. Returns y and the reciprocal `[n, 1]`.
+    fn normalize(&self, x: &Self::Tensor) -> Result<(Self::Tensor, Self::Tensor)>;
+    /// Gradient of [`normalize`](Backend::normalize): `dx = (dy − y · (y·dy)) · inv_norm`.
+    fn normalize_backward(
+        &self,
+        dy: &Self::Tensor,
+        y: &Self::Tensor,
+        inv_norm: &Self::Tensor,
+    ) -> Result<Self::Tensor>;
+
+    // ---- Attention and MLP --------------------------------------------------------------------
+
+    /// Rotary embedding in place (Su et al. 2021): in each head, features `i` and `i + hd/2` turn by
+    /// the angle of the row's position.
+    fn rope(
+        &self,
+        x: &mut Self::Tensor,
+        positions: &Self::Index,
+        table: &RopeTable<Self>,
+        turn: Turn,
+    ) -> Result<()>;
+    /// Causal attention of each sequence over itself. q `[rows of queries, H·hd]`, k and v
+    /// `[rows of keys, KV·hd]`; `keys` holds every position of its sequences.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        queries: &Layout<Self>,
+        keys: &Layout<Self>,
+        shape: &AttentionShape,
+    ) -> Result<Attended<Self>>;
+    /// Gradients of [`attention`](Backend::attention) by q, k and v, from what it returned.
+    #[expect(clippy::too_many_arguments, reason = "the operation's own inputs, each once")]
+    fn attention_backward(
+        &self,
+        dout: &Self::Tensor,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        attended: &Attended<Self>,
+        queries: &Layout<Self>,
+        keys: &Layout<Self>,
+        shape: &AttentionShape,
+    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)>;
+    /// `silu(gate) ∘ up` (Shazeer 2020).
+    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Gradients of [`swiglu`](Backend::swiglu) by gate and up.
+    fn swiglu_backward(
+        &self,
+        dy: &Self::Tensor,
+        gate: &Self::Tensor,
+        up: &Self::Tensor,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
+
+    // ---- Loss and optimizer -------------------------------------------------------------------
+
+    /// `x *= factor`.
+    fn scale(&self, x: &mut Self::Tensor, factor: f32) -> Result<()>;
+    /// Mean over rows of `−log softmax(scores[i])[targets[i]]`, and its gradient by the scores.
+    /// Returns loss `[1, 1]` and dscores `[n, m]`.
+    fn cross_entropy(
+        &self,
+        scores: &Self::Tensor,
+        targets: &Self::Index,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
+    /// `sum[0] += Σ x²`. sum `[1, 1]`
+    fn add_sum_of_squares(&self, x: &Self::Tensor, sum: &mut Self::Tensor) -> Result<()>;
+    /// From a sum of squares, the norm and the factor that brings it down to `max_norm`:
+    /// `[norm, min(1, max_norm / (norm + 1e-6))]`, or factor 1 without a limit. `[1, 2]`
+    fn clip_factor(&self, sum: &Self::Tensor, max_norm: Option<f32>) -> Result<Self::Tensor>;
+    /// One AdamW update of `param` with `grad · clip[1]`; does nothing when `clip[0]` is not finite,
+    /// so that a failed step leaves the weights as they were.
+    fn adamw(
+        &self,
+        param: &mut Self::Tensor,
+        grad: &Self::Tensor,
+        moments: (&mut Self::Tensor, &mut Self::Tensor),
+        clip: &Self::Tensor,
+        step: &AdamWStep,
+    ) -> Result<()>;
+}

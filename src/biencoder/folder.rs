@@ -1,0 +1,112 @@
+//! Loading a bi-encoder from a model folder, and saving it as one.
+
+use std::path::Path;
+
+use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe};
+use crate::backend::{Backend, Cpu};
+use crate::model::weights::{ModelFolder, SaveDtype, Staging};
+use crate::text::{PromptEncoder, Template, TextTokenizer};
+use crate::{Error, ErrorKind, Result};
+
+impl BiEncoderModel<Cpu> {
+    /// Loads a model folder on the CPU, with the template that it was trained with (LLARA's, where the
+    /// folder does not say).
+    pub fn from_folder(dir: impl AsRef<Path>, options: BiEncoderOptions) -> Result<Self> {
+        Loader::new(dir.as_ref())?.load(Cpu::new(), options)
+    }
+}
+
+/// What to change about a model folder while loading it.
+pub struct Loader<'d> {
+    dir: &'d Path,
+    recipe: Recipe,
+    add_special_tokens: bool,
+}
+
+impl<'d> Loader<'d> {
+    /// Takes the folder's own recipe, or LLARA's.
+    pub fn new(dir: &'d Path) -> Result<Self> {
+        let recipe = match Recipe::read(dir)? {
+            Some(recipe) => recipe,
+            None => Recipe::new(Template::preset("llara")?),
+        };
+        Ok(Loader { dir, recipe, add_special_tokens: false })
+    }
+
+    /// The recipe that will be used.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// Uses another template.
+    pub fn template(mut self, template: Template) -> Self {
+        self.recipe.template = template;
+        self
+    }
+
+    /// Adds tokens that the template needs and the tokenizer lacks, with new rows in the vocabulary.
+    pub fn add_special_tokens(mut self, add: bool) -> Self {
+        self.add_special_tokens = add;
+        self
+    }
+
+    /// Reads everything.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged, or does not fit the others; see [`ErrorKind`].
+    pub fn load<B: Backend>(
+        self,
+        backend: B,
+        options: BiEncoderOptions,
+    ) -> Result<BiEncoderModel<B>> {
+        if !self.dir.is_dir() {
+            return Err(Error::new(ErrorKind::Io, "there is no such model folder")
+                .file(self.dir)
+                .hint("give a folder as `save_pretrained` writes it"));
+        }
+        let (folder, mut decoder) = ModelFolder::load(&backend, self.dir)?;
+        let mut tokenizer = TextTokenizer::from_folder(self.dir)?;
+        if self.add_special_tokens {
+            tokenizer.add_special_tokens(&self.recipe.template.special_tokens())?;
+            decoder.grow_vocabulary(&backend, tokenizer.vocab_size())?;
+        }
+        let vocab_size = decoder.config().vocab_size;
+        let prompts = PromptEncoder::new(tokenizer, self.recipe.template.clone(), vocab_size)?;
+        let recipe = self.recipe;
+        BiEncoderModel::new(Parts { backend, decoder, folder, prompts, recipe }, options)
+    }
+}
+
+impl<B: Backend> BiEncoderModel<B> {
+    /// Saves a complete model folder in the form that it was loaded in, loads it again, and compares
+    /// probe vectors; the probes stay in the folder.
+    ///
+    /// Files appear together or not at all, `config.json` last. An earlier model in `dir` is replaced.
+    ///
+    /// # Errors
+    /// When a file cannot be written, or the folder does not give the vectors that this model gives.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.save_as(dir.as_ref(), SaveDtype::AsLoaded)
+    }
+
+    /// [`save`](Self::save) with the weights in another number format.
+    pub fn save_as(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
+        let probes = Probes::take(self)?;
+        self.write_folder(dir, dtype)?;
+        let reloaded = Loader::new(dir)?.load(self.backend.clone(), self.options)?;
+        let exact = self.folder.keeps_f32(dtype);
+        let same = if exact { probes.check(&reloaded) } else { probes.check_rounded(&reloaded) };
+        same.map_err(|e| e.file(dir))?;
+        // From the reloaded model: what the folder answers, rounding included.
+        Probes::take(&reloaded)?.write(dir)
+    }
+
+    /// Saves the folder without loading it again, which would need the memory of a second model.
+    pub fn write_folder(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
+        let staging = Staging::new(dir)?;
+        self.folder.write(&self.backend, &self.decoder, dtype, &staging)?;
+        self.prompts.tokenizer().save(staging.path())?;
+        staging.write(super::recipe::RECIPE_FILE, &self.recipe.to_json()?)?;
+        staging.commit()
+    }
+}

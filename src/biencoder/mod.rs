@@ -1,0 +1,354 @@
+//! The bi-encoder: texts of two roles through one decoder, to vectors that are compared.
+
+mod features;
+mod folder;
+mod output;
+mod probes;
+mod recipe;
+
+use std::sync::Arc;
+
+use ndarray::Array2;
+
+pub use features::Features;
+pub use folder::Loader;
+pub use output::{EncoderOutput, compute_similarity};
+pub use probes::Probes;
+pub use recipe::Recipe;
+
+use crate::backend::{Backend, Cpu, Shape};
+use crate::data::Batch;
+use crate::dist::{Collective, Solo};
+use crate::loss::InfoNce;
+use crate::model::weights::ModelFolder;
+use crate::model::{Decoder, Input, SavedDecoder, mean_pool, mean_pool_backward};
+use crate::text::{PromptEncoder, Role};
+use crate::{Error, ErrorKind, Result};
+
+/// How vectors are made and compared.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BiEncoderOptions {
+    /// Whether vectors are brought to length 1.
+    pub normalized: bool,
+    /// Whether a query is scored against the passages of every process. Needs a process group.
+    pub negatives_cross_device: bool,
+    /// Divides similarities in the loss; 1.0 is used where vectors are not normalised.
+    pub temperature: f32,
+    /// Sequences encoded at a time; `None`: all of a batch at once. The result is the same.
+    pub sub_batch_size: Option<usize>,
+}
+
+impl Default for BiEncoderOptions {
+    fn default() -> Self {
+        BiEncoderOptions {
+            normalized: true,
+            negatives_cross_device: false,
+            temperature: 0.02,
+            sub_batch_size: None,
+        }
+    }
+}
+
+impl BiEncoderOptions {
+    /// The temperature that the loss uses: 1.0 unless vectors are normalised.
+    pub fn effective_temperature(&self) -> f32 {
+        if self.normalized { self.temperature } else { 1.0 }
+    }
+
+    fn check(&self, processes: usize) -> Result<()> {
+        if !(self.temperature.is_finite() && self.temperature > 0.0) {
+            return Err(Error::new(ErrorKind::Argument, "the temperature is out of range")
+                .expected("a positive number, such as 0.02")
+                .got(self.temperature));
+        }
+        if self.sub_batch_size == Some(0) {
+            return Err(Error::new(ErrorKind::Argument, "a sub-batch needs at least one sequence")
+                .expected("1 or more")
+                .got(0));
+        }
+        if self.negatives_cross_device && processes < 2 {
+            return Err(Error::new(
+                ErrorKind::Distributed,
+                "cross-device negatives need a process group",
+            )
+            .expected("at least 2 processes")
+            .got("one process")
+            .hint("leave `negatives_cross_device` off, or start the run with several processes"));
+        }
+        Ok(())
+    }
+}
+
+/// Whether `forward` computes a training loss or plain similarities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Train,
+    Eval,
+}
+
+/// A decoder that turns queries and passages into vectors.
+///
+/// ```no_run
+/// use llara::{BiEncoderModel, BiEncoderOptions, Role};
+///
+/// let model = BiEncoderModel::from_folder("models/mine", BiEncoderOptions::default())?;
+/// let passages = model.batch(Role::Passage, &["Tin melts at 232 °C.", "Owls hunt at night."], 64)?;
+/// let query = model.batch(Role::Query, &["When does tin melt?"], 32)?;
+/// let scores = model.forward(Some(&query), Some(&passages))?.scores;
+/// # Ok::<(), llara::Error>(())
+/// ```
+pub struct BiEncoderModel<B: Backend = Cpu> {
+    backend: B,
+    decoder: Decoder<B>,
+    prompts: PromptEncoder,
+    recipe: Recipe,
+    options: BiEncoderOptions,
+    folder: ModelFolder,
+    collective: Arc<dyn Collective<B>>,
+    mode: Mode,
+}
+
+/// A model's parts, before they are known to fit each other.
+pub(crate) struct Parts<B: Backend> {
+    pub(crate) backend: B,
+    pub(crate) decoder: Decoder<B>,
+    pub(crate) folder: ModelFolder,
+    pub(crate) prompts: PromptEncoder,
+    pub(crate) recipe: Recipe,
+}
+
+/// The vectors of one batch with what their backward pass needs.
+pub(crate) struct Encoding<B: Backend> {
+    /// `[S, d]`
+    pub(crate) reps: B::Tensor,
+    input: Input<B>,
+    decoder: SavedDecoder<B>,
+    /// Reciprocal lengths before normalisation. `[S, 1]`
+    inv_norm: Option<B::Tensor>,
+}
+
+impl<B: Backend> BiEncoderModel<B> {
+    /// A model in evaluation mode, in a process of its own.
+    pub(crate) fn new(parts: Parts<B>, options: BiEncoderOptions) -> Result<Self> {
+        options.check(1)?;
+        let Parts { backend, decoder, folder, prompts, mut recipe } = parts;
+        recipe.normalized = options.normalized;
+        let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
+        let mode = Mode::Eval;
+        Ok(BiEncoderModel {
+            backend,
+            decoder,
+            prompts,
+            recipe,
+            options,
+            folder,
+            collective,
+            mode,
+        })
+    }
+
+    /// Makes [`forward`](Self::forward) return the loss, and scores divided by the temperature.
+    pub fn train(&mut self) {
+        self.mode = Mode::Train;
+    }
+
+    /// Makes [`forward`](Self::forward) return plain similarities and no loss.
+    pub fn eval(&mut self) {
+        self.mode = Mode::Eval;
+    }
+
+    /// The options that the model was made with.
+    pub fn options(&self) -> &BiEncoderOptions {
+        &self.options
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The decoder, for its parameters and their gradients.
+    pub fn decoder(&self) -> &Decoder<B> {
+        &self.decoder
+    }
+
+    /// The decoder, to be changed.
+    pub fn decoder_mut(&mut self) -> &mut Decoder<B> {
+        &mut self.decoder
+    }
+
+    /// Tokenizer and template.
+    pub fn prompts(&self) -> &PromptEncoder {
+        &self.prompts
+    }
+
+    /// Template, lengths and normalisation that go with the weights.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// Sets the lengths that are saved with the model as its own.
+    pub fn set_max_lens(&mut self, query: usize, passage: usize) -> Result<()> {
+        self.prompts.check_max_len(Role::Query, query)?;
+        self.prompts.check_max_len(Role::Passage, passage)?;
+        (self.recipe.query_max_len, self.recipe.passage_max_len) = (query, passage);
+        Ok(())
+    }
+
+    /// Width of a vector, `d`.
+    pub fn dimension(&self) -> usize {
+        self.decoder.config().hidden_size
+    }
+
+    pub(crate) fn collective(&self) -> &dyn Collective<B> {
+        self.collective.as_ref()
+    }
+
+    /// Texts in their template, cut to `max_len` tokens, as a batch.
+    pub fn batch(
+        &self,
+        role: Role,
+        texts: &[impl AsRef<str> + Sync],
+        max_len: usize,
+    ) -> Result<Batch> {
+        Batch::from_sequences(self.prompts.encode_all(role, texts, max_len)?)
+    }
+
+    /// Vectors of all sequences, end to end, `(sequences, d)`; nothing for nothing.
+    ///
+    /// # Errors
+    /// When a token id is beyond the model's vocabulary.
+    pub fn encode<'b>(&self, features: impl Into<Features<'b>>) -> Result<Option<Array2<f32>>> {
+        let batches = match features.into() {
+            Features::None => return Ok(None),
+            Features::Batches(batches) => batches,
+        };
+        let mut values = Vec::new();
+        for batch in batches {
+            values.extend(self.backend.download(&self.encode_batch(batch)?)?);
+        }
+        let rows = values.len() / self.dimension();
+        Ok(Some(output::matrix(values, rows, self.dimension())))
+    }
+
+    /// The vectors of queries `(B, d)` and passages `(B·G, d)`, and what follows from both.
+    ///
+    /// In evaluation mode scores are plain similarities `(B, B·G)`; in training mode they are divided
+    /// by the temperature, and the loss is theirs. Row i's positive is passage `i·G`.
+    ///
+    /// # Errors
+    /// When the passages are not a multiple of the queries, or a token id is beyond the vocabulary.
+    pub fn forward(
+        &self,
+        query: Option<&Batch>,
+        passage: Option<&Batch>,
+    ) -> Result<EncoderOutput> {
+        let encode = |batch: Option<&Batch>| batch.map(|b| self.encode_batch(b)).transpose();
+        let (q, p) = (encode(query)?, encode(passage)?);
+        let host = |x: &B::Tensor| -> Result<Array2<f32>> {
+            Ok(output::matrix(self.backend.download(x)?, x.rows(), x.cols()))
+        };
+        let mut out = EncoderOutput {
+            q_reps: q.as_ref().map(host).transpose()?,
+            p_reps: p.as_ref().map(host).transpose()?,
+            loss: None,
+            scores: None,
+        };
+        let (Some(q), Some(p)) = (q, p) else { return Ok(out) };
+        let targets = self.targets(q.rows(), p.rows())?;
+        match self.mode {
+            Mode::Eval => out.scores = Some(host(&self.backend.linear(&q, &p, None, None)?)?),
+            Mode::Train => {
+                let p = self.gather_passages(p)?;
+                let scored = self.info_nce().forward(&self.backend, &q, &p, &targets)?;
+                out.scores = Some(host(&scored.scores)?);
+                out.loss = self.backend.download(&scored.loss)?.first().copied();
+            }
+        }
+        Ok(out)
+    }
+
+    /// The columns of the positives of this process's queries among the gathered passages.
+    pub(crate) fn targets(&self, queries: usize, passages: usize) -> Result<B::Index> {
+        if queries == 0 || !passages.is_multiple_of(queries) {
+            return Err(Error::new(ErrorKind::Argument, "passages cannot be grouped by query")
+                .expected("as many passages for every query")
+                .got(format!("{queries} queries and {passages} passages")));
+        }
+        let group = passages / queries;
+        let first = if self.options.negatives_cross_device {
+            self.collective.rank() * passages
+        } else {
+            0
+        };
+        let targets: Vec<u32> = (0..queries).map(|i| (first + i * group) as u32).collect();
+        self.backend.upload_index(&targets)
+    }
+
+    /// The passages that queries are scored against: this process's, or those of all.
+    pub(crate) fn gather_passages(&self, p: B::Tensor) -> Result<B::Tensor> {
+        if self.options.negatives_cross_device { self.collective.all_gather(p) } else { Ok(p) }
+    }
+
+    /// The gradient of gathered passages, back to the process that made them.
+    pub(crate) fn scatter_passage_grads(&self, dp: B::Tensor) -> Result<B::Tensor> {
+        if self.options.negatives_cross_device { self.collective.reduce_scatter(dp) } else { Ok(dp) }
+    }
+
+    pub(crate) fn info_nce(&self) -> InfoNce {
+        InfoNce { temperature: self.options.effective_temperature() }
+    }
+
+    /// Vectors of one batch, nothing kept for a backward pass. `[S, d]`
+    pub(crate) fn encode_batch(&self, batch: &Batch) -> Result<B::Tensor> {
+        let piece = self.options.sub_batch_size.unwrap_or(batch.len()).max(1);
+        let parts = (0..batch.len())
+            .step_by(piece)
+            .map(|start| self.encode_piece(&batch.slice(start..(start + piece).min(batch.len()))))
+            .collect::<Result<Vec<_>>>()?;
+        self.backend.concat_rows(&parts.iter().collect::<Vec<_>>())
+    }
+
+    fn encode_piece(&self, batch: &Batch) -> Result<B::Tensor> {
+        let input = self.input(batch)?;
+        let hidden = self.decoder.forward(&self.backend, &input)?;
+        let pooled = mean_pool(&self.backend, &hidden, &input)?;
+        if self.options.normalized { Ok(self.backend.normalize(&pooled)?.0) } else { Ok(pooled) }
+    }
+
+    /// Vectors of one batch, with what [`backward`](Self::backward) needs.
+    pub(crate) fn encode_saving(&self, batch: &Batch) -> Result<Encoding<B>> {
+        let input = self.input(batch)?;
+        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input)?;
+        let pooled = mean_pool(&self.backend, &hidden, &input)?;
+        let (reps, inv_norm) = if self.options.normalized {
+            let (reps, inv_norm) = self.backend.normalize(&pooled)?;
+            (reps, Some(inv_norm))
+        } else {
+            (pooled, None)
+        };
+        Ok(Encoding { reps, input, decoder, inv_norm })
+    }
+
+    /// Adds every parameter's gradient, from the gradient by the vectors `[S, d]`.
+    pub(crate) fn backward(&mut self, encoding: Encoding<B>, dreps: B::Tensor) -> Result<()> {
+        let Encoding { reps, input, decoder, inv_norm } = encoding;
+        let dpooled = match inv_norm {
+            Some(inv_norm) => self.backend.normalize_backward(&dreps, &reps, &inv_norm)?,
+            None => dreps,
+        };
+        let dhidden = mean_pool_backward(&self.backend, &dpooled, &input)?;
+        self.decoder.backward(&self.backend, &input, &dhidden, decoder)
+    }
+
+    fn input(&self, batch: &Batch) -> Result<Input<B>> {
+        let vocab_size = self.decoder.config().vocab_size;
+        if let Some(id) = batch.max_id().filter(|&id| id as usize >= vocab_size) {
+            return Err(Error::new(ErrorKind::Data, "a token id is beyond the model's vocabulary")
+                .expected(format!("ids below {vocab_size}"))
+                .got(id)
+                .hint("the tokenizer and the weights must come from the same model"));
+        }
+        Input::new(&self.backend, batch, self.prompts.template().pooled_tokens)
+    }
+}

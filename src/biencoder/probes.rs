@@ -1,0 +1,116 @@
+//! A few texts with their vectors, kept in the model folder so that any loader can check itself.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::BiEncoderModel;
+use crate::backend::Backend;
+use crate::data::Batch;
+use crate::text::Role;
+use crate::{Error, ErrorKind, Result};
+
+const PROBES_FILE: &str = "llara_probes.json";
+
+/// Largest difference of an entry, relative to the vector's largest, that the same weights may show.
+const SAME_WEIGHTS: f32 = 1e-5;
+/// The same after weights were rounded to 16 bits; a wrong tensor or template differs by far more.
+const ROUNDED_WEIGHTS: f32 = 0.1;
+
+const TEXTS: [(Role, &str); 3] = [
+    (Role::Query, "Which metal is liquid at room temperature?"),
+    (Role::Passage, "Mercury is the only metal that is liquid at room temperature."),
+    (Role::Passage, "The otter sleeps on its back and holds on to its neighbour's paw."),
+];
+
+/// Token ids of some texts and the vectors that the model gave them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Probes {
+    probes: Vec<Probe>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Probe {
+    role: Role,
+    text: String,
+    input_ids: Vec<u32>,
+    embedding: Vec<f32>,
+}
+
+impl Probes {
+    /// Encodes the probe texts with `model`.
+    pub fn take<B: Backend>(model: &BiEncoderModel<B>) -> Result<Self> {
+        let probes = TEXTS.into_iter().map(|(role, text)| {
+            let input_ids = model.prompts().encode(role, text, model.recipe().max_len(role))?;
+            let embedding = embed(model, &input_ids)?;
+            Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
+        });
+        Ok(Probes { probes: probes.collect::<Result<_>>()? })
+    }
+
+    /// The probes of a model folder, if it has them.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(PROBES_FILE);
+        let text = match std::fs::read(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.map_err(|e| Error::io("read the probes", &path, e))?,
+        };
+        let probes = serde_json::from_slice(&text).map_err(|e| {
+            Error::new(ErrorKind::Config, "not a list of probes").file(&path).because(e)
+        })?;
+        Ok(Some(probes))
+    }
+
+    /// Writes them into a model folder.
+    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(PROBES_FILE);
+        let text = serde_json::to_vec(self)
+            .map_err(|e| Error::new(ErrorKind::Config, "cannot write probes").because(e))?;
+        let io = |e| Error::io("write the probes", &path, e);
+        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
+        std::io::Write::write_all(&mut file, &text).map_err(io)?;
+        file.as_file().sync_all().map_err(io)?;
+        file.persist(&path).map(drop).map_err(|e| io(e.error))
+    }
+
+    /// Encodes the same texts with `model` and compares, to 1e-5 of a vector's largest entry.
+    ///
+    /// # Errors
+    /// When a text is tokenized differently or a vector differs.
+    pub fn check<B: Backend>(&self, model: &BiEncoderModel<B>) -> Result<()> {
+        self.compare(model, SAME_WEIGHTS)
+    }
+
+    /// The same for weights that were rounded to 16 bits between the two.
+    pub(super) fn check_rounded<B: Backend>(&self, model: &BiEncoderModel<B>) -> Result<()> {
+        self.compare(model, ROUNDED_WEIGHTS)
+    }
+
+    fn compare<B: Backend>(&self, model: &BiEncoderModel<B>, tolerance: f32) -> Result<()> {
+        let differs = |probe: &Probe, what: &str| {
+            Error::new(ErrorKind::Weights, format!("the model does not answer as it did: {what}"))
+                .got(format!("{} {:?}", probe.role, probe.text))
+                .hint("weights, tokenizer or llara.json were changed since this folder was saved")
+        };
+        for probe in &self.probes {
+            let max_len = model.recipe().max_len(probe.role);
+            if model.prompts().encode(probe.role, &probe.text, max_len)? != probe.input_ids {
+                return Err(differs(probe, "a probe text has other token ids"));
+            }
+            let now = embed(model, &probe.input_ids)?;
+            let largest = probe.embedding.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            let differences = now.iter().zip(&probe.embedding).map(|(a, b)| (a - b).abs());
+            let difference = differences.fold(0.0f32, f32::max) / largest.max(f32::MIN_POSITIVE);
+            if now.len() != probe.embedding.len() || difference.is_nan() || difference > tolerance {
+                let what = format!("a probe vector differs by {difference:.1e} of its largest entry");
+                return Err(differs(probe, &what).expected(format!("at most {tolerance:.0e}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn embed<B: Backend>(model: &BiEncoderModel<B>, ids: &[u32]) -> Result<Vec<f32>> {
+    let batch = Batch::from_sequences([ids])?;
+    model.backend().download(&model.encode_batch(&batch)?)
+}

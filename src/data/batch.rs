@@ -1,0 +1,258 @@
+//! The one batch type: the token ids of all sequences end to end. No padding exists anywhere.
+
+use std::ops::Range;
+
+use ndarray::ArrayView2;
+
+use crate::{Error, ErrorKind, Result};
+
+/// Packed sequences. Sequence `s` is `ids[offsets[s]..offsets[s + 1]]`; none is empty, though a
+/// batch of no sequences may be.
+///
+/// ```
+/// # use llara::data::Batch;
+/// let batch = Batch::from_sequences([vec![5, 6, 7], vec![8]])?;
+/// assert_eq!((batch.ids(), batch.offsets()), ([5, 6, 7, 8].as_slice(), [0, 3, 4].as_slice()));
+/// assert_eq!(batch.positions(), [0, 1, 2, 0]);
+/// # Ok::<(), llara::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, `[tokens]`.
+    ids: Vec<u32>,
+    /// Where sequences begin and end, `[sequences + 1]`; the first is 0, the last `tokens`.
+    offsets: Vec<u32>,
+}
+
+impl Batch {
+    /// Puts sequences end to end.
+    ///
+    /// # Errors
+    /// A sequence is empty, or there are more tokens than a `u32` counts.
+    pub fn from_sequences(sequences: impl IntoIterator<Item: AsRef<[u32]>>) -> Result<Batch> {
+        let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
+        for sequence in sequences {
+            batch.ids.extend_from_slice(sequence.as_ref());
+            batch.close_sequence()?;
+        }
+        Ok(batch)
+    }
+
+    /// Takes the real tokens out of a padded pair, each of shape `(sequences, length)`: ids where
+    /// the mask is 1. The padding may be on either side, or on both; what stands there is not
+    /// looked at.
+    ///
+    /// # Errors
+    /// The shapes differ; a row has no real token, padding between real tokens, a mask value other
+    /// than 0 and 1, or an id that is negative or beyond `u32`.
+    pub fn from_padded(
+        input_ids: ArrayView2<i64>,
+        attention_mask: ArrayView2<i64>,
+    ) -> Result<Batch> {
+        if input_ids.dim() != attention_mask.dim() {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                "`attention_mask` does not fit `input_ids`",
+            )
+            .expected(format!("shape {:?}", input_ids.dim()))
+            .got(format!("{:?}", attention_mask.dim())));
+        }
+        let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
+        for (row, (ids, mask)) in
+            input_ids.rows().into_iter().zip(attention_mask.rows()).enumerate()
+        {
+            let bad = |what: String| Error::new(ErrorKind::Argument, format!("row {row}: {what}"));
+            let mut last_real = None;
+            for (column, (&id, &real)) in ids.iter().zip(mask).enumerate() {
+                match real {
+                    0 => continue,
+                    1 => {}
+                    other => {
+                        return Err(
+                            bad(format!("attention_mask[{column}] is {other}")).expected("0 or 1")
+                        );
+                    }
+                }
+                if last_real.is_some_and(|last| last + 1 != column) {
+                    return Err(bad(format!("padding in the middle, before column {column}"))
+                        .expected("padding on the left, on the right or on both sides"));
+                }
+                last_real = Some(column);
+                batch.ids.push(u32::try_from(id).map_err(|_| {
+                    bad(format!("input_ids[{column}] is no token id"))
+                        .expected("0 to 2³² − 1")
+                        .got(id)
+                })?);
+            }
+            if last_real.is_none() {
+                return Err(bad("no real token: its attention mask is 0 throughout".into()));
+            }
+            batch.close_sequence()?;
+        }
+        Ok(batch)
+    }
+
+    /// Each sequence's ids, in order.
+    pub fn sequences(&self) -> impl ExactSizeIterator<Item = &[u32]> {
+        self.offsets.windows(2).map(|w| &self.ids[w[0] as usize..w[1] as usize])
+    }
+
+    /// How many sequences.
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Whether there is no sequence.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many tokens, over all sequences.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// All token ids, `[tokens]`.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Where sequences begin and end, `[sequences + 1]`.
+    pub fn offsets(&self) -> &[u32] {
+        &self.offsets
+    }
+
+    /// Each token's position in its sequence, from 0, `[tokens]`.
+    pub fn positions(&self) -> Vec<u32> {
+        self.offsets.windows(2).flat_map(|w| 0..w[1] - w[0]).collect()
+    }
+
+    /// Tokens of the longest sequence; 0 if there is none.
+    pub fn longest(&self) -> usize {
+        self.sequences().map(<[u32]>::len).max().unwrap_or(0)
+    }
+
+    /// The highest token id; `None` if there is no sequence.
+    pub fn max_id(&self) -> Option<u32> {
+        self.ids.iter().copied().max()
+    }
+
+    /// The sequences of a range, as a batch of their own.
+    ///
+    /// # Panics
+    /// Like any slice, if the range ends beyond [`Batch::len`] or before it starts.
+    pub fn slice(&self, sequences: Range<usize>) -> Batch {
+        let offsets = &self.offsets[sequences.start..=sequences.end];
+        let (first, last) = (offsets[0], offsets[offsets.len() - 1]);
+        Batch {
+            ids: self.ids[first as usize..last as usize].to_vec(),
+            offsets: offsets.iter().map(|offset| offset - first).collect(),
+        }
+    }
+
+    /// Makes the ids since the last offset a sequence.
+    fn close_sequence(&mut self) -> Result<()> {
+        let sequence = self.len();
+        let end = u32::try_from(self.ids.len()).map_err(|_| {
+            Error::new(ErrorKind::Argument, "a batch has too many tokens")
+                .expected(format!("at most {}", u32::MAX))
+                .got(format!("{} in the first {} sequences", self.ids.len(), sequence + 1))
+                .hint("use smaller batches")
+        })?;
+        if self.offsets.last() == Some(&end) {
+            return Err(Error::new(ErrorKind::Argument, format!("sequence {sequence} is empty"))
+                .expected("at least one token"));
+        }
+        self.offsets.push(end);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{Array2, array};
+    use proptest::prelude::*;
+
+    #[test]
+    fn padding_on_any_side_is_taken_off() {
+        let ids = array![[9i64, 9, 1, 2], [3, 9, 9, -100], [-1, 4, 5, 9], [6, 7, 8, 0]];
+        let mask = array![[0i64, 0, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]];
+        let batch = Batch::from_padded(ids.view(), mask.view()).unwrap();
+        let rows: Vec<&[u32]> = batch.sequences().collect();
+        assert_eq!(rows, [&[1, 2][..], &[3], &[4, 5], &[6, 7, 8, 0]]);
+        assert_eq!((batch.len(), batch.tokens(), batch.longest()), (4, 9, 4));
+        assert_eq!(batch.max_id(), Some(8));
+    }
+
+    #[test]
+    fn bad_rows_are_named() {
+        let ids = array![[1i64, 2, 3], [4, 5, 6]];
+        let refuse = |ids: &Array2<i64>, mask: Array2<i64>| {
+            let e = Batch::from_padded(ids.view(), mask.view()).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Argument);
+            e.to_string()
+        };
+        assert!(
+            refuse(&ids, array![[1, 1, 1], [1, 0, 1]]).contains("row 1: padding in the middle")
+        );
+        assert!(refuse(&ids, array![[0, 0, 0], [1, 1, 1]]).contains("row 0: no real token"));
+        assert!(refuse(&ids, array![[1, 2, 1], [1, 1, 1]]).contains("attention_mask[1] is 2"));
+        assert!(refuse(&ids, array![[1, -1, 1], [1, 1, 1]]).contains("attention_mask[1] is -1"));
+        assert!(refuse(&ids, array![[1, 1], [1, 1]]).contains("shape (2, 3)"));
+        let negative = array![[1i64, 2, 3], [4, 5, -6]];
+        assert!(refuse(&negative, array![[1, 1, 1], [1, 1, 1]]).contains("row 1: input_ids[2]"));
+        let large = array![[1i64 << 32]];
+        assert!(refuse(&large, array![[1]]).contains("input_ids[0]"));
+        assert!(refuse(&Array2::zeros((2, 0)), Array2::zeros((2, 0))).contains("row 0"));
+        assert!(
+            Batch::from_sequences([vec![1], vec![]])
+                .unwrap_err()
+                .to_string()
+                .contains("1 is empty")
+        );
+    }
+
+    #[test]
+    fn no_sequences_are_an_empty_batch() {
+        let none = Batch::from_sequences(Vec::<Vec<u32>>::new()).unwrap();
+        assert!(none.is_empty() && none.offsets() == [0] && none.positions().is_empty());
+        assert_eq!((none.longest(), none.max_id()), (0, None));
+        let padded = Array2::zeros((0, 5));
+        assert_eq!(Batch::from_padded(padded.view(), padded.view()).unwrap(), none);
+    }
+
+    proptest! {
+        #[test]
+        fn packing_keeps_every_sequence(
+            sequences in prop::collection::vec(prop::collection::vec(any::<u32>(), 1..9), 0..9),
+            cut in (0usize..9, 0usize..9),
+        ) {
+            let batch = Batch::from_sequences(&sequences).unwrap();
+            prop_assert!(batch.sequences().eq(sequences.iter().map(Vec::as_slice)));
+            let positions: Vec<u32> = sequences.iter().flat_map(|s| 0..s.len() as u32).collect();
+            prop_assert_eq!(batch.positions(), positions);
+            let end = cut.0.max(cut.1).min(batch.len());
+            let start = cut.0.min(cut.1).min(end);
+            let expected = Batch::from_sequences(&sequences[start..end]).unwrap();
+            prop_assert_eq!(batch.slice(start..end), expected);
+        }
+
+        #[test]
+        fn padded_and_packed_agree(
+            rows in prop::collection::vec((0usize..4, prop::collection::vec(any::<u32>(), 1..9)), 1..9),
+        ) {
+            let width = rows.iter().map(|(left, ids)| left + ids.len()).max().unwrap();
+            let mut ids = Array2::from_elem((rows.len(), width), -7i64);
+            let mut mask = Array2::zeros((rows.len(), width));
+            for (r, (left, sequence)) in rows.iter().enumerate() {
+                for (c, &id) in sequence.iter().enumerate() {
+                    ids[[r, left + c]] = i64::from(id);
+                    mask[[r, left + c]] = 1;
+                }
+            }
+            let packed = Batch::from_sequences(rows.iter().map(|(_, ids)| ids)).unwrap();
+            prop_assert_eq!(Batch::from_padded(ids.view(), mask.view()).unwrap(), packed);
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! JSON-lines files as one indexed list of rows: checked once, then read row by row from disk.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use super::TrainingRow;
+use crate::{Error, ErrorKind, Result};
+
+/// What to do with a row that is malformed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum BadRows {
+    /// Refuse the data, naming the row.
+    Error,
+    /// Leave the row out and count it.
+    Skip,
+}
+
+/// Rows that [`BadRows::Skip`] left out.
+#[derive(Debug, Default)]
+pub struct Skipped {
+    /// How many.
+    pub count: u64,
+    /// Why, for the first few, each with its file and line.
+    pub reasons: Vec<String>,
+}
+
+/// Training rows in files. Memory holds 24 bytes for each row, not its text; [`Dataset::row`] is
+/// one read from disk and may be called from many threads.
+#[derive(Debug)]
+pub struct Dataset {
+    files: Vec<SourceFile>,
+    rows: Vec<IndexEntry>,
+    skipped: Skipped,
+}
+
+#[derive(Debug)]
+struct SourceFile {
+    path: PathBuf,
+    /// Kept open: what was checked stays readable though the path be replaced.
+    file: File,
+    /// Index of the file's first row.
+    first_row: usize,
+}
+
+/// Where a row's line is.
+#[derive(Debug, Clone, Copy)]
+struct IndexEntry {
+    /// Bytes from the start of the file.
+    offset: u64,
+    /// Of the line's bytes, to notice that the file was written to.
+    checksum: u64,
+    /// Bytes, without the end of the line.
+    length: u32,
+    /// From 1.
+    line: u32,
+}
+
+/// A longer line is taken for a file of another kind rather than read into memory.
+const MAX_LINE_BYTES: u64 = 64 << 20;
+
+/// Reasons kept of skipped rows.
+const MAX_REASONS: usize = 10;
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+impl Dataset {
+    /// Reads and checks every row once. Each path is a file, or a folder whose `.jsonl` and `.json`
+    /// files are taken in the order of their names, hidden ones left out. Blank lines, a byte-order
+    /// mark and CRLF are allowed.
+    ///
+    /// # Errors
+    /// A path cannot be read; a folder has no such file; a file is empty, one JSON array, or has a
+    /// malformed row that is not to be skipped; no row is left.
+    pub fn open(paths: &[PathBuf], on_bad_row: BadRows) -> Result<Dataset> {
+        let mut dataset =
+            Dataset { files: Vec::new(), rows: Vec::new(), skipped: Skipped::default() };
+        for path in data_files(paths)? {
+            dataset.index_file(path, on_bad_row)?;
+        }
+        if dataset.rows.is_empty() {
+            let error = Error::new(ErrorKind::Data, "there is no row to train on");
+            return Err(match dataset.skipped.reasons.first() {
+                Some(first) => error.got(format!(
+                    "{} rows, all skipped, the first for this reason: {first}",
+                    dataset.skipped.count
+                )),
+                None => error.hint("name at least one file or folder of training rows"),
+            });
+        }
+        Ok(dataset)
+    }
+
+    /// How many rows.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Never true: a dataset without rows does not open.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// What was left out.
+    pub fn skipped(&self) -> &Skipped {
+        &self.skipped
+    }
+
+    /// The file and line (from 1) of a row; `None` beyond the last.
+    pub fn location(&self, index: usize) -> Option<(&Path, u64)> {
+        let (source, entry) = self.find(index)?;
+        Some((&source.path, u64::from(entry.line)))
+    }
+
+    /// Reads a row.
+    ///
+    /// # Errors
+    /// There is no such row, reading failed, or the file is no longer what was checked.
+    pub fn row(&self, index: usize) -> Result<TrainingRow> {
+        let (source, entry) = self.find(index).ok_or_else(|| {
+            Error::new(ErrorKind::Argument, format!("there is no row {index}"))
+                .expected(format!("0 to {}", self.rows.len().saturating_sub(1)))
+        })?;
+        let changed = || {
+            Error::new(ErrorKind::Data, "the file was changed after it had been checked")
+                .line(&source.path, entry.line.into())
+                .hint("leave training data alone while a run reads it; start again")
+        };
+        let mut bytes = vec![0; entry.length as usize];
+        read_at(&source.file, &mut bytes, entry.offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => changed(),
+            _ => Error::io("read training data", &source.path, e),
+        })?;
+        if fnv1a(FNV_START, &bytes) != entry.checksum {
+            return Err(changed());
+        }
+        TrainingRow::parse(&bytes, &source.path, entry.line.into())
+    }
+
+    /// A number that tells other rows, or another order of them, from these: the same on every
+    /// machine, wherever the files are. A resumed run can check that its data did not change.
+    pub fn fingerprint(&self) -> u64 {
+        self.rows.iter().fold(FNV_START, |hash, row| fnv1a(hash, &row.checksum.to_le_bytes()))
+    }
+
+    fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {
+        let entry = self.rows.get(index)?;
+        // A file whose rows were all skipped starts where the next one does.
+        let after = self.files.partition_point(|file| file.first_row <= index);
+        Some((self.files.get(after.checked_sub(1)?)?, entry))
+    }
+
+    fn index_file(&mut self, path: PathBuf, on_bad_row: BadRows) -> Result<()> {
+        let file = File::open(&path).map_err(|e| Error::io("read training data", &path, e))?;
+        let first_row = self.rows.len();
+        let mut lines =
+            Lines { reader: BufReader::with_capacity(1 << 18, &file), offset: 0, line: 0 };
+        let mut bytes = Vec::new();
+        let mut blank = true;
+        while let Some(line) = lines.next(&path, &mut bytes)? {
+            let content = bytes.trim_ascii();
+            if content.is_empty() && !line.too_long {
+                continue;
+            }
+            if blank && content.first() == Some(&b'[') {
+                return Err(Error::new(ErrorKind::Data, "the file is one JSON array")
+                    .line(&path, line.number.into())
+                    .expected("one JSON object per line")
+                    .hint("convert it: jq -c '.[]' old.json > new.jsonl"));
+            }
+            blank = false;
+            let checked = if line.too_long {
+                Err(Error::new(ErrorKind::Data, "the line is too long")
+                    .line(&path, line.number.into())
+                    .expected(format!("at most {} MiB, one row", MAX_LINE_BYTES >> 20)))
+            } else {
+                TrainingRow::parse(&bytes, &path, line.number.into())
+            };
+            match (checked, on_bad_row) {
+                (Ok(_), _) => self.rows.push(IndexEntry {
+                    offset: line.offset,
+                    checksum: fnv1a(FNV_START, &bytes),
+                    length: bytes.len() as u32, // at most MAX_LINE_BYTES
+                    line: line.number,
+                }),
+                (Err(reason), BadRows::Error) => return Err(reason),
+                (Err(reason), BadRows::Skip) => self.skipped.add(&reason),
+            }
+        }
+        if blank {
+            return Err(Error::new(ErrorKind::Data, "the file has no rows").file(&path));
+        }
+        drop(lines);
+        self.files.push(SourceFile { path, file, first_row });
+        Ok(())
+    }
+}
+
+impl Skipped {
+    fn add(&mut self, reason: &Error) {
+        self.count += 1;
+        if self.reasons.len() < MAX_REASONS {
+            self.reasons.push(reason.to_string());
+        }
+    }
+}
+
+/// The lines of a file, in memory bounded by [`MAX_LINE_BYTES`].
+struct Lines<R> {
+    reader: R,
+    offset: u64,
+    line: u32,
+}
+
+struct Line {
+    /// Of the first byte that is content.
+    offset: u64,
+    number: u32,
+    too_long: bool,
+}
+
+impl<R: BufRead> Lines<R> {
+    /// Reads the next line into `bytes`, without its end; `None` at the end of the file.
+    fn next(&mut self, path: &Path, bytes: &mut Vec<u8>) -> Result<Option<Line>> {
+        let failed = |e| Error::io("read training data", path, e);
+        bytes.clear();
+        let limit = MAX_LINE_BYTES + 1;
+        let mut read =
+            self.reader.by_ref().take(limit).read_until(b'\n', bytes).map_err(failed)? as u64;
+        if read == 0 {
+            return Ok(None);
+        }
+        let too_long = read == limit && bytes.last() != Some(&b'\n');
+        if too_long {
+            read += self.reader.skip_until(b'\n').map_err(failed)? as u64;
+            bytes.truncate(1);
+        }
+        let mut offset = self.offset;
+        self.offset += read;
+        self.line = self.line.checked_add(1).ok_or_else(|| {
+            Error::new(ErrorKind::Data, "the file has more lines than can be counted").file(path)
+        })?;
+        if bytes.last() == Some(&b'\n') {
+            bytes.pop();
+        }
+        if offset == 0 && bytes.starts_with(BYTE_ORDER_MARK) {
+            bytes.drain(..BYTE_ORDER_MARK.len());
+            offset = BYTE_ORDER_MARK.len() as u64;
+        }
+        Ok(Some(Line { offset, number: self.line, too_long }))
+    }
+}
+
+/// Files as they are, folders as the files in them.
+fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        let failed = |e| Error::io("read training data", path, e);
+        let kind = fs::metadata(path).map_err(failed)?;
+        if kind.is_file() {
+            files.push(path.clone());
+        } else if kind.is_dir() {
+            let before = files.len();
+            for entry in fs::read_dir(path).map_err(failed)? {
+                let file = entry.map_err(failed)?.path();
+                if is_data_file(&file) {
+                    files.push(file);
+                }
+            }
+            if files.len() == before {
+                return Err(Error::new(ErrorKind::Data, "the folder has no training data")
+                    .file(path)
+                    .expected("files whose names end in .jsonl or .json"));
+            }
+            files[before..].sort();
+        } else {
+            return Err(Error::new(ErrorKind::Data, "neither a file nor a folder")
+                .file(path)
+                .hint("rows are read in any order, so a pipe will not do: write a file first"));
+        }
+    }
+    Ok(files)
+}
+
+fn is_data_file(path: &Path) -> bool {
+    let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    !hidden && matches!(extension, "jsonl" | "json") && path.is_file()
+}
+
+fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a, 64 bits: enough to notice a change, and the same everywhere.
+fn fnv1a(hash: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(hash, |hash, &b| (hash ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn row(query: &str) -> String {
+        format!(r#"{{"query": "{query}", "pos": ["right"], "neg": ["wrong"]}}"#)
+    }
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        dir
+    }
+
+    fn open(path: impl AsRef<Path>, on_bad_row: BadRows) -> Result<Dataset> {
+        Dataset::open(&[path.as_ref().to_owned()], on_bad_row)
+    }
+
+    fn queries(dataset: &Dataset) -> Vec<String> {
+        (0..dataset.len()).map(|i| dataset.row(i).unwrap().query).collect()
+    }
+
+    #[test]
+    fn a_folder_is_its_files_in_the_order_of_their_names() {
+        let [a, b, c] = ["a", "b", "c"].map(row);
+        let dir = folder(&[
+            ("2.json", &format!("\n{c}")),
+            ("1.jsonl", &format!("\u{feff}{a}\r\n  \r\n{b}\n\n")),
+            ("notes.txt", "not data"),
+            (".hidden.jsonl", "not data"),
+        ]);
+        fs::create_dir(dir.path().join("0.jsonl")).unwrap();
+        let dataset = open(&dir, BadRows::Error).unwrap();
+        assert_eq!(queries(&dataset), ["a", "b", "c"]);
+        assert_eq!(dataset.location(1), Some((dir.path().join("1.jsonl").as_path(), 3)));
+        assert_eq!(dataset.location(2), Some((dir.path().join("2.json").as_path(), 2)));
+        assert_eq!(dataset.location(3), None);
+        assert!(dataset.row(3).unwrap_err().to_string().contains("0 to 2"));
+        assert_eq!(dataset.skipped().count, 0);
+    }
+
+    #[test]
+    fn bad_rows_are_refused_or_counted() {
+        let (a, b) = (row("a"), row("b"));
+        let bad = "{\"query\": 3}\n".repeat(12);
+        let dir = folder(&[("x.jsonl", &format!("{a}\n{bad}{b}\n")), ("w.jsonl", &bad)]);
+        let path = dir.path().join("x.jsonl");
+        let e = open(&path, BadRows::Error).unwrap_err().to_string();
+        assert!(e.contains("x.jsonl:2: `query`"), "{e}");
+        let dataset = open(&dir, BadRows::Skip).unwrap();
+        assert_eq!(queries(&dataset), ["a", "b"]);
+        assert_eq!(dataset.location(1).unwrap(), (path.as_path(), 14));
+        assert_eq!((dataset.skipped().count, dataset.skipped().reasons.len()), (24, MAX_REASONS));
+        assert!(dataset.skipped().reasons[0].contains("w.jsonl:1"));
+        let e = open(dir.path().join("w.jsonl"), BadRows::Skip).unwrap_err().to_string();
+        assert!(e.contains("12 rows, all skipped"), "{e}");
+    }
+
+    #[test]
+    fn other_kinds_of_files_are_refused() {
+        let dir = folder(&[("empty", ""), ("blank", " \n\r\n"), ("array", "\n [\n{}\n]\n")]);
+        let refuse =
+            |name: &str| open(dir.path().join(name), BadRows::Skip).unwrap_err().to_string();
+        assert!(refuse("empty").contains("empty: the file has no rows"));
+        assert!(refuse("blank").contains("no rows"));
+        assert!(refuse("array").contains("array:2: the file is one JSON array"));
+        assert!(refuse("").contains("no training data"));
+        assert!(refuse("nowhere").contains("check the path"));
+        assert!(Dataset::open(&[], BadRows::Error).is_err());
+        assert!(open("/dev/null", BadRows::Error).unwrap_err().to_string().contains("neither"));
+    }
+
+    #[test]
+    fn a_line_beyond_the_limit_is_not_held_in_memory() {
+        let long = " ".repeat(MAX_LINE_BYTES as usize + 5);
+        let dir = folder(&[("x.jsonl", &format!("{}\n{long}\n{}", row("a"), row("b")))]);
+        let path = dir.path().join("x.jsonl");
+        let e = open(&path, BadRows::Error).unwrap_err().to_string();
+        assert!(e.contains("x.jsonl:2: the line is too long"), "{e}");
+        let dataset = open(&path, BadRows::Skip).unwrap();
+        assert_eq!(queries(&dataset), ["a", "b"]);
+        assert_eq!(dataset.location(1).unwrap().1, 3);
+    }
+
+    #[test]
+    fn a_changed_file_is_noticed() {
+        let (a, b) = (row("a"), row("b"));
+        let dir = folder(&[("x.jsonl", &format!("{a}\n{b}\n"))]);
+        let path = dir.path().join("x.jsonl");
+        let dataset = open(&path, BadRows::Error).unwrap();
+        let fingerprint = dataset.fingerprint();
+        fs::write(&path, format!("{a}\n{}\n", row("x"))).unwrap();
+        assert_eq!(dataset.row(0).unwrap().query, "a");
+        let e = dataset.row(1).unwrap_err().to_string();
+        assert!(e.contains("x.jsonl:2: the file was changed"), "{e}");
+        assert_ne!(open(&path, BadRows::Error).unwrap().fingerprint(), fingerprint);
+        fs::write(&path, &a).unwrap();
+        assert!(dataset.row(1).unwrap_err().to_string().contains("was changed"));
+        // Moved and spaced otherwise, the rows are the same.
+        let moved = folder(&[("y.jsonl", &format!("{a}\n\n{b}"))]);
+        assert_eq!(open(&moved, BadRows::Error).unwrap().fingerprint(), fingerprint);
+    }
+
+    #[test]
+    fn rows_are_read_from_many_threads() {
+        let text: String = (0..500).map(|i| row(&format!("q{i}")) + "\n").collect();
+        let dir = folder(&[("x.jsonl", &text)]);
+        let dataset = open(&dir, BadRows::Error).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for i in 0..500 {
+                        assert_eq!(dataset.row(i).unwrap().query, format!("q{i}"));
+                    }
+                });
+            }
+        });
+    }
+
+    /// Pieces that make a file: good rows, bad ones, blank ones, any bytes.
+    fn line() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            4 => "[a-zäß ]{0,9}x".prop_map(|q| row(&q).into_bytes()),
+            1 => Just(b" \t".to_vec()),
+            1 => Just(b"{\"query\": \"q\"}".to_vec()),
+            1 => prop::collection::vec(any::<u8>().prop_filter("ends a line", |&b| b != b'\n'), 0..20),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_index_equals_reading_all_of_it(
+            lines in prop::collection::vec(line(), 0..20), crlf: bool, ended: bool, mark: bool,
+        ) {
+            let mut bytes = if mark { BYTE_ORDER_MARK.to_vec() } else { Vec::new() };
+            // So that the file is none that is refused whole.
+            let first = row("first").into_bytes();
+            let all: Vec<&[u8]> = [first.as_slice()].into_iter().chain(lines.iter().map(Vec::as_slice)).collect();
+            bytes.extend(all.join(if crlf { &b"\r\n"[..] } else { &b"\n"[..] }));
+            if ended {
+                bytes.push(b'\n');
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("x.jsonl");
+            fs::write(&path, &bytes).unwrap();
+
+            let dataset = open(&path, BadRows::Skip).unwrap();
+            let naive: Vec<(u64, Result<TrainingRow>)> = all
+                .iter()
+                .zip(1u64..)
+                .filter(|(line, _)| !line.trim_ascii().is_empty())
+                .map(|(line, n)| (n, TrainingRow::parse(line, &path, n)))
+                .collect();
+            let good: Vec<(u64, &TrainingRow)> =
+                naive.iter().filter_map(|(n, r)| Some((*n, r.as_ref().ok()?))).collect();
+            prop_assert_eq!(dataset.len(), good.len());
+            prop_assert_eq!(dataset.skipped().count as usize, naive.len() - good.len());
+            for (i, (line, row)) in good.iter().enumerate() {
+                prop_assert_eq!(&dataset.row(i).unwrap(), *row);
+                prop_assert_eq!(dataset.location(i).unwrap().1, *line);
+            }
+        }
+    }
+}

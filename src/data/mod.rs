@@ -1,0 +1,12 @@
+//! Training data, from files to one packed batch: [`Dataset`] reads and checks rows, [`Sampler`]
+//! draws them and their passages, [`Batch`] is what a model takes.
+
+mod batch;
+mod dataset;
+mod row;
+mod sampler;
+
+pub use batch::Batch;
+pub use dataset::{BadRows, Dataset, Skipped};
+pub use row::TrainingRow;
+pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};

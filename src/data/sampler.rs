@@ -1,0 +1,364 @@
+//! Which rows form which batch, and which passages a row gives: a pure function of seed, epoch and
+//! step. It knows nothing of processes, so the order of the data does not depend on their number.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rand::rngs::ChaCha8Rng;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+use super::TrainingRow;
+use crate::{Error, ErrorKind, Result};
+
+/// How rows and passages are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Sampling {
+    /// Each epoch visits every row once, in an order of its own; passages are drawn.
+    Random,
+    /// Rows in file order, over and over, batches running on past the end; the first passages.
+    Sequential,
+}
+
+/// What a [`Sampler`] is made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SamplerConfig {
+    /// Keys every draw of [`Sampling::Random`].
+    pub seed: u64,
+    /// How rows and passages are chosen.
+    pub sampling: Sampling,
+    /// Rows of the dataset.
+    pub rows: usize,
+    /// Rows of a batch, over all processes.
+    pub batch_size: usize,
+    /// Passages of a row: 1 positive and `group_size − 1` hard negatives.
+    pub group_size: usize,
+    /// Leave out an epoch's last batch if it is short. ([`Sampling::Sequential`] has no short one.)
+    pub drop_last: bool,
+}
+
+/// Draws batches of rows, and a group of passages from each row.
+#[derive(Debug)]
+pub struct Sampler {
+    config: SamplerConfig,
+    steps_per_epoch: u64,
+    /// The last epoch's order: only a cache, so that a batch does not cost a permutation.
+    order: Mutex<Option<(u64, Arc<[usize]>)>>,
+}
+
+/// One row of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draw {
+    /// Index of the row in the dataset.
+    pub row: usize,
+    /// How often the data was gone through before.
+    pub epoch: u64,
+}
+
+/// The texts that one row gives to a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group<'r> {
+    /// The query.
+    pub query: &'r str,
+    /// `group_size` passages, the positive first.
+    pub passages: Vec<&'r str>,
+    /// The row's own instruction.
+    pub prompt: Option<&'r str>,
+}
+
+impl Sampler {
+    /// A sampler over a dataset.
+    ///
+    /// # Errors
+    /// There are no rows, a batch has no rows or more passages than a `u32` counts, a group fewer
+    /// than 2 passages, or `drop_last` would leave no batch at all.
+    pub fn new(config: SamplerConfig) -> Result<Self> {
+        let SamplerConfig { rows, batch_size, group_size, .. } = config;
+        let error = |what: &str| Error::new(ErrorKind::Argument, what);
+        if rows == 0 {
+            return Err(error("there are no rows to sample"));
+        }
+        if batch_size == 0 {
+            return Err(error("the batch size is 0").expected("at least 1"));
+        }
+        if group_size < 2 {
+            return Err(error("the group size is too small")
+                .expected("at least 2: 1 positive and group size − 1 hard negatives")
+                .got(group_size));
+        }
+        if batch_size.checked_mul(group_size).is_none_or(|passages| passages > u32::MAX as usize) {
+            return Err(error("batch size × group size is too large")
+                .expected(format!("at most {} passages in a batch", u32::MAX))
+                .got(format!("{batch_size} × {group_size}")));
+        }
+        let drop_last = config.drop_last && config.sampling == Sampling::Random;
+        if drop_last && rows < batch_size {
+            return Err(error("dropping the last, short batch leaves none")
+                .expected(format!("at least {batch_size} rows, one batch"))
+                .got(rows)
+                .hint("use a smaller batch, or keep the last one"));
+        }
+        let batches = if drop_last { rows / batch_size } else { rows.div_ceil(batch_size) };
+        Ok(Self { config, steps_per_epoch: batches as u64, order: Mutex::new(None) })
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &SamplerConfig {
+        &self.config
+    }
+
+    /// Batches in which the data is gone through once; at least 1.
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.steps_per_epoch
+    }
+
+    /// The rows of a batch; `step` counts from 0 over all epochs. Never empty.
+    pub fn batch(&self, step: u64) -> Vec<Draw> {
+        let (rows, batch_size) = (self.config.rows, self.config.batch_size);
+        match self.config.sampling {
+            Sampling::Sequential => {
+                let first = u128::from(step) * batch_size as u128;
+                let draw = |i: u128| Draw {
+                    row: (i % rows as u128) as usize,
+                    epoch: (i / rows as u128) as u64,
+                };
+                (first..first + batch_size as u128).map(draw).collect()
+            }
+            Sampling::Random => {
+                let epoch = step / self.steps_per_epoch;
+                // Below `rows`: the step within the epoch is below `steps_per_epoch`.
+                let first = (step % self.steps_per_epoch) as usize * batch_size;
+                let order = self.order(epoch);
+                order[first..rows.min(first.saturating_add(batch_size))]
+                    .iter()
+                    .map(|&row| Draw { row, epoch })
+                    .collect()
+            }
+        }
+    }
+
+    /// The texts that a drawn row gives. [`Sampling::Sequential`]: the first positive and the first
+    /// negatives, starting over if they are too few. [`Sampling::Random`]: one positive uniformly
+    /// and negatives without replacement, from as many copies of the list as are needed; keyed by
+    /// seed, epoch and row only.
+    ///
+    /// # Errors
+    /// The row has no positive or no negative (no row of a `Dataset` is like that).
+    pub fn group<'r>(&self, draw: &Draw, row: &'r TrainingRow) -> Result<Group<'r>> {
+        if row.pos.is_empty() || row.neg.is_empty() {
+            return Err(Error::new(ErrorKind::Data, "a row lacks positives or hard negatives")
+                .got(format!("{} and {}", row.pos.len(), row.neg.len())));
+        }
+        let negatives = self.config.group_size - 1;
+        let mut passages = Vec::with_capacity(self.config.group_size);
+        match self.config.sampling {
+            Sampling::Sequential => {
+                passages.push(row.pos[0].as_str());
+                passages.extend(row.neg.iter().cycle().take(negatives).map(String::as_str));
+            }
+            Sampling::Random => {
+                let mut rng = self.rng(Purpose::Group, draw.epoch, draw.row as u64);
+                let positive = below(&mut rng, row.pos.len() as u64) as usize;
+                passages.push(row.pos[positive].as_str());
+                let copies = negatives.div_ceil(row.neg.len());
+                let mut pool: Vec<usize> = (0..row.neg.len() * copies).collect();
+                shuffle_front(&mut rng, &mut pool, negatives);
+                let chosen = pool[..negatives].iter().map(|i| i % row.neg.len());
+                passages.extend(chosen.map(|i| row.neg[i].as_str()));
+            }
+        }
+        Ok(Group { query: &row.query, passages, prompt: row.prompt.as_deref() })
+    }
+
+    fn order(&self, epoch: u64) -> Arc<[usize]> {
+        // A poisoned cache is still whole: it is replaced in one assignment.
+        let mut cached = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*cached {
+            Some((of, order)) if *of == epoch => Arc::clone(order),
+            _ => {
+                let mut order: Vec<usize> = (0..self.config.rows).collect();
+                let all = order.len();
+                shuffle_front(&mut self.rng(Purpose::Order, epoch, 0), &mut order, all);
+                let order: Arc<[usize]> = order.into();
+                *cached = Some((epoch, Arc::clone(&order)));
+                order
+            }
+        }
+    }
+
+    /// A generator of its own for each thing that is drawn, the same on every platform.
+    fn rng(&self, purpose: Purpose, epoch: u64, row: u64) -> ChaCha8Rng {
+        let mut key = [0; 32];
+        for (part, number) in
+            key.chunks_exact_mut(8).zip([self.config.seed, epoch, row, purpose as u64])
+        {
+            part.copy_from_slice(&number.to_le_bytes());
+        }
+        ChaCha8Rng::from_seed(key)
+    }
+}
+
+/// Keeps the streams of an epoch's order and of row 0's passages apart.
+#[derive(Clone, Copy)]
+enum Purpose {
+    Order = 0,
+    Group = 1,
+}
+
+/// Uniform in `0..n`, without bias and without regard to the width of `usize`.
+fn below(rng: &mut impl Rng, n: u64) -> u64 {
+    // The lowest 2⁶⁴ mod n numbers would make small remainders likelier.
+    let biased = n.wrapping_neg() % n;
+    loop {
+        let x = rng.next_u64();
+        if x >= biased {
+            return x % n;
+        }
+    }
+}
+
+/// Fisher–Yates from the front: the first `count` places are a uniform draw without replacement.
+fn shuffle_front(rng: &mut impl Rng, items: &mut [usize], count: usize) {
+    for i in 0..count {
+        let rest = (items.len() - i) as u64;
+        items.swap(i, i + below(rng, rest) as usize);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn config(sampling: Sampling, rows: usize, batch_size: usize) -> SamplerConfig {
+        SamplerConfig { seed: 42, sampling, rows, batch_size, group_size: 4, drop_last: false }
+    }
+
+    fn rows_of(sampler: &Sampler, step: u64) -> Vec<usize> {
+        sampler.batch(step).iter().map(|d| d.row).collect()
+    }
+
+    fn row(pos: usize, neg: usize) -> TrainingRow {
+        TrainingRow {
+            query: "q".into(),
+            pos: (0..pos).map(|i| format!("p{i}")).collect(),
+            neg: (0..neg).map(|i| format!("n{i}")).collect(),
+            id: None,
+            prompt: Some("find: ".into()),
+            pos_scores: None,
+            neg_scores: None,
+        }
+    }
+
+    #[test]
+    fn sequential_runs_on_past_the_end() {
+        let s = Sampler::new(config(Sampling::Sequential, 10, 3)).unwrap();
+        assert_eq!(s.steps_per_epoch(), 4);
+        assert_eq!(rows_of(&s, 0), [0, 1, 2]);
+        assert_eq!(rows_of(&s, 3), [9, 0, 1]);
+        assert_eq!(s.batch(3).iter().map(|d| d.epoch).collect::<Vec<_>>(), [0, 1, 1]);
+        let few = Sampler::new(config(Sampling::Sequential, 2, 5)).unwrap();
+        assert_eq!(rows_of(&few, 1), [1, 0, 1, 0, 1]);
+        assert_eq!(few.batch(u64::MAX).len(), 5);
+        let texts = row(2, 2);
+        let group = s.group(&s.batch(0)[0], &texts).unwrap();
+        assert_eq!(group.passages, ["p0", "n0", "n1", "n0"]);
+        assert_eq!((group.query, group.prompt), ("q", Some("find: ")));
+    }
+
+    #[test]
+    fn draws_are_the_same_on_every_platform_and_forever() {
+        let s = Sampler::new(config(Sampling::Random, 10, 10)).unwrap();
+        assert_eq!(rows_of(&s, 0), [9, 7, 8, 2, 4, 5, 0, 1, 6, 3]);
+        let texts = row(3, 9);
+        let group = s.group(&Draw { row: 5, epoch: 1 }, &texts).unwrap();
+        assert_eq!(group.passages, ["p2", "n6", "n0", "n3"]);
+    }
+
+    #[test]
+    fn impossible_settings_are_refused() {
+        let good = config(Sampling::Random, 10, 3);
+        for (bad, part) in [
+            (SamplerConfig { rows: 0, ..good }, "no rows"),
+            (SamplerConfig { batch_size: 0, ..good }, "batch size"),
+            (SamplerConfig { group_size: 1, ..good }, "1 positive"),
+            (SamplerConfig { batch_size: usize::MAX, ..good }, "too large"),
+            (SamplerConfig { drop_last: true, batch_size: 11, ..good }, "at least 11 rows"),
+        ] {
+            let e = Sampler::new(bad).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Argument);
+            assert!(e.to_string().contains(part), "{e}");
+        }
+        let s = Sampler::new(good).unwrap();
+        assert!(s.group(&s.batch(0)[0], &row(1, 0)).is_err());
+        assert!(s.group(&s.batch(0)[0], &row(0, 1)).is_err());
+    }
+
+    #[test]
+    fn negatives_are_uniform() {
+        let s = Sampler::new(config(Sampling::Random, 1, 1)).unwrap();
+        let texts = row(2, 6);
+        let mut counts = [0; 6];
+        for epoch in 0..6000 {
+            for p in &s.group(&Draw { row: 0, epoch }, &texts).unwrap().passages[1..] {
+                counts[p[1..].parse::<usize>().unwrap()] += 1;
+            }
+        }
+        // 3 of 6 in each of 6000 draws; the standard deviation is 39.
+        assert!(counts.iter().all(|c| (2800..3200).contains(c)), "{counts:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn an_epoch_visits_every_row_once(
+            rows in 1usize..200, batch_size in 1usize..40, seed: u64, epoch in 0u64..5, drop_last: bool,
+        ) {
+            let drop_last = drop_last && rows >= batch_size;
+            let c = SamplerConfig { seed, drop_last, ..config(Sampling::Random, rows, batch_size) };
+            let s = Sampler::new(c).unwrap();
+            let steps = s.steps_per_epoch();
+            let mut seen = Vec::new();
+            for step in epoch * steps..(epoch + 1) * steps {
+                let batch = s.batch(step);
+                prop_assert!(!batch.is_empty() && batch.iter().all(|d| d.epoch == epoch));
+                prop_assert!(!drop_last || batch.len() == batch_size);
+                seen.extend(batch.iter().map(|d| d.row));
+            }
+            let visited = if drop_last { rows / batch_size * batch_size } else { rows };
+            prop_assert_eq!(seen.len(), visited);
+            seen.sort_unstable();
+            seen.dedup();
+            prop_assert_eq!(seen.len(), visited);
+            prop_assert!(seen.iter().all(|&r| r < rows));
+        }
+
+        #[test]
+        fn batches_do_not_depend_on_what_was_asked_before(
+            rows in 1usize..60, batch_size in 1usize..9, seed: u64, steps in prop::collection::vec(0u64..90, 1..9),
+        ) {
+            let c = SamplerConfig { seed, ..config(Sampling::Random, rows, batch_size) };
+            let used = Sampler::new(c).unwrap();
+            for step in steps {
+                prop_assert_eq!(used.batch(step), Sampler::new(c).unwrap().batch(step));
+            }
+        }
+
+        #[test]
+        fn groups_are_whole_and_depend_on_seed_epoch_and_row_alone(
+            pos in 1usize..4, neg in 1usize..12, group_size in 2usize..20, seed: u64, epoch: u64, index: usize,
+        ) {
+            let texts = row(pos, neg);
+            let draw = Draw { row: index, epoch };
+            let c = SamplerConfig { seed, group_size, ..config(Sampling::Random, 7, 2) };
+            let group = |c| Sampler::new(c).unwrap().group(&draw, &texts).unwrap().passages;
+            let passages = group(c);
+            prop_assert_eq!(&passages, &group(SamplerConfig { rows: 99, batch_size: 5, ..c }));
+            prop_assert_eq!(passages.len(), group_size);
+            prop_assert!(passages[0].starts_with('p') && passages[1..].iter().all(|p| p.starts_with('n')));
+            let most = (group_size - 1).div_ceil(neg);
+            for n in &texts.neg {
+                prop_assert!(passages.iter().filter(|p| *p == n).count() <= most);
+            }
+        }
+    }
+}

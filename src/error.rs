@@ -1,0 +1,195 @@
+//! The one error type: what went wrong, where, what was expected, what was found, and what to do.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// The result of every fallible call of the library.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What kind of thing went wrong; stable, for programs that react to errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Reading or writing a file failed.
+    Io,
+    /// A training row, corpus line or judgment is malformed.
+    Data,
+    /// `tokenizer.json` is missing, unreadable or lacks tokens that the template needs.
+    Tokenizer,
+    /// `config.json`, a run file or a template describes something impossible or unsupported.
+    Config,
+    /// Weight files are missing, damaged or do not fit the configuration.
+    Weights,
+    /// A flag or an argument of a library call is out of its range.
+    Argument,
+    /// A number that must be finite is not.
+    Numeric,
+    /// Processes disagree, or a process group is missing.
+    Distributed,
+    /// The device cannot do what was asked.
+    Backend,
+}
+
+/// Where it went wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    File(PathBuf),
+    Line(PathBuf, u64),
+    Tensor(PathBuf, String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::File(path) => write!(f, "{}", path.display()),
+            Place::Line(path, line) => write!(f, "{}:{line}", path.display()),
+            Place::Tensor(path, tensor) => write!(f, "{}: tensor `{tensor}`", path.display()),
+        }
+    }
+}
+
+/// An error of llara. Built in one expression, from the plain statement to the hint:
+///
+/// ```
+/// use llara::{Error, ErrorKind};
+/// let e = Error::new(ErrorKind::Data, "`neg` is empty")
+///     .line("train.jsonl", 17)
+///     .expected("at least one hard negative")
+///     .got("[]")
+///     .hint("mine negatives first, or remove the row");
+/// assert!(e.to_string().starts_with("train.jsonl:17: `neg` is empty"));
+/// ```
+#[derive(Debug, thiserror::Error)]
+pub struct Error(Box<Report>);
+
+/// Boxed so that `Result<T>` stays one word wider than `T` at most.
+#[derive(Debug)]
+struct Report {
+    kind: ErrorKind,
+    what: String,
+    place: Option<Place>,
+    expected: Option<String>,
+    got: Option<String>,
+    hint: Option<String>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind` saying `what` in one line, without a full stop.
+    pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
+        Error(Box::new(Report {
+            kind,
+            what: what.into(),
+            place: None,
+            expected: None,
+            got: None,
+            hint: None,
+            source: None,
+        }))
+    }
+
+    /// A failed read or write of `path`, with a hint for the causes that a user can mend.
+    pub fn io(action: &str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        use std::io::ErrorKind as Io;
+        let hint = match source.kind() {
+            Io::NotFound => Some("check the path"),
+            Io::PermissionDenied => Some("check the permissions of the file and its folder"),
+            Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge => {
+                Some("free some space or choose another folder; nothing was left half-written")
+            }
+            _ => None,
+        };
+        let error = Error::new(ErrorKind::Io, format!("cannot {action}: {source}")).file(path);
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    }
+
+    /// Names the file.
+    pub fn file(mut self, path: impl AsRef<Path>) -> Self {
+        self.0.place = Some(Place::File(path.as_ref().to_owned()));
+        self
+    }
+
+    /// Names the file and the line, counted from 1.
+    pub fn line(mut self, path: impl AsRef<Path>, line: u64) -> Self {
+        self.0.place = Some(Place::Line(path.as_ref().to_owned(), line));
+        self
+    }
+
+    /// Names the file and the tensor in it.
+    pub fn tensor(mut self, path: impl AsRef<Path>, tensor: impl Into<String>) -> Self {
+        self.0.place = Some(Place::Tensor(path.as_ref().to_owned(), tensor.into()));
+        self
+    }
+
+    /// Says what would have been right.
+    pub fn expected(mut self, expected: impl fmt::Display) -> Self {
+        self.0.expected = Some(expected.to_string());
+        self
+    }
+
+    /// Says what was found instead.
+    pub fn got(mut self, got: impl fmt::Display) -> Self {
+        self.0.got = Some(got.to_string());
+        self
+    }
+
+    /// Says what to do about it.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    /// Keeps the error of another crate as the cause.
+    pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// The kind, for programs that react to it.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let report = &self.0;
+        if let Some(place) = &report.place {
+            write!(f, "{place}: ")?;
+        }
+        write!(f, "{}", report.what)?;
+        if let Some(source) = &report.source {
+            write!(f, ": {source}")?;
+        }
+        for (label, text) in
+            [("expected", &report.expected), ("got", &report.got), ("hint", &report.hint)]
+        {
+            if let Some(text) = text {
+                write!(f, "\n  {label}: {text}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_is_shown_in_order() {
+        let text = Error::new(ErrorKind::Weights, "wrong shape")
+            .tensor("model.safetensors", "norm.weight")
+            .expected("[64]")
+            .got("[63]")
+            .hint("export the model again")
+            .to_string();
+        assert_eq!(
+            text,
+            "model.safetensors: tensor `norm.weight`: wrong shape\n  expected: [64]\n  got: [63]\n  hint: export the model again"
+        );
+    }
+}

@@ -1,0 +1,58 @@
+//! InfoNCE (van den Oord et al. 2018): a query against its positive among all passages.
+//!
+//! With `s = q · pᵀ / temperature` and `t(i)` the column of query i's positive,
+//! `loss = mean_i (log Σ_j exp s_ij − s_{i,t(i)})`.
+
+use crate::Result;
+use crate::backend::{Backend, Shape};
+
+/// The loss at a temperature.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct InfoNce {
+    /// Divides the similarities.
+    pub temperature: f32,
+}
+
+/// Scores and loss of one batch, with the gradient that [`InfoNce::backward`] goes on from.
+pub struct Scored<B: Backend> {
+    /// `q · pᵀ / temperature`. `[n, m]`
+    pub scores: B::Tensor,
+    /// Mean cross entropy. `[1, 1]`
+    pub loss: B::Tensor,
+    /// Gradient of the loss by the scores. `[n, m]`
+    dscores: B::Tensor,
+}
+
+impl InfoNce {
+    /// q `[n, d]`, p `[m, d]`; `targets[i]` is the row of p that is positive for query i.
+    pub fn forward<B: Backend>(
+        &self,
+        backend: &B,
+        q: &B::Tensor,
+        p: &B::Tensor,
+        targets: &B::Index,
+    ) -> Result<Scored<B>> {
+        let mut scores = backend.linear(q, p, None, None)?;
+        backend.scale(&mut scores, 1.0 / self.temperature)?;
+        let (loss, dscores) = backend.cross_entropy(&scores, targets)?;
+        Ok(Scored { scores, loss, dscores })
+    }
+
+    /// Gradients of `factor · loss` by q and p: `dq = ds · p`, `dp = dsᵀ · q`, with
+    /// `ds = dscores · factor / temperature`.
+    pub fn backward<B: Backend>(
+        &self,
+        backend: &B,
+        q: &B::Tensor,
+        p: &B::Tensor,
+        scored: Scored<B>,
+        factor: f32,
+    ) -> Result<(B::Tensor, B::Tensor)> {
+        let mut ds = scored.dscores;
+        backend.scale(&mut ds, factor / self.temperature)?;
+        let dq = backend.linear_input_grad(&ds, p, None)?;
+        let mut dp = backend.zeros(p.rows(), p.cols())?;
+        backend.linear_weight_grad(&ds, q, &mut dp)?;
+        Ok((dq, dp))
+    }
+}

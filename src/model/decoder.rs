@@ -1,0 +1,213 @@
+//! The decoder: embeddings, layers, final norm.
+
+use super::attention::Attention;
+use super::block::{Block, SavedBlock};
+use super::config::DecoderConfig;
+use super::input::Input;
+use super::linear::Linear;
+use super::mlp::Mlp;
+use super::norm::{RmsNorm, SavedNorm};
+use super::parameter::Parameter;
+use super::rope::Rope;
+use crate::Result;
+use crate::backend::{AttentionShape, Backend};
+
+/// A decoder without its language-model head: token ids in, hidden states out.
+pub struct Decoder<B: Backend> {
+    config: DecoderConfig,
+    embed_tokens: Parameter<B>,
+    blocks: Vec<Block<B>>,
+    norm: RmsNorm<B>,
+    rope: Rope<B>,
+}
+
+/// What the backward pass of the decoder needs.
+pub struct SavedDecoder<B: Backend> {
+    blocks: Vec<SavedBlock<B>>,
+    /// Last residual stream at the pooled rows, before the final norm. `[R, d]`
+    pooled: B::Tensor,
+    norm: SavedNorm<B>,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Builds the decoder that `config` describes, asking `value` for each parameter's tensor by name
+    /// and file shape. Names are those of the bare decoder, without a `model.` in front.
+    pub fn build(
+        config: DecoderConfig,
+        value: &mut dyn FnMut(&str, &[usize]) -> Result<B::Tensor>,
+    ) -> Result<Self> {
+        let mut builder = Builder { config: &config, value };
+        let embed_tokens = builder
+            .parameter("embed_tokens.weight".to_owned(), &[config.vocab_size, config.hidden_size])?;
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| builder.block(layer))
+            .collect::<Result<_>>()?;
+        let norm = builder.norm("norm", config.hidden_size)?;
+        let rope = Rope::new(config.inverse_frequencies());
+        Ok(Decoder { config, embed_tokens, blocks, norm, rope })
+    }
+
+    /// The names and file shapes of all parameters of a `config`, in the order of `parameters`.
+    pub fn parameter_shapes(backend: &B, config: &DecoderConfig) -> Result<Vec<NamedShape>> {
+        let mut shapes = Vec::new();
+        Self::build(config.clone(), &mut |name, shape| {
+            shapes.push((name.to_owned(), shape.to_vec()));
+            backend.zeros(0, 0)
+        })?;
+        Ok(shapes)
+    }
+
+    /// The configuration that the decoder was built from.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Last hidden states after the final norm, at the pooled rows of the input. `[R, d]`
+    pub fn forward(&self, backend: &B, input: &Input<B>) -> Result<B::Tensor> {
+        let mut forget = |_| ();
+        Ok(self.run(backend, input, &mut forget)?.0)
+    }
+
+    /// [`forward`](Decoder::forward), with what [`backward`](Decoder::backward) needs.
+    pub fn forward_saving(
+        &self,
+        backend: &B,
+        input: &Input<B>,
+    ) -> Result<(B::Tensor, SavedDecoder<B>)> {
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        let (hidden, pooled, norm) =
+            self.run(backend, input, &mut |saved| blocks.push(saved))?;
+        Ok((hidden, SavedDecoder { blocks, pooled, norm }))
+    }
+
+    /// Returns the normed pooled rows, the same before the norm, and what the norm saved.
+    fn run(
+        &self,
+        backend: &B,
+        input: &Input<B>,
+        keep: &mut dyn FnMut(SavedBlock<B>),
+    ) -> Result<(B::Tensor, B::Tensor, SavedNorm<B>)> {
+        let rope = self.rope.table(backend, input.layout.longest)?;
+        let mut x = backend.gather_rows(self.embed_tokens.value(), &input.ids)?;
+        for block in &self.blocks {
+            let (y, saved) = block.forward(backend, x, &input.layout, &rope)?;
+            keep(saved);
+            x = y;
+        }
+        let pooled = backend.gather_rows(&x, &input.pooled_rows)?;
+        let (hidden, norm) = self.norm.forward(backend, &pooled)?;
+        Ok((hidden, pooled, norm))
+    }
+
+    /// Adds the gradient of every parameter, from the gradient by the hidden states `[R, d]` that
+    /// [`forward_saving`](Decoder::forward_saving) returned for the same input.
+    pub fn backward(
+        &mut self,
+        backend: &B,
+        input: &Input<B>,
+        dhidden: &B::Tensor,
+        saved: SavedDecoder<B>,
+    ) -> Result<()> {
+        let rope = self.rope.table(backend, input.layout.longest)?;
+        let dpooled = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
+        let mut dx = backend.zeros(input.layout.rows, self.config.hidden_size)?;
+        backend.scatter_add_rows(&dpooled, &input.pooled_rows, &mut dx)?;
+        for (block, saved) in self.blocks.iter_mut().zip(saved.blocks).rev() {
+            dx = block.backward(backend, dx, saved, &input.layout, &rope)?;
+        }
+        let (_, dtable) = self.embed_tokens.value_and_grad(backend)?;
+        backend.scatter_add_rows(&dx, &input.ids, dtable)
+    }
+
+    /// All parameters, in the order of the model.
+    pub fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
+        std::iter::once(&self.embed_tokens)
+            .chain(self.blocks.iter().flat_map(Block::parameters))
+            .chain(std::iter::once(&self.norm.weight))
+    }
+
+    /// All parameters, to be changed.
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
+        std::iter::once(&mut self.embed_tokens)
+            .chain(self.blocks.iter_mut().flat_map(Block::parameters_mut))
+            .chain(std::iter::once(&mut self.norm.weight))
+    }
+
+    /// Forgets all gradients.
+    pub fn clear_gradients(&mut self) {
+        self.parameters_mut().for_each(Parameter::clear_grad);
+    }
+
+    /// Replaces the token embeddings by a table with more rows. `[vocab_size, d]`
+    pub(crate) fn replace_embeddings(&mut self, vocab_size: usize, table: B::Tensor) {
+        self.config.vocab_size = vocab_size;
+        self.embed_tokens.replace(&[vocab_size, self.config.hidden_size], table);
+    }
+}
+
+/// A parameter's name and its shape in files.
+pub type NamedShape = (String, Vec<usize>);
+
+/// Names and shapes as Hugging Face writes them.
+struct Builder<'a, B: Backend> {
+    config: &'a DecoderConfig,
+    value: &'a mut dyn FnMut(&str, &[usize]) -> Result<B::Tensor>,
+}
+
+impl<B: Backend> Builder<'_, B> {
+    fn parameter(&mut self, name: String, shape: &[usize]) -> Result<Parameter<B>> {
+        let value = (self.value)(&name, shape)?;
+        Ok(Parameter::new(name, shape, value))
+    }
+
+    fn norm(&mut self, name: &str, features: usize) -> Result<RmsNorm<B>> {
+        let weight = self.parameter(format!("{name}.weight"), &[features])?;
+        Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
+    }
+
+    fn linear(
+        &mut self,
+        name: String,
+        (output, input): (usize, usize),
+        bias: bool,
+    ) -> Result<Linear<B>> {
+        let weight = self.parameter(format!("{name}.weight"), &[output, input])?;
+        let bias =
+            bias.then(|| self.parameter(format!("{name}.bias"), &[output])).transpose()?;
+        Ok(Linear { weight, bias })
+    }
+
+    fn block(&mut self, layer: usize) -> Result<Block<B>> {
+        let c = self.config;
+        let (d, inner) = (c.hidden_size, c.intermediate_size);
+        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let at = |part: &str| format!("layers.{layer}.{part}");
+        let head_norm = |builder: &mut Self, part: &str| {
+            c.qk_norm.then(|| builder.norm(&at(part), c.head_dim)).transpose()
+        };
+        Ok(Block {
+            input_norm: self.norm(&at("input_layernorm"), d)?,
+            attention: Attention {
+                q: self.linear(at("self_attn.q_proj"), (q, d), c.qkv_bias)?,
+                k: self.linear(at("self_attn.k_proj"), (kv, d), c.qkv_bias)?,
+                v: self.linear(at("self_attn.v_proj"), (kv, d), c.qkv_bias)?,
+                o: self.linear(at("self_attn.o_proj"), (d, q), c.output_bias)?,
+                q_norm: head_norm(self, "self_attn.q_norm")?,
+                k_norm: head_norm(self, "self_attn.k_norm")?,
+                shape: AttentionShape {
+                    heads: c.num_attention_heads,
+                    kv_heads: c.num_key_value_heads,
+                    head_dim: c.head_dim,
+                    window: c.windows[layer],
+                    scale: (c.head_dim as f32).powf(-0.5),
+                },
+            },
+            post_attention_norm: self.norm(&at("post_attention_layernorm"), d)?,
+            mlp: Mlp {
+                gate: self.linear(at("mlp.gate_proj"), (inner, d), c.mlp_bias)?,
+                up: self.linear(at("mlp.up_proj"), (inner, d), c.mlp_bias)?,
+                down: self.linear(at("mlp.down_proj"), (d, inner), c.mlp_bias)?,
+            },
+        })
+    }
+}

@@ -1,0 +1,25 @@
+//! One decoder for Llama, Mistral, Qwen2 and Qwen3: the families differ in data, not in code.
+//!
+//! Each layer keeps its forward and backward side by side, with the formula; what a backward needs
+//! is a struct that can be read. Only [`weights`] touches files.
+
+mod attention;
+mod block;
+mod config;
+mod decoder;
+mod input;
+mod linear;
+mod mlp;
+mod norm;
+mod parameter;
+mod pool;
+mod rope;
+pub mod weights;
+
+pub use config::{DecoderConfig, Family};
+pub use decoder::{Decoder, SavedDecoder};
+pub use input::Input;
+pub use parameter::Parameter;
+pub(crate) use pool::mean_pool_backward;
+pub use pool::mean_pool;
+pub use rope::RopeScaling;

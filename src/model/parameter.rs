@@ -1,0 +1,90 @@
+//! A trainable matrix: its name in the model's files, its value and its gradient.
+
+use crate::backend::{Backend, Shape};
+use crate::{Error, ErrorKind, Result};
+
+/// A weight of the model, with the gradient that backward passes add up in it.
+pub struct Parameter<B: Backend> {
+    name: String,
+    /// As in the file: `[out, in]` of a matrix, `[n]` of a vector.
+    shape: Vec<usize>,
+    /// `[out, in]`, or `[1, n]` for a vector.
+    value: B::Tensor,
+    /// Allocated by the first backward pass.
+    grad: Option<B::Tensor>,
+    /// Whether a backward pass has reached this parameter since the gradients were last cleared.
+    reached: bool,
+}
+
+impl<B: Backend> Parameter<B> {
+    pub(crate) fn new(name: String, shape: &[usize], value: B::Tensor) -> Self {
+        Parameter { name, shape: shape.to_vec(), value, grad: None, reached: false }
+    }
+
+    /// Name within the bare decoder, such as `layers.0.mlp.up_proj.weight`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Shape as stored in files: `[out, in]` or `[n]`.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The weights, `[out, in]` or `[1, n]`.
+    pub fn value(&self) -> &B::Tensor {
+        &self.value
+    }
+
+    /// The gradient summed since it was last cleared, shaped as the value.
+    ///
+    /// # Errors
+    /// When no backward pass has reached this parameter: a part of the model that does not learn is
+    /// a mistake, never a silence.
+    pub fn grad(&self) -> Result<&B::Tensor> {
+        match &self.grad {
+            Some(grad) if self.reached => Ok(grad),
+            _ => Err(Error::new(
+                ErrorKind::Numeric,
+                format!("parameter `{}` received no gradient", self.name),
+            )
+            .expected("a gradient for every trainable parameter")
+            .hint("run a forward and backward pass in training mode first")),
+        }
+    }
+
+    /// The value to read and the gradient to add to, for a backward pass.
+    pub(crate) fn value_and_grad(&mut self, backend: &B) -> Result<(&B::Tensor, &mut B::Tensor)> {
+        let grad = match self.grad.take() {
+            Some(grad) if self.reached => grad,
+            stale => {
+                drop(stale); // its buffer is the one that `zeros` hands out again
+                backend.zeros(self.value.rows(), self.value.cols())?
+            }
+        };
+        self.reached = true;
+        Ok((&self.value, self.grad.insert(grad)))
+    }
+
+    /// The value to change and the gradient to read, for an optimizer.
+    pub(crate) fn value_mut_and_grad(&mut self) -> Result<(&mut B::Tensor, &B::Tensor)> {
+        self.grad()?;
+        match &self.grad {
+            Some(grad) => Ok((&mut self.value, grad)),
+            None => unreachable!("grad() has just found it"),
+        }
+    }
+
+    /// Forgets the gradient; the next backward pass starts from zero.
+    pub(crate) fn clear_grad(&mut self) {
+        self.reached = false;
+    }
+
+    /// Replaces value and shape, for a vocabulary that grows.
+    pub(crate) fn replace(&mut self, shape: &[usize], value: B::Tensor) {
+        self.shape = shape.to_vec();
+        self.value = value;
+        self.grad = None;
+        self.reached = false;
+    }
+}

@@ -1,0 +1,297 @@
+//! Saving: the same files that were read, with the trained tensors in place of the old ones.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rand::{SeedableRng, rngs::ChaCha8Rng};
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use super::file::{Declaration, SafetensorsWriter};
+use super::files::{WeightFiles, index_name, single_name};
+use super::load::{load_decoder, prefix_of, standard_normal};
+use super::staging::Staging;
+use crate::backend::{Backend, Shape};
+use crate::model::{Decoder, DecoderConfig, Parameter};
+use crate::{Error, ErrorKind, Result};
+
+/// Files that go with a model and that training does not change; the tokenizer writes its own.
+const CARRIED: [&str; 14] = [
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+];
+
+/// The number format in which weights are saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SaveDtype {
+    /// Each tensor in the type it was read in; f32 for a new model.
+    #[default]
+    AsLoaded,
+    /// Everything in f32.
+    F32,
+    /// Everything in bf16.
+    Bf16,
+    /// Everything in f16.
+    F16,
+}
+
+impl SaveDtype {
+    fn dtype(self) -> Option<Dtype> {
+        match self {
+            SaveDtype::AsLoaded => None,
+            SaveDtype::F32 => Some(Dtype::F32),
+            SaveDtype::Bf16 => Some(Dtype::BF16),
+            SaveDtype::F16 => Some(Dtype::F16),
+        }
+    }
+}
+
+/// The form of a model folder: which tensors stand in which files, and all that goes with them.
+#[derive(Debug)]
+pub struct ModelFolder {
+    /// `None` for a model that was made here.
+    source: Option<(PathBuf, WeightFiles)>,
+    /// `config.json` as it was read, keys in order.
+    config: Value,
+    /// Prefix of the decoder's tensors in the files.
+    prefix: &'static str,
+}
+
+/// A tensor of a file to be written.
+struct Planned {
+    declaration: Declaration,
+    /// Name within the decoder; `None`: carried over from the source.
+    parameter: Option<String>,
+}
+
+impl ModelFolder {
+    /// Reads the configuration and the weights of `dir`.
+    pub fn load<B: Backend>(backend: &B, dir: &Path) -> Result<(Self, Decoder<B>)> {
+        if !dir.is_dir() {
+            return Err(Error::new(ErrorKind::Io, "there is no such model folder")
+                .file(dir)
+                .hint("give a folder as `save_pretrained` writes it, or a model id of the Hub"));
+        }
+        let path = dir.join("config.json");
+        let config = DecoderConfig::from_file(&path)?;
+        let text = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        let json = serde_json::from_slice(&text)
+            .map_err(|e| Error::new(ErrorKind::Config, "not JSON").file(&path).because(e))?;
+        let files = WeightFiles::open(dir)?;
+        let decoder = load_decoder(backend, &config, &files)?;
+        let prefix = prefix_of(&files);
+        Ok((ModelFolder { source: Some((dir.to_owned(), files)), config: json, prefix }, decoder))
+    }
+
+    /// The form of a new causal language model with this `config.json`.
+    pub fn new(config: Value) -> Self {
+        ModelFolder { source: None, config, prefix: "model." }
+    }
+
+    /// Where the model was read from.
+    pub fn source(&self) -> Option<&Path> {
+        self.source.as_ref().map(|(dir, _)| dir.as_path())
+    }
+
+    /// Whether saving with `dtype` keeps every trained bit.
+    pub(crate) fn keeps_f32(&self, dtype: SaveDtype) -> bool {
+        match (dtype, &self.source) {
+            (SaveDtype::AsLoaded, Some((_, files))) => {
+                let dtype_of = |name| files.info(name).map(|info| info.dtype);
+                files.names().all(|name| dtype_of(name) == Some(Dtype::F32))
+            }
+            (SaveDtype::AsLoaded, None) | (SaveDtype::F32, _) => true,
+            (SaveDtype::Bf16 | SaveDtype::F16, _) => false,
+        }
+    }
+
+    /// Writes weights, configuration and carried files of `decoder` into `staging`.
+    pub(crate) fn write<B: Backend>(
+        &self,
+        backend: &B,
+        decoder: &Decoder<B>,
+        dtype: SaveDtype,
+        staging: &Staging,
+    ) -> Result<()> {
+        let parameters: HashMap<&str, &Parameter<B>> =
+            decoder.parameters().map(|p| (p.name(), p)).collect();
+        let plan = self.plan(decoder, &parameters, dtype);
+        let mut weight_map = BTreeMap::new();
+        let mut total_size = 0;
+        for (file, tensors) in &plan {
+            let declared = tensors.iter().map(|t| t.declaration.clone()).collect();
+            let mut writer = SafetensorsWriter::create(&staging.path().join(file), declared)?;
+            for Planned { declaration: (name, dtype, shape), parameter } in tensors {
+                match parameter.as_deref().and_then(|p| parameters.get(p)) {
+                    Some(p) => writer.write_f32(name, &backend.download(p.value())?)?,
+                    None => self.carry_tensor(name, *dtype, shape, &mut writer)?,
+                }
+                weight_map.insert(name.clone(), file.clone());
+                total_size += shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            }
+            writer.finish()?;
+        }
+        if self.source.as_ref().is_some_and(|(_, files)| files.is_sharded()) {
+            let index = json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
+            staging.write(index_name(), pretty(&index).as_bytes())?;
+        }
+        if let Some((dir, _)) = &self.source {
+            carry_files(dir, staging)?;
+        }
+        staging.write("config.json", pretty(&self.config_for(decoder, dtype)).as_bytes())
+    }
+
+    /// What goes into each file: the source's layout, or everything in one file.
+    fn plan<B: Backend>(
+        &self,
+        decoder: &Decoder<B>,
+        parameters: &HashMap<&str, &Parameter<B>>,
+        save: SaveDtype,
+    ) -> Vec<(String, Vec<Planned>)> {
+        let planned = |name: String, loaded: Dtype, shape: Vec<usize>, parameter| Planned {
+            declaration: (name, save.dtype().unwrap_or(loaded), shape),
+            parameter,
+        };
+        let Some((_, files)) = &self.source else {
+            let all = decoder.parameters().map(|p| {
+                let name = format!("{}{}", self.prefix, p.name());
+                planned(name, Dtype::F32, p.shape().to_vec(), Some(p.name().to_owned()))
+            });
+            return vec![(single_name().to_owned(), all.collect())];
+        };
+        let config = decoder.config();
+        let tensors = |file: &super::file::SafetensorsFile| {
+            let mut tensors = Vec::new();
+            for name in file.names() {
+                let Some(info) = file.info(&name) else { continue };
+                let bare = name.strip_prefix(self.prefix).unwrap_or(&name);
+                match parameters.get(bare) {
+                    Some(p) => {
+                        let parameter = Some(bare.to_owned());
+                        tensors.push(planned(name, info.dtype, p.shape().to_vec(), parameter));
+                    }
+                    // A tied head is the embedding table itself; a copy of the old one would lie.
+                    None if name == "lm_head.weight" && config.tie_word_embeddings => {}
+                    None => {
+                        let mut shape = info.shape.clone();
+                        if name.starts_with("lm_head.") && !shape.is_empty() {
+                            shape[0] = shape[0].max(config.vocab_size);
+                        }
+                        tensors.push(planned(name, info.dtype, shape, None));
+                    }
+                }
+            }
+            tensors
+        };
+        files
+            .files()
+            .iter()
+            .map(|file| {
+                let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+                (name.into_owned(), tensors(file))
+            })
+            .collect()
+    }
+
+    /// A tensor that training does not touch: its bytes, unless type or size change.
+    fn carry_tensor(
+        &self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[usize],
+        writer: &mut SafetensorsWriter,
+    ) -> Result<()> {
+        let source = self.source.as_ref().and_then(|(_, files)| files.file_of(name));
+        let (Some(file), Some(info)) = (source, source.and_then(|f| f.info(name))) else {
+            return Err(Error::new(ErrorKind::Weights, format!("`{name}` has no source")));
+        };
+        if info.dtype == dtype && info.shape == shape {
+            return writer.write_bytes(name, &file.read_bytes(name)?);
+        }
+        let mut values = file.read_f32(name)?;
+        let rows = info.shape.first().copied().unwrap_or(1);
+        let grown = shape.first().copied().unwrap_or(1);
+        values.extend(new_rows(&values, rows, grown - rows));
+        writer.write_f32(name, &values)
+    }
+
+    fn config_for<B: Backend>(&self, decoder: &Decoder<B>, dtype: SaveDtype) -> Value {
+        let mut config = self.config.clone();
+        config["vocab_size"] = json!(decoder.config().vocab_size);
+        let name = match dtype {
+            SaveDtype::AsLoaded => return config,
+            SaveDtype::F32 => "float32",
+            SaveDtype::Bf16 => "bfloat16",
+            SaveDtype::F16 => "float16",
+        };
+        let key = if config.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
+        config[key] = json!(name);
+        config
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Gives the embedding table rows for a vocabulary of `vocab_size`, if it has fewer.
+    pub(crate) fn grow_vocabulary(&mut self, backend: &B, vocab_size: usize) -> Result<()> {
+        let Some(table) = self.parameters().next().map(Parameter::value) else { return Ok(()) };
+        let (rows, cols) = table.shape();
+        if vocab_size <= rows {
+            return Ok(());
+        }
+        let mut values = backend.download(table)?;
+        values.extend(new_rows(&values, rows, vocab_size - rows));
+        let grown = backend.upload(&values, vocab_size, cols)?;
+        self.replace_embeddings(vocab_size, grown);
+        Ok(())
+    }
+}
+
+/// Rows for new tokens: the mean of the old rows, which is where the model expects an unknown token,
+/// plus noise a tenth as wide as the old rows spread, so that no two are equal.
+fn new_rows(table: &[f32], rows: usize, count: usize) -> Vec<f32> {
+    let cols = table.len() / rows.max(1);
+    let mut mean = vec![0.0f64; cols];
+    let mut square = 0.0f64;
+    for row in table.chunks_exact(cols.max(1)) {
+        for (mean, &x) in mean.iter_mut().zip(row) {
+            *mean += f64::from(x) / rows as f64;
+            square += f64::from(x) * f64::from(x) / table.len() as f64;
+        }
+    }
+    let mean_square = mean.iter().map(|m| m * m).sum::<f64>() / cols.max(1) as f64;
+    let noise = 0.1 * (square - mean_square).max(0.0).sqrt();
+    let mut generator = ChaCha8Rng::seed_from_u64(rows as u64);
+    (0..count)
+        .flat_map(|_| mean.iter())
+        .map(|m| (m + noise * f64::from(standard_normal(&mut generator))) as f32)
+        .collect()
+}
+
+fn carry_files(from: &Path, staging: &Staging) -> Result<()> {
+    for name in CARRIED {
+        let path = from.join(name);
+        if path.is_file() {
+            let contents = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+            staging.write(name, &contents)?;
+        }
+    }
+    Ok(())
+}
+
+/// JSON as people and `save_pretrained` write it.
+fn pretty(value: &Value) -> String {
+    format!("{value:#}\n")
+}

@@ -1,0 +1,115 @@
+//! From files to a decoder: every disagreement with the configuration is found before any weight is
+//! read, and all are reported together.
+
+use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
+
+use super::files::WeightFiles;
+use super::number::is_readable;
+use crate::backend::Backend;
+use crate::model::decoder::NamedShape;
+use crate::model::{Decoder, DecoderConfig};
+use crate::{Error, ErrorKind, Result};
+
+/// What stands before the decoder's own names in the files of a causal language model.
+const CAUSAL_LM_PREFIX: &str = "model.";
+
+/// Tensors that a folder may have besides the decoder: the language-model head, and buffers that old
+/// exports wrote.
+fn may_stand_beside(name: &str) -> bool {
+    name == "lm_head.weight"
+        || name == "lm_head.bias"
+        || name.ends_with(".rotary_emb.inv_freq")
+        || name == "rotary_emb.inv_freq"
+}
+
+/// The prefix that this folder's files use: `model.`, or none where a bare decoder was saved.
+pub(super) fn prefix_of(files: &WeightFiles) -> &'static str {
+    if files.info("embed_tokens.weight").is_some() { "" } else { CAUSAL_LM_PREFIX }
+}
+
+/// Builds the decoder of `config` from `files`.
+///
+/// # Errors
+/// When tensors are missing, unknown, of another shape or of an unsupported type (all listed in one
+/// error), or when one holds NaN or infinity.
+pub fn load_decoder<B: Backend>(
+    backend: &B,
+    config: &DecoderConfig,
+    files: &WeightFiles,
+) -> Result<Decoder<B>> {
+    let prefix = prefix_of(files);
+    let expected = Decoder::parameter_shapes(backend, config)?;
+    compare(files, prefix, &expected)?;
+    Decoder::build(config.clone(), &mut |name, shape| {
+        let (rows, cols) = matrix_shape(shape);
+        backend.upload(&files.read_f32(&format!("{prefix}{name}"))?, rows, cols)
+    })
+}
+
+/// A decoder with weights as a new model of Hugging Face has them: matrices from a normal
+/// distribution, norms one, biases zero. The same seed gives the same weights.
+pub fn random_decoder<B: Backend>(
+    backend: &B,
+    config: &DecoderConfig,
+    standard_deviation: f32,
+    seed: u64,
+) -> Result<Decoder<B>> {
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    Decoder::build(config.clone(), &mut |name, shape| {
+        let (rows, cols) = matrix_shape(shape);
+        let values: Vec<f32> = match (shape.len(), name.ends_with(".bias")) {
+            (2, _) => (0..rows * cols)
+                .map(|_| standard_normal(&mut generator) * standard_deviation)
+                .collect(),
+            (_, true) => vec![0.0; cols],
+            _ => vec![1.0; cols],
+        };
+        backend.upload(&values, rows, cols)
+    })
+}
+
+/// One draw of the standard normal distribution (Box and Muller 1958).
+pub(crate) fn standard_normal(generator: &mut impl Rng) -> f32 {
+    let radius: f64 = 1.0 - generator.random::<f64>();
+    let angle: f64 = generator.random::<f64>() * 2.0 * std::f64::consts::PI;
+    ((-2.0 * radius.ln()).sqrt() * angle.cos()) as f32
+}
+
+/// A vector is a matrix of one row.
+fn matrix_shape(shape: &[usize]) -> (usize, usize) {
+    match *shape {
+        [rows, cols] => (rows, cols),
+        _ => (1, shape.iter().product()),
+    }
+}
+
+fn compare(files: &WeightFiles, prefix: &str, expected: &[NamedShape]) -> Result<()> {
+    let mut faults = Vec::new();
+    for (name, shape) in expected {
+        let name = format!("{prefix}{name}");
+        match files.info(&name) {
+            None => faults.push(format!("missing: {name} {shape:?}")),
+            Some(info) if info.shape != *shape => {
+                faults.push(format!("misshapen: {name}: expected {shape:?}, got {:?}", info.shape));
+            }
+            Some(info) if !is_readable(info.dtype) => {
+                faults.push(format!("unsupported type: {name}: {:?}", info.dtype));
+            }
+            Some(_) => {}
+        }
+    }
+    let known: std::collections::HashSet<String> =
+        expected.iter().map(|(name, _)| format!("{prefix}{name}")).collect();
+    let extra = files.names().filter(|name| !known.contains(*name) && !may_stand_beside(name));
+    faults.extend(extra.map(|name| format!("unknown: {name}")));
+    if faults.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Weights,
+        format!("the weights do not fit config.json in {} places", faults.len()),
+    )
+    .file(files.path())
+    .got(format!("\n    {}", faults.join("\n    ")))
+    .hint("config.json and the weights must come from the same export"))
+}

@@ -1,0 +1,129 @@
+//! Folders that are complete or not there.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use super::files::is_weight_file;
+use crate::{Error, ErrorKind, Result};
+
+/// The file without which no tool takes a folder for a model: it leaves first and comes last.
+const CONFIG: &str = "config.json";
+
+/// A folder being written next to its final place.
+///
+/// Files are made in a hidden folder inside the target and flushed to the disk; [`commit`] then moves
+/// them, `config.json` last. Dropped before that, it leaves the target as it was, and gone if it was
+/// not there.
+///
+/// [`commit`]: Staging::commit
+pub(crate) struct Staging {
+    target: PathBuf,
+    /// `None` once committed.
+    folder: Option<TempDir>,
+    made_target: bool,
+}
+
+impl Staging {
+    /// Makes `target` if need be, and an empty hidden folder in it.
+    pub(crate) fn new(target: &Path) -> Result<Self> {
+        let made_target = !target.exists();
+        fs::create_dir_all(target).map_err(|e| Error::io("create the folder", target, e))?;
+        let folder = tempfile::Builder::new()
+            .prefix(".partial-")
+            .tempdir_in(target)
+            .map_err(|e| Error::io("write to the folder", target, e))?;
+        Ok(Staging { target: target.to_owned(), folder: Some(folder), made_target })
+    }
+
+    /// Where to write.
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.as_ref().map_or(&self.target, TempDir::path)
+    }
+
+    /// Writes a small file in full.
+    pub(crate) fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
+        let path = self.path().join(name);
+        fs::write(&path, contents).map_err(|e| Error::io("write", &self.target.join(name), e))
+    }
+
+    /// Moves everything into place. Weight files of an earlier model in the target are removed.
+    pub(crate) fn commit(mut self) -> Result<()> {
+        let Some(folder) = self.folder.take() else { return Ok(()) };
+        let mut names = Vec::new();
+        let io = |e| Error::io("save the model", &self.target, e);
+        for entry in fs::read_dir(folder.path()).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            File::open(entry.path()).and_then(|file| file.sync_all()).map_err(io)?;
+            names.push(entry.file_name());
+        }
+        if !names.iter().any(|name| name == CONFIG) {
+            return Err(Error::new(ErrorKind::Config, "a model folder without config.json")
+                .file(&self.target));
+        }
+        names.sort_by_key(|name| name == CONFIG);
+        remove_if_there(&self.target.join(CONFIG)).map_err(io)?;
+        for entry in fs::read_dir(&self.target).map_err(io)? {
+            let name = entry.map_err(io)?.file_name();
+            if is_weight_file(&name.to_string_lossy()) && !names.contains(&name) {
+                remove_if_there(&self.target.join(name)).map_err(io)?;
+            }
+        }
+        for name in names {
+            fs::rename(folder.path().join(&name), self.target.join(&name)).map_err(io)?;
+        }
+        self.made_target = false;
+        drop(folder);
+        File::open(&self.target).and_then(|dir| dir.sync_all()).map_err(io)
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        drop(self.folder.take());
+        if self.made_target {
+            // Fails, as it should, when something else has been put there meanwhile.
+            let _ = fs::remove_dir(&self.target);
+        }
+    }
+}
+
+fn remove_if_there(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropped_it_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        let staging = Staging::new(&target).unwrap();
+        staging.write("config.json", b"{}").unwrap();
+        drop(staging);
+        assert!(!target.exists());
+    }
+
+    #[test]
+    fn committed_it_replaces_an_earlier_model() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join("model-00001-of-00002.safetensors"), "old").unwrap();
+        fs::write(target.join("notes.txt"), "mine").unwrap();
+        let staging = Staging::new(&target).unwrap();
+        staging.write("config.json", b"{}").unwrap();
+        staging.write("model.safetensors", b"new").unwrap();
+        staging.commit().unwrap();
+        let mut names: Vec<_> =
+            fs::read_dir(&target).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["config.json", "model.safetensors", "notes.txt"]);
+    }
+}

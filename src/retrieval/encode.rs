@@ -1,0 +1,237 @@
+//! Embedding files of texts and whole test collections with an encoder.
+
+use std::num::NonZeroUsize;
+
+use ndarray::{Array2, s};
+
+use super::{
+    BeirDataset, Metrics, Run, SearchOptions, Searcher, Similarity, TextFile, VectorWriter,
+    evaluate,
+};
+use crate::text::Role;
+use crate::{Error, ErrorKind, Result};
+
+/// Texts handed to the encoder at a time: enough to sort by length into full batches, few enough
+/// that memory does not grow with the collection.
+const BLOCK: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+/// What turns texts into embeddings.
+pub trait Embedder {
+    /// The width `d` of an embedding.
+    fn dimension(&self) -> usize;
+
+    /// Embeds texts: row i of the result `(texts, d)` belongs to text i.
+    ///
+    /// The texts may be thousands, of any length; to batch them well is the encoder's part.
+    fn embed(&self, role: Role, texts: &[String]) -> Result<Array2<f32>>;
+}
+
+/// How far an encoding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Which side is being embedded: of a collection, first the queries, then the passages.
+    pub role: Role,
+    /// Texts embedded so far.
+    pub done: usize,
+    /// Texts to embed.
+    pub total: usize,
+}
+
+/// Embeds every text of a file into a file of embeddings: row i is text i. Memory is bounded.
+///
+/// `on_progress` is told after every block. On an error the output's place is left as it was.
+///
+/// # Errors
+/// [`ErrorKind::Argument`]: the output was made for another shape; otherwise those of the encoder,
+/// of reading ([`TextFile::chunks`]) and of writing ([`VectorWriter::append`]).
+pub fn encode_stream(
+    embedder: &(impl Embedder + ?Sized),
+    role: Role,
+    texts: &TextFile,
+    mut output: VectorWriter,
+    on_progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let expected = (texts.len(), embedder.dimension());
+    if (output.rows(), output.cols()) != expected {
+        return Err(Error::new(ErrorKind::Argument, "the output was made for another shape")
+            .expected(format!("{expected:?}"))
+            .got(format!("{:?}", (output.rows(), output.cols()))));
+    }
+    let mut progress = Progress { role, done: 0, total: texts.len() };
+    for block in texts.chunks(BLOCK)? {
+        let block = block?;
+        let embeddings = embed_checked(embedder, role, &block)?;
+        output.append(embeddings.as_standard_layout().as_slice().unwrap_or_default())?;
+        progress.done += block.len();
+        on_progress(progress);
+    }
+    output.finish()
+}
+
+/// Embeds a test collection, searches it exactly and scores the rankings.
+///
+/// Passages are searched as they are embedded, so only the embeddings of the queries and of one
+/// block of passages are in memory. `on_progress` is told after every block.
+///
+/// # Errors
+/// Those of the encoder and of [`Searcher`].
+pub fn evaluate_dataset(
+    embedder: &(impl Embedder + ?Sized),
+    similarity: &(impl Similarity + ?Sized),
+    dataset: &BeirDataset,
+    options: SearchOptions,
+    on_progress: &mut dyn FnMut(Progress),
+) -> Result<(Metrics, Run)> {
+    let (query_ids, query_texts) = (&dataset.queries.ids, &dataset.queries.texts);
+    let mut queries = Array2::zeros((query_texts.len(), embedder.dimension()));
+    for_each_block(embedder, Role::Query, query_texts, on_progress, |start, block| {
+        queries.slice_mut(s![start..start + block.nrows(), ..]).assign(&block);
+        Ok(())
+    })?;
+    let mut searcher = Searcher::new(query_ids, queries.view(), &dataset.corpus.ids, options)?;
+    for_each_block(embedder, Role::Passage, &dataset.corpus.texts, on_progress, |_, block| {
+        searcher.add(similarity, block.view())
+    })?;
+    let run = searcher.finish()?;
+    Ok((evaluate(&run, &dataset.qrels), run))
+}
+
+/// Embeds texts block by block; `take` gets each block with the place of its first text.
+fn for_each_block(
+    embedder: &(impl Embedder + ?Sized),
+    role: Role,
+    texts: &[String],
+    on_progress: &mut dyn FnMut(Progress),
+    mut take: impl FnMut(usize, Array2<f32>) -> Result<()>,
+) -> Result<()> {
+    let mut progress = Progress { role, done: 0, total: texts.len() };
+    for block in texts.chunks(BLOCK.get()) {
+        take(progress.done, embed_checked(embedder, role, block)?)?;
+        progress.done += block.len();
+        on_progress(progress);
+    }
+    Ok(())
+}
+
+/// Embeds texts and holds the encoder to its shape: a missing row would shift all that follow.
+fn embed_checked(
+    embedder: &(impl Embedder + ?Sized),
+    role: Role,
+    texts: &[String],
+) -> Result<Array2<f32>> {
+    let embeddings = embedder.embed(role, texts)?;
+    let expected = (texts.len(), embedder.dimension());
+    if embeddings.dim() == expected {
+        return Ok(embeddings);
+    }
+    Err(Error::new(ErrorKind::Backend, "the encoder gave embeddings of the wrong shape")
+        .expected(format!("{expected:?}"))
+        .got(format!("{:?}", embeddings.dim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use ndarray::{ArrayView2, ShapeBuilder};
+
+    use super::*;
+    use crate::retrieval::{Qrels, TextTable, read_vectors};
+
+    /// Embeds a text as its number and 1, column by column in memory; remembers the block sizes.
+    #[derive(Default)]
+    struct Numbers(RefCell<Vec<(Role, usize)>>);
+
+    impl Embedder for Numbers {
+        fn dimension(&self) -> usize {
+            2
+        }
+
+        fn embed(&self, role: Role, texts: &[String]) -> Result<Array2<f32>> {
+            self.0.borrow_mut().push((role, texts.len()));
+            let shape = (texts.len(), 2).f();
+            Ok(Array2::from_shape_fn(
+                shape,
+                |(i, j)| {
+                    if j == 0 { texts[i].parse().unwrap() } else { 1.0 }
+                },
+            ))
+        }
+    }
+
+    struct Wrong;
+    impl Embedder for Wrong {
+        fn dimension(&self) -> usize {
+            2
+        }
+
+        fn embed(&self, _: Role, texts: &[String]) -> Result<Array2<f32>> {
+            Ok(Array2::zeros((texts.len() - 1, 2)))
+        }
+    }
+
+    struct Dot;
+    impl Similarity for Dot {
+        fn block(&self, q: ArrayView2<f32>, p: ArrayView2<f32>) -> Result<Array2<f32>> {
+            Ok(q.dot(&p.t()))
+        }
+    }
+
+    fn table(prefix: &str, texts: impl Iterator<Item = usize>) -> TextTable {
+        let texts: Vec<String> = texts.map(|text| text.to_string()).collect();
+        TextTable { ids: texts.iter().map(|text| format!("{prefix}{text}")).collect(), texts }
+    }
+
+    #[test]
+    fn rows_follow_the_order_of_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (input, output) = (dir.path().join("texts.txt"), dir.path().join("v.npy"));
+        let n = BLOCK.get() + 10;
+        let texts: String = (0..n).map(|i| format!("{}\n", i * 7 % n)).collect();
+        std::fs::write(&input, texts).unwrap();
+        let file = TextFile::open(&input).unwrap();
+        let (embedder, mut seen) = (Numbers::default(), Vec::new());
+        let writer = VectorWriter::create(&output, file.len(), 2).unwrap();
+        let mut on_progress = |p: Progress| seen.push((p.done, p.total));
+        encode_stream(&embedder, Role::Passage, &file, writer, &mut on_progress).unwrap();
+        let expected =
+            Array2::from_shape_fn((n, 2), |(i, j)| if j == 0 { (i * 7 % n) as f32 } else { 1.0 });
+        assert_eq!(read_vectors(&output).unwrap(), expected);
+        assert_eq!(seen, [(BLOCK.get(), n), (n, n)]);
+        assert_eq!(*embedder.0.borrow(), [(Role::Passage, BLOCK.get()), (Role::Passage, 10)]);
+    }
+
+    #[test]
+    fn wrong_shapes_are_refused_and_leave_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (input, output) = (dir.path().join("texts.txt"), dir.path().join("v.npy"));
+        std::fs::write(&input, "1\n2\n").unwrap();
+        let file = TextFile::open(&input).unwrap();
+        let encode = |embedder: &dyn Embedder, rows| {
+            let writer = VectorWriter::create(&output, rows, 2).unwrap();
+            encode_stream(embedder, Role::Query, &file, writer, &mut |_| {}).unwrap_err().kind()
+        };
+        assert_eq!(encode(&Wrong, 2), ErrorKind::Backend);
+        assert_eq!(encode(&Numbers::default(), 3), ErrorKind::Argument);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_collection_is_embedded_searched_and_scored() {
+        let n = BLOCK.get() + 2;
+        let mut qrels = Qrels::default();
+        qrels.insert("q1", &format!("d{}", n - 1), 1); // the greatest product with a positive query
+        qrels.insert("q2", &format!("d{}", n - 2), 1); // the second
+        let corpus = table("d", 0..n);
+        let dataset = BeirDataset { corpus, queries: table("q", 1..3), qrels };
+        let mut seen = Vec::new();
+        let options = SearchOptions { top_k: 5, ..SearchOptions::default() };
+        let (metrics, run) =
+            evaluate_dataset(&Numbers::default(), &Dot, &dataset, options, &mut |p| seen.push(p))
+                .unwrap();
+        assert_eq!(run.rankings()[0].hits.len(), 5);
+        assert_eq!((metrics.queries, metrics.mrr_at_10, metrics.recall_at_10), (2, 0.75, 1.0));
+        assert_eq!(seen.first().unwrap(), &Progress { role: Role::Query, done: 2, total: 2 });
+        assert_eq!(seen.last().unwrap(), &Progress { role: Role::Passage, done: n, total: n });
+    }
+}

@@ -1,0 +1,281 @@
+//! Lines of a UTF-8 text file, numbered, with bounded memory; and the fields of a JSON line.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{Error, ErrorKind, Result};
+
+/// Longest line that is read, in bytes. Far above any text worth embedding; a binary file given by
+/// mistake must not fill the memory before it is refused.
+const MAX_LINE_BYTES: u64 = 64 << 20;
+
+/// Reads a text file line by line. A byte-order mark is dropped, and so is the `\r` of a `\r\n`.
+pub(super) struct Lines<R = BufReader<File>> {
+    reader: R,
+    path: PathBuf,
+    number: u64,
+    buffer: Vec<u8>,
+    max_bytes: u64,
+}
+
+impl Lines {
+    /// Opens a regular file: what is read here is read twice, which a pipe cannot give.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = open_regular(path)?;
+        Ok(Lines::new(BufReader::with_capacity(1 << 18, file), path))
+    }
+}
+
+impl<R: BufRead> Lines<R> {
+    fn new(reader: R, path: &Path) -> Self {
+        let path = path.to_owned();
+        Lines { reader, path, number: 0, buffer: Vec::new(), max_bytes: MAX_LINE_BYTES }
+    }
+
+    /// The next line without its end, or nothing at the end of the file.
+    pub(super) fn next_line(&mut self) -> Result<Option<Line<'_>>> {
+        self.buffer.clear();
+        let read = (&mut self.reader)
+            .take(self.max_bytes + 2) // room for the line's end
+            .read_until(b'\n', &mut self.buffer)
+            .map_err(|e| Error::io("read the file", &self.path, e))?;
+        if read == 0 {
+            return Ok(None);
+        }
+        self.number += 1;
+        let mut bytes = self.buffer.as_slice();
+        bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+        bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
+        if bytes.len() as u64 > self.max_bytes {
+            return Err(Error::new(ErrorKind::Data, "the line is too long")
+                .line(&self.path, self.number)
+                .expected(format!("at most {} bytes", self.max_bytes))
+                .hint("check that this is a text file with one record per line"));
+        }
+        if self.number == 1 {
+            bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+        }
+        match std::str::from_utf8(bytes) {
+            Ok(text) => Ok(Some(Line { path: &self.path, number: self.number, text })),
+            Err(e) => Err(Error::new(ErrorKind::Data, "the line is not UTF-8")
+                .line(&self.path, self.number)
+                .got(format!("an invalid byte at column {}", e.valid_up_to() + 1))
+                .hint("save the file as UTF-8, uncompressed")),
+        }
+    }
+}
+
+/// Opens a file for reading and refuses folders, pipes and devices.
+pub(super) fn open_regular(path: &Path) -> Result<File> {
+    // Asked before opening: to open a pipe without a writer would wait for ever.
+    let metadata = std::fs::metadata(path).map_err(|e| Error::io("open the file", path, e))?;
+    if !metadata.is_file() {
+        return Err(Error::new(ErrorKind::Io, "this is not a regular file")
+            .file(path)
+            .hint("write the data to a file first: pipes and folders cannot be read here"));
+    }
+    File::open(path).map_err(|e| Error::io("open the file", path, e))
+}
+
+/// One line and where it stands.
+#[derive(Clone, Copy)]
+pub(super) struct Line<'a> {
+    path: &'a Path,
+    number: u64,
+    /// The line without its end.
+    pub(super) text: &'a str,
+}
+
+impl Line<'_> {
+    /// Whether there is nothing to see on the line.
+    pub(super) fn is_blank(&self) -> bool {
+        self.text.trim().is_empty()
+    }
+
+    /// A data error at this line.
+    pub(super) fn error(&self, what: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Data, what).line(self.path, self.number)
+    }
+
+    /// Reads the line as a JSON object with the fields that retrieval files have.
+    pub(super) fn json(&self) -> Result<Record> {
+        // serde would also take a JSON array for a struct.
+        if !self.text.trim_start().starts_with('{') {
+            return Err(self
+                .error("the line is not a JSON object")
+                .expected(r#"{"text": "…"}"#)
+                .got(excerpt(self.text))
+                .hint("JSONL has one object per line"));
+        }
+        serde_json::from_str(self.text).map_err(|e| {
+            // serde_json counts lines within what it was given, which is this one line.
+            let message = e.to_string();
+            let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(m, _)| m);
+            self.error(format!("bad JSON: {message} at column {}", e.column()))
+                .hint("JSONL has one object per line")
+        })
+    }
+
+    /// The string in a field that must be there.
+    pub(super) fn required(&self, name: &str, value: Option<Value>) -> Result<String> {
+        self.optional(name, value)?.ok_or_else(|| self.error(format!("`{name}` is missing")))
+    }
+
+    /// The string in a field that may be absent or null.
+    pub(super) fn optional(&self, name: &str, value: Option<Value>) -> Result<Option<String>> {
+        match value {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(self
+                .error(format!("`{name}` has the wrong type"))
+                .expected("a string")
+                .got(excerpt(&other.to_string()))),
+        }
+    }
+
+    /// The identifier in a field: a string, or a whole number, which becomes its decimal digits.
+    pub(super) fn id(&self, name: &str, value: Option<Value>) -> Result<String> {
+        match value {
+            Some(Value::Number(number)) if number.is_i64() || number.is_u64() => {
+                Ok(number.to_string())
+            }
+            Some(Value::Number(number)) => Err(self
+                .error(format!("`{name}` is not a whole number of 64 bits"))
+                .expected("a string or a whole number")
+                .got(number)),
+            other => {
+                let id = self.required(name, other)?;
+                if id.is_empty() { Err(self.error(format!("`{name}` is empty"))) } else { Ok(id) }
+            }
+        }
+    }
+}
+
+/// The fields of a line that retrieval reads; `null` counts as absent and other fields are ignored.
+#[derive(Deserialize)]
+pub(super) struct Record {
+    /// `_id` of BEIR files.
+    #[serde(rename = "_id")]
+    pub(super) id: Option<Value>,
+    /// The title of a passage.
+    pub(super) title: Option<Value>,
+    /// The text.
+    pub(super) text: Option<Value>,
+}
+
+/// A passage as BEIR gives it to an encoder: the title, one blank and the text, trimmed.
+pub(super) fn join_title(title: Option<&str>, text: &str) -> String {
+    match title {
+        Some(title) if !title.trim().is_empty() => format!("{title} {text}").trim().to_owned(),
+        _ => text.trim().to_owned(),
+    }
+}
+
+/// The beginning of a text, for an error message.
+pub(super) fn excerpt(text: &str) -> String {
+    const CHARS: usize = 60;
+    let mut chars = text.chars();
+    let start: String = chars.by_ref().take(CHARS).collect();
+    if chars.next().is_some() { format!("{start}…") } else { start }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn lines(bytes: &[u8]) -> Lines<Cursor<&[u8]>> {
+        Lines::new(Cursor::new(bytes), Path::new("f.txt"))
+    }
+
+    fn all(bytes: &[u8]) -> Result<Vec<(u64, String)>> {
+        let (mut lines, mut all) = (lines(bytes), Vec::new());
+        while let Some(line) = lines.next_line()? {
+            all.push((line.number, line.text.to_owned()));
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn byte_order_mark_and_carriage_returns_are_dropped() {
+        let read = all(b"\xef\xbb\xbfone\r\n\r\nt\rwo\n\xef\xbb\xbfx").unwrap();
+        let expected = [(1, "one"), (2, ""), (3, "t\rwo"), (4, "\u{feff}x")];
+        assert_eq!(read, expected.map(|(n, t)| (n, t.to_owned())));
+    }
+
+    #[test]
+    fn bad_bytes_and_endless_lines_are_refused_with_their_line() {
+        let error = all(b"fine\nb\xffd\n").unwrap_err().to_string();
+        assert!(error.starts_with("f.txt:2: the line is not UTF-8"), "{error}");
+        let mut endless = lines(b"abcdefgh\n");
+        endless.max_bytes = 7;
+        assert!(endless.next_line().err().unwrap().to_string().contains("too long"));
+        let mut just_fits = lines(b"abcdefgh\n");
+        just_fits.max_bytes = 8;
+        assert_eq!(just_fits.next_line().unwrap().unwrap().text, "abcdefgh");
+    }
+
+    #[test]
+    fn identifiers_are_strings_or_whole_numbers() {
+        let line = Line { path: Path::new("f"), number: 1, text: "" };
+        let id = |json: &str| line.id("_id", serde_json::from_str(json).unwrap());
+        assert_eq!(id("\"a b\"").unwrap(), "a b");
+        assert_eq!(id("-7").unwrap(), "-7");
+        assert_eq!(id("18446744073709551615").unwrap(), "18446744073709551615");
+        for bad in ["1.5", "1e3", "18446744073709551616", "\"\"", "null", "[]", "true"] {
+            assert!(id(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn json_errors_name_line_and_column() {
+        let line = Line { path: Path::new("f"), number: 9, text: r#"{"text": oops}"# };
+        let error = line.json().err().unwrap().to_string();
+        assert!(error.starts_with("f:9: bad JSON: expected value at column 10"), "{error}");
+        for text in [r#"["1", "t", "x"]"#, "7", "\"text\"", r#"{"text": "a", "text": "b"}"#] {
+            assert!(Line { path: Path::new("f"), number: 1, text }.json().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn titles_are_joined_with_one_blank() {
+        assert_eq!(join_title(Some(" A"), "b "), "A b");
+        assert_eq!(join_title(Some("  "), " b "), "b");
+        assert_eq!(join_title(None, "b"), "b");
+        assert_eq!(join_title(Some("A"), ""), "A");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            match all(&bytes) {
+                Ok(read) => prop_assert!(read.len() <= bytes.len()),
+                Err(e) => prop_assert_eq!(e.kind(), ErrorKind::Data),
+            }
+        }
+
+        #[test]
+        fn lines_come_back(texts in prop::collection::vec("[^\r\n\u{feff}]{0,20}", 0..10), crlf: bool) {
+            let end = if crlf { "\r\n" } else { "\n" };
+            let file: String = texts.iter().map(|t| format!("{t}{end}")).collect();
+            let read: Vec<String> =
+                all(file.as_bytes()).unwrap().into_iter().map(|(_, text)| text).collect();
+            prop_assert_eq!(read, texts);
+        }
+
+        #[test]
+        fn any_line_is_a_record_or_refused(text in "\\PC{0,40}|\\{\"(text|_id|title)\":\\PC{0,20}\\}") {
+            let line = Line { path: Path::new("f"), number: 1, text: &text };
+            if let Err(e) = line.json() {
+                prop_assert_eq!(e.kind(), ErrorKind::Data);
+            }
+        }
+    }
+}

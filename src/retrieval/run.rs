@@ -1,0 +1,188 @@
+//! A run: for each query its ranked documents, in the order in which trec_eval would read them.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::output::OutputFile;
+use crate::{Error, ErrorKind, Result};
+
+/// One retrieved document.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Hit {
+    /// Index of the document in [`Run::documents`].
+    pub document: u32,
+    /// Its similarity to the query; finite.
+    pub score: f32,
+}
+
+/// What was retrieved for one query.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ranking {
+    /// The query's id.
+    pub query: String,
+    /// The documents, best first; among equal scores the greater id comes first.
+    pub hits: Vec<Hit>,
+}
+
+/// The rankings of a set of queries over one collection.
+///
+/// Rankings are always in trec_eval's order: by falling score, and by falling id (compared as
+/// bytes) where scores are equal. So ranks here, in a run file and in trec_eval are the same.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    documents: Arc<[String]>,
+    rankings: Vec<Ranking>,
+}
+
+impl Run {
+    /// Sorts rankings of any order into a run.
+    ///
+    /// # Errors
+    /// A query or a document of a query that comes twice, an index beyond `documents`
+    /// ([`ErrorKind::Data`]); a score that is not finite ([`ErrorKind::Numeric`]).
+    pub fn new(documents: Arc<[String]>, mut rankings: Vec<Ranking>) -> Result<Self> {
+        let mut queries = HashSet::new();
+        for ranking in &mut rankings {
+            let fail = |kind, what: String| Error::new(kind, format!("in a run, {what}"));
+            let Ranking { query, hits } = ranking;
+            if !queries.insert(query.clone()) {
+                return Err(fail(ErrorKind::Data, format!("query `{query}` comes twice")));
+            }
+            let mut seen = HashSet::with_capacity(hits.len());
+            for hit in hits.iter_mut() {
+                let id = documents.get(hit.document as usize).ok_or_else(|| {
+                    fail(ErrorKind::Data, format!("query `{query}` has an unknown document"))
+                        .expected(format!("an index below {}", documents.len()))
+                        .got(hit.document)
+                })?;
+                if !seen.insert(id) {
+                    let what = format!("query `{query}` has document `{id}` twice");
+                    return Err(fail(ErrorKind::Data, what));
+                }
+                if !hit.score.is_finite() {
+                    let what = format!("query `{query}` gives document `{id}` no finite score");
+                    return Err(fail(ErrorKind::Numeric, what).got(hit.score));
+                }
+                hit.score += 0.0; // -0.0, which total_cmp puts below 0.0, becomes 0.0
+            }
+            hits.sort_unstable_by(|a, b| {
+                let id = |hit: &Hit| &documents[hit.document as usize];
+                b.score.total_cmp(&a.score).then_with(|| id(b).cmp(id(a)))
+            });
+        }
+        Ok(Run { documents, rankings })
+    }
+
+    /// A run from rankings that are valid and in order already.
+    pub(super) fn from_ordered(documents: Arc<[String]>, rankings: Vec<Ranking>) -> Self {
+        Run { documents, rankings }
+    }
+
+    /// The ids of all documents of the collection.
+    pub fn documents(&self) -> &[String] {
+        &self.documents
+    }
+
+    /// The rankings, in the order of the queries.
+    pub fn rankings(&self) -> &[Ranking] {
+        &self.rankings
+    }
+
+    /// The id of a retrieved document.
+    pub fn id(&self, hit: &Hit) -> &str {
+        &self.documents[hit.document as usize]
+    }
+}
+
+/// Writes a run in trec_eval's format: `query Q0 document rank score tag`, ranks from 1.
+///
+/// Scores have as many digits as it takes to read the same `f32` back. The file appears whole or
+/// not at all.
+///
+/// # Errors
+/// An id or tag that is empty or has white space in it, which the format cannot carry
+/// ([`ErrorKind::Data`]); a failed write ([`ErrorKind::Io`]).
+pub fn write_trec_run(path: impl AsRef<Path>, run: &Run, tag: &str) -> Result<()> {
+    let mut file = OutputFile::create(path.as_ref())?;
+    let tag = one_word("run tag", tag, file.path())?;
+    for ranking in run.rankings() {
+        let query = one_word("query id", &ranking.query, file.path())?;
+        for (hit, rank) in ranking.hits.iter().zip(1u32..) {
+            let document = one_word("document id", run.id(hit), file.path())?;
+            // `{}` prints the shortest decimal that reads back as the same f32.
+            let line = format!("{query} Q0 {document} {rank} {} {tag}\n", hit.score);
+            file.write(line.as_bytes())?;
+        }
+    }
+    file.commit()
+}
+
+fn one_word<'a>(what: &str, word: &'a str, path: &Path) -> Result<&'a str> {
+    if !word.is_empty() && !word.contains(char::is_whitespace) {
+        return Ok(word);
+    }
+    Err(Error::new(ErrorKind::Data, format!("a {what} does not fit the run format"))
+        .file(path)
+        .expected("one word: the format separates its columns with blanks")
+        .got(format!("{word:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ids(names: &[&str]) -> Arc<[String]> {
+        names.iter().map(|name| name.to_string()).collect()
+    }
+
+    fn ranking(query: &str, hits: &[(u32, f32)]) -> Ranking {
+        let hits = hits.iter().map(|&(document, score)| Hit { document, score }).collect();
+        Ranking { query: query.into(), hits }
+    }
+
+    #[test]
+    fn order_is_that_of_trec_eval() {
+        let rankings = vec![ranking("q", &[(0, 0.5), (1, 0.5), (2, 2.0), (3, 0.0), (4, -0.0)])];
+        let run = Run::new(ids(&["d10", "d9", "a", "x", "y"]), rankings).unwrap();
+        let order: Vec<&str> = run.rankings()[0].hits.iter().map(|hit| run.id(hit)).collect();
+        assert_eq!(order, ["a", "d9", "d10", "y", "x"]);
+    }
+
+    #[test]
+    fn impossible_runs_are_refused() {
+        let run = |rankings| Run::new(ids(&["a", "b", "a"]), rankings);
+        let kind = |rankings| run(rankings).unwrap_err().kind();
+        assert_eq!(kind(vec![ranking("q", &[(3, 1.0)])]), ErrorKind::Data);
+        assert_eq!(kind(vec![ranking("q", &[(0, 1.0), (2, 2.0)])]), ErrorKind::Data);
+        assert_eq!(kind(vec![ranking("q", &[]), ranking("q", &[])]), ErrorKind::Data);
+        assert_eq!(kind(vec![ranking("q", &[(0, f32::NAN)])]), ErrorKind::Numeric);
+    }
+
+    #[test]
+    fn file_has_six_columns_and_refuses_ids_with_blanks() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.txt");
+        let rankings = vec![ranking("q1", &[(1, 0.1), (0, 1e-8)]), ranking("q2", &[(0, -3.0)])];
+        let run = Run::new(ids(&["a", "b"]), rankings).unwrap();
+        write_trec_run(&path, &run, "llara").unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "q1 Q0 b 1 0.1 llara\nq1 Q0 a 2 0.00000001 llara\nq2 Q0 a 1 -3 llara\n");
+        assert!(write_trec_run(&path, &run, "two words").is_err());
+        let run = Run::new(ids(&["a b"]), vec![ranking("q", &[(0, 1.0)])]).unwrap();
+        let error = write_trec_run(&path, &run, "t").unwrap_err().to_string();
+        assert!(error.contains("\"a b\""), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "the old file was touched");
+    }
+
+    proptest! {
+        #[test]
+        fn scores_read_back_bit_for_bit(bits: u32) {
+            let score = f32::from_bits(bits);
+            prop_assume!(score.is_finite());
+            prop_assert_eq!(format!("{score}").parse::<f32>().unwrap().to_bits(), bits);
+        }
+    }
+}

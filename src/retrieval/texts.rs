@@ -1,0 +1,252 @@
+//! A file of texts to embed: JSONL or plain lines, checked as a whole, then read block by block.
+
+use std::io::{BufReader, Read};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use super::lines::{Line, Lines, join_title, open_regular};
+use crate::{Error, ErrorKind, Result};
+
+/// How a file holds its texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TextFormat {
+    /// One JSON object per line with `text`, or with `title` and `text`, which are joined by a
+    /// blank. Blank lines are skipped: objects are numbered by their order.
+    Jsonl,
+    /// One text per line, taken as it is. A blank line is refused: skipping it would move every
+    /// later embedding away from its line number.
+    Lines,
+}
+
+/// A file of texts, of which every line has been checked and counted.
+///
+/// Text i of the file is row i of its embeddings.
+#[derive(Debug, Clone)]
+pub struct TextFile {
+    path: PathBuf,
+    format: TextFormat,
+    len: usize,
+}
+
+impl TextFile {
+    /// Reads the file once to count its texts and to find what is wrong with it.
+    ///
+    /// `.jsonl`, `.ndjson` and `.json` are read as JSONL and `.txt` as plain lines; any other file
+    /// is JSONL if its first character other than white space is `{`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Data`] with file and line: bad JSON, bytes that are not UTF-8, `text` missing
+    /// or not a string, a blank text; or no text at all. [`ErrorKind::Io`]: the file cannot be
+    /// read or is not a regular file.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let format = detect_format(&path)?;
+        let mut file = TextFile { path, format, len: 0 };
+        let mut lines = Lines::open(&file.path)?;
+        while let Some(line) = lines.next_line()? {
+            file.len += usize::from(file.parse(line)?.is_some());
+        }
+        if file.len == 0 {
+            return Err(Error::new(ErrorKind::Data, "there is no text in the file").file(file.path));
+        }
+        Ok(file)
+    }
+
+    /// The number of texts, at least 1.
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// How the file was read.
+    pub fn format(&self) -> TextFormat {
+        self.format
+    }
+
+    /// Reads the texts in order, in blocks of `size` (the last may be shorter).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`], here or from the iterator; the iterator repeats the checks of
+    /// [`open`](Self::open) and stops at the first error, so that a file which changed in between
+    /// is not trusted.
+    pub fn chunks(&self, size: NonZeroUsize) -> Result<Chunks<'_>> {
+        Ok(Chunks { file: self, lines: Some(Lines::open(&self.path)?), size: size.get() })
+    }
+
+    /// The text of a line; nothing for one to skip.
+    fn parse(&self, line: Line<'_>) -> Result<Option<String>> {
+        match self.format {
+            TextFormat::Lines if line.is_blank() => Err(line
+                .error("the line is blank")
+                .hint("remove blank lines: embedding i belongs to line i")),
+            TextFormat::Lines => Ok(Some(line.text.to_owned())),
+            TextFormat::Jsonl if line.is_blank() => Ok(None),
+            TextFormat::Jsonl => {
+                let record = line.json()?;
+                let text = line.required("text", record.text)?;
+                let text = match line.optional("title", record.title)? {
+                    Some(title) => join_title(Some(&title), &text),
+                    None => text,
+                };
+                if text.trim().is_empty() {
+                    Err(line.error("the text is blank"))
+                } else {
+                    Ok(Some(text))
+                }
+            }
+        }
+    }
+}
+
+fn detect_format(path: &Path) -> Result<TextFormat> {
+    let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+    match extension.as_deref() {
+        Some("jsonl" | "ndjson" | "json") => Ok(TextFormat::Jsonl),
+        Some("txt") => Ok(TextFormat::Lines),
+        _ => {
+            let bytes = BufReader::new(open_regular(path)?).bytes();
+            // The bytes of a byte-order mark are passed over along with the blanks.
+            for byte in bytes {
+                match byte.map_err(|e| Error::io("read the file", path, e))? {
+                    b'{' => return Ok(TextFormat::Jsonl),
+                    b' ' | b'\t' | b'\r' | b'\n' | 0xef | 0xbb | 0xbf => {}
+                    _ => break,
+                }
+            }
+            Ok(TextFormat::Lines)
+        }
+    }
+}
+
+/// Blocks of texts in the order of the file; made by [`TextFile::chunks`].
+pub struct Chunks<'a> {
+    file: &'a TextFile,
+    /// Nothing once the end or an error was reached.
+    lines: Option<Lines>,
+    size: usize,
+}
+
+impl Chunks<'_> {
+    fn read(&mut self) -> Result<Vec<String>> {
+        let mut texts = Vec::new();
+        if let Some(lines) = &mut self.lines {
+            while texts.len() < self.size {
+                let Some(line) = lines.next_line()? else { break };
+                texts.extend(self.file.parse(line)?);
+            }
+        }
+        Ok(texts)
+    }
+}
+
+impl Iterator for Chunks<'_> {
+    type Item = Result<Vec<String>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let texts = self.read();
+        if !matches!(&texts, Ok(texts) if texts.len() == self.size) {
+            self.lines = None;
+        }
+        if matches!(&texts, Ok(texts) if texts.is_empty()) { None } else { Some(texts) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn size(n: usize) -> NonZeroUsize {
+        NonZeroUsize::new(n).unwrap()
+    }
+
+    /// Opens a file of this name and content and reads all its texts in blocks of 2.
+    fn read(name: &str, bytes: impl AsRef<[u8]>) -> Result<Vec<String>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let file = TextFile::open(&path)?;
+        let texts: Vec<String> =
+            file.chunks(size(2))?.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        assert_eq!(texts.len(), file.len());
+        Ok(texts)
+    }
+
+    #[test]
+    fn jsonl_joins_titles_and_skips_blank_lines() {
+        let file = "\u{feff}{\"text\": \" as is \"}\r\n\n{\"title\": \"T\", \"text\": \"x\", \"n\": 1}\n\
+            {\"title\": \"only\", \"text\": \"\"}\n{\"title\": null, \"text\": \"y\"}";
+        assert_eq!(read("a.jsonl", file).unwrap(), [" as is ", "T x", "only", "y"]);
+    }
+
+    #[test]
+    fn plain_lines_are_taken_as_they_are() {
+        let file = "\u{feff}one \r\n{\"text\": 2}\nthree";
+        assert_eq!(read("a.txt", file).unwrap(), ["one ", "{\"text\": 2}", "three"]);
+    }
+
+    #[test]
+    fn format_follows_the_extension_then_the_first_byte() {
+        let json = "\u{feff}\n {\"text\": \"a\"}\n";
+        for name in ["a.jsonl", "a.NDJSON", "a.json", "a", "a.data"] {
+            assert_eq!(read(name, json).unwrap(), ["a"], "{name}");
+        }
+        for name in ["a", "a.data", "a.txt"] {
+            assert_eq!(read(name, "[x] {\n").unwrap(), ["[x] {"], "{name}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        for (name, file, expected) in [
+            ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": }", ":2: bad JSON"),
+            ("a.jsonl", "{\"title\": \"a\"}", ":1: `text` is missing"),
+            ("a.jsonl", "{\"text\": [\"a\"]}", ":1: `text` has the wrong type"),
+            ("a.jsonl", "{\"text\": \"a\", \"title\": 1}", ":1: `title` has the wrong type"),
+            ("a.jsonl", "\n{\"text\": \" \"}", ":2: the text is blank"),
+            ("a.jsonl", "\n\n", ": there is no text"),
+            ("a.txt", "a\n \nb\n", ":2: the line is blank"),
+            ("a.txt", "", ": there is no text"),
+        ] {
+            let error = read(name, file).unwrap_err().to_string();
+            assert!(error.contains(&format!("{name}{expected}")), "{error}");
+        }
+        assert!(read("a.txt", b"a\nb\xff").unwrap_err().to_string().contains(":2: "));
+        assert!(TextFile::open("/no/such/file").is_err());
+        assert!(TextFile::open(tempfile::tempdir().unwrap().path()).is_err());
+    }
+
+    #[test]
+    fn chunks_stop_at_the_first_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        std::fs::write(&path, "1\n2\n3\n4\n").unwrap();
+        let file = TextFile::open(&path).unwrap();
+        let sizes: Vec<usize> =
+            file.chunks(size(3)).unwrap().map(|texts| texts.unwrap().len()).collect();
+        assert_eq!(sizes, [3, 1]);
+        std::fs::write(&path, "1\n\n3\n").unwrap();
+        let chunks: Vec<_> = file.chunks(size(1)).unwrap().collect();
+        assert!(matches!(chunks.as_slice(), [Ok(_), Err(_)]));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200), json: bool) {
+            let name = if json { "a.jsonl" } else { "a" };
+            if let Err(e) = read(name, bytes) {
+                prop_assert_eq!(e.kind(), ErrorKind::Data);
+            }
+        }
+
+        #[test]
+        fn texts_come_back(texts in prop::collection::vec("\\PC{0,12}[\r\n\t]?\\PC{0,12}x", 1..10)) {
+            let file: String =
+                texts.iter().map(|text| format!("{}\n", serde_json::json!({"text": text}))).collect();
+            prop_assert_eq!(read("a.jsonl", file).unwrap(), texts);
+        }
+    }
+}

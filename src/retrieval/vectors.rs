@@ -1,0 +1,508 @@
+//! Files of embeddings: `.safetensors` and `.npy`, written row by row and read whole.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use ndarray::Array2;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use super::lines::{excerpt, open_regular};
+use super::output::OutputFile;
+use crate::{Error, ErrorKind, Result};
+
+/// The name of the one tensor in a `.safetensors` file of embeddings.
+const TENSOR: &str = "embeddings";
+const NPY_MAGIC: &[u8] = b"\x93NUMPY";
+/// No file of embeddings has a longer header; safetensors has the same limit.
+const MAX_HEADER: u64 = 100_000_000;
+/// Numbers converted at a time between memory and file.
+const BLOCK: usize = 16 * 1024;
+
+/// Writes an embedding matrix whose size is known, a few rows at a time.
+///
+/// The file is written beside its place and moved there by [`finish`](Self::finish). Dropped
+/// before, it is removed and what was there stays.
+#[derive(Debug)]
+pub struct VectorWriter {
+    file: OutputFile,
+    header_bytes: u64,
+    rows: usize,
+    cols: usize,
+    written: usize,
+}
+
+impl VectorWriter {
+    /// Starts a file of `rows` embeddings of `cols` f32 numbers, as the extension says:
+    /// `.safetensors` (one tensor, `embeddings`) or `.npy` (version 1.0, little endian, C order).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Argument`]: another extension, `cols` 0, or a size beyond 64 bits;
+    /// [`ErrorKind::Io`]: the file cannot be written there.
+    pub fn create(path: impl AsRef<Path>, rows: usize, cols: usize) -> Result<Self> {
+        let path = path.as_ref();
+        let format = Format::of(path)?;
+        let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(size_of::<f32>()));
+        let (Some(bytes), true) = (bytes, cols > 0) else {
+            return Err(Error::new(ErrorKind::Argument, "embeddings cannot have this shape")
+                .file(path)
+                .got(format!("{rows} rows of {cols}")));
+        };
+        let header = match format {
+            Format::Safetensors => safetensors_header(rows, cols, bytes),
+            Format::Npy => npy_header(rows, cols),
+        };
+        let mut file = OutputFile::create(path)?;
+        file.write(&header)?;
+        Ok(VectorWriter { header_bytes: file.written(), file, rows, cols, written: 0 })
+    }
+
+    /// The number of embeddings that the file will have.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The width of each.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Appends whole rows, end to end.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Argument`]: not a multiple of the width, or more rows than announced;
+    /// [`ErrorKind::Numeric`]: a number that is not finite, with its row (nothing of this call is
+    /// written then); [`ErrorKind::Io`]: the write failed.
+    pub fn append(&mut self, values: &[f32]) -> Result<()> {
+        let invalid = |what: &str| Error::new(ErrorKind::Argument, what).file(self.file.path());
+        if !values.len().is_multiple_of(self.cols) {
+            return Err(invalid("the numbers are not whole rows")
+                .expected(format!("a multiple of {}", self.cols))
+                .got(values.len()));
+        }
+        let rows = values.len() / self.cols;
+        if rows > self.rows - self.written {
+            return Err(invalid("there are more rows than were announced")
+                .expected(self.rows)
+                .got(self.written + rows));
+        }
+        require_finite(values, self.cols, self.written, self.file.path())?;
+        let mut bytes = Vec::with_capacity(BLOCK.min(values.len()) * size_of::<f32>());
+        for block in values.chunks(BLOCK) {
+            bytes.clear();
+            bytes.extend(block.iter().flat_map(|value| value.to_le_bytes()));
+            self.file.write(&bytes)?;
+        }
+        self.written += rows;
+        Ok(())
+    }
+
+    /// Completes the file: flushes it to the disk and puts it in its place.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Argument`]: rows are missing; [`ErrorKind::Io`]: the write failed.
+    pub fn finish(self) -> Result<()> {
+        let expected = (self.rows * self.cols * size_of::<f32>()) as u64;
+        if self.written != self.rows || self.file.written() - self.header_bytes != expected {
+            return Err(Error::new(ErrorKind::Argument, "the embeddings are incomplete")
+                .file(self.file.path())
+                .expected(format!("{} rows", self.rows))
+                .got(self.written));
+        }
+        self.file.commit()
+    }
+}
+
+/// Reads an f32 embedding matrix (n, d) from a `.safetensors` file (its tensor `embeddings`) or
+/// from a `.npy` file.
+///
+/// # Errors
+/// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Data`]: a damaged file, or one that
+/// holds something else; [`ErrorKind::Numeric`]: a number that is not finite, with its row.
+pub fn read_vectors(path: impl AsRef<Path>) -> Result<Array2<f32>> {
+    let path = path.as_ref();
+    let format = Format::of(path)?;
+    let file = open_regular(path)?;
+    let length = file.metadata().map_err(|e| Error::io("read the file", path, e))?.len();
+    let mut source = Source { reader: BufReader::new(file), path, length };
+    let layout = match format {
+        Format::Safetensors => source.safetensors_layout()?,
+        Format::Npy => source.npy_layout()?,
+    };
+    source.read_matrix(layout)
+}
+
+enum Format {
+    Safetensors,
+    Npy,
+}
+
+impl Format {
+    fn of(path: &Path) -> Result<Self> {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        match extension.to_ascii_lowercase().as_str() {
+            "safetensors" => Ok(Format::Safetensors),
+            "npy" => Ok(Format::Npy),
+            _ => Err(Error::new(ErrorKind::Argument, "unknown kind of embedding file")
+                .file(path)
+                .expected("a name that ends in .safetensors or .npy")),
+        }
+    }
+}
+
+/// Length of the JSON (u64, little endian), then the JSON, padded so that the data is aligned to 8.
+fn safetensors_header(rows: usize, cols: usize, bytes: usize) -> Vec<u8> {
+    let mut json = format!(
+        r#"{{"{TENSOR}":{{"dtype":"F32","shape":[{rows},{cols}],"data_offsets":[0,{bytes}]}}}}"#
+    );
+    json.push_str(&" ".repeat(json.len().next_multiple_of(8) - json.len()));
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.extend_from_slice(json.as_bytes());
+    header
+}
+
+/// Magic, version, length (u16, little endian), then a Python dict, padded so that the data is
+/// aligned to 64 and ended by a newline.
+fn npy_header(rows: usize, cols: usize) -> Vec<u8> {
+    let dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {cols}), }}");
+    let before = NPY_MAGIC.len() + 2 + 2;
+    let length = (before + dict.len() + 1).next_multiple_of(64) - before;
+    let mut header = NPY_MAGIC.to_vec();
+    header.extend_from_slice(&[1, 0]);
+    header.extend_from_slice(&(length as u16).to_le_bytes()); // two numbers: some 100 bytes
+    header.extend_from_slice(format!("{dict:<width$}\n", width = length - 1).as_bytes());
+    header
+}
+
+/// Where a matrix lies in its file: the first byte of its numbers and its shape.
+struct Layout {
+    start: u64,
+    rows: usize,
+    cols: usize,
+}
+
+/// A file being read; no length in it is believed before it is held against the file's own.
+struct Source<'a> {
+    reader: BufReader<File>,
+    path: &'a Path,
+    length: u64,
+}
+
+impl Source<'_> {
+    fn damaged(&self, what: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Data, what).file(self.path)
+    }
+
+    fn bytes(&mut self, count: u64) -> Result<Vec<u8>> {
+        if count > self.length.min(MAX_HEADER) {
+            return Err(self.damaged("the header is longer than can be").got(count));
+        }
+        let mut bytes = Vec::new();
+        let read = (&mut self.reader).take(count).read_to_end(&mut bytes);
+        read.map_err(|e| Error::io("read the file", self.path, e))?;
+        if bytes.len() as u64 == count {
+            Ok(bytes)
+        } else {
+            Err(self.damaged("the file ends within its header"))
+        }
+    }
+
+    /// An unsigned number of `width` bytes, little endian.
+    fn number(&mut self, width: u64) -> Result<u64> {
+        let bytes = self.bytes(width)?;
+        Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
+    }
+
+    fn safetensors_layout(&mut self) -> Result<Layout> {
+        let length = self.number(8)?;
+        let header = self.bytes(length)?;
+        let metadata: Metadata = serde_json::from_slice(&header)
+            .map_err(|e| self.damaged("bad safetensors header").because(e))?;
+        let Some(tensor) = metadata.info(TENSOR) else {
+            let names = metadata.offset_keys().join(", ");
+            return Err(self
+                .damaged(format!("there is no tensor `{TENSOR}`"))
+                .got(excerpt(&names))
+                .hint("is this a file of weights rather than of embeddings?"));
+        };
+        let (Dtype::F32, &[rows, cols]) = (tensor.dtype, tensor.shape.as_slice()) else {
+            return Err(self
+                .damaged(format!("`{TENSOR}` is not a matrix of f32"))
+                .expected("F32 [n, d]")
+                .got(format!("{:?} {:?}", tensor.dtype, tensor.shape)));
+        };
+        // `Metadata` has checked that offsets and shape agree, but offsets may reach 2^64.
+        let data = 8 + length;
+        let start = data.saturating_add(tensor.data_offsets.0 as u64);
+        let end = data.saturating_add(metadata.data_len() as u64);
+        if end != self.length {
+            return Err(self.wrong_length(end));
+        }
+        Ok(Layout { start, rows, cols })
+    }
+
+    fn npy_layout(&mut self) -> Result<Layout> {
+        if self.bytes(NPY_MAGIC.len() as u64).ok().as_deref() != Some(NPY_MAGIC) {
+            return Err(self.damaged("this is not a .npy file"));
+        }
+        let version = self.bytes(2)?;
+        let width = match version.as_slice() {
+            [1, 0] => 2,
+            [2 | 3, 0] => 4,
+            _ => return Err(self.damaged("unknown version of .npy").got(format!("{version:?}"))),
+        };
+        let length = self.number(width)?;
+        let header = self.bytes(length)?;
+        let text = String::from_utf8_lossy(&header);
+        let (rows, cols) = parse_npy_dict(&text).ok_or_else(|| {
+            self.damaged("this is not a matrix of f32 in C order")
+                .expected("'descr': '<f4', 'fortran_order': False, 'shape': (n, d)")
+                .got(excerpt(text.trim()))
+                .hint("save it with numpy.save(path, numpy.ascontiguousarray(x, '<f4'))")
+        })?;
+        let start = NPY_MAGIC.len() as u64 + 2 + width + length;
+        let end = (rows as u64)
+            .checked_mul(cols as u64)
+            .and_then(|numbers| numbers.checked_mul(4)?.checked_add(start))
+            .ok_or_else(|| self.damaged("the shape is beyond 64 bits"))?;
+        if end != self.length {
+            return Err(self.wrong_length(end));
+        }
+        Ok(Layout { start, rows, cols })
+    }
+
+    fn wrong_length(&self, expected: u64) -> Error {
+        self.damaged("the file has not the length that its header says")
+            .expected(format!("{expected} bytes"))
+            .got(self.length)
+            .hint("it was cut short or damaged; copy or write it again")
+    }
+
+    /// Reads the numbers; the layout has been held against the length of the file.
+    fn read_matrix(mut self, layout: Layout) -> Result<Array2<f32>> {
+        let Layout { start, rows, cols } = layout;
+        let fail = |e| Error::io("read the file", self.path, e);
+        self.reader.seek(SeekFrom::Start(start)).map_err(fail)?;
+        let mut left = rows * cols;
+        let mut values = Vec::new();
+        values.try_reserve_exact(left).map_err(|e| fail(e.into()))?;
+        let mut bytes = vec![0; BLOCK.min(left) * size_of::<f32>()];
+        while left > 0 {
+            let count = BLOCK.min(left);
+            let bytes = &mut bytes[..count * size_of::<f32>()];
+            self.reader.read_exact(bytes).map_err(fail)?;
+            let (numbers, _) = bytes.as_chunks();
+            values.extend(numbers.iter().map(|&number| f32::from_le_bytes(number)));
+            left -= count;
+        }
+        require_finite(&values, cols, 0, self.path)?;
+        Array2::from_shape_vec((rows, cols), values)
+            .map_err(|e| self.damaged("the shape is impossible").because(e))
+    }
+}
+
+/// The shape in the header of a `.npy` file, if it is a little-endian f32 matrix in C order.
+///
+/// The header is a Python dict literal whose keys numpy writes sorted; other writers may not, so
+/// each is looked for by itself.
+fn parse_npy_dict(text: &str) -> Option<(usize, usize)> {
+    let dict = text.trim().strip_prefix('{')?.strip_suffix('}')?.replace('"', "'");
+    let value = |key: &str| {
+        let (_, rest) = dict.split_once(&format!("'{key}'"))?;
+        Some(rest.trim_start().strip_prefix(':')?.trim_start())
+    };
+    if !value("descr")?.starts_with("'<f4'") || !value("fortran_order")?.starts_with("False") {
+        return None;
+    }
+    let (shape, _) = value("shape")?.strip_prefix('(')?.split_once(')')?;
+    let (rows, cols) = shape.trim().trim_end_matches(',').split_once(',')?;
+    Some((rows.trim().parse().ok()?, cols.trim().parse().ok()?))
+}
+
+/// Refuses numbers that are not finite; `values` are whole rows, the first of them row `first`.
+fn require_finite(values: &[f32], cols: usize, first: usize, path: &Path) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(place) => {
+            let (row, column) = (first + place / cols, place % cols);
+            let what = format!("embedding {row} is not finite (rows counted from 0)");
+            Err(Error::new(ErrorKind::Numeric, what)
+                .file(path)
+                .got(format!("{} in column {column}", values[place])))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const NAMES: [&str; 2] = ["v.safetensors", "v.npy"];
+
+    fn write(dir: &TempDir, name: &str, matrix: &Array2<f32>) -> std::path::PathBuf {
+        let path = dir.path().join(name);
+        let mut writer = VectorWriter::create(&path, matrix.nrows(), matrix.ncols()).unwrap();
+        for row in matrix.rows() {
+            writer.append(row.as_slice().unwrap()).unwrap();
+        }
+        writer.finish().unwrap();
+        path
+    }
+
+    #[test]
+    fn safetensors_reads_what_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(&dir, NAMES[0], &array![[1.0, -2.0, 0.5], [0.0, 3.0, 4.0]]);
+        let bytes = std::fs::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = file.tensor("embeddings").unwrap();
+        assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::F32, [2, 3].as_slice()));
+        assert_eq!(tensor.data()[4..8], (-2.0f32).to_le_bytes());
+        assert_eq!((bytes.len() - 24) % 8, 0, "data is not aligned");
+    }
+
+    #[test]
+    fn npy_bytes_are_those_of_numpy() {
+        // numpy.save of numpy.array([[1, -2]], '<f4').
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = std::fs::read(write(&dir, NAMES[1], &array![[1.0, -2.0]])).unwrap();
+        let mut expected =
+            b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2), }"
+                .to_vec();
+        expected.resize(127, b' ');
+        expected.extend_from_slice(b"\n\x00\x00\x80\x3f\x00\x00\x00\xc0");
+        assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn unfinished_and_wrong_rows_leave_the_target_untouched() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in NAMES {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "old").unwrap();
+            let mut writer = VectorWriter::create(&path, 3, 2).unwrap();
+            assert_eq!(writer.append(&[1.0]).unwrap_err().kind(), ErrorKind::Argument);
+            assert_eq!(writer.append(&[1.0; 8]).unwrap_err().kind(), ErrorKind::Argument);
+            writer.append(&[1.0; 2]).unwrap();
+            let error = writer.append(&[1.0, 1.0, 1.0, f32::NAN]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Numeric);
+            assert!(error.to_string().contains("embedding 2 "), "{error}");
+            assert_eq!(writer.finish().unwrap_err().kind(), ErrorKind::Argument);
+            assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), NAMES.len());
+    }
+
+    #[test]
+    fn impossible_requests_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["v.csv", "v", ".npy"] {
+            let error = VectorWriter::create(dir.path().join(name), 1, 1).unwrap_err().to_string();
+            assert!(error.contains(".safetensors or .npy"), "{error}");
+        }
+        let path = dir.path().join("v.npy");
+        assert!(VectorWriter::create(&path, 1, 0).is_err());
+        assert!(VectorWriter::create(&path, usize::MAX, 2).is_err());
+        assert!(VectorWriter::create(dir.path().join("no/v.npy"), 1, 1).is_err());
+    }
+
+    #[test]
+    fn other_layouts_of_npy_are_understood_or_refused() {
+        let shape = |text: &str| parse_npy_dict(text);
+        assert_eq!(shape("{\"shape\":(2,3),'fortran_order':False,'descr':'<f4'}"), Some((2, 3)));
+        assert_eq!(
+            shape("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3,)}\n"),
+            Some((2, 3))
+        );
+        for bad in [
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }",
+            "{'descr': '>f4', 'fortran_order': False, 'shape': (2, 3), }",
+            "{'descr': '<f4', 'fortran_order': True, 'shape': (2, 3), }",
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }",
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 4), }",
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (-2, 3), }",
+            "{'descr': '<f4', 'fortran_order': False}",
+        ] {
+            assert_eq!(shape(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn tensors_of_other_names_and_types_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.safetensors");
+        for (name, dtype, shape, expected) in [
+            ("weight", Dtype::F32, vec![2, 1], "no tensor `embeddings`"),
+            ("embeddings", Dtype::F16, vec![2, 2], "not a matrix of f32"),
+            ("embeddings", Dtype::F32, vec![2], "not a matrix of f32"),
+        ] {
+            let view = safetensors::tensor::TensorView::new(dtype, shape, &[0; 8]).unwrap();
+            std::fs::write(&path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
+            let error = read_vectors(&path).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn huge_shapes_are_refused_before_memory_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = (1u64 << 61) - 1; // two f32 columns: 2^64 - 8 bytes
+        let bytes = u64::MAX - 7;
+        let json = format!(
+            r#"{{"embeddings":{{"dtype":"F32","shape":[{rows},2],"data_offsets":[0,{bytes}]}}}}"#
+        );
+        let path = dir.path().join(NAMES[0]);
+        std::fs::write(&path, [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat())
+            .unwrap();
+        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Data);
+        for rows in [rows, 1 << 40] {
+            let path = dir.path().join(NAMES[1]);
+            std::fs::write(&path, npy_header(rows as usize, 2)).unwrap();
+            assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Data);
+        }
+        let path = dir.path().join(NAMES[0]);
+        std::fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
+        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Data);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn matrices_come_back(values in prop::collection::vec(-1e30f32..1e30, 0..60), cols in 1..6usize) {
+            let rows = values.len() / cols;
+            let matrix = Array2::from_shape_vec((rows, cols), values[..rows * cols].to_vec()).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            for name in NAMES {
+                prop_assert_eq!(&read_vectors(write(&dir, name, &matrix)).unwrap(), &matrix);
+            }
+        }
+
+        #[test]
+        fn damaged_files_are_read_or_refused(
+            npy: bool,
+            changes in prop::collection::vec((0..160usize, any::<u8>()), 0..4),
+            length in prop::option::of(0..160usize),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = write(&dir, NAMES[usize::from(npy)], &array![[1.0, 2.0], [3.0, 4.0]]);
+            let mut bytes = std::fs::read(&path).unwrap();
+            for (place, byte) in changes {
+                if let Some(old) = bytes.get_mut(place) {
+                    *old = byte;
+                }
+            }
+            bytes.truncate(length.unwrap_or(usize::MAX));
+            std::fs::write(&path, bytes).unwrap();
+            match read_vectors(&path) {
+                Ok(matrix) => prop_assert!(matrix.iter().all(|value| value.is_finite())),
+                Err(e) => prop_assert!(matches!(e.kind(), ErrorKind::Data | ErrorKind::Numeric), "{e}"),
+            }
+        }
+    }
+}

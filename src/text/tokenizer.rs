@@ -1,0 +1,374 @@
+//! A model's tokenizer as Hugging Face writes it: read, extended by special tokens, written back.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+
+use serde_json::Value;
+use tokenizers::{AddedToken, Tokenizer};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Cuts texts into token ids, whole: truncation and padding stored in the file are switched off.
+#[derive(Clone)]
+pub struct TextTokenizer {
+    inner: Tokenizer,
+    /// `tokenizer.json` as it was read; `None` once the tokenizer differs from it.
+    original: Option<Vec<u8>>,
+    /// `tokenizer_config.json`, which transformers reads beside it.
+    config: Option<Vec<u8>>,
+    vocab_size: usize,
+}
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
+const CONFIG_FILE: &str = "tokenizer_config.json";
+
+impl TextTokenizer {
+    /// Reads `tokenizer.json` of a model folder, and `tokenizer_config.json` if there is one.
+    ///
+    /// # Errors
+    /// The file is missing, unreadable or no tokenizer.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join(TOKENIZER_FILE);
+        let original = read_if_there(&path)?.ok_or_else(|| missing(folder))?;
+        let inner = Tokenizer::from_bytes(&original).map_err(|e| {
+            Error::new(ErrorKind::Tokenizer, "this is no tokenizer that can be used")
+                .file(&path)
+                .because(e)
+                .hint("save it again with transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
+        })?;
+        let config = read_if_there(&folder.join(CONFIG_FILE))?;
+        let mut tokenizer = Self::new(inner, config)?;
+        tokenizer.original = Some(original);
+        Ok(tokenizer)
+    }
+
+    /// A tokenizer that no file holds yet, and the `tokenizer_config.json` to write beside it.
+    pub(super) fn new(mut inner: Tokenizer, config: Option<Vec<u8>>) -> Result<Self> {
+        // transformers stores the settings of its last call in the file; they would silently cut
+        // texts or fill them up.
+        inner.with_truncation(None).map_err(|e| {
+            Error::new(ErrorKind::Tokenizer, "cannot switch off truncation").because(e)
+        })?;
+        inner.with_padding(None);
+        let vocab_size = ids(&inner).max().map_or(0, |id| id as usize + 1);
+        Ok(Self { inner, original: None, config, vocab_size })
+    }
+
+    /// The ids of `text`, never cut. With `with_special_tokens` the tokenizer adds those that its
+    /// post-processor wants around a text.
+    ///
+    /// # Errors
+    /// The tokenizer cannot represent the text (for instance, no unknown token).
+    pub fn encode(&self, text: &str, with_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, with_special_tokens).map_err(cannot_encode)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The special tokens that the post-processor puts in front of a text: BOS, or nothing.
+    ///
+    /// # Errors
+    /// The tokenizer cannot represent the probe text.
+    pub fn leading_special_tokens(&self) -> Result<Vec<u32>> {
+        // Only around a text that is not empty can those in front be told from those behind.
+        let encoding = self.inner.encode_fast("a", true).map_err(cannot_encode)?;
+        let special = encoding.get_special_tokens_mask().iter().take_while(|&&m| m == 1).count();
+        Ok(encoding.get_ids()[..special].to_vec())
+    }
+
+    /// The id of a token, by its exact spelling in the vocabulary.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The spelling of an id in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The highest id plus one, added tokens included: how many rows of an embedding matrix the
+    /// tokenizer can ask for.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Makes each of `tokens` a single id wherever it stands; returns how many ids are new. Tokens
+    /// that are single ids already stay as they are. On an error the tokenizer is unchanged.
+    ///
+    /// # Errors
+    /// A token is empty, the vocabulary has holes that new ids would collide with, or
+    /// `tokenizer_config.json` is no JSON object.
+    pub fn add_special_tokens(&mut self, tokens: &[String]) -> Result<usize> {
+        if tokens.iter().any(String::is_empty) {
+            return Err(Error::new(ErrorKind::Argument, "a special token is the empty text"));
+        }
+        let mut missing: Vec<&str> = Vec::new();
+        for token in tokens {
+            if !missing.contains(&token.as_str()) && !self.is_single_id(token)? {
+                missing.push(token);
+            }
+        }
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        let mut inner = self.inner.clone();
+        inner
+            .add_special_tokens(missing.iter().map(|&t| AddedToken::from(t, true)))
+            .map_err(|e| Error::new(ErrorKind::Tokenizer, "cannot add tokens").because(e))?;
+
+        // The tokenizers crate numbers new tokens from the vocabulary's size, which in a
+        // vocabulary with holes may be another token's id.
+        let mut taken: HashSet<u32> = ids(&self.inner).collect();
+        let mut new = 0;
+        for &token in &missing {
+            if self.token_id(token).is_some() {
+                continue;
+            }
+            match inner.token_to_id(token) {
+                Some(id) if taken.insert(id) => new += 1,
+                id => {
+                    return Err(Error::new(
+                        ErrorKind::Tokenizer,
+                        format!("`{token}` would get id {id:?}, which another token has"),
+                    )
+                    .expected("a vocabulary whose ids have no holes"));
+                }
+            }
+        }
+        let config = match &self.config {
+            Some(config) => Some(with_added_tokens(config, &inner, &missing)?),
+            None => None,
+        };
+        *self = Self::new(inner, config)?;
+        Ok(new)
+    }
+
+    /// Writes `tokenizer.json` into an existing folder, byte for byte as it was read if nothing
+    /// was added, and `tokenizer_config.json` if there was one. Each file appears whole or not
+    /// at all.
+    ///
+    /// # Errors
+    /// Writing failed.
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        let serialised;
+        let bytes = match &self.original {
+            Some(original) => original.as_slice(),
+            None => {
+                serialised = self.inner.to_string(true).map_err(|e| {
+                    Error::new(ErrorKind::Tokenizer, "cannot serialise the tokenizer").because(e)
+                })?;
+                serialised.as_bytes()
+            }
+        };
+        write_whole(folder, TOKENIZER_FILE, bytes)?;
+        match &self.config {
+            Some(config) => write_whole(folder, CONFIG_FILE, config),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the token is cut out of any text as one id. To be listed in the vocabulary is not
+    /// enough: only added tokens are kept from merging with what stands beside them.
+    fn is_single_id(&self, token: &str) -> Result<bool> {
+        let Some(&id) = self.inner.get_added_vocabulary().get_vocab().get(token) else {
+            return Ok(false);
+        };
+        Ok(self.encode(&format!("a{token}{token}"), false)?.ends_with(&[id, id]))
+    }
+}
+
+fn ids(tokenizer: &Tokenizer) -> impl Iterator<Item = u32> {
+    tokenizer.get_vocab(true).into_values()
+}
+
+fn cannot_encode(source: tokenizers::Error) -> Error {
+    Error::new(ErrorKind::Tokenizer, "cannot tokenize a text").because(source)
+}
+
+/// Where `tokenizer_config.json` lists the added tokens (transformers 4 wrote it so), the classes
+/// of transformers 5 that belong to one model family take them from there and not from
+/// `tokenizer.json`: a token added to the latter alone falls to pieces again.
+fn with_added_tokens(config: &[u8], tokenizer: &Tokenizer, added: &[&str]) -> Result<Vec<u8>> {
+    let bad = |what: &str| Error::new(ErrorKind::Tokenizer, what).file(CONFIG_FILE);
+    let mut json: Value = serde_json::from_slice(config)
+        .map_err(|e| bad("not JSON").because(e).hint("repair or remove the file"))?;
+    let Some(object) = json.as_object_mut() else { return Err(bad("not a JSON object")) };
+    let list = match object.get_mut("added_tokens_decoder") {
+        Some(Value::Object(list)) if !list.is_empty() => list,
+        _ => return Ok(config.to_vec()),
+    };
+    for (id, token) in tokenizer.get_added_tokens_decoder() {
+        if added.contains(&token.content.as_str()) {
+            let entry = serde_json::to_value(&token).map_err(|e| bad("not JSON").because(e))?;
+            list.insert(id.to_string(), entry);
+        }
+    }
+    let mut entries: Vec<(String, Value)> = std::mem::take(list).into_iter().collect();
+    entries.sort_by_key(|(id, _)| id.parse::<u64>().unwrap_or(u64::MAX));
+    list.extend(entries);
+    let mut bytes = serde_json::to_vec_pretty(&json).map_err(|e| bad("not JSON").because(e))?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+fn missing(folder: &Path) -> Error {
+    let hint = if folder.join("tokenizer.model").exists() {
+        "there is a tokenizer.model: convert it once with transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+    } else {
+        "copy tokenizer.json from the base model's folder, or check the path"
+    };
+    Error::new(ErrorKind::Tokenizer, "there is no tokenizer.json")
+        .file(folder.join(TOKENIZER_FILE))
+        .hint(hint)
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("read the tokenizer", path, e)),
+    }
+}
+
+/// A reader finds the old file or the new one, never a part of it.
+fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let path = folder.join(name);
+    let write = || -> std::io::Result<()> {
+        let mut builder = tempfile::Builder::new();
+        // The default would keep the file from everyone but its owner.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(&path)?;
+        fs::File::open(folder)?.sync_all()
+    };
+    write().map_err(|e| Error::io("write the tokenizer", &path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::train_bpe;
+
+    /// A small tokenizer whose vocabulary has no `<s…>` tokens.
+    fn small() -> TextTokenizer {
+        let texts = ["the cat sat on the mat", "a cat and a mat", "the mat sat"].map(String::from);
+        train_bpe(texts.into_iter(), 300, &[]).unwrap()
+    }
+
+    fn saved(tokenizer: &TextTokenizer) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        tokenizer.save(dir.path()).unwrap();
+        dir
+    }
+
+    #[test]
+    fn stored_truncation_and_padding_are_switched_off() {
+        let dir = saved(&small());
+        let path = dir.path().join(TOKENIZER_FILE);
+        let mut json: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        json["truncation"] = serde_json::json!(
+            {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+        );
+        json["padding"] = serde_json::json!({"strategy": {"Fixed": 64}, "direction": "Left",
+            "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|pad|>"});
+        let bytes = serde_json::to_vec(&json).unwrap();
+        fs::write(&path, &bytes).unwrap();
+
+        let tokenizer = TextTokenizer::from_folder(dir.path()).unwrap();
+        let text = "the cat sat on the mat and the cat";
+        assert_eq!(tokenizer.encode(text, true).unwrap(), small().encode(text, true).unwrap());
+        // Unchanged: carried over byte for byte, settings and all.
+        assert_eq!(fs::read(saved(&tokenizer).path().join(TOKENIZER_FILE)).unwrap(), bytes);
+    }
+
+    #[test]
+    fn added_tokens_are_single_ids_and_survive_saving() {
+        let mut tokenizer = small();
+        let size = tokenizer.vocab_size();
+        let new = ["<s1>", "<s2>", "<s1>", "<|eos|>"].map(String::from);
+        assert_eq!(tokenizer.add_special_tokens(&new).unwrap(), 2);
+        assert_eq!(tokenizer.add_special_tokens(&new).unwrap(), 0);
+        assert_eq!(tokenizer.vocab_size(), size + 2);
+        let again = TextTokenizer::from_folder(saved(&tokenizer).path()).unwrap();
+        for t in [&tokenizer, &again] {
+            let id = t.token_id("<s1>").unwrap();
+            assert_eq!(id as usize, size);
+            assert!(t.encode("the cat <s1><s2>", false).unwrap().ends_with(&[id, id + 1]));
+            assert_eq!(t.token(id + 1).as_deref(), Some("<s2>"));
+            assert_eq!(t.vocab_size(), size + 2);
+        }
+        assert!(tokenizer.add_special_tokens(&[String::new()]).is_err());
+    }
+
+    #[test]
+    fn a_word_of_the_vocabulary_becomes_special_without_a_new_id() {
+        let mut tokenizer = small();
+        let size = tokenizer.vocab_size();
+        let id = tokenizer.token_id("mat").unwrap();
+        // After a blank the merges prefer "Ġmat".
+        assert!(!tokenizer.encode("the mat", false).unwrap().ends_with(&[id]));
+        assert_eq!(tokenizer.add_special_tokens(&["mat".into()]).unwrap(), 0);
+        assert_eq!(tokenizer.token_id("mat"), Some(id));
+        assert!(tokenizer.encode("the mat", false).unwrap().ends_with(&[id]));
+        assert_eq!(tokenizer.vocab_size(), size);
+    }
+
+    #[test]
+    fn the_list_in_tokenizer_config_follows() {
+        let dir = saved(&small());
+        let path = dir.path().join(CONFIG_FILE);
+        let config = r#"{"added_tokens_decoder": {"2": {"content": "<|eos|>"}, "10": {}}, "z": 1}"#;
+        fs::write(&path, config).unwrap();
+        let mut tokenizer = TextTokenizer::from_folder(dir.path()).unwrap();
+        tokenizer.save(dir.path()).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), config);
+
+        tokenizer.add_special_tokens(&["<s1>".into()]).unwrap();
+        tokenizer.save(dir.path()).unwrap();
+        let json: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let id = tokenizer.token_id("<s1>").unwrap().to_string();
+        let list = json["added_tokens_decoder"].as_object().unwrap();
+        assert_eq!(list.keys().collect::<Vec<_>>(), ["2", "10", id.as_str()]);
+        assert_eq!(list[&id]["content"], "<s1>");
+        assert_eq!(list[&id]["special"], true);
+        assert!(list[&id].get("id").is_none());
+        assert_eq!(json["z"], 1);
+    }
+
+    #[test]
+    fn a_missing_or_broken_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let e = TextTokenizer::from_folder(dir.path()).err().unwrap();
+        assert_eq!(e.kind(), ErrorKind::Tokenizer);
+        assert!(e.to_string().contains("tokenizer.json: there is no tokenizer.json"), "{e}");
+        fs::write(dir.path().join("tokenizer.model"), "").unwrap();
+        let e = TextTokenizer::from_folder(dir.path()).err().unwrap().to_string();
+        assert!(e.contains("convert"), "{e}");
+        for broken in ["", "{", "{}", "[1]", "{\"model\": {\"type\": \"BPE\"}}"] {
+            fs::write(dir.path().join(TOKENIZER_FILE), broken).unwrap();
+            let e = TextTokenizer::from_folder(dir.path()).err().unwrap();
+            assert_eq!(e.kind(), ErrorKind::Tokenizer);
+        }
+    }
+
+    #[test]
+    fn leading_special_tokens_leave_out_those_behind() {
+        let mut tokenizer = small();
+        assert_eq!(tokenizer.leading_special_tokens().unwrap(), [1]);
+        let both = tokenizers::processors::template::TemplateProcessing::builder()
+            .try_single("<|bos|> $A <|eos|>")
+            .unwrap()
+            .special_tokens(vec![("<|bos|>", 1), ("<|eos|>", 2)])
+            .build()
+            .unwrap();
+        tokenizer.inner.with_post_processor(Some(both));
+        assert_eq!(tokenizer.encode("", true).unwrap(), [1, 2]);
+        assert_eq!(tokenizer.leading_special_tokens().unwrap(), [1]);
+    }
+}
