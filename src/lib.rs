@@ -7,6 +7,11 @@ pub mod data;
 pub mod dist;
 pub mod loss;
 pub mod model;
+pub mod retrieval;
 pub mod text;
-pub use biencoder::{BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Probes, Recipe, compute_similarity};
+pub mod train;
+pub use biencoder::{
+    BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Probes, Recipe,
+    compute_similarity,
+};
 pub use text::Role;

@@ -135,16 +135,7 @@ impl<B: Backend> BiEncoderModel<B> {
         recipe.normalized = options.normalized;
         let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
         let mode = Mode::Eval;
-        Ok(BiEncoderModel {
-            backend,
-            decoder,
-            prompts,
-            recipe,
-            options,
-            folder,
-            collective,
-            mode,
-        })
+        Ok(BiEncoderModel { backend, decoder, prompts, recipe, options, folder, collective, mode })
     }
 
     /// Makes [`forward`](Self::forward) return the loss, and scores divided by the temperature.
@@ -238,11 +229,7 @@ impl<B: Backend> BiEncoderModel<B> {
     ///
     /// # Errors
     /// When the passages are not a multiple of the queries, or a token id is beyond the vocabulary.
-    pub fn forward(
-        &self,
-        query: Option<&Batch>,
-        passage: Option<&Batch>,
-    ) -> Result<EncoderOutput> {
+    pub fn forward(&self, query: Option<&Batch>, passage: Option<&Batch>) -> Result<EncoderOutput> {
         let encode = |batch: Option<&Batch>| batch.map(|b| self.encode_batch(b)).transpose();
         let (q, p) = (encode(query)?, encode(passage)?);
         let host = |x: &B::Tensor| -> Result<Array2<f32>> {
@@ -276,11 +263,8 @@ impl<B: Backend> BiEncoderModel<B> {
                 .got(format!("{queries} queries and {passages} passages")));
         }
         let group = passages / queries;
-        let first = if self.options.negatives_cross_device {
-            self.collective.rank() * passages
-        } else {
-            0
-        };
+        let first =
+            if self.options.negatives_cross_device { self.collective.rank() * passages } else { 0 };
         let targets: Vec<u32> = (0..queries).map(|i| (first + i * group) as u32).collect();
         self.backend.upload_index(&targets)
     }
@@ -292,7 +276,11 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// The gradient of gathered passages, back to the process that made them.
     pub(crate) fn scatter_passage_grads(&self, dp: B::Tensor) -> Result<B::Tensor> {
-        if self.options.negatives_cross_device { self.collective.reduce_scatter(dp) } else { Ok(dp) }
+        if self.options.negatives_cross_device {
+            self.collective.reduce_scatter(dp)
+        } else {
+            Ok(dp)
+        }
     }
 
     pub(crate) fn info_nce(&self) -> InfoNce {

@@ -102,7 +102,8 @@ impl Probes {
             let differences = now.iter().zip(&probe.embedding).map(|(a, b)| (a - b).abs());
             let difference = differences.fold(0.0f32, f32::max) / largest.max(f32::MIN_POSITIVE);
             if now.len() != probe.embedding.len() || difference.is_nan() || difference > tolerance {
-                let what = format!("a probe vector differs by {difference:.1e} of its largest entry");
+                let what =
+                    format!("a probe vector differs by {difference:.1e} of its largest entry");
                 return Err(differs(probe, &what).expected(format!("at most {tolerance:.0e}")));
             }
         }

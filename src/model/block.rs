@@ -43,16 +43,8 @@ impl<B: Backend> Block<B> {
         let (middle, attention) = self.attention.forward(backend, &x_normed, &x, layout, rope)?;
         let (middle_normed, middle_norm) = self.post_attention_norm.forward(backend, &middle)?;
         let (y, mlp) = self.mlp.forward(backend, &middle_normed, &middle)?;
-        let saved = SavedBlock {
-            x,
-            x_normed,
-            x_norm,
-            attention,
-            middle,
-            middle_normed,
-            middle_norm,
-            mlp,
-        };
+        let saved =
+            SavedBlock { x, x_normed, x_norm, attention, middle, middle_normed, middle_norm, mlp };
         Ok((y, saved))
     }
 

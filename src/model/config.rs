@@ -123,9 +123,8 @@ impl DecoderConfig {
 
     /// Parses the text of a `config.json`.
     pub fn from_json(text: &[u8]) -> Result<Self> {
-        let raw: Raw = serde_json::from_slice(text).map_err(|e| {
-            Error::new(ErrorKind::Config, "not a model configuration").because(e)
-        })?;
+        let raw: Raw = serde_json::from_slice(text)
+            .map_err(|e| Error::new(ErrorKind::Config, "not a model configuration").because(e))?;
         let family = family(&raw)?;
         refuse_unsupported(&raw)?;
         let heads = required(raw.num_attention_heads, "num_attention_heads")?;
@@ -217,12 +216,14 @@ fn family(raw: &Raw) -> Result<Family> {
     let Some(name) = &raw.model_type else {
         return Err(Error::new(ErrorKind::Config, "`model_type` is missing").expected(known));
     };
-    Family::ALL.iter().find(|(known, _)| known == name).map(|&(_, family)| family).ok_or_else(|| {
-        Error::new(ErrorKind::Config, format!("unknown architecture `{name}`"))
-            .expected(format!("`model_type` one of {known}"))
-            .got(name)
-            .hint("choose a decoder of one of these families")
-    })
+    Family::ALL.iter().find(|(known, _)| known == name).map(|&(_, family)| family).ok_or_else(
+        || {
+            Error::new(ErrorKind::Config, format!("unknown architecture `{name}`"))
+                .expected(format!("`model_type` one of {known}"))
+                .got(name)
+                .hint("choose a decoder of one of these families")
+        },
+    )
 }
 
 /// Settings that would change the numbers in ways that are not computed here.
@@ -249,8 +250,7 @@ fn refuse_unsupported(raw: &Raw) -> Result<()> {
 /// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 fn rope(raw: &Raw) -> Result<(f64, RopeScaling)> {
     let none = Value::Null;
-    let scaling =
-        raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&none);
+    let scaling = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&none);
     let number = |name: &str| scaling.get(name).and_then(Value::as_f64);
     let theta = number("rope_theta").or(raw.rope_theta).unwrap_or(10_000.0);
     if !(theta.is_finite() && theta > 0.0) {
@@ -266,8 +266,9 @@ fn rope(raw: &Raw) -> Result<(f64, RopeScaling)> {
     };
     if scaling.is_object() && scaling.as_object().is_some_and(|o| o.values().any(Value::is_object))
     {
-        return Err(Error::new(ErrorKind::Config, "rope settings per layer are not supported")
-            .got(scaling));
+        return Err(
+            Error::new(ErrorKind::Config, "rope settings per layer are not supported").got(scaling)
+        );
     }
     let kind = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str);
     let scaling = match kind.unwrap_or("default") {

@@ -37,8 +37,10 @@ impl<B: Backend> Decoder<B> {
         value: &mut dyn FnMut(&str, &[usize]) -> Result<B::Tensor>,
     ) -> Result<Self> {
         let mut builder = Builder { config: &config, value };
-        let embed_tokens = builder
-            .parameter("embed_tokens.weight".to_owned(), &[config.vocab_size, config.hidden_size])?;
+        let embed_tokens = builder.parameter(
+            "embed_tokens.weight".to_owned(),
+            &[config.vocab_size, config.hidden_size],
+        )?;
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| builder.block(layer))
             .collect::<Result<_>>()?;
@@ -75,8 +77,7 @@ impl<B: Backend> Decoder<B> {
         input: &Input<B>,
     ) -> Result<(B::Tensor, SavedDecoder<B>)> {
         let mut blocks = Vec::with_capacity(self.blocks.len());
-        let (hidden, pooled, norm) =
-            self.run(backend, input, &mut |saved| blocks.push(saved))?;
+        let (hidden, pooled, norm) = self.run(backend, input, &mut |saved| blocks.push(saved))?;
         Ok((hidden, SavedDecoder { blocks, pooled, norm }))
     }
 
@@ -172,8 +173,7 @@ impl<B: Backend> Builder<'_, B> {
         bias: bool,
     ) -> Result<Linear<B>> {
         let weight = self.parameter(format!("{name}.weight"), &[output, input])?;
-        let bias =
-            bias.then(|| self.parameter(format!("{name}.bias"), &[output])).transpose()?;
+        let bias = bias.then(|| self.parameter(format!("{name}.bias"), &[output])).transpose()?;
         Ok(Linear { weight, bias })
     }
 

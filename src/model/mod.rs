@@ -20,6 +20,6 @@ pub use config::{DecoderConfig, Family};
 pub use decoder::{Decoder, SavedDecoder};
 pub use input::Input;
 pub use parameter::Parameter;
-pub(crate) use pool::mean_pool_backward;
 pub use pool::mean_pool;
+pub(crate) use pool::mean_pool_backward;
 pub use rope::RopeScaling;

@@ -17,11 +17,7 @@ pub(crate) struct SavedNorm<B: Backend> {
 
 impl<B: Backend> RmsNorm<B> {
     /// `y = x / rms(x) · w`
-    pub(crate) fn forward(
-        &self,
-        backend: &B,
-        x: &B::Tensor,
-    ) -> Result<(B::Tensor, SavedNorm<B>)> {
+    pub(crate) fn forward(&self, backend: &B, x: &B::Tensor) -> Result<(B::Tensor, SavedNorm<B>)> {
         let (y, inv_rms) = backend.rms_norm(x, self.weight.value(), self.eps)?;
         Ok((y, SavedNorm { inv_rms }))
     }

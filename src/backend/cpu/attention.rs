@@ -241,9 +241,7 @@ pub(super) fn attention_backward(
                     unsafe { shared_dq.slice_mut(at, hd) }.copy_from_slice(from);
                 }
                 let first = tile.queries.start * q_cols + q_at;
-                for (weights, rows, grad) in
-                    [(&ds, q, &mut task_dk), (&p, dout, &mut task_dv)]
-                {
+                for (weights, rows, grad) in [(&ds, q, &mut task_dk), (&p, dout, &mut task_dv)] {
                     multiply(
                         (n, hd, m),
                         &mut grad[local_keys..],

@@ -113,12 +113,7 @@ impl Backend for Cpu {
         Ok(products::linear_input_grad(self, dy, w, onto))
     }
 
-    fn linear_weight_grad(
-        &self,
-        dy: &CpuTensor,
-        x: &CpuTensor,
-        dw: &mut CpuTensor,
-    ) -> Result<()> {
+    fn linear_weight_grad(&self, dy: &CpuTensor, x: &CpuTensor, dw: &mut CpuTensor) -> Result<()> {
         products::linear_weight_grad(dy, x, dw);
         Ok(())
     }
@@ -132,12 +127,7 @@ impl Backend for Cpu {
         Ok(rows::gather_rows(self, x, rows))
     }
 
-    fn scatter_add_rows(
-        &self,
-        dy: &CpuTensor,
-        rows: &Vec<u32>,
-        dx: &mut CpuTensor,
-    ) -> Result<()> {
+    fn scatter_add_rows(&self, dy: &CpuTensor, rows: &Vec<u32>, dx: &mut CpuTensor) -> Result<()> {
         rows::scatter_add_rows(dy, rows, dx);
         Ok(())
     }

@@ -14,11 +14,8 @@ pub(super) fn scale(x: &mut CpuTensor, factor: f32) {
 
 /// Tasks' sums are added in order and in f64.
 pub(super) fn add_sum_of_squares(x: &CpuTensor, sum: &mut CpuTensor) {
-    let partial: Vec<f32> = x
-        .as_slice()
-        .par_chunks(rows_per_task(1))
-        .map(|x| vectorised(|| dot(x, x)))
-        .collect();
+    let partial: Vec<f32> =
+        x.as_slice().par_chunks(rows_per_task(1)).map(|x| vectorised(|| dot(x, x))).collect();
     let total: f64 = partial.iter().map(|&x| f64::from(x)).sum();
     let sum = &mut sum.as_mut_slice()[0];
     *sum = (f64::from(*sum) + total) as f32;

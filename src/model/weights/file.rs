@@ -139,7 +139,10 @@ impl SafetensorsWriter {
             let start = end;
             end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
             let data_offsets = (start, end);
-            infos.push((name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets }));
+            infos.push((
+                name.clone(),
+                TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets },
+            ));
         }
         // transformers refuses files that do not say which framework's layout they follow.
         let format = [("format".to_owned(), "pt".to_owned())].into();

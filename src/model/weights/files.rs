@@ -43,8 +43,10 @@ impl WeightFiles {
         }
         let index = read_index(&index_path)?;
         let shards: BTreeSet<&String> = index.weight_map.values().collect();
-        let files =
-            shards.iter().map(|shard| SafetensorsFile::open(&dir.join(shard))).collect::<Result<_>>()?;
+        let files = shards
+            .iter()
+            .map(|shard| SafetensorsFile::open(&dir.join(shard)))
+            .collect::<Result<_>>()?;
         let weights = Self::from_parts(files, Some(index.clone()))?;
         weights.check_against(&index, &index_path)?;
         Ok(weights)
@@ -122,7 +124,9 @@ impl WeightFiles {
     pub(super) fn path(&self) -> PathBuf {
         match self.files.as_slice() {
             [only] => only.path().to_owned(),
-            many => many.first().and_then(|f| f.path().parent()).unwrap_or(Path::new("")).join(INDEX),
+            many => {
+                many.first().and_then(|f| f.path().parent()).unwrap_or(Path::new("")).join(INDEX)
+            }
         }
     }
 }

@@ -1,0 +1,92 @@
+//! Everything that determines a run besides the model and the data.
+
+use std::path::PathBuf;
+
+use super::optimizer::AdamWConfig;
+use super::schedule::{Decay, Warmup};
+use crate::data::Sampling;
+use crate::model::weights::SaveDtype;
+
+/// When a run ends.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RunLength {
+    /// After the data was gone through so often; 0.5 is half of it.
+    Epochs(f64),
+    /// After so many steps.
+    Steps(u64),
+}
+
+/// What is saved while a run goes on, besides the model at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Saving {
+    /// A model folder `checkpoint-N` every so many steps; `None`: only the end.
+    pub every: Option<u64>,
+    /// How many of those are kept, the newest; `None`: all.
+    pub keep: Option<usize>,
+    /// Number format of saved weights.
+    pub dtype: SaveDtype,
+}
+
+/// Settings of a training run. The defaults are those of the reference and its trainer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainConfig {
+    /// Where the model and the log go.
+    pub output_dir: PathBuf,
+    /// When the run ends.
+    pub length: RunLength,
+    /// Rows in a batch of one process.
+    pub batch_size: usize,
+    /// Passages of a row: one positive and hard negatives.
+    pub group_size: usize,
+    /// Tokens that a query with its template is cut to.
+    pub query_max_len: usize,
+    /// Tokens that a passage with its template is cut to.
+    pub passage_max_len: usize,
+    /// How rows and passages are drawn.
+    pub sampling: Sampling,
+    /// Whether the last, shorter batch of an epoch is left out.
+    pub drop_last: bool,
+    /// Seed of all random draws.
+    pub seed: u64,
+    /// Learning rate after the warm-up.
+    pub learning_rate: f64,
+    /// How the learning rate falls.
+    pub decay: Decay,
+    /// How the learning rate rises at first.
+    pub warmup: Warmup,
+    /// Moments, weight decay and clipping.
+    pub adamw: AdamWConfig,
+    /// Put in front of every query that has no `prompt` of its own.
+    pub query_instruction: String,
+    /// Put in front of every passage.
+    pub passage_instruction: String,
+    /// Steps between two lines of the log.
+    pub logging_steps: u64,
+    /// Models saved on the way.
+    pub saving: Saving,
+}
+
+impl TrainConfig {
+    /// The reference's settings.
+    pub fn new(output_dir: impl Into<PathBuf>) -> Self {
+        TrainConfig {
+            output_dir: output_dir.into(),
+            length: RunLength::Epochs(3.0),
+            batch_size: 8,
+            group_size: 8,
+            query_max_len: 32,
+            passage_max_len: 128,
+            sampling: Sampling::Random,
+            drop_last: false,
+            seed: 42,
+            learning_rate: 5e-5,
+            decay: Decay::Linear,
+            warmup: Warmup::Steps(0),
+            adamw: AdamWConfig::default(),
+            query_instruction: String::new(),
+            passage_instruction: String::new(),
+            logging_steps: 10,
+            saving: Saving::default(),
+        }
+    }
+}

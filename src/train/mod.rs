@@ -1,0 +1,20 @@
+//! Training: from rows to trained weights.
+//!
+//! [`Trainer`] is the loop; [`accumulate_gradients`] is what one batch does to the gradients,
+//! [`AdamW`] and [`Schedule`] turn gradients into new weights, [`RunLog`] is what stays of a run.
+
+mod config;
+mod optimizer;
+mod run_log;
+mod schedule;
+mod step;
+mod tensorboard;
+mod trainer;
+
+pub use config::{RunLength, Saving, TrainConfig};
+pub use optimizer::{AdamW, AdamWConfig};
+pub use run_log::RunLog;
+pub use schedule::{Decay, Schedule, Warmup};
+pub use step::accumulate_gradients;
+pub use tensorboard::EventWriter;
+pub use trainer::{Observer, StepRecord, Summary, Trainer};
