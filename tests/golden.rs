@@ -1,0 +1,231 @@
+//! The reference's numbers: representations, scores, loss, every gradient and several AdamW steps,
+//! on six families.
+//!
+//! The fixtures beside this file were made by `fixtures/generate.py` with transformers. To hold the
+//! same against another set in the same form, name its folder, its rows, how many of them are gone
+//! through, and its passage length: `LLARA_GOLDEN=dir:rows.jsonl:10:96 cargo test --test golden`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use llara::backend::Backend;
+use llara::data::{BadRows, Batch, Dataset, Sampler, SamplerConfig, Sampling};
+use llara::train::{AdamW, AdamWConfig, accumulate_gradients};
+use llara::{BiEncoderModel, BiEncoderOptions, Role};
+use ndarray::ArrayView2;
+use safetensors::SafeTensors;
+
+const FAMILIES: [&str; 6] =
+    ["llama-mha", "llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3"];
+const QUERY_MAX_LEN: usize = 40;
+const GROUP: usize = 4;
+const ROWS: usize = 3;
+
+/// A set of golden numbers.
+struct Golden {
+    dir: PathBuf,
+    rows: PathBuf,
+    /// Rows after which the steps start over.
+    row_count: usize,
+    passage_max_len: usize,
+}
+
+fn sets() -> Vec<Golden> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let rows = fixtures.join("rows.jsonl");
+    let mut sets = vec![Golden { dir: fixtures, rows, row_count: 8, passage_max_len: 64 }];
+    if let Ok(named) = std::env::var("LLARA_GOLDEN") {
+        let parts: Vec<&str> = named.split(':').collect();
+        let [dir, rows, row_count, passage_max_len] = parts[..] else {
+            panic!("LLARA_GOLDEN=dir:rows:count:length");
+        };
+        sets.push(Golden {
+            dir: dir.into(),
+            rows: rows.into(),
+            row_count: row_count.parse().unwrap(),
+            passage_max_len: passage_max_len.parse().unwrap(),
+        });
+    }
+    sets
+}
+
+/// Runs `check` on every family of every set.
+fn on_all(check: impl Fn(&Golden, &Path)) {
+    for set in sets() {
+        for family in FAMILIES {
+            check(&set, &set.dir.join(family));
+        }
+    }
+}
+
+/// The tensors of a file, f32 or i64 as f64.
+fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let values = |view: &safetensors::tensor::TensorView<'_>| match view.dtype() {
+        safetensors::Dtype::I64 => {
+            view.data().as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f64).collect()
+        }
+        safetensors::Dtype::F32 => {
+            view.data().as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect()
+        }
+        other => panic!("{other:?}"),
+    };
+    file.iter().map(|(n, v)| (n.to_owned(), (v.shape().to_vec(), values(&v)))).collect()
+}
+
+fn model(dir: &Path, normalized: bool) -> BiEncoderModel {
+    let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
+    BiEncoderModel::from_folder(dir, options).unwrap()
+}
+
+/// Queries and passages of rows `(ROWS * step + i) % row_count`, first positive and first negatives.
+fn texts_of_step(set: &Golden, model: &BiEncoderModel, step: u64) -> (Batch, Batch) {
+    let dataset = Dataset::open(std::slice::from_ref(&set.rows), BadRows::Error).unwrap();
+    let sampler = Sampler::new(SamplerConfig {
+        seed: 0,
+        sampling: Sampling::Sequential,
+        rows: set.row_count,
+        batch_size: ROWS,
+        group_size: GROUP,
+        drop_last: false,
+    })
+    .unwrap();
+    let (mut queries, mut passages) = (Vec::new(), Vec::new());
+    for draw in sampler.batch(step) {
+        let row = dataset.row(draw.row).unwrap();
+        let group = sampler.group(&draw, &row).unwrap();
+        queries.push(group.query.to_owned());
+        passages.extend(group.passages.into_iter().map(str::to_owned));
+    }
+    (
+        model.batch(Role::Query, &queries, QUERY_MAX_LEN).unwrap(),
+        model.batch(Role::Passage, &passages, set.passage_max_len).unwrap(),
+    )
+}
+
+fn padded(golden: &BTreeMap<String, (Vec<usize>, Vec<f64>)>, side: &str) -> Batch {
+    let matrix = |name: &str| {
+        let (shape, values) = &golden[&format!("{side}.{name}")];
+        (shape.clone(), values.iter().map(|&x| x as i64).collect::<Vec<_>>())
+    };
+    let ((shape, ids), (_, mask)) = (matrix("input_ids"), matrix("attention_mask"));
+    let view = |v| ArrayView2::from_shape((shape[0], shape[1]), v).unwrap();
+    Batch::from_padded(view(&ids), view(&mask)).unwrap()
+}
+
+/// Largest absolute difference.
+fn max_difference<'a>(got: impl IntoIterator<Item = &'a f32>, want: &[f64]) -> f64 {
+    let got: Vec<f64> = got.into_iter().map(|&x| f64::from(x)).collect();
+    assert_eq!(got.len(), want.len());
+    got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Norm of the difference over the norm of what is wanted.
+fn relative_norm(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    square(&mut got.iter().zip(want).map(|(a, b)| f64::from(*a) - b))
+        / square(&mut want.iter().copied()).max(1e-30)
+}
+
+#[track_caller]
+fn within(what: &str, got: f64, bound: f64) {
+    println!("{what}: {got:.2e} of {bound:.0e}");
+    assert!(got <= bound, "{what}: {got:.3e} is beyond {bound:.0e}");
+}
+
+#[test]
+fn prompts_have_the_reference_ids() {
+    on_all(|set, dir| {
+        let golden = tensors(&dir.join("golden.safetensors"));
+        let (query, passage) = texts_of_step(set, &model(dir, true), 0);
+        assert_eq!(query, padded(&golden, "query"), "{}", dir.display());
+        assert_eq!(passage, padded(&golden, "passage"), "{}", dir.display());
+    });
+}
+
+#[test]
+fn representations_scores_and_loss() {
+    on_all(|_, dir| {
+        let golden = tensors(&dir.join("golden.safetensors"));
+        let (query, passage) = (padded(&golden, "query"), padded(&golden, "passage"));
+        for (kind, normalized) in [("normlized", true), ("raw", false)] {
+            let mut model = model(dir, normalized);
+            let want = |name: &str| golden[&format!("{kind}.{name}")].1.as_slice();
+            let at = |name: &str| format!("{} {kind}.{name}", dir.display());
+            let scale = |v: &[f64]| {
+                if normalized { 1.0 } else { v.iter().fold(0.0f64, |m, x| m.max(x.abs())) }
+            };
+
+            let eval = model.forward(Some(&query), Some(&passage)).unwrap();
+            assert_eq!(eval.loss, None);
+            model.train();
+            let train = model.forward(Some(&query), Some(&passage)).unwrap();
+            for (name, got) in [
+                ("q_reps", eval.q_reps.as_ref().unwrap()),
+                ("p_reps", eval.p_reps.as_ref().unwrap()),
+                ("eval_scores", eval.scores.as_ref().unwrap()),
+                ("q_reps", train.q_reps.as_ref().unwrap()),
+            ] {
+                let difference = max_difference(got, want(name)) / scale(want(name));
+                within(&at(name), difference, 1e-5);
+            }
+            let largest = want("scores").iter().fold(0.0f64, |m, x| m.max(x.abs()));
+            let scores = max_difference(train.scores.as_ref().unwrap(), want("scores"));
+            within(&at("scores"), scores / largest, 1e-5);
+            let loss = want("loss")[0];
+            let difference = (f64::from(train.loss.unwrap()) - loss).abs() / loss;
+            within(&at("loss"), difference, 1e-5);
+        }
+    });
+}
+
+#[test]
+fn every_gradient() {
+    on_all(|_, dir| {
+        let golden = tensors(&dir.join("golden.safetensors"));
+        let mut model = model(dir, true);
+        let (query, passage) = (padded(&golden, "query"), padded(&golden, "passage"));
+        accumulate_gradients(&mut model, &query, &passage).unwrap();
+        let mut seen = 0;
+        for parameter in model.decoder().parameters() {
+            let grad = model.backend().download(parameter.grad().unwrap()).unwrap();
+            let (shape, want) = &golden[&format!("grad.{}", parameter.name())];
+            assert_eq!(shape, parameter.shape());
+            let what = format!("{} grad.{}", dir.display(), parameter.name());
+            within(&what, relative_norm(&grad, want), 1e-4);
+            seen += 1;
+        }
+        assert_eq!(seen, golden.keys().filter(|name| name.starts_with("grad.")).count());
+    });
+}
+
+#[test]
+fn adamw_steps() {
+    on_all(|set, dir| {
+        let golden = tensors(&dir.join("golden_train.safetensors"));
+        let mut model = model(dir, true);
+        let backend = model.backend().clone();
+        let config = AdamWConfig { weight_decay: 0.01, ..AdamWConfig::default() };
+        let mut optimizer = AdamW::new(&backend, model.decoder(), config).unwrap();
+        let (shape, steps) = &golden["losses_and_grad_norms"];
+        assert_eq!(shape[1], 2);
+        for (step, want) in steps.chunks_exact(2).enumerate() {
+            let (query, passage) = texts_of_step(set, &model, step as u64);
+            let loss = accumulate_gradients(&mut model, &query, &passage).unwrap();
+            let clip = optimizer.step(&backend, model.decoder_mut(), 1e-3).unwrap();
+            let loss = f64::from(backend.download(&loss).unwrap()[0]);
+            let norm = f64::from(backend.download(&clip).unwrap()[0]);
+            let at = |what| format!("{} step {step} {what}", dir.display());
+            within(&at("loss"), (loss - want[0]).abs() / want[0], 5e-5);
+            within(&at("norm"), (norm - want[1]).abs() / want[1], 2e-4);
+        }
+        for parameter in model.decoder().parameters() {
+            let value = backend.download(parameter.value()).unwrap();
+            let (_, want) = &golden[&format!("final.{}", parameter.name())];
+            let what = format!("{} final.{}", dir.display(), parameter.name());
+            within(&what, relative_norm(&value, want), 1e-4);
+        }
+    });
+}
