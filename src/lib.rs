@@ -8,6 +8,7 @@ pub mod dist;
 pub mod loss;
 pub mod model;
 pub mod retrieval;
+mod storage;
 pub mod text;
 pub mod train;
 pub use biencoder::{

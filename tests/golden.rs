@@ -15,8 +15,7 @@ use llara::{BiEncoderModel, BiEncoderOptions, Role};
 use ndarray::ArrayView2;
 use safetensors::SafeTensors;
 
-const FAMILIES: [&str; 6] =
-    ["llama-mha", "llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3"];
+const FAMILIES: [&str; 6] = ["llama-mha", "llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3"];
 const QUERY_MAX_LEN: usize = 40;
 const GROUP: usize = 4;
 const ROWS: usize = 3;

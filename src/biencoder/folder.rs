@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe};
 use crate::backend::{Backend, Cpu};
-use crate::model::weights::{ModelFolder, SaveDtype, Staging};
+use crate::model::weights::{ModelFolder, SaveDtype};
+use crate::storage::Staging;
 use crate::text::{PromptEncoder, Template, TextTokenizer};
 use crate::{Error, ErrorKind, Result};
 

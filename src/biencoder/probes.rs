@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::BiEncoderModel;
 use crate::backend::Backend;
 use crate::data::Batch;
+use crate::storage::OutputFile;
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
 
@@ -66,11 +67,9 @@ impl Probes {
         let path = dir.join(PROBES_FILE);
         let text = serde_json::to_vec(self)
             .map_err(|e| Error::new(ErrorKind::Config, "cannot write probes").because(e))?;
-        let io = |e| Error::io("write the probes", &path, e);
-        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
-        std::io::Write::write_all(&mut file, &text).map_err(io)?;
-        file.as_file().sync_all().map_err(io)?;
-        file.persist(&path).map(drop).map_err(|e| io(e.error))
+        let mut file = OutputFile::create(&path)?;
+        file.write(&text)?;
+        file.commit()
     }
 
     /// Encodes the same texts with `model` and compares, to 1e-5 of a vector's largest entry.

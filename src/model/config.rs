@@ -325,11 +325,17 @@ fn windows(family: Family, raw: &Raw, layers: usize) -> Result<Vec<Option<usize>
 mod tests {
     use super::*;
 
-    const SMALL: &str = r#""hidden_size": 64, "intermediate_size": 96, "vocab_size": 100,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "rms_norm_eps": 1e-6"#;
-
-    fn parse(rest: &str) -> Result<DecoderConfig> {
-        DecoderConfig::from_json(format!("{{{SMALL}, {rest}}}").as_bytes())
+    /// A small configuration with `settings`, an object's inside, added or put in place.
+    fn parse(settings: &str) -> Result<DecoderConfig> {
+        let mut config = serde_json::json!({
+            "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2
+        });
+        let settings: Value = serde_json::from_str(&format!("{{{settings}}}")).unwrap();
+        for (key, value) in settings.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        DecoderConfig::from_json(config.to_string().as_bytes())
     }
 
     #[test]
@@ -376,6 +382,8 @@ mod tests {
             (r#""model_type": "llama", "num_key_value_heads": 3"#, "divide"),
             (r#""model_type": "llama", "head_dim": 15"#, "even"),
             (r#""model_type": "llama", "rope_theta": -1"#, "rope_theta"),
+            (r#""model_type": "llama", "rms_norm_eps": -1"#, "rms_norm_eps"),
+            (r#""model_type": "llama", "hidden_size": 0"#, "hidden_size"),
         ] {
             let message = parse(setting).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");

@@ -147,7 +147,7 @@ impl<B: Backend> Decoder<B> {
 }
 
 /// A parameter's name and its shape in files.
-pub type NamedShape = (String, Vec<usize>);
+pub(crate) type NamedShape = (String, Vec<usize>);
 
 /// Names and shapes as Hugging Face writes them.
 struct Builder<'a, B: Backend> {

@@ -4,7 +4,6 @@ mod beir;
 mod encode;
 mod lines;
 mod metrics;
-mod output;
 mod qrels;
 mod run;
 mod search;

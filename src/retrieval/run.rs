@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::output::OutputFile;
+use crate::storage::OutputFile;
 use crate::{Error, ErrorKind, Result};
 
 /// One retrieved document.

@@ -6,10 +6,9 @@ use std::path::Path;
 
 use ndarray::Array2;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 
 use super::lines::{excerpt, open_regular};
-use super::output::OutputFile;
+use crate::storage::{OutputFile, SafetensorsFile, safetensors_header};
 use crate::{Error, ErrorKind, Result};
 
 /// The name of the one tensor in a `.safetensors` file of embeddings.
@@ -44,13 +43,15 @@ impl VectorWriter {
         let path = path.as_ref();
         let format = Format::of(path)?;
         let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(size_of::<f32>()));
-        let (Some(bytes), true) = (bytes, cols > 0) else {
+        if bytes.is_none() || cols == 0 {
             return Err(Error::new(ErrorKind::Argument, "embeddings cannot have this shape")
                 .file(path)
                 .got(format!("{rows} rows of {cols}")));
-        };
+        }
         let header = match format {
-            Format::Safetensors => safetensors_header(rows, cols, bytes),
+            Format::Safetensors => {
+                safetensors_header(path, &[(TENSOR.to_owned(), Dtype::F32, vec![rows, cols])])?
+            }
             Format::Npy => npy_header(rows, cols),
         };
         let mut file = OutputFile::create(path)?;
@@ -118,19 +119,41 @@ impl VectorWriter {
 /// from a `.npy` file.
 ///
 /// # Errors
-/// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Data`]: a damaged file, or one that
-/// holds something else; [`ErrorKind::Numeric`]: a number that is not finite, with its row.
+/// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Data`] or, of a damaged safetensors file,
+/// [`ErrorKind::Weights`]: a damaged file, or one that holds something else; [`ErrorKind::Numeric`]: a number that is not finite, with its row.
 pub fn read_vectors(path: impl AsRef<Path>) -> Result<Array2<f32>> {
     let path = path.as_ref();
     let format = Format::of(path)?;
     let file = open_regular(path)?;
-    let length = file.metadata().map_err(|e| Error::io("read the file", path, e))?.len();
-    let mut source = Source { reader: BufReader::new(file), path, length };
-    let layout = match format {
-        Format::Safetensors => source.safetensors_layout()?,
-        Format::Npy => source.npy_layout()?,
+    match format {
+        Format::Safetensors => read_safetensors(path),
+        Format::Npy => {
+            let length = file.metadata().map_err(|e| Error::io("read the file", path, e))?.len();
+            let mut source = Source { reader: BufReader::new(file), path, length };
+            let layout = source.npy_layout()?;
+            source.read_matrix(layout)
+        }
+    }
+}
+
+fn read_safetensors(path: &Path) -> Result<Array2<f32>> {
+    let damaged = |what: String| Error::new(ErrorKind::Data, what).file(path);
+    let file = SafetensorsFile::open(path)?;
+    let Some(tensor) = file.info(TENSOR) else {
+        return Err(damaged(format!("there is no tensor `{TENSOR}`"))
+            .got(excerpt(&file.names().join(", ")))
+            .hint("is this a file of weights rather than of embeddings?"));
     };
-    source.read_matrix(layout)
+    let (Dtype::F32, &[rows, cols]) = (tensor.dtype, tensor.shape.as_slice()) else {
+        return Err(damaged(format!("`{TENSOR}` is not a matrix of f32"))
+            .expected("F32 [n, d]")
+            .got(format!("{:?} {:?}", tensor.dtype, tensor.shape)));
+    };
+    let bytes = file.read_bytes(TENSOR)?;
+    let values: Vec<f32> = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    require_finite(&values, cols, 0, path)?;
+    Array2::from_shape_vec((rows, cols), values)
+        .map_err(|e| damaged("the shape is impossible".to_owned()).because(e))
 }
 
 enum Format {
@@ -149,17 +172,6 @@ impl Format {
                 .expected("a name that ends in .safetensors or .npy")),
         }
     }
-}
-
-/// Length of the JSON (u64, little endian), then the JSON, padded so that the data is aligned to 8.
-fn safetensors_header(rows: usize, cols: usize, bytes: usize) -> Vec<u8> {
-    let mut json = format!(
-        r#"{{"{TENSOR}":{{"dtype":"F32","shape":[{rows},{cols}],"data_offsets":[0,{bytes}]}}}}"#
-    );
-    json.push_str(&" ".repeat(json.len().next_multiple_of(8) - json.len()));
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.extend_from_slice(json.as_bytes());
-    header
 }
 
 /// Magic, version, length (u16, little endian), then a Python dict, padded so that the data is
@@ -212,34 +224,6 @@ impl Source<'_> {
     fn number(&mut self, width: u64) -> Result<u64> {
         let bytes = self.bytes(width)?;
         Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
-    }
-
-    fn safetensors_layout(&mut self) -> Result<Layout> {
-        let length = self.number(8)?;
-        let header = self.bytes(length)?;
-        let metadata: Metadata = serde_json::from_slice(&header)
-            .map_err(|e| self.damaged("bad safetensors header").because(e))?;
-        let Some(tensor) = metadata.info(TENSOR) else {
-            let names = metadata.offset_keys().join(", ");
-            return Err(self
-                .damaged(format!("there is no tensor `{TENSOR}`"))
-                .got(excerpt(&names))
-                .hint("is this a file of weights rather than of embeddings?"));
-        };
-        let (Dtype::F32, &[rows, cols]) = (tensor.dtype, tensor.shape.as_slice()) else {
-            return Err(self
-                .damaged(format!("`{TENSOR}` is not a matrix of f32"))
-                .expected("F32 [n, d]")
-                .got(format!("{:?} {:?}", tensor.dtype, tensor.shape)));
-        };
-        // `Metadata` has checked that offsets and shape agree, but offsets may reach 2^64.
-        let data = 8 + length;
-        let start = data.saturating_add(tensor.data_offsets.0 as u64);
-        let end = data.saturating_add(metadata.data_len() as u64);
-        if end != self.length {
-            return Err(self.wrong_length(end));
-        }
-        Ok(Layout { start, rows, cols })
     }
 
     fn npy_layout(&mut self) -> Result<Layout> {
@@ -459,7 +443,7 @@ mod tests {
         let path = dir.path().join(NAMES[0]);
         std::fs::write(&path, [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat())
             .unwrap();
-        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Data);
+        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Weights);
         for rows in [rows, 1 << 40] {
             let path = dir.path().join(NAMES[1]);
             std::fs::write(&path, npy_header(rows as usize, 2)).unwrap();
@@ -467,7 +451,7 @@ mod tests {
         }
         let path = dir.path().join(NAMES[0]);
         std::fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
-        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Data);
+        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Weights);
     }
 
     proptest! {
@@ -501,7 +485,10 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             match read_vectors(&path) {
                 Ok(matrix) => prop_assert!(matrix.iter().all(|value| value.is_finite())),
-                Err(e) => prop_assert!(matches!(e.kind(), ErrorKind::Data | ErrorKind::Numeric), "{e}"),
+                Err(e) => {
+                    use ErrorKind::{Data, Numeric, Weights};
+                    prop_assert!(matches!(e.kind(), Data | Numeric | Weights), "{e}");
+                }
             }
         }
     }

@@ -2,12 +2,12 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io::Write as _;
 use std::path::Path;
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
+use crate::storage::OutputFile;
 use crate::{Error, ErrorKind, Result};
 
 /// Cuts texts into token ids, whole: truncation and padding stored in the file are switched off.
@@ -233,21 +233,10 @@ fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
     }
 }
 
-/// A reader finds the old file or the new one, never a part of it.
 fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let path = folder.join(name);
-    let write = || -> std::io::Result<()> {
-        let mut builder = tempfile::Builder::new();
-        // The default would keep the file from everyone but its owner.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = builder.tempfile_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(&path)?;
-        fs::File::open(folder)?.sync_all()
-    };
-    write().map_err(|e| Error::io("write the tokenizer", &path, e))
+    let mut file = OutputFile::create(&folder.join(name))?;
+    file.write(bytes)?;
+    file.commit()
 }
 
 #[cfg(test)]

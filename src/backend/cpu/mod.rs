@@ -18,7 +18,7 @@ mod vector;
 
 use std::sync::Arc;
 
-pub use buffer::CpuTensor;
+use buffer::CpuTensor;
 
 use super::{AdamWStep, Attended, AttentionShape, Backend, Layout, RopeTable, Shape, Turn};
 use crate::Result;

@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 
-use super::file::SafetensorsFile;
+use crate::storage::SafetensorsFile;
 use crate::{Error, ErrorKind, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -129,11 +129,6 @@ impl WeightFiles {
             }
         }
     }
-}
-
-/// Names of the weight files that a folder written here consists of.
-pub(super) fn is_weight_file(name: &str) -> bool {
-    name == INDEX || name.ends_with(".safetensors")
 }
 
 /// Name of the index file.

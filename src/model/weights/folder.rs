@@ -8,12 +8,11 @@ use rand::{SeedableRng, rngs::ChaCha8Rng};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::file::{Declaration, SafetensorsWriter};
 use super::files::{WeightFiles, index_name, single_name};
 use super::load::{load_decoder, prefix_of, standard_normal};
-use super::staging::Staging;
 use crate::backend::{Backend, Shape};
 use crate::model::{Decoder, DecoderConfig, Parameter};
+use crate::storage::{Declaration, SafetensorsFile, SafetensorsWriter, Staging};
 use crate::{Error, ErrorKind, Result};
 
 /// Files that go with a model and that training does not change; the tokenizer writes its own.
@@ -173,7 +172,7 @@ impl ModelFolder {
             return vec![(single_name().to_owned(), all.collect())];
         };
         let config = decoder.config();
-        let tensors = |file: &super::file::SafetensorsFile| {
+        let tensors = |file: &SafetensorsFile| {
             let mut tensors = Vec::new();
             for name in file.names() {
                 let Some(info) = file.info(&name) else { continue };

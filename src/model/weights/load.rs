@@ -4,10 +4,10 @@
 use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 use super::files::WeightFiles;
-use super::number::is_readable;
 use crate::backend::Backend;
 use crate::model::decoder::NamedShape;
 use crate::model::{Decoder, DecoderConfig};
+use crate::storage::is_readable;
 use crate::{Error, ErrorKind, Result};
 
 /// What stands before the decoder's own names in the files of a causal language model.

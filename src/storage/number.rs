@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 /// Whether weights of this type can be read.
-pub(super) fn is_readable(dtype: Dtype) -> bool {
+pub(crate) fn is_readable(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 

@@ -1,11 +1,11 @@
 //! Folders that are complete or not there.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::files::is_weight_file;
 use crate::{Error, ErrorKind, Result};
 
 /// The file without which no tool takes a folder for a model: it leaves first and comes last.
@@ -66,7 +66,7 @@ impl Staging {
         remove_if_there(&self.target.join(CONFIG)).map_err(io)?;
         for entry in fs::read_dir(&self.target).map_err(io)? {
             let name = entry.map_err(io)?.file_name();
-            if is_weight_file(&name.to_string_lossy()) && !names.contains(&name) {
+            if is_weight_file(&name) && !names.contains(&name) {
                 remove_if_there(&self.target.join(name)).map_err(io)?;
             }
         }
@@ -87,6 +87,12 @@ impl Drop for Staging {
             let _ = fs::remove_dir(&self.target);
         }
     }
+}
+
+/// Weights, or the index of sharded weights.
+fn is_weight_file(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
 }
 
 fn remove_if_there(path: &Path) -> std::io::Result<()> {

@@ -11,7 +11,7 @@ use crate::{Error, ErrorKind, Result};
 /// A file being written beside its target. [`commit`](Self::commit) puts it in the target's place;
 /// dropped without it, the target stays as it was and nothing is left behind.
 #[derive(Debug)]
-pub(super) struct OutputFile {
+pub(crate) struct OutputFile {
     writer: BufWriter<NamedTempFile>,
     target: PathBuf,
     written: u64,
@@ -19,7 +19,7 @@ pub(super) struct OutputFile {
 
 impl OutputFile {
     /// Starts writing `path`. Whatever can be known to fail at the end fails here instead.
-    pub(super) fn create(path: &Path) -> Result<Self> {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
         // Through a link, the file behind it is the one to replace.
         let target = match std::fs::canonicalize(path) {
             Ok(target) => target,
@@ -36,24 +36,24 @@ impl OutputFile {
     }
 
     /// The file that will appear.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.target
     }
 
     /// Bytes written so far.
-    pub(super) fn written(&self) -> u64 {
+    pub(crate) fn written(&self) -> u64 {
         self.written
     }
 
     /// Appends bytes.
-    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.writer.write_all(bytes).map_err(|e| Error::io("write", &self.target, e))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
 
     /// Flushes everything to the disk and gives the file its name.
-    pub(super) fn commit(self) -> Result<()> {
+    pub(crate) fn commit(self) -> Result<()> {
         let OutputFile { writer, target, written } = self;
         let fail = |e| Error::io("write", &target, e);
         let temp = writer.into_inner().map_err(|e| fail(e.into_error()))?;

@@ -56,7 +56,8 @@ impl SafetensorsFile {
         let metadata: Metadata = serde_json::from_slice(&header)
             .map_err(|e| damaged("the header is not a safetensors header").because(e))?;
         let data_start = LENGTH_BYTES + header_length;
-        let expected = data_start + metadata.data_len() as u64;
+        // Offsets may reach 2^64.
+        let expected = data_start.saturating_add(metadata.data_len() as u64);
         if length != expected {
             let what = if length < expected { "truncated" } else { "followed by other data" };
             return Err(damaged(&format!("the weights are {what}"))
@@ -123,6 +124,34 @@ impl SafetensorsFile {
 /// What a file is going to contain: name, type and shape of each tensor, in order.
 pub(crate) type Declaration = (String, Dtype, Vec<usize>);
 
+/// What a file begins with: the header's length and the header, padded so that data is aligned to 8.
+pub(crate) fn safetensors_header(path: &Path, declared: &[Declaration]) -> Result<Vec<u8>> {
+    let too_large = || Error::new(ErrorKind::Argument, "a tensor beyond 64 bits").file(path);
+    let mut end = 0usize;
+    let mut infos = Vec::with_capacity(declared.len());
+    for (name, dtype, shape) in declared {
+        let start = end;
+        let elements = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        let bytes =
+            elements.and_then(|n| n.checked_mul(dtype.bitsize())).ok_or_else(too_large)? / 8;
+        end = end.checked_add(bytes).ok_or_else(too_large)?;
+        let data_offsets = (start, end);
+        infos
+            .push((name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets }));
+    }
+    // transformers refuses weights that do not say which framework's layout they follow.
+    let format = [("format".to_owned(), "pt".to_owned())].into();
+    let invalid = |e: &dyn std::fmt::Display| {
+        Error::new(ErrorKind::Weights, format!("cannot describe the tensors: {e}")).file(path)
+    };
+    let metadata = Metadata::new(Some(format), infos).map_err(|e| invalid(&e))?;
+    let mut json = serde_json::to_vec(&metadata).map_err(|e| invalid(&e))?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.append(&mut json);
+    Ok(header)
+}
+
 /// Writes a safetensors file tensor by tensor.
 pub(crate) struct SafetensorsWriter {
     path: PathBuf,
@@ -133,28 +162,9 @@ pub(crate) struct SafetensorsWriter {
 impl SafetensorsWriter {
     /// Creates `path` and writes the header of what will follow.
     pub(crate) fn create(path: &Path, declared: Vec<Declaration>) -> Result<Self> {
-        let mut end = 0;
-        let mut infos = Vec::with_capacity(declared.len());
-        for (name, dtype, shape) in &declared {
-            let start = end;
-            end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
-            let data_offsets = (start, end);
-            infos.push((
-                name.clone(),
-                TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets },
-            ));
-        }
-        // transformers refuses files that do not say which framework's layout they follow.
-        let format = [("format".to_owned(), "pt".to_owned())].into();
-        let invalid = |e: &dyn std::fmt::Display| {
-            Error::new(ErrorKind::Weights, format!("cannot describe the weights: {e}")).file(path)
-        };
-        let metadata = Metadata::new(Some(format), infos).map_err(|e| invalid(&e))?;
-        let mut header = serde_json::to_vec(&metadata).map_err(|e| invalid(&e))?;
-        header.resize(header.len().next_multiple_of(8), b' ');
+        let header = safetensors_header(path, &declared)?;
         let io = |e| Error::io("write weights", path, e);
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
         file.write_all(&header).map_err(io)?;
         Ok(SafetensorsWriter { path: path.to_owned(), file, declared: declared.into_iter() })
     }
