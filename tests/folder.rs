@@ -1,0 +1,211 @@
+//! Model folders: what is loaded can be saved in the same form, and what is wrong is refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use llara::backend::Cpu;
+use llara::model::weights::{SaveDtype, WeightFiles};
+use llara::text::Template;
+use llara::{BiEncoderModel, BiEncoderOptions, Loader, Role};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
+fn fixture(family: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family)
+}
+
+fn load(dir: &Path) -> llara::Result<BiEncoderModel> {
+    BiEncoderModel::from_folder(dir, BiEncoderOptions::default())
+}
+
+fn vectors(model: &BiEncoderModel) -> Vec<f32> {
+    let texts = ["A lighthouse keeper counts ships.", "Rye grows on poor soil."];
+    let batch = model.batch(Role::Passage, &texts, 64).unwrap();
+    model.encode(&batch).unwrap().unwrap().into_iter().collect()
+}
+
+type Tensors = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
+
+fn tensors(path: &Path) -> Tensors {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let own = |v: &TensorView<'_>| (v.dtype(), v.shape().to_vec(), v.data().to_vec());
+    let owned = file.tensors().into_iter().map(|(name, view)| {
+        let (dtype, shape, data) = own(&view);
+        (name, dtype, shape, data)
+    });
+    owned.collect()
+}
+
+fn write(path: &Path, tensors: &Tensors) {
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// A copy of a fixture's model, to be changed.
+fn copy(family: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(fixture(family).join(name), dir.path().join(name)).unwrap();
+    }
+    dir
+}
+
+fn as_bf16(tensors: &mut Tensors) {
+    for (_, dtype, _, data) in tensors {
+        *dtype = Dtype::BF16;
+        let values = data.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b));
+        *data = values.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect();
+    }
+}
+
+#[test]
+fn an_untrained_model_is_saved_bit_for_bit() {
+    for family in ["llama-mha", "llama3-rope", "qwen2", "qwen3"] {
+        let out = tempfile::tempdir().unwrap();
+        let target = out.path().join("model");
+        load(&fixture(family)).unwrap().save(&target).unwrap();
+        let (mut before, mut after) = (
+            tensors(&fixture(family).join("model.safetensors")),
+            tensors(&target.join("model.safetensors")),
+        );
+        before.sort();
+        after.sort();
+        assert!(before == after, "{family}");
+        for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+            let read = |dir: &Path| fs::read(dir.join(name)).unwrap();
+            assert_eq!(read(&fixture(family)), read(&target), "{family} {name}");
+        }
+        let config = |dir: &Path| -> serde_json::Value {
+            serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap()
+        };
+        assert_eq!(config(&fixture(family)), config(&target));
+    }
+}
+
+#[test]
+fn shards_stay_shards_and_a_bare_decoder_stays_bare() {
+    let dir = copy("mistral");
+    let single = dir.path().join("model.safetensors");
+    let expected = vectors(&load(dir.path()).unwrap());
+    let bare: Tensors = tensors(&single)
+        .into_iter()
+        .filter(|(name, ..)| name != "lm_head.weight")
+        .map(|(name, d, s, b)| (name.strip_prefix("model.").unwrap().to_owned(), d, s, b))
+        .collect();
+    fs::remove_file(&single).unwrap();
+    let mut weight_map = serde_json::Map::new();
+    for (n, half) in bare.chunks(bare.len().div_ceil(2)).enumerate() {
+        let name = format!("model-0000{}-of-00002.safetensors", n + 1);
+        write(&dir.path().join(&name), &half.to_vec());
+        weight_map.extend(half.iter().map(|(t, ..)| (t.clone(), name.clone().into())));
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": weight_map});
+    fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+
+    let model = load(dir.path()).unwrap();
+    assert_eq!(vectors(&model), expected);
+    let out = dir.path().join("out");
+    model.save(&out).unwrap();
+    assert!(!out.join("model.safetensors").exists());
+    let saved: serde_json::Value =
+        serde_json::from_slice(&fs::read(out.join("model.safetensors.index.json")).unwrap())
+            .unwrap();
+    assert_eq!(saved["weight_map"], index["weight_map"]);
+    assert_eq!(vectors(&load(&out).unwrap()), expected);
+}
+
+#[test]
+fn narrow_weights_stay_narrow_unless_asked_otherwise() {
+    let dir = copy("qwen2");
+    let path = dir.path().join("model.safetensors");
+    let mut narrow = tensors(&path);
+    as_bf16(&mut narrow);
+    write(&path, &narrow);
+    let model = load(dir.path()).unwrap();
+    let dtypes = |dtype| {
+        let out = tempfile::tempdir().unwrap();
+        model.save_as(out.path(), dtype).unwrap();
+        assert_eq!(vectors(&load(out.path()).unwrap()).len(), vectors(&model).len());
+        let files = WeightFiles::open(out.path()).unwrap();
+        let all: Vec<_> = files.names().map(|name| files.info(name).unwrap().dtype).collect();
+        assert!(all.iter().all(|&d| d == all[0]));
+        all[0]
+    };
+    assert_eq!(dtypes(SaveDtype::AsLoaded), Dtype::BF16);
+    assert_eq!(dtypes(SaveDtype::F32), Dtype::F32);
+    assert_eq!(dtypes(SaveDtype::F16), Dtype::F16);
+}
+
+#[test]
+fn missing_tokens_are_refused_and_can_be_added() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = copy("llama-gqa");
+    let template = |tokens: &str| {
+        let mut template = Template::preset("llara").unwrap();
+        template.name = "mine".to_owned();
+        template.pooled_tokens = 2;
+        template.query.suffix = format!(" query: {tokens}");
+        template.passage.suffix = format!(" passage: {tokens}");
+        template
+    };
+    let loader = || Loader::new(base.path()).unwrap().template(template("<a1><a2>"));
+    let message = loader().load(Cpu::new(), Default::default()).err().unwrap().to_string();
+    assert!(message.contains("<a1>") && message.contains("add-special-tokens"), "{message}");
+
+    let model = loader().add_special_tokens(true).load(Cpu::new(), Default::default()).unwrap();
+    let rows = load(base.path()).unwrap().decoder().config().vocab_size;
+    assert_eq!(model.decoder().config().vocab_size, rows + 2);
+    model.save(dir.path().join("grown")).unwrap();
+    let again = load(&dir.path().join("grown")).unwrap();
+    assert_eq!(again.recipe().template.name, "mine");
+    assert_eq!(vectors(&again), vectors(&model));
+    let files = WeightFiles::open(&dir.path().join("grown")).unwrap();
+    assert_eq!(files.info("lm_head.weight").unwrap().shape[0], rows + 2);
+}
+
+#[test]
+fn all_faults_of_the_weights_are_listed_at_once() {
+    let dir = copy("llama-gqa");
+    let path = dir.path().join("model.safetensors");
+    let mut faulty = tensors(&path);
+    faulty.retain(|(name, ..)| name != "model.norm.weight");
+    for (name, _, shape, data) in &mut faulty {
+        if name == "model.layers.0.mlp.up_proj.weight" {
+            shape.reverse();
+        }
+        if name == "model.layers.1.mlp.up_proj.weight" {
+            *name = "model.layers.1.mlp.up_project.weight".to_owned();
+        }
+        assert!(!data.is_empty());
+    }
+    write(&path, &faulty);
+    let message = load(dir.path()).err().unwrap().to_string();
+    for part in [
+        "missing: model.norm.weight",
+        "misshapen: model.layers.0.mlp.up_proj.weight",
+        "missing: model.layers.1.mlp.up_proj.weight",
+        "unknown: model.layers.1.mlp.up_project.weight",
+    ] {
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn probes_notice_weights_that_were_changed_afterwards() {
+    let out = tempfile::tempdir().unwrap();
+    load(&fixture("qwen3")).unwrap().save(out.path()).unwrap();
+    let probes = llara::Probes::read(out.path()).unwrap().unwrap();
+    probes.check(&load(out.path()).unwrap()).unwrap();
+
+    let path = out.path().join("model.safetensors");
+    let mut changed = tensors(&path);
+    for (name, _, _, data) in &mut changed {
+        if name == "model.layers.0.mlp.down_proj.weight" {
+            data.fill(0);
+        }
+    }
+    write(&path, &changed);
+    assert!(probes.check(&load(out.path()).unwrap()).is_err());
+}

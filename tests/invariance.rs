@@ -1,0 +1,105 @@
+//! An embedding does not depend on its batch mates, on their order, on how a batch is cut into
+//! pieces, on padding, or on the number of threads.
+
+use std::path::PathBuf;
+
+use llara::data::Batch;
+use llara::train::accumulate_gradients;
+use llara::{BiEncoderModel, BiEncoderOptions, Role, backend::Backend};
+use ndarray::{Array2, ArrayView1};
+
+const FAMILIES: [&str; 6] = ["llama-mha", "llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3"];
+
+const TEXTS: [&str; 5] = [
+    "Salt is taken from the sea.",
+    "Bees dance to tell each other where the flowers are, and how far, and which way from the sun.",
+    "Ice floats.",
+    "The old bridge over the river was built of stone from the quarry north of the town, and has \
+     carried carts, trams and lorries for three hundred years without a single new arch.",
+    "Tea",
+];
+
+fn model(family: &str, options: BiEncoderOptions) -> BiEncoderModel {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family);
+    BiEncoderModel::from_folder(folder, options).unwrap()
+}
+
+fn encode(model: &BiEncoderModel, texts: &[&str]) -> Array2<f32> {
+    let batch = model.batch(Role::Passage, texts, 96).unwrap();
+    model.encode(&batch).unwrap().unwrap()
+}
+
+#[track_caller]
+fn same(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) {
+    let difference = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(difference <= 1e-6, "{difference:e}");
+}
+
+#[test]
+fn alone_with_others_and_in_another_order() {
+    for family in FAMILIES {
+        let model = model(family, BiEncoderOptions::default());
+        let together = encode(&model, &TEXTS);
+        let reversed = encode(&model, &TEXTS.iter().rev().copied().collect::<Vec<_>>());
+        for (i, text) in TEXTS.iter().enumerate() {
+            same(together.row(i), encode(&model, &[text]).row(0));
+            same(together.row(i), reversed.row(TEXTS.len() - 1 - i));
+        }
+    }
+}
+
+#[test]
+fn in_pieces_of_any_size() {
+    let whole = encode(&model("mistral", BiEncoderOptions::default()), &TEXTS);
+    for piece in 1..=TEXTS.len() + 1 {
+        let options = BiEncoderOptions { sub_batch_size: Some(piece), ..Default::default() };
+        let pieces = encode(&model("mistral", options), &TEXTS);
+        whole.rows().into_iter().zip(pieces.rows()).for_each(|(a, b)| same(a, b));
+    }
+}
+
+#[test]
+fn padded_on_either_side() {
+    let model = model("qwen3", BiEncoderOptions::default());
+    let batch = model.batch(Role::Query, &TEXTS, 96).unwrap();
+    let width = batch.longest() + 3;
+    for left in [true, false] {
+        let mut ids = Array2::<i64>::zeros((TEXTS.len(), width));
+        let mut mask = Array2::<i64>::zeros((TEXTS.len(), width));
+        for (row, sequence) in batch.sequences().enumerate() {
+            let start = if left { width - sequence.len() } else { 0 };
+            for (at, &id) in sequence.iter().enumerate() {
+                ids[[row, start + at]] = i64::from(id);
+                mask[[row, start + at]] = 1;
+            }
+        }
+        assert_eq!(Batch::from_padded(ids.view(), mask.view()).unwrap(), batch);
+    }
+}
+
+#[test]
+fn fewer_tokens_than_are_pooled_are_all_pooled() {
+    let model = model("llama-gqa", BiEncoderOptions::default());
+    let batch = Batch::from_sequences([vec![5u32, 6, 7], vec![9]]).unwrap();
+    let reps = model.encode(&batch).unwrap().unwrap();
+    assert_eq!(reps.nrows(), 2);
+    reps.rows().into_iter().for_each(|r| assert!((r.dot(&r) - 1.0).abs() < 1e-5));
+}
+
+#[test]
+fn the_same_bits_on_any_number_of_threads() {
+    let bits = |threads: usize| -> Vec<u32> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut model = model("qwen2", BiEncoderOptions::default());
+            let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
+            let passage = model.batch(Role::Passage, &TEXTS[1..], 96).unwrap();
+            accumulate_gradients(&mut model, &query, &passage).unwrap();
+            let backend = model.backend();
+            let grads = model.decoder().parameters().map(|p| backend.download(p.grad().unwrap()));
+            grads.flat_map(Result::unwrap).map(f32::to_bits).collect()
+        })
+    };
+    let one = bits(1);
+    assert!(one == bits(2) && one == bits(3));
+}
