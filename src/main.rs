@@ -1,1 +1,2 @@
+//! The `llara` program: parse, run, exit code.
 fn main() {}
