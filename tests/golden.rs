@@ -228,3 +228,42 @@ fn adamw_steps() {
         }
     });
 }
+
+#[test]
+fn adapters() {
+    on_all(|_, dir| {
+        let golden = tensors(&dir.join("golden_lora.safetensors"));
+        let rows = tensors(&dir.join("golden.safetensors"));
+        let (query, passage) = (padded(&rows, "query"), padded(&rows, "passage"));
+        let mut model = model(dir, true);
+        model.attach_adapter(&dir.join("lora")).unwrap();
+        let at = |what: &str| format!("{} lora {what}", dir.display());
+
+        model.train();
+        let output = model.forward(Some(&query), Some(&passage)).unwrap();
+        for (name, got) in [("q_reps", output.q_reps.as_ref()), ("p_reps", output.p_reps.as_ref())]
+        {
+            within(&at(name), max_difference(got.unwrap(), &golden[name].1), 1e-5);
+        }
+        let want = golden["loss"].1[0];
+        within(&at("loss"), (f64::from(output.loss.unwrap()) - want).abs() / want, 1e-5);
+
+        accumulate_gradients(&mut model, &query, &passage).unwrap();
+        let mut seen = 0;
+        for parameter in model.decoder().trainable_parameters() {
+            let grad = model.backend().download(parameter.grad().unwrap()).unwrap();
+            let (_, want) = &golden[&format!("grad.base_model.model.{}", parameter.name())];
+            within(&at(parameter.name()), relative_norm(&grad, want), 1e-4);
+            seen += 1;
+        }
+        assert_eq!(seen, golden.keys().filter(|name| name.starts_with("grad.")).count());
+        let frozen = model.decoder().parameters().filter(|p| !p.is_trainable());
+        assert!(frozen.into_iter().all(|p| p.grad().is_err()));
+
+        // Merged, it is the same model.
+        model.merge_adapter().unwrap();
+        model.eval();
+        let merged = model.encode(&passage).unwrap().unwrap();
+        within(&at("merged"), max_difference(&merged, &golden["p_reps"].1), 1e-5);
+    });
+}

@@ -82,6 +82,21 @@ pub struct AttentionShape {
     pub scale: f32,
 }
 
+/// Which draw of a dropout: the same key gives the same mask on every device, in every replay.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DropoutKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of the step.
+    pub step: u64,
+    /// Number of the module within the model.
+    pub module: u32,
+    /// Number of the first row of the input among all rows of the step.
+    pub first_row: u32,
+    /// Share of elements that become zero, below 1.
+    pub probability: f32,
+}
+
 /// What an attention must remember for its backward pass.
 pub struct Attended<B: Backend> {
     /// The weighted values. `[rows of q, H · hd]`
@@ -143,6 +158,13 @@ pub trait Backend: Clone + Send + Sync + 'static {
         w: &Self::Tensor,
         bias: Option<&Self::Tensor>,
         residual: Option<&Self::Tensor>,
+    ) -> Result<Self::Tensor>;
+    /// `onto + x · wᵀ`, in place of onto. `[n, out]`
+    fn linear_onto(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        onto: Self::Tensor,
     ) -> Result<Self::Tensor>;
     /// Gradient of [`linear`](Backend::linear) by its input: `dy · w (+ onto)`. `[n, in]`
     fn linear_input_grad(
@@ -257,6 +279,17 @@ pub trait Backend: Clone + Send + Sync + 'static {
         gate: &Self::Tensor,
         up: &Self::Tensor,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
+
+    /// Each element of x with probability `1 − p` and divided by it, else zero `(+ onto)`; also its own
+    /// gradient. Element `(row, column)` is kept where the Philox4x32-10 generator (Salmon et al.
+    /// 2011) with the key of `key` and counter `(column / 4, first_row + row, step, module)` draws at
+    /// least `p · 2³²` in place `column % 4`.
+    fn dropout(
+        &self,
+        x: &Self::Tensor,
+        key: &DropoutKey,
+        onto: Option<Self::Tensor>,
+    ) -> Result<Self::Tensor>;
 
     // ---- Loss and optimizer -------------------------------------------------------------------
 

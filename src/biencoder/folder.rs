@@ -104,7 +104,7 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// Saves the folder without loading it again, which would need the memory of a second model.
     pub fn write_folder(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
-        let staging = Staging::new(dir)?;
+        let staging = Staging::new(dir, "config.json")?;
         self.folder.write(&self.backend, &self.decoder, dtype, &staging)?;
         self.prompts.tokenizer().save(staging.path())?;
         staging.write(super::recipe::RECIPE_FILE, &self.recipe.to_json()?)?;

@@ -1,5 +1,6 @@
 //! The bi-encoder: texts of two roles through one decoder, to vectors that are compared.
 
+mod adapter;
 mod features;
 mod folder;
 mod output;
@@ -21,7 +22,9 @@ use crate::data::Batch;
 use crate::dist::{Collective, Solo};
 use crate::loss::InfoNce;
 use crate::model::weights::ModelFolder;
-use crate::model::{Decoder, Input, SavedDecoder, mean_pool, mean_pool_backward};
+use crate::model::{
+    Decoder, Dropout, Input, LoraConfig, SavedDecoder, mean_pool, mean_pool_backward,
+};
 use crate::text::{PromptEncoder, Role};
 use crate::{Error, ErrorKind, Result};
 
@@ -106,6 +109,10 @@ pub struct BiEncoderModel<B: Backend = Cpu> {
     folder: ModelFolder,
     collective: Arc<dyn Collective<B>>,
     mode: Mode,
+    /// What adapters drop in the next training pass; `None`: nothing.
+    dropout: Option<Dropout>,
+    /// The adapters that are attached, if any.
+    adapter: Option<LoraConfig>,
 }
 
 /// A model's parts, before they are known to fit each other.
@@ -135,7 +142,18 @@ impl<B: Backend> BiEncoderModel<B> {
         recipe.normalized = options.normalized;
         let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
         let mode = Mode::Eval;
-        Ok(BiEncoderModel { backend, decoder, prompts, recipe, options, folder, collective, mode })
+        Ok(BiEncoderModel {
+            backend,
+            decoder,
+            prompts,
+            recipe,
+            options,
+            folder,
+            collective,
+            mode,
+            dropout: None,
+            adapter: None,
+        })
     }
 
     /// Makes [`forward`](Self::forward) return the loss, and scores divided by the temperature.
@@ -184,6 +202,16 @@ impl<B: Backend> BiEncoderModel<B> {
         self.prompts.check_max_len(Role::Passage, passage)?;
         (self.recipe.query_max_len, self.recipe.passage_max_len) = (query, passage);
         Ok(())
+    }
+
+    /// Draws the adapters' dropout of the following training passes for a step of a run.
+    pub fn set_dropout(&mut self, seed: u64, step: u64) {
+        self.dropout = Some(Dropout { seed, step, first_row: 0 });
+    }
+
+    /// The adapters that are attached, if any.
+    pub fn adapter(&self) -> Option<&LoraConfig> {
+        self.adapter.as_ref()
     }
 
     /// Width of a vector, `d`.
@@ -307,7 +335,7 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Vectors of one batch, with what [`backward`](Self::backward) needs.
     pub(crate) fn encode_saving(&self, batch: &Batch) -> Result<Encoding<B>> {
         let input = self.input(batch)?;
-        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input)?;
+        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input, self.dropout)?;
         let pooled = mean_pool(&self.backend, &hidden, &input)?;
         let (reps, inv_norm) = if self.options.normalized {
             let (reps, inv_norm) = self.backend.normalize(&pooled)?;

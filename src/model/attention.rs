@@ -1,10 +1,11 @@
 //! Grouped-query self-attention with rotary positions, and Qwen3's norms of queries and keys.
 
-use super::linear::Linear;
+use super::linear::{Linear, SavedLinear};
 use super::norm::{RmsNorm, SavedNorm};
 use super::parameter::Parameter;
+use super::pass::Pass;
 use crate::Result;
-use crate::backend::{Attended, AttentionShape, Backend, Layout, RopeTable, Turn};
+use crate::backend::{Attended, AttentionShape, Backend, Turn};
 
 pub(crate) struct Attention<B: Backend> {
     pub(crate) q: Linear<B>,
@@ -23,63 +24,65 @@ pub(crate) struct SavedAttention<B: Backend> {
     /// `[T, KV·hd]`
     v: B::Tensor,
     attended: Attended<B>,
+    /// Of v and o.
+    linears: [SavedLinear<B>; 2],
 }
 
-/// Queries or keys as attention sees them, and what their norm needs to go back.
+/// Queries or keys as attention sees them, and what the way back to the input needs.
 struct Heads<B: Backend> {
     /// Normed and rotated. `[T, heads·hd]`
     rotated: B::Tensor,
     /// The projection that went into the norm, and what the norm saved.
     normed: Option<(B::Tensor, SavedNorm<B>)>,
+    linear: SavedLinear<B>,
 }
 
 impl<B: Backend> Attention<B> {
     /// x (normed) and residual `[T, d]`; returns `residual + attention(x)`.
     pub(crate) fn forward(
         &self,
-        backend: &B,
+        pass: &Pass<'_, B>,
         x: &B::Tensor,
         residual: &B::Tensor,
-        layout: &Layout<B>,
-        rope: &RopeTable<B>,
     ) -> Result<(B::Tensor, SavedAttention<B>)> {
-        let q = heads_forward(backend, &self.q, self.q_norm.as_ref(), x, layout, rope)?;
-        let k = heads_forward(backend, &self.k, self.k_norm.as_ref(), x, layout, rope)?;
-        let v = self.v.forward(backend, x, None)?;
-        let attended =
-            backend.attention(&q.rotated, &k.rotated, &v, layout, layout, &self.shape)?;
-        let y = self.o.forward(backend, &attended.out, Some(residual))?;
-        Ok((y, SavedAttention { q, k, v, attended }))
+        let q = heads_forward(pass, &self.q, self.q_norm.as_ref(), x)?;
+        let k = heads_forward(pass, &self.k, self.k_norm.as_ref(), x)?;
+        let (v, saved_v) = self.v.forward(pass, x, None)?;
+        let attended = pass.backend.attention(
+            &q.rotated,
+            &k.rotated,
+            &v,
+            pass.layout,
+            pass.layout,
+            &self.shape,
+        )?;
+        let (y, saved_o) = self.o.forward(pass, &attended.out, Some(residual))?;
+        Ok((y, SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] }))
     }
 
     /// Gradient by x alone; the residual's is dy itself.
     pub(crate) fn backward(
         &mut self,
-        backend: &B,
+        pass: &Pass<'_, B>,
         dy: &B::Tensor,
         x: &B::Tensor,
         saved: SavedAttention<B>,
-        layout: &Layout<B>,
-        rope: &RopeTable<B>,
     ) -> Result<B::Tensor> {
-        let SavedAttention { q, k, v, attended } = saved;
-        let dout = self.o.backward(backend, dy, &attended.out, None)?;
-        let (dq, dk, dv) = backend.attention_backward(
+        let SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] } = saved;
+        let dout = self.o.backward(pass, dy, &attended.out, saved_o, None)?;
+        let (dq, dk, dv) = pass.backend.attention_backward(
             &dout,
             &q.rotated,
             &k.rotated,
             &v,
             &attended,
-            layout,
-            layout,
+            pass.layout,
+            pass.layout,
             &self.shape,
         )?;
-        let back = Rotation { layout, rope };
-        let dq = heads_backward(backend, self.q_norm.as_mut(), dq, q.normed, &back)?;
-        let dk = heads_backward(backend, self.k_norm.as_mut(), dk, k.normed, &back)?;
-        let dx = self.q.backward(backend, &dq, x, None)?;
-        let dx = self.k.backward(backend, &dk, x, Some(dx))?;
-        self.v.backward(backend, &dv, x, Some(dx))
+        let dx = heads_backward(pass, (&mut self.q, self.q_norm.as_mut()), dq, x, q, None)?;
+        let dx = heads_backward(pass, (&mut self.k, self.k_norm.as_mut()), dk, x, k, Some(dx))?;
+        self.v.backward(pass, &dv, x, saved_v, Some(dx))
     }
 
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
@@ -98,43 +101,35 @@ impl<B: Backend> Attention<B> {
 
 /// Project, norm each head where the family does, rotate.
 fn heads_forward<B: Backend>(
-    backend: &B,
+    pass: &Pass<'_, B>,
     projection: &Linear<B>,
     norm: Option<&RmsNorm<B>>,
     x: &B::Tensor,
-    layout: &Layout<B>,
-    rope: &RopeTable<B>,
 ) -> Result<Heads<B>> {
-    let projected = projection.forward(backend, x, None)?;
+    let (projected, linear) = projection.forward(pass, x, None)?;
     let (mut rotated, normed) = match norm {
         Some(norm) => {
-            let (y, saved) = norm.forward(backend, &projected)?;
+            let (y, saved) = norm.forward(pass.backend, &projected)?;
             (y, Some((projected, saved)))
         }
         None => (projected, None),
     };
-    backend.rope(&mut rotated, &layout.positions, rope, Turn::Forward)?;
-    Ok(Heads { rotated, normed })
+    pass.backend.rope(&mut rotated, &pass.layout.positions, pass.rope, Turn::Forward)?;
+    Ok(Heads { rotated, normed, linear })
 }
 
-struct Rotation<'a, B: Backend> {
-    layout: &'a Layout<B>,
-    rope: &'a RopeTable<B>,
-}
-
-/// From the gradient by rotated heads to the gradient by the projection's output.
+/// From the gradient by rotated heads to the gradient by x (+ onto).
 fn heads_backward<B: Backend>(
-    backend: &B,
-    norm: Option<&mut RmsNorm<B>>,
+    pass: &Pass<'_, B>,
+    (projection, norm): (&mut Linear<B>, Option<&mut RmsNorm<B>>),
     mut grad: B::Tensor,
-    normed: Option<(B::Tensor, SavedNorm<B>)>,
-    rotation: &Rotation<'_, B>,
+    x: &B::Tensor,
+    saved: Heads<B>,
+    onto: Option<B::Tensor>,
 ) -> Result<B::Tensor> {
-    backend.rope(&mut grad, &rotation.layout.positions, rotation.rope, Turn::Backward)?;
-    match (norm, normed) {
-        (Some(norm), Some((projected, saved))) => {
-            norm.backward(backend, &grad, &projected, &saved, None)
-        }
-        _ => Ok(grad),
+    pass.backend.rope(&mut grad, &pass.layout.positions, pass.rope, Turn::Backward)?;
+    if let (Some(norm), Some((projected, saved))) = (norm, &saved.normed) {
+        grad = norm.backward(pass.backend, &grad, projected, saved, None)?;
     }
+    projection.backward(pass, &grad, x, saved.linear, onto)
 }

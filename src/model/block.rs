@@ -1,11 +1,14 @@
 //! One decoder layer: attention and MLP, each behind a norm and around a residual.
 
 use super::attention::{Attention, SavedAttention};
+use super::linear::Linear;
+use super::lora::PROJECTIONS;
 use super::mlp::{Mlp, SavedMlp};
 use super::norm::{RmsNorm, SavedNorm};
 use super::parameter::Parameter;
+use super::pass::Pass;
 use crate::Result;
-use crate::backend::{Backend, Layout, RopeTable};
+use crate::backend::Backend;
 
 pub(crate) struct Block<B: Backend> {
     pub(crate) input_norm: RmsNorm<B>,
@@ -34,15 +37,14 @@ impl<B: Backend> Block<B> {
     /// `middle = x + attention(norm(x))`, `y = middle + mlp(norm(middle))`. All `[T, d]`.
     pub(crate) fn forward(
         &self,
-        backend: &B,
+        pass: &Pass<'_, B>,
         x: B::Tensor,
-        layout: &Layout<B>,
-        rope: &RopeTable<B>,
     ) -> Result<(B::Tensor, SavedBlock<B>)> {
-        let (x_normed, x_norm) = self.input_norm.forward(backend, &x)?;
-        let (middle, attention) = self.attention.forward(backend, &x_normed, &x, layout, rope)?;
-        let (middle_normed, middle_norm) = self.post_attention_norm.forward(backend, &middle)?;
-        let (y, mlp) = self.mlp.forward(backend, &middle_normed, &middle)?;
+        let (x_normed, x_norm) = self.input_norm.forward(pass.backend, &x)?;
+        let (middle, attention) = self.attention.forward(pass, &x_normed, &x)?;
+        let (middle_normed, middle_norm) =
+            self.post_attention_norm.forward(pass.backend, &middle)?;
+        let (y, mlp) = self.mlp.forward(pass, &middle_normed, &middle)?;
         let saved =
             SavedBlock { x, x_normed, x_norm, attention, middle, middle_normed, middle_norm, mlp };
         Ok((y, saved))
@@ -51,29 +53,28 @@ impl<B: Backend> Block<B> {
     /// Each residual passes its gradient on unchanged, so the norm's is added to it.
     pub(crate) fn backward(
         &mut self,
-        backend: &B,
+        pass: &Pass<'_, B>,
         dy: B::Tensor,
         saved: SavedBlock<B>,
-        layout: &Layout<B>,
-        rope: &RopeTable<B>,
     ) -> Result<B::Tensor> {
-        let dnormed = self.mlp.backward(backend, &dy, &saved.middle_normed, &saved.mlp)?;
+        let dnormed = self.mlp.backward(pass, &dy, &saved.middle_normed, saved.mlp)?;
         let dmiddle = self.post_attention_norm.backward(
-            backend,
+            pass.backend,
             &dnormed,
             &saved.middle,
             &saved.middle_norm,
             Some(dy),
         )?;
-        let dnormed = self.attention.backward(
-            backend,
-            &dmiddle,
-            &saved.x_normed,
-            saved.attention,
-            layout,
-            rope,
-        )?;
-        self.input_norm.backward(backend, &dnormed, &saved.x, &saved.x_norm, Some(dmiddle))
+        let dnormed = self.attention.backward(pass, &dmiddle, &saved.x_normed, saved.attention)?;
+        self.input_norm.backward(pass.backend, &dnormed, &saved.x, &saved.x_norm, Some(dmiddle))
+    }
+
+    /// The projections, each with the name that adapters are asked for.
+    pub(crate) fn projections_mut(&mut self) -> [(&'static str, &mut Linear<B>); 7] {
+        let Attention { q, k, v, o, .. } = &mut self.attention;
+        let Mlp { gate, up, down } = &mut self.mlp;
+        let [nq, nk, nv, no, ngate, nup, ndown] = PROJECTIONS;
+        [(nq, q), (nk, k), (nv, v), (no, o), (ngate, gate), (nup, up), (ndown, down)]
     }
 
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {

@@ -8,6 +8,7 @@ use super::linear::Linear;
 use super::mlp::Mlp;
 use super::norm::{RmsNorm, SavedNorm};
 use super::parameter::Parameter;
+use super::pass::{Dropout, Pass};
 use super::rope::Rope;
 use crate::Result;
 use crate::backend::{AttentionShape, Backend};
@@ -27,6 +28,8 @@ pub struct SavedDecoder<B: Backend> {
     /// Last residual stream at the pooled rows, before the final norm. `[R, d]`
     pooled: B::Tensor,
     norm: SavedNorm<B>,
+    /// What the adapters dropped, to be dropped again.
+    dropout: Option<Dropout>,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -66,8 +69,7 @@ impl<B: Backend> Decoder<B> {
 
     /// Last hidden states after the final norm, at the pooled rows of the input. `[R, d]`
     pub fn forward(&self, backend: &B, input: &Input<B>) -> Result<B::Tensor> {
-        let mut forget = |_| ();
-        Ok(self.run(backend, input, &mut forget)?.0)
+        Ok(self.run(backend, input, None, &mut drop)?.0)
     }
 
     /// [`forward`](Decoder::forward), with what [`backward`](Decoder::backward) needs.
@@ -75,10 +77,12 @@ impl<B: Backend> Decoder<B> {
         &self,
         backend: &B,
         input: &Input<B>,
+        dropout: Option<Dropout>,
     ) -> Result<(B::Tensor, SavedDecoder<B>)> {
         let mut blocks = Vec::with_capacity(self.blocks.len());
-        let (hidden, pooled, norm) = self.run(backend, input, &mut |saved| blocks.push(saved))?;
-        Ok((hidden, SavedDecoder { blocks, pooled, norm }))
+        let (hidden, pooled, norm) =
+            self.run(backend, input, dropout, &mut |saved| blocks.push(saved))?;
+        Ok((hidden, SavedDecoder { blocks, pooled, norm, dropout }))
     }
 
     /// Returns the normed pooled rows, the same before the norm, and what the norm saved.
@@ -86,12 +90,14 @@ impl<B: Backend> Decoder<B> {
         &self,
         backend: &B,
         input: &Input<B>,
+        dropout: Option<Dropout>,
         keep: &mut dyn FnMut(SavedBlock<B>),
     ) -> Result<(B::Tensor, B::Tensor, SavedNorm<B>)> {
         let rope = self.rope.table(backend, input.layout.longest)?;
+        let pass = Pass { backend, layout: &input.layout, rope: &rope, dropout };
         let mut x = backend.gather_rows(self.embed_tokens.value(), &input.ids)?;
         for block in &self.blocks {
-            let (y, saved) = block.forward(backend, x, &input.layout, &rope)?;
+            let (y, saved) = block.forward(&pass, x)?;
             keep(saved);
             x = y;
         }
@@ -110,14 +116,31 @@ impl<B: Backend> Decoder<B> {
         saved: SavedDecoder<B>,
     ) -> Result<()> {
         let rope = self.rope.table(backend, input.layout.longest)?;
+        let pass = Pass { backend, layout: &input.layout, rope: &rope, dropout: saved.dropout };
         let dpooled = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
         let mut dx = backend.zeros(input.layout.rows, self.config.hidden_size)?;
         backend.scatter_add_rows(&dpooled, &input.pooled_rows, &mut dx)?;
         for (block, saved) in self.blocks.iter_mut().zip(saved.blocks).rev() {
-            dx = block.backward(backend, dx, saved, &input.layout, &rope)?;
+            dx = block.backward(&pass, dx, saved)?;
         }
-        let (_, dtable) = self.embed_tokens.value_and_grad(backend)?;
-        backend.scatter_add_rows(&dx, &input.ids, dtable)
+        if let (_, Some(dtable)) = self.embed_tokens.value_and_grad(backend)? {
+            backend.scatter_add_rows(&dx, &input.ids, dtable)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn blocks_mut(&mut self) -> impl Iterator<Item = &mut Block<B>> {
+        self.blocks.iter_mut()
+    }
+
+    /// The parameters that learn, in the order of the model.
+    pub fn trainable_parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
+        self.parameters().filter(|p| p.is_trainable())
+    }
+
+    /// The parameters that learn, to be changed.
+    pub(crate) fn trainable_parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
+        self.parameters_mut().filter(|p| p.is_trainable())
     }
 
     /// All parameters, in the order of the model.
@@ -174,7 +197,7 @@ impl<B: Backend> Builder<'_, B> {
     ) -> Result<Linear<B>> {
         let weight = self.parameter(format!("{name}.weight"), &[output, input])?;
         let bias = bias.then(|| self.parameter(format!("{name}.bias"), &[output])).transpose()?;
-        Ok(Linear { weight, bias })
+        Ok(Linear { weight, bias, lora: None })
     }
 
     fn block(&mut self, layer: usize) -> Result<Block<B>> {

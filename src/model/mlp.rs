@@ -1,7 +1,8 @@
 //! The gated MLP: `down(silu(gate(x)) ∘ up(x))`.
 
-use super::linear::Linear;
+use super::linear::{Linear, SavedLinear};
 use super::parameter::Parameter;
+use super::pass::Pass;
 use crate::Result;
 use crate::backend::Backend;
 
@@ -17,35 +18,38 @@ pub(crate) struct SavedMlp<B: Backend> {
     up: B::Tensor,
     /// `silu(gate) ∘ up`
     hidden: B::Tensor,
+    /// Of gate, up and down.
+    linears: [SavedLinear<B>; 3],
 }
 
 impl<B: Backend> Mlp<B> {
     /// x and residual `[T, d]`; returns `residual + mlp(x)`.
     pub(crate) fn forward(
         &self,
-        backend: &B,
+        pass: &Pass<'_, B>,
         x: &B::Tensor,
         residual: &B::Tensor,
     ) -> Result<(B::Tensor, SavedMlp<B>)> {
-        let gate = self.gate.forward(backend, x, None)?;
-        let up = self.up.forward(backend, x, None)?;
-        let hidden = backend.swiglu(&gate, &up)?;
-        let y = self.down.forward(backend, &hidden, Some(residual))?;
-        Ok((y, SavedMlp { gate, up, hidden }))
+        let (gate, saved_gate) = self.gate.forward(pass, x, None)?;
+        let (up, saved_up) = self.up.forward(pass, x, None)?;
+        let hidden = pass.backend.swiglu(&gate, &up)?;
+        let (y, saved_down) = self.down.forward(pass, &hidden, Some(residual))?;
+        Ok((y, SavedMlp { gate, up, hidden, linears: [saved_gate, saved_up, saved_down] }))
     }
 
     /// Gradient by x alone; the residual's is dy itself.
     pub(crate) fn backward(
         &mut self,
-        backend: &B,
+        pass: &Pass<'_, B>,
         dy: &B::Tensor,
         x: &B::Tensor,
-        saved: &SavedMlp<B>,
+        saved: SavedMlp<B>,
     ) -> Result<B::Tensor> {
-        let dhidden = self.down.backward(backend, dy, &saved.hidden, None)?;
-        let (dgate, dup) = backend.swiglu_backward(&dhidden, &saved.gate, &saved.up)?;
-        let dx = self.gate.backward(backend, &dgate, x, None)?;
-        self.up.backward(backend, &dup, x, Some(dx))
+        let SavedMlp { gate, up, hidden, linears: [saved_gate, saved_up, saved_down] } = saved;
+        let dhidden = self.down.backward(pass, dy, &hidden, saved_down, None)?;
+        let (dgate, dup) = pass.backend.swiglu_backward(&dhidden, &gate, &up)?;
+        let dx = self.gate.backward(pass, &dgate, x, saved_gate, None)?;
+        self.up.backward(pass, &dup, x, saved_up, Some(dx))
     }
 
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {

@@ -3,15 +3,18 @@
 //! Each layer keeps its forward and backward side by side, with the formula; what a backward needs
 //! is a struct that can be read. Only [`weights`] touches files.
 
+mod adapter;
 mod attention;
 mod block;
 mod config;
 mod decoder;
 mod input;
 mod linear;
+mod lora;
 mod mlp;
 mod norm;
 mod parameter;
+mod pass;
 mod pool;
 mod rope;
 pub mod weights;
@@ -19,7 +22,9 @@ pub mod weights;
 pub use config::{DecoderConfig, Family};
 pub use decoder::{Decoder, SavedDecoder};
 pub use input::Input;
+pub use lora::{LoraConfig, PROJECTIONS};
 pub use parameter::Parameter;
+pub use pass::Dropout;
 pub use pool::mean_pool;
 pub(crate) use pool::mean_pool_backward;
 pub use rope::RopeScaling;

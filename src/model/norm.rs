@@ -32,6 +32,6 @@ impl<B: Backend> RmsNorm<B> {
         onto: Option<B::Tensor>,
     ) -> Result<B::Tensor> {
         let (weight, dw) = self.weight.value_and_grad(backend)?;
-        backend.rms_norm_backward(dy, x, weight, &saved.inv_rms, Some(dw), onto)
+        backend.rms_norm_backward(dy, x, weight, &saved.inv_rms, dw, onto)
     }
 }

@@ -10,6 +10,8 @@ pub struct Parameter<B: Backend> {
     shape: Vec<usize>,
     /// `[out, in]`, or `[1, n]` for a vector.
     value: B::Tensor,
+    /// Whether it learns. A frozen parameter has no gradient and no optimizer state.
+    trainable: bool,
     /// Allocated by the first backward pass.
     grad: Option<B::Tensor>,
     /// Whether a backward pass has reached this parameter since the gradients were last cleared.
@@ -18,7 +20,25 @@ pub struct Parameter<B: Backend> {
 
 impl<B: Backend> Parameter<B> {
     pub(crate) fn new(name: String, shape: &[usize], value: B::Tensor) -> Self {
-        Parameter { name, shape: shape.to_vec(), value, grad: None, reached: false }
+        Parameter {
+            name,
+            shape: shape.to_vec(),
+            value,
+            trainable: true,
+            grad: None,
+            reached: false,
+        }
+    }
+
+    /// Whether it learns.
+    pub fn is_trainable(&self) -> bool {
+        self.trainable
+    }
+
+    /// Stops it from learning.
+    pub(crate) fn freeze(&mut self) {
+        self.trainable = false;
+        self.grad = None;
     }
 
     /// Name within the bare decoder, such as `layers.0.mlp.up_proj.weight`.
@@ -53,8 +73,14 @@ impl<B: Backend> Parameter<B> {
         }
     }
 
-    /// The value to read and the gradient to add to, for a backward pass.
-    pub(crate) fn value_and_grad(&mut self, backend: &B) -> Result<(&B::Tensor, &mut B::Tensor)> {
+    /// The value to read and, where it learns, the gradient to add to, for a backward pass.
+    pub(crate) fn value_and_grad(
+        &mut self,
+        backend: &B,
+    ) -> Result<(&B::Tensor, Option<&mut B::Tensor>)> {
+        if !self.trainable {
+            return Ok((&self.value, None));
+        }
         let grad = match self.grad.take() {
             Some(grad) if self.reached => grad,
             stale => {
@@ -63,7 +89,7 @@ impl<B: Backend> Parameter<B> {
             }
         };
         self.reached = true;
-        Ok((&self.value, self.grad.insert(grad)))
+        Ok((&self.value, Some(self.grad.insert(grad))))
     }
 
     /// The value to change and the gradient to read, for an optimizer.
@@ -78,6 +104,16 @@ impl<B: Backend> Parameter<B> {
     /// Forgets the gradient; the next backward pass starts from zero.
     pub(crate) fn clear_grad(&mut self) {
         self.reached = false;
+    }
+
+    /// Takes the value out, to be changed as a whole and set again.
+    pub(crate) fn take_value(&mut self, backend: &B) -> Result<B::Tensor> {
+        Ok(std::mem::replace(&mut self.value, backend.zeros(0, 0)?))
+    }
+
+    /// Puts in a value of the same shape.
+    pub(crate) fn set_value(&mut self, value: B::Tensor) {
+        self.value = value;
     }
 
     /// Replaces value and shape, for a vocabulary that grows.

@@ -8,13 +8,10 @@ use tempfile::TempDir;
 
 use crate::{Error, ErrorKind, Result};
 
-/// The file without which no tool takes a folder for a model: it leaves first and comes last.
-const CONFIG: &str = "config.json";
-
 /// A folder being written next to its final place.
 ///
 /// Files are made in a hidden folder inside the target and flushed to the disk; [`commit`] then moves
-/// them, `config.json` last. Dropped before that, it leaves the target as it was, and gone if it was
+/// them, the one that makes a folder look complete last. Dropped before that, it leaves the target as it was, and gone if it was
 /// not there.
 ///
 /// [`commit`]: Staging::commit
@@ -23,18 +20,21 @@ pub(crate) struct Staging {
     /// `None` once committed.
     folder: Option<TempDir>,
     made_target: bool,
+    /// The file without which no tool takes the folder for complete: it leaves first and comes last.
+    last: &'static str,
 }
 
 impl Staging {
-    /// Makes `target` if need be, and an empty hidden folder in it.
-    pub(crate) fn new(target: &Path) -> Result<Self> {
+    /// Makes `target` if need be, and an empty hidden folder in it; `last` is the file that makes the
+    /// folder look complete.
+    pub(crate) fn new(target: &Path, last: &'static str) -> Result<Self> {
         let made_target = !target.exists();
         fs::create_dir_all(target).map_err(|e| Error::io("create the folder", target, e))?;
         let folder = tempfile::Builder::new()
             .prefix(".partial-")
             .tempdir_in(target)
             .map_err(|e| Error::io("write to the folder", target, e))?;
-        Ok(Staging { target: target.to_owned(), folder: Some(folder), made_target })
+        Ok(Staging { target: target.to_owned(), folder: Some(folder), made_target, last })
     }
 
     /// Where to write.
@@ -58,12 +58,12 @@ impl Staging {
             File::open(entry.path()).and_then(|file| file.sync_all()).map_err(io)?;
             names.push(entry.file_name());
         }
-        if !names.iter().any(|name| name == CONFIG) {
-            return Err(Error::new(ErrorKind::Config, "a model folder without config.json")
+        if !names.iter().any(|name| name == self.last) {
+            return Err(Error::new(ErrorKind::Config, format!("a folder without {}", self.last))
                 .file(&self.target));
         }
-        names.sort_by_key(|name| name == CONFIG);
-        remove_if_there(&self.target.join(CONFIG)).map_err(io)?;
+        names.sort_by_key(|name| name == self.last);
+        remove_if_there(&self.target.join(self.last)).map_err(io)?;
         for entry in fs::read_dir(&self.target).map_err(io)? {
             let name = entry.map_err(io)?.file_name();
             if is_weight_file(&name) && !names.contains(&name) {
@@ -110,7 +110,7 @@ mod tests {
     fn dropped_it_leaves_nothing() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("model");
-        let staging = Staging::new(&target).unwrap();
+        let staging = Staging::new(&target, "config.json").unwrap();
         staging.write("config.json", b"{}").unwrap();
         drop(staging);
         assert!(!target.exists());
@@ -123,7 +123,7 @@ mod tests {
         fs::create_dir(&target).unwrap();
         fs::write(target.join("model-00001-of-00002.safetensors"), "old").unwrap();
         fs::write(target.join("notes.txt"), "mine").unwrap();
-        let staging = Staging::new(&target).unwrap();
+        let staging = Staging::new(&target, "config.json").unwrap();
         staging.write("config.json", b"{}").unwrap();
         staging.write("model.safetensors", b"new").unwrap();
         staging.commit().unwrap();

@@ -67,19 +67,19 @@ impl AdamWConfig {
 pub struct AdamW<B: Backend> {
     config: AdamWConfig,
     steps: u64,
-    /// First and second moments, in the order of the decoder's parameters.
+    /// First and second moments, in the order of the parameters that learn.
     moments: Vec<(B::Tensor, B::Tensor)>,
 }
 
 impl<B: Backend> AdamW<B> {
-    /// Moments of zero for every parameter of `decoder`.
+    /// Moments of zero for every parameter of `decoder` that learns.
     ///
     /// # Errors
     /// When a setting is out of its range, or the device has no memory left.
     pub fn new(backend: &B, decoder: &Decoder<B>, config: AdamWConfig) -> Result<Self> {
         config.check()?;
         let moments = decoder
-            .parameters()
+            .trainable_parameters()
             .map(|parameter| {
                 let (rows, cols) = parameter.value().shape();
                 Ok((backend.zeros(rows, cols)?, backend.zeros(rows, cols)?))
@@ -102,7 +102,7 @@ impl<B: Backend> AdamW<B> {
         learning_rate: f64,
     ) -> Result<B::Tensor> {
         let mut sum = backend.zeros(1, 1)?;
-        for parameter in decoder.parameters() {
+        for parameter in decoder.trainable_parameters() {
             backend.add_sum_of_squares(parameter.grad()?, &mut sum)?;
         }
         let clip = backend.clip_factor(&sum, self.config.max_grad_norm)?;
@@ -115,7 +115,9 @@ impl<B: Backend> AdamW<B> {
             weight_decay: self.config.weight_decay,
             step: self.steps,
         };
-        for (parameter, (first, second)) in decoder.parameters_mut().zip(&mut self.moments) {
+        for (parameter, (first, second)) in
+            decoder.trainable_parameters_mut().zip(&mut self.moments)
+        {
             let (value, grad) = parameter.value_mut_and_grad()?;
             backend.adamw(value, grad, (first, second), &clip, &update)?;
         }

@@ -7,6 +7,7 @@
 mod activation;
 mod attention;
 mod buffer;
+mod dropout;
 mod loss;
 mod norms;
 mod optimizer;
@@ -20,7 +21,9 @@ use std::sync::Arc;
 
 use buffer::CpuTensor;
 
-use super::{AdamWStep, Attended, AttentionShape, Backend, Layout, RopeTable, Shape, Turn};
+use super::{
+    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Layout, RopeTable, Shape, Turn,
+};
 use crate::Result;
 
 /// The CPU backend. Clones share one pool of buffers.
@@ -102,6 +105,10 @@ impl Backend for Cpu {
         residual: Option<&CpuTensor>,
     ) -> Result<CpuTensor> {
         Ok(products::linear(self, x, w, bias, residual))
+    }
+
+    fn linear_onto(&self, x: &CpuTensor, w: &CpuTensor, onto: CpuTensor) -> Result<CpuTensor> {
+        Ok(products::linear_onto(x, w, onto))
     }
 
     fn linear_input_grad(
@@ -222,6 +229,15 @@ impl Backend for Cpu {
         up: &CpuTensor,
     ) -> Result<(CpuTensor, CpuTensor)> {
         Ok(activation::swiglu_backward(self, dy, gate, up))
+    }
+
+    fn dropout(
+        &self,
+        x: &CpuTensor,
+        key: &DropoutKey,
+        onto: Option<CpuTensor>,
+    ) -> Result<CpuTensor> {
+        Ok(dropout::dropout(self, x, key, onto))
     }
 
     fn scale(&self, x: &mut CpuTensor, factor: f32) -> Result<()> {

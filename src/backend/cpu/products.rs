@@ -124,6 +124,23 @@ pub(super) fn linear(
     y
 }
 
+pub(super) fn linear_onto(x: &CpuTensor, w: &CpuTensor, mut onto: CpuTensor) -> CpuTensor {
+    let (n, input) = x.shape();
+    let output = w.rows();
+    assert_eq!(w.cols(), input, "linear_onto: input features");
+    assert_eq!(onto.shape(), (n, output), "linear_onto: onto");
+    multiply(
+        (n, output, input),
+        onto.as_mut_slice(),
+        output,
+        true,
+        Operand::rows(x.as_slice(), input),
+        Operand::rows(w.as_slice(), input).t(),
+        ALL_THREADS,
+    );
+    onto
+}
+
 pub(super) fn linear_input_grad(
     cpu: &Cpu,
     dy: &CpuTensor,

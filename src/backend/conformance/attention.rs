@@ -1,0 +1,180 @@
+//! Checks of causal attention over packed sequences.
+
+use super::Case;
+use super::plain::{self, Matrix, Packed};
+use super::suite::{Bound, Suite};
+use crate::Result;
+use crate::backend::{AttentionShape, Backend};
+
+/// Which positions of a sequence ask.
+#[derive(Debug, Clone, Copy)]
+enum Asking {
+    All,
+    /// The last of each sequence, all of a shorter one.
+    Last(usize),
+    /// Every n-th, from n − 1; none of a shorter sequence.
+    EveryNth(usize),
+    /// All of every second sequence, none of the others.
+    OddSequences,
+    Nobody,
+}
+
+impl Asking {
+    fn positions(self, sequence: usize, length: usize) -> Vec<u32> {
+        let end = length as u32;
+        match self {
+            Asking::All => (0..end).collect(),
+            Asking::Last(count) => (end.saturating_sub(count as u32)..end).collect(),
+            Asking::EveryNth(n) => (n as u32 - 1..end).step_by(n).collect(),
+            Asking::OddSequences if sequence % 2 == 1 => (0..end).collect(),
+            Asking::OddSequences | Asking::Nobody => Vec::new(),
+        }
+    }
+}
+
+/// One attention: its sequences, its queries and its heads.
+#[derive(Debug, Clone, Copy)]
+struct Setting {
+    lengths: &'static [usize],
+    asking: Asking,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    window: Option<usize>,
+}
+
+const fn setting(
+    lengths: &'static [usize],
+    asking: Asking,
+    (heads, kv_heads, head_dim): (usize, usize, usize),
+    window: Option<usize>,
+) -> Setting {
+    Setting { lengths, asking, heads, kv_heads, head_dim, window }
+}
+
+/// Tiles of 16, 32, 64 and 128 queries all end somewhere inside these sequences, and at their ends.
+const SETTINGS: [Setting; 22] = [
+    setting(&[1], Asking::All, (1, 1, 2), None),
+    setting(&[1, 1, 1], Asking::All, (2, 1, 16), None),
+    setting(&[17, 1, 33], Asking::All, (4, 1, 16), None),
+    setting(&[17, 1, 33], Asking::All, (4, 2, 16), Some(5)),
+    setting(&[17, 1, 33], Asking::All, (4, 4, 16), Some(1)),
+    setting(&[20, 3], Asking::All, (2, 1, 64), None),
+    setting(&[20, 3], Asking::All, (2, 2, 80), Some(1000)),
+    setting(&[3, 2, 5, 1, 7, 4, 6, 2, 1, 3, 9, 8], Asking::All, (3, 3, 2), None),
+    setting(&[130], Asking::All, (2, 1, 2), None),
+    setting(&[64, 128, 65], Asking::All, (1, 1, 2), None),
+    setting(&[130, 65], Asking::All, (2, 2, 2), Some(5)),
+    setting(&[200], Asking::All, (1, 1, 2), Some(64)),
+    setting(&[150], Asking::All, (1, 1, 2), Some(1)),
+    setting(&[130], Asking::All, (1, 1, 2), Some(1000)),
+    setting(&[33, 70, 9, 1, 130], Asking::Last(8), (4, 2, 2), None),
+    setting(&[3, 70, 9, 1, 130], Asking::Last(1), (2, 1, 16), Some(5)),
+    setting(&[130, 5], Asking::Last(100), (2, 1, 2), Some(70)),
+    setting(&[70, 2, 200, 3], Asking::EveryNth(3), (2, 1, 2), None),
+    setting(&[200], Asking::EveryNth(9), (2, 2, 2), Some(5)),
+    setting(&[5, 70, 3, 17, 1], Asking::OddSequences, (4, 2, 2), None),
+    setting(&[5, 3], Asking::Nobody, (2, 1, 16), None),
+    setting(&[65, 130, 33, 64], Asking::All, (4, 2, 64), None),
+];
+
+/// Elements of q beyond which the plain forward pass is too slow to be differenced.
+const DIFFERENCED_UP_TO: usize = 10_000;
+
+/// `attention` and its gradients.
+///
+/// # Errors
+/// What the backend itself reports.
+pub fn attention<B: Backend>(backend: &B) -> Result<Vec<Case>> {
+    let mut suite = Suite::new(backend);
+    for setting in SETTINGS {
+        examine(&mut suite, &setting, 1.0)?;
+    }
+    for size in [50.0, 1e4] {
+        for window in [None, Some(5)] {
+            let setting = setting(&[17, 70], Asking::All, (2, 1, 16), window);
+            examine(&mut suite, &setting, size)?;
+        }
+    }
+    Ok(suite.finish())
+}
+
+/// Scores are of the order of `size`.
+fn examine<B: Backend>(suite: &mut Suite<'_, B>, setting: &Setting, size: f64) -> Result<()> {
+    let &Setting { lengths, asking, heads, kv_heads, head_dim, window } = setting;
+    // Not the usual scale, lest a kernel get away with its own.
+    let scale = (0.8 / (head_dim as f64).sqrt()) as f32;
+    let shape = AttentionShape { heads, kv_heads, head_dim, window, scale };
+    let sequences = |asking: Asking| {
+        let each = lengths.iter().enumerate().map(|(s, &length)| asking.positions(s, length));
+        Packed::new(&each.collect::<Vec<_>>())
+    };
+    let (queries, keys) = (sequences(asking), sequences(Asking::All));
+    let large = |x: Matrix| x.map(|x| x * size.sqrt()).rounded();
+    let q = large(suite.random(queries.rows(), heads * head_dim));
+    let k = large(suite.random(keys.rows(), kv_heads * head_dim));
+    let v = suite.random(keys.rows(), kv_heads * head_dim);
+    let dout = suite.random(q.rows, q.cols);
+    let out =
+        |q: &Matrix, k: &Matrix, v: &Matrix| plain::attention((q, k, v), &queries, &keys, &shape).0;
+
+    let backend = suite.backend;
+    let [q_on, k_on, v_on] = [suite.tensor(&q)?, suite.tensor(&k)?, suite.tensor(&v)?];
+    let dout_on = suite.tensor(&dout)?;
+    let (queries_on, keys_on) = (queries.layout(backend)?, keys.layout(backend)?);
+    let attended = backend.attention(&q_on, &k_on, &v_on, &queries_on, &keys_on, &shape)?;
+    let (dq, dk, dv) = backend.attention_backward(
+        &dout_on,
+        &q_on,
+        &k_on,
+        &v_on,
+        &attended,
+        &queries_on,
+        &keys_on,
+        &shape,
+    )?;
+
+    let what = format!("{setting:?}, scores of order {size}");
+    let (want_out, want_lse) = plain::attention((&q, &k, &v), &queries, &keys, &shape);
+    // A probability is as far off, relatively, as its score and log-sum-exp are absolutely.
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let roundings = 16.0 + ((head_dim + longest) as f64).sqrt() + 8.0 * size;
+    let bound = Bound::roundings(roundings).at_least(1.0);
+    suite.case("attention").check(&what, &attended.out, &want_out, bound)?;
+    let bound_lse = Bound::roundings(16.0).at_least(size);
+    suite.case("attention, log-sum-exp").check(
+        &what,
+        &attended.log_sum_exp,
+        &want_lse,
+        bound_lse,
+    )?;
+
+    // Terms of the gradients by q and k are as large as k and q.
+    let bound_qk = bound.at_least(size.sqrt());
+    let inputs = (&q, &k, &v);
+    let (want_dq, want_dk, want_dv) =
+        plain::attention_backward(&dout, inputs, &queries, &keys, &shape);
+    suite.case("attention_backward, q").check(&what, &dq, &want_dq, bound_qk)?;
+    suite.case("attention_backward, k").check(&what, &dk, &want_dk, bound_qk)?;
+    suite.case("attention_backward, v").check(&what, &dv, &want_dv, bound)?;
+    if q.data.len() > DIFFERENCED_UP_TO {
+        return Ok(());
+    }
+    suite.case("attention_backward, q, by differences").check_gradient(
+        &what,
+        &dq,
+        &q,
+        bound_qk,
+        |q| dout.dot(&out(q, &k, &v)),
+    )?;
+    suite.case("attention_backward, k, by differences").check_gradient(
+        &what,
+        &dk,
+        &k,
+        bound_qk,
+        |k| dout.dot(&out(&q, k, &v)),
+    )?;
+    suite
+        .case("attention_backward, v, by differences")
+        .check_gradient(&what, &dv, &v, bound, |v| dout.dot(&out(&q, &k, v)))
+}

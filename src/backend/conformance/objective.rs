@@ -1,0 +1,179 @@
+//! Checks of the loss, of clipping and of AdamW.
+
+use super::Case;
+use super::plain::{self, Matrix};
+use super::suite::{Bound, Suite};
+use crate::Result;
+use crate::backend::{AdamWStep, Backend};
+
+/// `cross_entropy`, `add_sum_of_squares`, `clip_factor` and `adamw`.
+///
+/// # Errors
+/// What the backend itself reports.
+pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
+    let mut suite = Suite::new(backend);
+    for shape in [(1, 1), (1, 17), (17, 1), (33, 65), (17, 130), (130, 520)] {
+        for magnitude in [1.0, 50.0, 1e4] {
+            let scores = suite.random(shape.0, shape.1).map(|s| s * magnitude).rounded();
+            cross_entropy(&mut suite, &scores)?;
+        }
+        // Equally large, so that what counts is their small differences.
+        for shift in [1e4, -1e4] {
+            let scores = suite.random(shape.0, shape.1).map(|s| s + shift).rounded();
+            cross_entropy(&mut suite, &scores)?;
+        }
+    }
+    for shape in [(1, 1), (1, 17), (65, 33), (0, 5), (130, 400)] {
+        sum_of_squares(&mut suite, shape)?;
+    }
+    clip_factor(&mut suite)?;
+    for shape in [(1, 1), (17, 33), (130, 140)] {
+        for max_norm in [None, Some(0.5), Some(1e4)] {
+            adamw(&mut suite, shape, max_norm)?;
+        }
+    }
+    failed_step(&mut suite)?;
+    Ok(suite.finish())
+}
+
+fn cross_entropy<B: Backend>(suite: &mut Suite<'_, B>, scores: &Matrix) -> Result<()> {
+    let (rows, cols) = scores.shape();
+    let magnitude = scores.largest();
+    let what = format!("[{rows}, {cols}], scores to {magnitude:.1}");
+    let targets = suite.indices(rows, cols);
+    let targets_on = suite.backend.upload_index(&targets)?;
+    let (loss, dscores) = suite.backend.cross_entropy(&suite.tensor(scores)?, &targets_on)?;
+
+    let want = Matrix::from_fn(1, 1, |_, _| plain::cross_entropy(scores, &targets));
+    // The scores are given exactly but their differences are rounded, by the size of the scores.
+    let bound = Bound::roundings(16.0).at_least(1.0 + magnitude);
+    suite.case("cross_entropy, loss").check(&what, &loss, &want, bound)?;
+    let bound = Bound::roundings(16.0 + magnitude).at_least(1.0 / rows as f64);
+    let want = plain::cross_entropy_grad(scores, &targets);
+    suite.case("cross_entropy, gradient").check(&what, &dscores, &want, bound)?;
+    suite.case("cross_entropy, gradient by differences").check_gradient(
+        &what,
+        &dscores,
+        scores,
+        // Rounding of the loss itself shows in a difference of it.
+        Bound::roundings(16.0 + 2.0 * magnitude).at_least(1.0 / rows as f64),
+        |scores| plain::cross_entropy(scores, &targets),
+    )
+}
+
+fn sum_of_squares<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    (rows, cols): (usize, usize),
+) -> Result<()> {
+    let (first, second) = (suite.random(rows, cols), suite.random(3, 17));
+    let mut sum = suite.backend.zeros(1, 1)?;
+    suite.backend.add_sum_of_squares(&suite.tensor(&first)?, &mut sum)?;
+    suite.backend.add_sum_of_squares(&suite.tensor(&second)?, &mut sum)?;
+    let want = Matrix::from_fn(1, 1, |_, _| first.dot(&first) + second.dot(&second));
+    let bound = Bound::roundings(8.0 + ((rows * cols) as f64).sqrt());
+    let what = format!("[{rows}, {cols}], then [3, 17]");
+    suite.case("add_sum_of_squares").check(&what, &sum, &want, bound)
+}
+
+fn clip_factor<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
+    suite.case("clip_factor");
+    for sum in [0.0, 1e-8, 0.25, 1.0, 9.0, 1e10] {
+        for max_norm in [None, Some(0.5f32), Some(1.0), Some(1e3)] {
+            let sum = Matrix::from_fn(1, 1, |_, _| sum).rounded();
+            let clip = suite.backend.clip_factor(&suite.tensor(&sum)?, max_norm)?;
+            let norm = sum.data[0].sqrt();
+            let factor = factor_of(norm, max_norm);
+            let want = Matrix { rows: 1, cols: 2, data: vec![norm, factor] };
+            let what = format!("sum {:e}, limit {max_norm:?}", sum.data[0]);
+            suite.check(&what, &clip, &want, Bound::roundings(4.0))?;
+        }
+    }
+    for sum in [f64::NAN, f64::INFINITY] {
+        let sum_on = suite.tensor(&Matrix::from_fn(1, 1, |_, _| sum))?;
+        let clip = suite.backend.clip_factor(&sum_on, Some(1.0))?;
+        let norm = suite.read(&clip)?[0];
+        suite.require(&format!("norm of sum {sum} is not finite"), !norm.is_finite());
+    }
+    Ok(())
+}
+
+fn factor_of(norm: f64, max_norm: Option<f32>) -> f64 {
+    max_norm.map_or(1.0, |max_norm| (f64::from(max_norm) / (norm + 1e-6)).min(1.0))
+}
+
+/// Update number `step`, with every term large enough to be missed: an epsilon like the gradients'
+/// size and a decay that shows.
+fn hyperparameters(step: u64) -> AdamWStep {
+    AdamWStep {
+        learning_rate: 0.05 / step as f64,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 0.1,
+        weight_decay: 0.3,
+        step,
+    }
+}
+
+/// Five updates, the gradient's norm clipped as a training step does it.
+fn adamw<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    (rows, cols): (usize, usize),
+    max_norm: Option<f32>,
+) -> Result<()> {
+    let backend = suite.backend;
+    let mut want = plain::AdamW::new(suite.random(rows, cols));
+    let mut param = suite.tensor(&want.param)?;
+    let mut first = backend.zeros(rows, cols)?;
+    let mut second = backend.zeros(rows, cols)?;
+    for step in 1..=5 {
+        let grad = suite.random(rows, cols);
+        let grad_on = suite.tensor(&grad)?;
+        let mut sum = backend.zeros(1, 1)?;
+        backend.add_sum_of_squares(&grad_on, &mut sum)?;
+        let clip = backend.clip_factor(&sum, max_norm)?;
+        let hyper = hyperparameters(step);
+        backend.adamw(&mut param, &grad_on, (&mut first, &mut second), &clip, &hyper)?;
+        let factor = factor_of(grad.dot(&grad).sqrt(), max_norm);
+        want.update(&grad, factor, &hyper);
+
+        // The clipping factor carries the rounding of a long sum into every element.
+        let rounding = 8.0 + ((rows * cols) as f64).sqrt();
+        let what = format!("[{rows}, {cols}], limit {max_norm:?}, step {step}");
+        let bound = Bound::roundings(8.0 + 4.0 * step as f64);
+        suite.case("adamw").check(&what, &param, &want.param, bound)?;
+        let bound = Bound::roundings(rounding).at_least(0.1 * factor * grad.largest());
+        suite.case("adamw, first moment").check(&what, &first, &want.first, bound)?;
+        let bound = Bound::roundings(2.0 * rounding);
+        suite.case("adamw, second moment").check(&what, &second, &want.second, bound)?;
+    }
+    Ok(())
+}
+
+/// A gradient that is not finite must leave parameters and moments exactly as they were.
+fn failed_step<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
+    let backend = suite.backend;
+    let (param, first) = (suite.random(17, 33), suite.random(17, 33));
+    let second = suite.random(17, 33).map(f64::abs);
+    for spoilt in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30] {
+        for max_norm in [None, Some(1.0)] {
+            let mut grad = suite.random(17, 33);
+            grad.data[100] = spoilt;
+            let grad = suite.tensor(&grad)?;
+            let mut sum = backend.zeros(1, 1)?;
+            backend.add_sum_of_squares(&grad, &mut sum)?;
+            let clip = backend.clip_factor(&sum, max_norm)?;
+            let mut after = [suite.tensor(&param)?, suite.tensor(&first)?, suite.tensor(&second)?];
+            let [param_on, first_on, second_on] = &mut after;
+            backend.adamw(param_on, &grad, (first_on, second_on), &clip, &hyperparameters(3))?;
+            suite.case("adamw, norm not finite");
+            for (name, (after, before)) in ["parameters", "first moment", "second moment"]
+                .into_iter()
+                .zip(after.iter().zip([&param, &first, &second]))
+            {
+                let what = format!("{name} after a gradient of {spoilt}, limit {max_norm:?}");
+                suite.check(&what, after, before, Bound::EXACT)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! Checks of buffers, and of gathering, scattering and averaging rows.
+
+use super::Case;
+use super::plain::{self, Matrix};
+use super::suite::{Bound, Suite};
+use crate::Result;
+use crate::backend::{Backend, Shape};
+
+/// Copies to, from and on the device, and the operations that pick or average rows.
+///
+/// # Errors
+/// What the backend itself reports.
+pub fn rows<B: Backend>(backend: &B) -> Result<Vec<Case>> {
+    let mut suite = Suite::new(backend);
+    round_trip(&mut suite)?;
+    for shape in [(1, 1), (1, 130), (65, 1), (17, 33), (300, 130)] {
+        zeros(&mut suite, shape)?;
+        slices(&mut suite, shape)?;
+    }
+    concatenation(&mut suite)?;
+    // Rows of the table, columns, rows picked: fewer, more and none.
+    for (table, cols, picked) in
+        [(1, 1, 1), (1, 17, 5), (130, 1, 33), (33, 65, 200), (65, 130, 17), (9, 3, 0)]
+    {
+        picking(&mut suite, (table, cols, picked))?;
+    }
+    let many: Vec<usize> = (0..150).map(|s| 1 + s % 8).collect();
+    for (lengths, cols) in
+        [(&[1][..], 1), (&[1, 1, 1], 17), (&[8, 3, 1, 65, 8], 33), (&[130], 2), (&many, 130)]
+    {
+        means(&mut suite, lengths, cols)?;
+    }
+    Ok(suite.finish())
+}
+
+/// Every f32 must survive the way there and back, bit for bit.
+fn round_trip<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
+    suite.case("upload and download");
+    let odd = [
+        0.0,
+        -0.0,
+        f32::MIN_POSITIVE,
+        f32::from_bits(1),
+        f32::MAX,
+        f32::NEG_INFINITY,
+        f32::NAN,
+        1.0 + f32::EPSILON,
+    ];
+    for (rows, cols) in [(1, 8), (8, 1), (33, 17), (0, 5), (130, 1030)] {
+        let sent: Vec<f32> = (0..rows * cols).map(|i| odd[i % 8] * (1 + i / 8) as f32).collect();
+        let x = suite.backend.upload(&sent, rows, cols)?;
+        let back = suite.read(&x)?;
+        let same = sent.iter().map(|x| x.to_bits()).eq(back.iter().map(|x| x.to_bits()));
+        suite.require(&format!("[{rows}, {cols}]"), same && x.shape() == (rows, cols));
+    }
+    Ok(())
+}
+
+fn zeros<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    // What lies about in memory of this size is not zero.
+    drop(suite.tensor(&Matrix::from_fn(rows, cols, |_, _| 1.0))?);
+    let got = suite.backend.zeros(rows, cols)?;
+    let want = Matrix::zeros(rows, cols);
+    suite.case("zeros").check(&format!("[{rows}, {cols}]"), &got, &want, Bound::EXACT)
+}
+
+fn slices<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let x = suite.random(rows, cols);
+    let on_device = suite.tensor(&x)?;
+    for (start, count) in [(0, rows), (0, 1), (rows - 1, 1), (rows / 2, rows - rows / 2), (rows, 0)]
+    {
+        let got = suite.backend.slice_rows(&on_device, start, count)?;
+        let want = Matrix::from_fn(count, cols, |i, j| x.row(start + i)[j]);
+        let what = format!("{count} rows from {start} of [{rows}, {cols}]");
+        suite.case("slice_rows").check(&what, &got, &want, Bound::EXACT)?;
+    }
+    Ok(())
+}
+
+fn concatenation<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
+    for (parts, cols) in
+        [(&[1][..], 1), (&[3, 1, 17], 33), (&[0, 5, 0, 2, 0], 65), (&[130, 65], 130)]
+    {
+        let parts: Vec<Matrix> = parts.iter().map(|&rows| suite.random(rows, cols)).collect();
+        let tensors = parts.iter().map(|part| suite.tensor(part)).collect::<Result<Vec<_>>>()?;
+        let got = suite.backend.concat_rows(&tensors.iter().collect::<Vec<_>>())?;
+        let data: Vec<f64> = parts.iter().flat_map(|part| part.data.clone()).collect();
+        let want = Matrix { rows: data.len() / cols, cols, data };
+        let what = format!("{} parts of {cols} columns", parts.len());
+        suite.case("concat_rows").check(&what, &got, &want, Bound::EXACT)?;
+    }
+    Ok(())
+}
+
+fn picking<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    (table, cols, picked): (usize, usize, usize),
+) -> Result<()> {
+    let what = format!("{picked} rows of [{table}, {cols}]");
+    let x = suite.random(table, cols);
+    let rows = suite.indices(picked, table);
+    let rows_on = suite.backend.upload_index(&rows)?;
+    let y = suite.backend.gather_rows(&suite.tensor(&x)?, &rows_on)?;
+    suite.case("gather_rows").check(&what, &y, &plain::gather_rows(&x, &rows), Bound::EXACT)?;
+
+    let dy = suite.random(picked, cols);
+    let before = suite.random(table, cols);
+    let mut dx = suite.tensor(&before)?;
+    suite.backend.scatter_add_rows(&suite.tensor(&dy)?, &rows_on, &mut dx)?;
+    let want = plain::scatter_add_rows(&dy, &rows, before.clone());
+    let bound = Bound::sum(1 + picked / table);
+    suite.case("scatter_add_rows").check(&what, &dx, &want, bound)?;
+    suite.case("scatter_add_rows by differences").check_gradient(&what, &dx, &x, bound, |x| {
+        dy.dot(&plain::gather_rows(x, &rows)) + before.dot(x)
+    })
+}
+
+fn means<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize], cols: usize) -> Result<()> {
+    let offsets: Vec<u32> = std::iter::once(0)
+        .chain(lengths.iter().scan(0, |end, &length| {
+            *end += length as u32;
+            Some(*end)
+        }))
+        .collect();
+    let rows = lengths.iter().sum();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let what = format!("{} segments of [{rows}, {cols}], the longest of {longest}", lengths.len());
+    let x = suite.random(rows, cols);
+    let offsets_on = suite.backend.upload_index(&offsets)?;
+    let y = suite.backend.segment_mean(&suite.tensor(&x)?, &offsets_on)?;
+    let root = (longest as f64).sqrt();
+    let bound = Bound::roundings(8.0 + root).at_least(1.0 / root);
+    suite.case("segment_mean").check(&what, &y, &plain::segment_mean(&x, &offsets), bound)?;
+
+    let dy = suite.random(lengths.len(), cols);
+    let dx = suite.backend.segment_mean_backward(&suite.tensor(&dy)?, &offsets_on, rows)?;
+    let want = Matrix::from_fn(rows, cols, |row, j| {
+        let s = offsets.partition_point(|&start| start as usize <= row) - 1;
+        dy.row(s)[j] / lengths[s] as f64
+    });
+    let bound = Bound::roundings(3.0).by_row();
+    suite.case("segment_mean_backward").check(&what, &dx, &want, bound)?;
+    suite.case("segment_mean_backward by differences").check_gradient(
+        &what,
+        &dx,
+        &x,
+        Bound::roundings(4.0),
+        |x| dy.dot(&plain::segment_mean(x, &offsets)),
+    )
+}

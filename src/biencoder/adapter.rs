@@ -1,0 +1,219 @@
+//! Adapters of a bi-encoder: attached, merged, and saved and loaded in PEFT's form.
+
+use std::path::Path;
+
+use safetensors::Dtype;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::BiEncoderModel;
+use super::recipe::RECIPE_FILE;
+use crate::backend::Backend;
+use crate::model::{LoraConfig, PROJECTIONS, Parameter};
+use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging};
+use crate::{Error, ErrorKind, Result};
+
+const CONFIG_FILE: &str = "adapter_config.json";
+const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// What PEFT puts before the names of the bare decoder's parameters.
+const PREFIX: &str = "base_model.model.";
+/// The same where the adapter was made on a causal language model.
+const CAUSAL_LM_PREFIX: &str = "base_model.model.model.";
+
+impl<B: Backend> BiEncoderModel<B> {
+    /// Freezes the model and attaches new adapters, which change nothing before they are trained.
+    ///
+    /// # Errors
+    /// When a setting is out of its range or a target matches nothing.
+    pub fn attach_new_adapter(&mut self, config: &LoraConfig, seed: u64) -> Result<()> {
+        self.refuse_second_adapter()?;
+        self.decoder.attach_new_adapters(&self.backend, config, seed)?;
+        self.adapter = Some(config.clone());
+        Ok(())
+    }
+
+    /// Freezes the model and attaches the adapter of a PEFT folder.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, the adapter is of a kind that computes something else, or
+    /// its matrices do not fit the model (all listed).
+    pub fn attach_adapter(&mut self, dir: &Path) -> Result<()> {
+        self.refuse_second_adapter()?;
+        let config = read_config(&dir.join(CONFIG_FILE))?;
+        let file = SafetensorsFile::open(&dir.join(WEIGHTS_FILE))?;
+        let causal_lm = file.names().iter().any(|name| name.starts_with(CAUSAL_LM_PREFIX));
+        let prefix = if causal_lm { CAUSAL_LM_PREFIX } else { PREFIX };
+        let mut faults = Vec::new();
+        let mut used = std::collections::HashSet::new();
+        let backend = self.backend.clone();
+        self.decoder.attach_adapters(&config, &mut |name, shape| {
+            let name = format!("{prefix}{name}");
+            let found = file.info(&name).map(|info| info.shape.clone());
+            used.insert(name.clone());
+            if found.as_deref() == Some(shape) {
+                return backend.upload(&file.read_f32(&name)?, shape[0], shape[1]);
+            }
+            faults.push(match found {
+                None => format!("missing: {name} {shape:?}"),
+                Some(found) => format!("misshapen: {name}: expected {shape:?}, got {found:?}"),
+            });
+            backend.zeros(shape[0], shape[1])
+        })?;
+        let unknown = file.names().into_iter().filter(|name| !used.contains(name));
+        faults.extend(unknown.map(|name| format!("unknown: {name}")));
+        if !faults.is_empty() {
+            let what = format!("the adapter does not fit the model in {} places", faults.len());
+            return Err(Error::new(ErrorKind::Weights, what)
+                .file(file.path())
+                .got(format!("\n    {}", faults.join("\n    ")))
+                .hint("use the base model that the adapter was trained on"));
+        }
+        self.adapter = Some(config);
+        Ok(())
+    }
+
+    /// Adds the adapter to the weights, `W += scale · B · A`; the vectors stay as they are.
+    pub fn merge_adapter(&mut self) -> Result<()> {
+        self.decoder.merge_adapters(&self.backend)?;
+        self.adapter = None;
+        Ok(())
+    }
+
+    /// Saves the adapter alone, as PEFT does, with the recipe beside it.
+    ///
+    /// # Errors
+    /// When no adapter is attached or a file cannot be written.
+    pub fn save_adapter(&self, dir: &Path) -> Result<()> {
+        let Some(config) = &self.adapter else {
+            return Err(Error::new(ErrorKind::Argument, "there is no adapter to save")
+                .hint("save the whole model instead"));
+        };
+        let staging = Staging::new(dir, CONFIG_FILE)?;
+        let named = |p: &Parameter<B>| format!("{PREFIX}{}", p.name());
+        let declared = self
+            .decoder
+            .adapter_parameters()
+            .map(|p| (named(p), Dtype::F32, p.shape().to_vec()))
+            .collect();
+        let mut writer = SafetensorsWriter::create(&staging.path().join(WEIGHTS_FILE), declared)?;
+        for parameter in self.decoder.adapter_parameters() {
+            writer.write_f32(&named(parameter), &self.backend.download(parameter.value())?)?;
+        }
+        writer.finish()?;
+        let base = self.folder.source().map(|dir| dir.display().to_string());
+        let json = format!("{:#}\n", config_json(config, base));
+        staging.write(RECIPE_FILE, &self.recipe.to_json()?)?;
+        staging.write(CONFIG_FILE, json.as_bytes())?;
+        staging.commit()
+    }
+
+    fn refuse_second_adapter(&self) -> Result<()> {
+        if self.adapter.is_none() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Argument, "an adapter is attached already")
+            .hint("merge it first"))
+    }
+}
+
+fn config_json(config: &LoraConfig, base: Option<String>) -> Value {
+    json!({
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "peft_type": "LORA",
+        "r": config.rank,
+        "target_modules": config.target_modules,
+        "task_type": "FEATURE_EXTRACTION",
+        "use_dora": false,
+        "use_rslora": false,
+    })
+}
+
+/// The fields of `adapter_config.json` that matter here.
+#[derive(Deserialize)]
+struct Raw {
+    peft_type: Option<String>,
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    lora_dropout: f32,
+    target_modules: Value,
+    bias: Option<String>,
+    #[serde(flatten)]
+    rest: serde_json::Map<String, Value>,
+}
+
+/// Settings that must be absent, false or empty, for they would change what is computed.
+const UNSUPPORTED: [&str; 9] = [
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+    "target_parameters",
+    "exclude_modules",
+];
+
+fn read_config(path: &Path) -> Result<LoraConfig> {
+    let text = std::fs::read(path).map_err(|e| {
+        Error::io("read the adapter's configuration", path, e)
+            .hint("an adapter folder as PEFT writes it has an adapter_config.json")
+    })?;
+    let raw: Raw = serde_json::from_slice(&text).map_err(|e| {
+        Error::new(ErrorKind::Config, "not an adapter's configuration").file(path).because(e)
+    })?;
+    let refuse = |what: &str, got: &str| {
+        let what = format!("{what} is not supported in an adapter");
+        Err(Error::new(ErrorKind::Config, what).file(path).got(got))
+    };
+    if let Some(kind) = raw.peft_type.as_deref().filter(|&kind| kind != "LORA") {
+        return refuse("this method", kind);
+    }
+    if let Some(bias) = raw.bias.as_deref().filter(|&bias| bias != "none") {
+        return refuse("a trained bias", bias);
+    }
+    for name in UNSUPPORTED {
+        let off = match raw.rest.get(name) {
+            None | Some(Value::Null | Value::Bool(false)) => true,
+            Some(Value::Array(list)) => list.is_empty(),
+            Some(Value::Object(map)) => map.is_empty(),
+            Some(_) => false,
+        };
+        if !off {
+            return refuse(&format!("`{name}`"), &raw.rest[name].to_string());
+        }
+    }
+    let rank_stabilised = raw.rest.get("use_rslora") == Some(&Value::Bool(true));
+    let config = LoraConfig {
+        rank: raw.r,
+        // rsLoRA divides alpha by the root of the rank; as a plain adapter that is a larger alpha.
+        alpha: if rank_stabilised {
+            raw.lora_alpha * (raw.r as f64).sqrt()
+        } else {
+            raw.lora_alpha
+        },
+        dropout: raw.lora_dropout,
+        target_modules: target_modules(&raw.target_modules),
+    };
+    config.check().map_err(|e| e.file(path))?;
+    Ok(config)
+}
+
+/// A list of names, possibly with the layers before them, or PEFT's word for all projections.
+fn target_modules(value: &Value) -> Vec<String> {
+    let last = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
+    match value {
+        Value::String(all) if all == "all-linear" => PROJECTIONS.map(str::to_owned).to_vec(),
+        Value::String(one) => vec![last(one)],
+        Value::Array(names) => names.iter().filter_map(Value::as_str).map(last).collect(),
+        _ => Vec::new(),
+    }
+}

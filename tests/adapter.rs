@@ -1,0 +1,128 @@
+//! Adapters as users meet them: new ones change nothing at first and something after a step, only
+//! they learn, and what is saved is what is loaded.
+
+use std::fs;
+use std::path::PathBuf;
+
+use llara::backend::Backend;
+use llara::model::LoraConfig;
+use llara::train::{AdamW, AdamWConfig, accumulate_gradients};
+use llara::{BiEncoderModel, BiEncoderOptions, Role};
+
+fn model() -> BiEncoderModel {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen3");
+    BiEncoderModel::from_folder(folder, BiEncoderOptions::default()).unwrap()
+}
+
+fn config(dropout: f32) -> LoraConfig {
+    LoraConfig { rank: 4, dropout, ..LoraConfig::default() }
+}
+
+const QUERIES: [&str; 2] = ["What do owls eat?", "Where does amber come from?"];
+const PASSAGES: [&str; 4] = [
+    "Owls eat mice and voles.",
+    "Owls can turn their heads far round.",
+    "Amber is the resin of ancient trees.",
+    "Amber was traded along rivers.",
+];
+
+fn vectors(model: &BiEncoderModel) -> Vec<f32> {
+    let batch = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
+    model.encode(&batch).unwrap().unwrap().into_iter().collect()
+}
+
+fn step(model: &mut BiEncoderModel, optimizer: &mut AdamW<llara::backend::Cpu>) -> f32 {
+    let query = model.batch(Role::Query, &QUERIES, 48).unwrap();
+    let passage = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
+    let loss = accumulate_gradients(model, &query, &passage).unwrap();
+    let backend = model.backend().clone();
+    optimizer.step(&backend, model.decoder_mut(), 1e-2).unwrap();
+    backend.download(&loss).unwrap()[0]
+}
+
+#[test]
+fn training_changes_the_adapter_and_nothing_else() {
+    let mut model = model();
+    let before = vectors(&model);
+    let weights = |model: &BiEncoderModel| -> Vec<Vec<f32>> {
+        let frozen = model.decoder().parameters().filter(|p| !p.is_trainable());
+        frozen.map(|p| model.backend().download(p.value()).unwrap()).collect()
+    };
+    model.attach_new_adapter(&config(0.0), 7).unwrap();
+    assert_eq!(vectors(&model), before, "a new adapter changes nothing");
+    let base = weights(&model);
+
+    let mut optimizer =
+        AdamW::new(model.backend(), model.decoder(), AdamWConfig::default()).unwrap();
+    let losses: Vec<f32> = (0..8).map(|_| step(&mut model, &mut optimizer)).collect();
+    assert!(losses[7] < losses[0], "{losses:?}");
+    let changed = vectors(&model).iter().zip(&before).any(|(a, b)| (a - b).abs() > 1e-3);
+    assert!(changed, "training changed nothing");
+    assert!(weights(&model) == base, "frozen weights changed");
+}
+
+#[test]
+fn saved_merged_and_loaded_it_gives_the_same_vectors() {
+    let mut trained = model();
+    trained.attach_new_adapter(&config(0.1), 7).unwrap();
+    let mut optimizer =
+        AdamW::new(trained.backend(), trained.decoder(), AdamWConfig::default()).unwrap();
+    for at in 0..3 {
+        trained.set_dropout(1, at);
+        step(&mut trained, &mut optimizer);
+    }
+    let expected = vectors(&trained);
+    let dir = tempfile::tempdir().unwrap();
+    trained.save_adapter(&dir.path().join("adapter")).unwrap();
+
+    let mut loaded = model();
+    loaded.attach_adapter(&dir.path().join("adapter")).unwrap();
+    assert_eq!(vectors(&loaded), expected);
+
+    trained.merge_adapter().unwrap();
+    let near = |a: &[f32]| a.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5);
+    assert!(near(&vectors(&trained)));
+    trained.save(dir.path().join("merged")).unwrap();
+    let merged =
+        BiEncoderModel::from_folder(dir.path().join("merged"), BiEncoderOptions::default());
+    assert!(near(&vectors(&merged.unwrap())));
+}
+
+#[test]
+fn dropout_repeats_itself_and_differs_from_step_to_step() {
+    let gradients = |step: u64| -> Vec<u32> {
+        let mut model = model();
+        model.attach_new_adapter(&config(0.5), 7).unwrap();
+        model.set_dropout(3, step);
+        let query = model.batch(Role::Query, &QUERIES, 48).unwrap();
+        let passage = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
+        accumulate_gradients(&mut model, &query, &passage).unwrap();
+        let backend = model.backend();
+        let grads = model.decoder().trainable_parameters();
+        grads.flat_map(|p| backend.download(p.grad().unwrap()).unwrap()).map(f32::to_bits).collect()
+    };
+    assert!(gradients(5) == gradients(5));
+    assert!(gradients(5) != gradients(6));
+}
+
+#[test]
+fn what_does_not_fit_is_listed() {
+    let mut wrong = model();
+    let unknown = LoraConfig { target_modules: vec!["q_project".into()], ..config(0.0) };
+    let message = wrong.attach_new_adapter(&unknown, 0).unwrap_err().to_string();
+    assert!(message.contains("q_project") && message.contains("q_proj"), "{message}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let from = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-gqa/lora");
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(from.join(name), dir.path().join(name)).unwrap();
+    }
+    let message = model().attach_adapter(dir.path()).unwrap_err().to_string();
+    assert!(message.contains("misshapen: base_model.model.layers.0.self_attn.q_proj"), "{message}");
+
+    let path = dir.path().join("adapter_config.json");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"use_dora\": false", "\"use_dora\": true")).unwrap();
+    let message = model().attach_adapter(dir.path()).unwrap_err().to_string();
+    assert!(message.contains("use_dora"), "{message}");
+}
