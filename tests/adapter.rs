@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use llara::backend::Backend;
 use llara::model::LoraConfig;
-use llara::train::{AdamW, AdamWConfig, accumulate_gradients};
+use llara::train::{AdamW, AdamWConfig, Chunking, accumulate_gradients};
 use llara::{BiEncoderModel, BiEncoderOptions, Role};
 
 fn model() -> BiEncoderModel {
@@ -34,7 +34,7 @@ fn vectors(model: &BiEncoderModel) -> Vec<f32> {
 fn step(model: &mut BiEncoderModel, optimizer: &mut AdamW<llara::backend::Cpu>) -> f32 {
     let query = model.batch(Role::Query, &QUERIES, 48).unwrap();
     let passage = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
-    let loss = accumulate_gradients(model, &query, &passage).unwrap();
+    let loss = accumulate_gradients(model, &query, &passage, &Chunking::default()).unwrap();
     let backend = model.backend().clone();
     optimizer.step(&backend, model.decoder_mut(), 1e-2).unwrap();
     backend.download(&loss).unwrap()[0]
@@ -96,7 +96,7 @@ fn dropout_repeats_itself_and_differs_from_step_to_step() {
         model.set_dropout(3, step);
         let query = model.batch(Role::Query, &QUERIES, 48).unwrap();
         let passage = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
-        accumulate_gradients(&mut model, &query, &passage).unwrap();
+        accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
         let backend = model.backend();
         let grads = model.decoder().trainable_parameters();
         grads.flat_map(|p| backend.download(p.grad().unwrap()).unwrap()).map(f32::to_bits).collect()

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use llara::backend::Backend;
 use llara::data::{BadRows, Batch, Dataset, Sampler, SamplerConfig, Sampling};
-use llara::train::{AdamW, AdamWConfig, accumulate_gradients};
+use llara::train::{AdamW, AdamWConfig, Chunking, accumulate_gradients};
 use llara::{BiEncoderModel, BiEncoderOptions, Role};
 use ndarray::ArrayView2;
 use safetensors::SafeTensors;
@@ -186,7 +186,7 @@ fn every_gradient() {
         let golden = tensors(&dir.join("golden.safetensors"));
         let mut model = model(dir, true);
         let (query, passage) = (padded(&golden, "query"), padded(&golden, "passage"));
-        accumulate_gradients(&mut model, &query, &passage).unwrap();
+        accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
         let mut seen = 0;
         for parameter in model.decoder().parameters() {
             let grad = model.backend().download(parameter.grad().unwrap()).unwrap();
@@ -212,7 +212,8 @@ fn adamw_steps() {
         assert_eq!(shape[1], 2);
         for (step, want) in steps.chunks_exact(2).enumerate() {
             let (query, passage) = texts_of_step(set, &model, step as u64);
-            let loss = accumulate_gradients(&mut model, &query, &passage).unwrap();
+            let loss =
+                accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
             let clip = optimizer.step(&backend, model.decoder_mut(), 1e-3).unwrap();
             let loss = f64::from(backend.download(&loss).unwrap()[0]);
             let norm = f64::from(backend.download(&clip).unwrap()[0]);
@@ -248,7 +249,7 @@ fn adapters() {
         let want = golden["loss"].1[0];
         within(&at("loss"), (f64::from(output.loss.unwrap()) - want).abs() / want, 1e-5);
 
-        accumulate_gradients(&mut model, &query, &passage).unwrap();
+        accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
         let mut seen = 0;
         for parameter in model.decoder().trainable_parameters() {
             let grad = model.backend().download(parameter.grad().unwrap()).unwrap();

@@ -3,9 +3,11 @@
 
 use std::path::PathBuf;
 
+use llara::backend::{Backend, Cpu};
 use llara::data::Batch;
-use llara::train::accumulate_gradients;
-use llara::{BiEncoderModel, BiEncoderOptions, Role, backend::Backend};
+use llara::model::{LoraConfig, Parameter};
+use llara::train::{Chunking, accumulate_gradients};
+use llara::{BiEncoderModel, BiEncoderOptions, Role};
 use ndarray::{Array2, ArrayView1};
 
 const FAMILIES: [&str; 6] = ["llama-mha", "llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3"];
@@ -19,9 +21,12 @@ const TEXTS: [&str; 5] = [
     "Tea",
 ];
 
+fn fixture(family: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family)
+}
+
 fn model(family: &str, options: BiEncoderOptions) -> BiEncoderModel {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family);
-    BiEncoderModel::from_folder(folder, options).unwrap()
+    BiEncoderModel::from_folder(fixture(family), options).unwrap()
 }
 
 fn encode(model: &BiEncoderModel, texts: &[&str]) -> Array2<f32> {
@@ -94,7 +99,7 @@ fn the_same_bits_on_any_number_of_threads() {
             let mut model = model("qwen2", BiEncoderOptions::default());
             let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
             let passage = model.batch(Role::Passage, &TEXTS[1..], 96).unwrap();
-            accumulate_gradients(&mut model, &query, &passage).unwrap();
+            accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
             let backend = model.backend();
             let grads = model.decoder().parameters().map(|p| backend.download(p.grad().unwrap()));
             grads.flat_map(Result::unwrap).map(f32::to_bits).collect()
@@ -102,4 +107,41 @@ fn the_same_bits_on_any_number_of_threads() {
     };
     let one = bits(1);
     assert!(one == bits(2) && one == bits(3));
+}
+
+/// Every gradient of a batch that goes through in these pieces, adapters and their dropout included.
+fn gradients(chunking: Chunking, adapter: bool) -> Vec<(String, Vec<f32>)> {
+    let mut model = model("mistral", BiEncoderOptions::default());
+    if adapter {
+        let config = LoraConfig { rank: 4, dropout: 0.3, ..LoraConfig::default() };
+        model.attach_adapter(&fixture("mistral").join("lora")).unwrap();
+        model.merge_adapter().unwrap();
+        model.attach_new_adapter(&config, 1).unwrap();
+        model.set_dropout(11, 3);
+    }
+    let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
+    let passage = model.batch(Role::Passage, &TEXTS[1..], 96).unwrap();
+    accumulate_gradients(&mut model, &query, &passage, &chunking).unwrap();
+    let download = |p: &Parameter<Cpu>| model.backend().download(p.grad().unwrap()).unwrap();
+    let learning = model.decoder().trainable_parameters();
+    learning.map(|p| (p.name().to_owned(), download(p))).collect()
+}
+
+#[test]
+fn gradients_do_not_depend_on_the_chunks() {
+    for adapter in [false, true] {
+        let whole = gradients(Chunking::default(), adapter);
+        for chunking in [
+            Chunking { max_sequences: 1, kept_tokens: 0, ..Chunking::default() },
+            Chunking { max_tokens: 50, kept_tokens: 0, ..Chunking::default() },
+            Chunking { max_sequences: 2, kept_tokens: 90, ..Chunking::default() },
+        ] {
+            for ((name, a), (_, b)) in whole.iter().zip(gradients(chunking, adapter)) {
+                let norm = |v: &mut dyn Iterator<Item = f32>| v.map(|x| x * x).sum::<f32>().sqrt();
+                let difference = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b));
+                let bound = 1e-6 * norm(&mut a.iter().copied());
+                assert!(difference <= bound, "{name}: {difference:e} of {bound:e}, {chunking:?}");
+            }
+        }
+    }
 }

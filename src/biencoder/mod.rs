@@ -109,8 +109,8 @@ pub struct BiEncoderModel<B: Backend = Cpu> {
     folder: ModelFolder,
     collective: Arc<dyn Collective<B>>,
     mode: Mode,
-    /// What adapters drop in the next training pass; `None`: nothing.
-    dropout: Option<Dropout>,
+    /// Seed and step of what adapters drop in the next training pass; `None`: nothing.
+    dropout: Option<(u64, u64)>,
     /// The adapters that are attached, if any.
     adapter: Option<LoraConfig>,
 }
@@ -206,7 +206,7 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// Draws the adapters' dropout of the following training passes for a step of a run.
     pub fn set_dropout(&mut self, seed: u64, step: u64) {
-        self.dropout = Some(Dropout { seed, step, first_row: 0 });
+        self.dropout = Some((seed, step));
     }
 
     /// The adapters that are attached, if any.
@@ -320,22 +320,38 @@ impl<B: Backend> BiEncoderModel<B> {
         let piece = self.options.sub_batch_size.unwrap_or(batch.len()).max(1);
         let parts = (0..batch.len())
             .step_by(piece)
-            .map(|start| self.encode_piece(&batch.slice(start..(start + piece).min(batch.len()))))
+            .map(|start| batch.slice(start..(start + piece).min(batch.len())))
+            .map(|piece| self.encode_piece(&piece, None))
             .collect::<Result<Vec<_>>>()?;
         self.backend.concat_rows(&parts.iter().collect::<Vec<_>>())
     }
 
-    fn encode_piece(&self, batch: &Batch) -> Result<B::Tensor> {
+    /// What adapters drop in a training pass over a batch that begins at `first_row` of the step's
+    /// tokens.
+    pub(crate) fn dropout_at(&self, first_row: u32) -> Option<Dropout> {
+        self.dropout.map(|(seed, step)| Dropout { seed, step, first_row })
+    }
+
+    /// Vectors of a batch small enough to be encoded at once, nothing kept. `[S, d]`
+    pub(crate) fn encode_piece(
+        &self,
+        batch: &Batch,
+        dropout: Option<Dropout>,
+    ) -> Result<B::Tensor> {
         let input = self.input(batch)?;
-        let hidden = self.decoder.forward(&self.backend, &input)?;
+        let hidden = self.decoder.forward(&self.backend, &input, dropout)?;
         let pooled = mean_pool(&self.backend, &hidden, &input)?;
         if self.options.normalized { Ok(self.backend.normalize(&pooled)?.0) } else { Ok(pooled) }
     }
 
     /// Vectors of one batch, with what [`backward`](Self::backward) needs.
-    pub(crate) fn encode_saving(&self, batch: &Batch) -> Result<Encoding<B>> {
+    pub(crate) fn encode_saving(
+        &self,
+        batch: &Batch,
+        dropout: Option<Dropout>,
+    ) -> Result<Encoding<B>> {
         let input = self.input(batch)?;
-        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input, self.dropout)?;
+        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input, dropout)?;
         let pooled = mean_pool(&self.backend, &hidden, &input)?;
         let (reps, inv_norm) = if self.options.normalized {
             let (reps, inv_norm) = self.backend.normalize(&pooled)?;

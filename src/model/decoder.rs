@@ -68,8 +68,13 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Last hidden states after the final norm, at the pooled rows of the input. `[R, d]`
-    pub fn forward(&self, backend: &B, input: &Input<B>) -> Result<B::Tensor> {
-        Ok(self.run(backend, input, None, &mut drop)?.0)
+    pub fn forward(
+        &self,
+        backend: &B,
+        input: &Input<B>,
+        dropout: Option<Dropout>,
+    ) -> Result<B::Tensor> {
+        Ok(self.run(backend, input, dropout, &mut drop)?.0)
     }
 
     /// [`forward`](Decoder::forward), with what [`backward`](Decoder::backward) needs.

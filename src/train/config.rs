@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
+use super::step::Chunking;
 use crate::data::Sampling;
 use crate::model::weights::SaveDtype;
 
@@ -60,6 +61,8 @@ pub struct TrainConfig {
     pub query_instruction: String,
     /// Put in front of every passage.
     pub passage_instruction: String,
+    /// In what pieces a batch goes through the model.
+    pub chunking: Chunking,
     /// Steps between two lines of the log.
     pub logging_steps: u64,
     /// Models saved on the way.
@@ -85,6 +88,7 @@ impl TrainConfig {
             adamw: AdamWConfig::default(),
             query_instruction: String::new(),
             passage_instruction: String::new(),
+            chunking: Chunking::default(),
             logging_steps: 10,
             saving: Saving::default(),
         }

@@ -15,6 +15,6 @@ pub use config::{RunLength, Saving, TrainConfig};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
-pub use step::accumulate_gradients;
+pub use step::{Chunking, accumulate_gradients};
 pub use tensorboard::EventWriter;
 pub use trainer::{Observer, StepRecord, Summary, Trainer};

@@ -155,7 +155,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let (query, passage) = self.batches(&draws)?;
         let learning_rate = self.schedule.rate(step);
 
-        let loss = accumulate_gradients(self.model, &query, &passage)?;
+        self.model.set_dropout(self.config.seed, step);
+        let loss = accumulate_gradients(self.model, &query, &passage, &self.config.chunking)?;
         let backend = self.model.backend().clone();
         let clip = self.optimizer.step(&backend, self.model.decoder_mut(), learning_rate)?;
 
