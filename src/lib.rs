@@ -5,6 +5,8 @@ pub mod backend;
 mod biencoder;
 pub mod data;
 pub mod dist;
+pub mod hub;
+pub mod init;
 pub mod loss;
 pub mod model;
 pub mod retrieval;

@@ -67,7 +67,11 @@ impl Probes {
         let text = serde_json::to_vec(self)
             .map_err(|e| Error::new(ErrorKind::Config, "cannot write probes").because(e))?;
         let io = |e| Error::io("write the probes", &path, e);
-        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
+        let mut builder = tempfile::Builder::new();
+        // The default would keep the file from everyone but its owner.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(dir).map_err(io)?;
         std::io::Write::write_all(&mut file, &text).map_err(io)?;
         file.as_file().sync_all().map_err(io)?;
         file.persist(&path).map(drop).map_err(|e| io(e.error))
