@@ -21,6 +21,8 @@ mod biencoder;
 pub mod data;
 pub mod dist;
 mod error;
+pub mod hub;
+pub mod init;
 pub mod loss;
 pub mod model;
 pub mod retrieval;

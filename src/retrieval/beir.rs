@@ -20,6 +20,18 @@ pub struct TextTable {
 }
 
 impl TextTable {
+    /// Reads a corpus: a `corpus.jsonl` (`_id`, `title` if any, `text`), or a folder that has one.
+    ///
+    /// # Errors
+    /// Those of [`BeirDataset::open`] that concern the corpus.
+    pub fn read_corpus(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let in_folder = path.join("corpus.jsonl");
+        read_table(if path.is_dir() { &in_folder } else { path }, |_, _, title, text| {
+            Ok(Some(join_title(title.as_deref(), &text)))
+        })
+    }
+
     /// The number of texts.
     pub fn len(&self) -> usize {
         self.texts.len()
@@ -72,9 +84,7 @@ impl BeirDataset {
         require_known(&qrels_path, "queries", &queries_path, qrels.queries(), &known)?;
 
         let corpus_path = folder.join("corpus.jsonl");
-        let corpus = read_table(&corpus_path, |_, _, title, text| {
-            Ok(Some(join_title(title.as_deref(), &text)))
-        })?;
+        let corpus = TextTable::read_corpus(&corpus_path)?;
         let known = corpus.ids.iter().map(String::as_str).collect();
         let judged = qrels.queries().filter_map(|query| qrels.get(query));
         let judged = judged.flat_map(|documents| documents.keys().map(String::as_str));

@@ -1,6 +1,7 @@
 //! Dense retrieval with a trained encoder: embed files, search exactly, and score the rankings.
 
 mod beir;
+mod embedder;
 mod encode;
 mod lines;
 mod metrics;
@@ -11,6 +12,7 @@ mod texts;
 mod vectors;
 
 pub use beir::{BeirDataset, TextTable};
+pub use embedder::TextEmbedder;
 pub use encode::{Embedder, Progress, encode_stream, evaluate_dataset};
 pub use metrics::{Metrics, evaluate};
 pub use qrels::Qrels;

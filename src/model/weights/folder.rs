@@ -67,6 +67,8 @@ pub struct ModelFolder {
     config: Value,
     /// Prefix of the decoder's tensors in the files.
     prefix: &'static str,
+    /// Files of a new model to be written beside its weights: name and contents.
+    beside: Vec<(&'static str, Vec<u8>)>,
 }
 
 /// A tensor of a file to be written.
@@ -92,12 +94,19 @@ impl ModelFolder {
         let files = WeightFiles::open(dir)?;
         let decoder = load_decoder(backend, &config, &files)?;
         let prefix = prefix_of(&files);
-        Ok((ModelFolder { source: Some((dir.to_owned(), files)), config: json, prefix }, decoder))
+        let source = Some((dir.to_owned(), files));
+        Ok((ModelFolder { source, config: json, prefix, beside: Vec::new() }, decoder))
     }
 
     /// The form of a new causal language model with this `config.json`.
     pub fn new(config: Value) -> Self {
-        ModelFolder { source: None, config, prefix: "model." }
+        ModelFolder { source: None, config, prefix: "model.", beside: Vec::new() }
+    }
+
+    /// The same with one more JSON file beside the weights, such as `generation_config.json`.
+    pub(crate) fn with_json(mut self, name: &'static str, value: &Value) -> Self {
+        self.beside.push((name, pretty(value).into_bytes()));
+        self
     }
 
     /// Where the model was read from.
@@ -149,6 +158,9 @@ impl ModelFolder {
         }
         if let Some((dir, _)) = &self.source {
             carry_files(dir, staging)?;
+        }
+        for (name, contents) in &self.beside {
+            staging.write(name, contents)?;
         }
         staging.write("config.json", pretty(&self.config_for(decoder, dtype)).as_bytes())
     }

@@ -1,0 +1,339 @@
+//! The options of `llara finetune`, as they are given, and the settings that they make.
+
+use std::path::PathBuf;
+
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, ValueEnum};
+use llara::BiEncoderOptions;
+use llara::data::{BadRows, Sampling};
+use llara::model::weights::SaveDtype;
+use llara::train::{AdamWConfig, Chunking, Decay, RunLength, Saving, TrainConfig, Warmup};
+
+use super::trainer_flags::TrainerFlags;
+use crate::cli::compute::Compute;
+
+/// Train a model on queries with positives and hard negatives.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Defaults are the reference's. Its other flags are understood too: those that mean nothing here
+(--deepspeed, --fp16, --gradient_checkpointing, …) are accepted, each with a line that says what
+stands in its place; those that this version cannot do (--lora_rank, …) are refused by name.
+
+Examples:
+  llara finetune --model base --train-data train.jsonl --output-dir tuned --learning-rate 1e-4
+  llara finetune --model Qwen/Qwen3-0.6B --template qwen3-embedding --train-data data/ \\
+      --output-dir tuned --max-steps 1000 --warmup-ratio 0.1 --save-steps 200 --save-total-limit 2
+  llara finetune --config run.toml --seed 7
+
+run.toml has the same keys without the dashes; what the command line gives wins:
+  model = \"base\"
+  train-data = [\"a.jsonl\", \"b.jsonl\"]
+  output-dir = \"tuned\"
+  learning-rate = 1e-4
+
+Prints one JSON object: steps, loss, tokens, tokens_per_second, output_dir.")]
+pub(in crate::cli) struct Args {
+    /// TOML file with any of these options; those of the command line win
+    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = "Model")]
+    pub(super) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+    #[command(flatten)]
+    pub(super) data: DataArgs,
+    #[command(flatten)]
+    pub(super) training: TrainingArgs,
+    #[command(flatten)]
+    pub(super) optimizer: OptimizerArgs,
+    #[command(flatten)]
+    pub(super) output: OutputArgs,
+    #[command(flatten)]
+    pub(super) compute: Compute,
+    #[command(flatten)]
+    pub(super) trainer_flags: TrainerFlags,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Model")]
+pub(super) struct ModelArgs {
+    /// Folder of the model to start from, or its name on the Hugging Face Hub (org/name)
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR|HUB_ID")]
+    #[arg(required_unless_present = "config")]
+    pub(super) model: Option<String>,
+    /// Cache of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
+    #[arg(long, value_name = "DIR")]
+    pub(super) cache_dir: Option<PathBuf>,
+    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file
+    /// [default: the model folder's own, or llara]
+    #[arg(long, value_name = "NAME|FILE.toml")]
+    pub(super) template: Option<String>,
+    /// Add the template's tokens that the tokenizer lacks, and grow the vocabulary for them
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) add_special_tokens: bool,
+    /// Whether vectors are brought to length 1
+    #[arg(long, alias = "normlized", value_name = "BOOL", num_args = 0..=1)]
+    #[arg(default_missing_value = "true", default_value = "true")]
+    #[arg(action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    #[arg(hide_possible_values = true)]
+    pub(super) normalized: bool,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Data")]
+pub(super) struct DataArgs {
+    /// Training rows: JSONL files with `query`, `pos` and `neg`, or folders of them
+    #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "config")]
+    pub(super) train_data: Vec<PathBuf>,
+    /// What to do with a malformed row: error (refuse the data) or skip (leave it out and count it)
+    #[arg(long, value_name = "ACTION", value_enum, default_value_t = BadRows::Error)]
+    #[arg(hide_possible_values = true)]
+    pub(super) on_bad_row: BadRows,
+    /// Passages of a query: 1 positive and N − 1 hard negatives
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(super) train_group_size: usize,
+    /// Tokens that a query with its template is cut to
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(super) query_max_len: usize,
+    /// Tokens that a passage with its template is cut to
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(super) passage_max_len: usize,
+    /// Text put in front of every query that has no `prompt` of its own [default: none]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(super) query_instruction_for_retrieval: String,
+    /// Text put in front of every passage [default: none]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(super) passage_instruction_for_retrieval: String,
+    /// How rows are drawn: random (shuffled, with random passages) or sequential (in file order,
+    /// with the first passages, over and over)
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Sampling::Random)]
+    #[arg(hide_possible_values = true)]
+    pub(super) sampling: Sampling,
+    /// Leave out the last, shorter batch of an epoch
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) dataloader_drop_last: bool,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Training")]
+pub(super) struct TrainingArgs {
+    /// Steps of the run; wins over epochs; −1: off
+    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub(super) max_steps: i64,
+    /// How often the data is gone through
+    #[arg(long, value_name = "X", default_value_t = 3.0)]
+    pub(super) num_train_epochs: f64,
+    /// Queries of a step
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(super) per_device_train_batch_size: usize,
+    /// Divides similarities in the loss; 1.0 is used with --normalized false
+    #[arg(long, value_name = "X", default_value_t = 0.02)]
+    pub(super) temperature: f32,
+    /// Score queries against the passages of all processes; needs several
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) negatives_cross_device: bool,
+    /// Seed of all random draws
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub(super) seed: u64,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Optimizer")]
+pub(super) struct OptimizerArgs {
+    /// Learning rate after the warm-up
+    #[arg(long, value_name = "X", default_value_t = 5e-5)]
+    pub(super) learning_rate: f64,
+    /// How the learning rate changes after the warm-up: linear (to 0), cosine (to 0),
+    /// constant_with_warmup; or constant, which has no warm-up
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = Scheduler::Linear)]
+    #[arg(hide_possible_values = true)]
+    pub(super) lr_scheduler_type: Scheduler,
+    /// Share of the steps in which the learning rate rises from 0
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(super) warmup_ratio: f64,
+    /// Steps in which the learning rate rises from 0; wins over the ratio if not 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) warmup_steps: u64,
+    /// Decoupled weight decay, on every parameter
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(super) weight_decay: f64,
+    /// Decay of AdamW's first moment
+    #[arg(long, value_name = "X", default_value_t = 0.9)]
+    pub(super) adam_beta1: f64,
+    /// Decay of AdamW's second moment
+    #[arg(long, value_name = "X", default_value_t = 0.999)]
+    pub(super) adam_beta2: f64,
+    /// Added to the root of AdamW's second moment
+    #[arg(long, value_name = "X", default_value_t = 1e-8)]
+    pub(super) adam_epsilon: f64,
+    /// Largest global norm of the gradients; 0: not clipped
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub(super) max_grad_norm: f32,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Output")]
+pub(super) struct OutputArgs {
+    /// Folder for the model and the log; new or empty
+    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    pub(super) output_dir: Option<PathBuf>,
+    /// Replace the model and the log of an earlier run in the output folder
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) overwrite_output_dir: bool,
+    /// Steps between two lines of log.jsonl
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(super) logging_steps: u64,
+    /// Steps between two models saved on the way, as checkpoint-N; 0: only the last is saved
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) save_steps: u64,
+    /// How many of those are kept, the newest; 0: all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) save_total_limit: usize,
+    /// Number format of saved weights: f32, bf16, f16, or auto, as they were loaded
+    #[arg(long, value_name = "DTYPE", value_enum, default_value_t = SavedAs::Auto)]
+    #[arg(hide_possible_values = true)]
+    pub(super) save_dtype: SavedAs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Scheduler {
+    /// Rises, then falls in a straight line to 0
+    Linear,
+    /// Rises, then falls along half a cosine to 0
+    Cosine,
+    /// Stays; without warm-up
+    Constant,
+    /// Rises, then stays
+    #[value(name = "constant_with_warmup", alias = "constant-with-warmup")]
+    ConstantWithWarmup,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum SavedAs {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+impl OptimizerArgs {
+    fn warmup(&self) -> Warmup {
+        match (self.lr_scheduler_type, self.warmup_steps) {
+            (Scheduler::Constant, _) => Warmup::Steps(0),
+            (_, 0) => Warmup::Ratio(self.warmup_ratio),
+            (_, steps) => Warmup::Steps(steps),
+        }
+    }
+
+    /// Whether a warm-up was asked for that this scheduler does not have.
+    pub(super) fn warmup_is_lost(&self) -> bool {
+        self.lr_scheduler_type == Scheduler::Constant
+            && (self.warmup_steps > 0 || self.warmup_ratio > 0.0)
+    }
+}
+
+impl Args {
+    /// The settings of the run.
+    pub(super) fn train_config(&self, output_dir: PathBuf) -> TrainConfig {
+        let (data, training, optimizer) = (&self.data, &self.training, &self.optimizer);
+        TrainConfig {
+            output_dir,
+            length: match u64::try_from(training.max_steps) {
+                Ok(steps) => RunLength::Steps(steps),
+                Err(_) => RunLength::Epochs(training.num_train_epochs),
+            },
+            batch_size: training.per_device_train_batch_size,
+            group_size: data.train_group_size,
+            query_max_len: data.query_max_len,
+            passage_max_len: data.passage_max_len,
+            sampling: data.sampling,
+            drop_last: data.dataloader_drop_last,
+            seed: training.seed,
+            learning_rate: optimizer.learning_rate,
+            decay: match optimizer.lr_scheduler_type {
+                Scheduler::Linear => Decay::Linear,
+                Scheduler::Cosine => Decay::Cosine,
+                Scheduler::Constant | Scheduler::ConstantWithWarmup => Decay::Constant,
+            },
+            warmup: optimizer.warmup(),
+            adamw: AdamWConfig {
+                beta1: optimizer.adam_beta1,
+                beta2: optimizer.adam_beta2,
+                epsilon: optimizer.adam_epsilon,
+                weight_decay: optimizer.weight_decay,
+                max_grad_norm: Some(optimizer.max_grad_norm).filter(|&norm| norm != 0.0),
+            },
+            query_instruction: data.query_instruction_for_retrieval.clone(),
+            passage_instruction: data.passage_instruction_for_retrieval.clone(),
+            chunking: Chunking::default(),
+            logging_steps: self.output.logging_steps,
+            saving: Saving {
+                every: Some(self.output.save_steps).filter(|&steps| steps > 0),
+                keep: Some(self.output.save_total_limit).filter(|&limit| limit > 0),
+                dtype: match self.output.save_dtype {
+                    SavedAs::Auto => SaveDtype::AsLoaded,
+                    SavedAs::F32 => SaveDtype::F32,
+                    SavedAs::Bf16 => SaveDtype::Bf16,
+                    SavedAs::F16 => SaveDtype::F16,
+                },
+            },
+        }
+    }
+
+    /// How vectors are made and compared.
+    pub(super) fn model_options(&self) -> BiEncoderOptions {
+        BiEncoderOptions {
+            normalized: self.model.normalized,
+            negatives_cross_device: self.training.negatives_cross_device,
+            temperature: self.training.temperature,
+            sub_batch_size: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    #[command(no_binary_name = true)]
+    struct Only {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn config(rest: &[&str]) -> TrainConfig {
+        let required = ["--model", "m", "--train-data", "d", "--output-dir", "o"];
+        Only::try_parse_from(required.iter().chain(rest)).unwrap().args.train_config("o".into())
+    }
+
+    #[test]
+    fn defaults_are_the_references() {
+        let expected = TrainConfig { warmup: Warmup::Ratio(0.0), ..TrainConfig::new("o") };
+        assert_eq!(config(&[]), expected);
+        let args = ["--model", "m", "--train-data", "d", "--output-dir", "o"];
+        let options = Only::try_parse_from(args).unwrap().args.model_options();
+        assert_eq!(options, BiEncoderOptions::default());
+    }
+
+    #[test]
+    fn some_options_win_over_others() {
+        let steps = ["--max-steps", "5", "--num-train-epochs", "9", "--warmup-ratio", "0.5"];
+        assert_eq!(config(&steps).length, RunLength::Steps(5));
+        assert_eq!(config(&["--max-steps", "-1"]).length, RunLength::Epochs(3.0));
+        assert_eq!(config(&steps).warmup, Warmup::Ratio(0.5));
+        let both = ["--warmup-steps", "3", "--warmup-ratio", "0.5"];
+        assert_eq!(config(&both).warmup, Warmup::Steps(3));
+        let constant = [&both[..], &["--lr-scheduler-type", "constant"]].concat();
+        assert_eq!(config(&constant).warmup, Warmup::Steps(0));
+        assert_eq!(config(&["--max-grad-norm", "0"]).adamw.max_grad_norm, None);
+    }
+}

@@ -1,0 +1,206 @@
+//! `llara finetune`: train a model, with everything checked before anything is written.
+
+mod args;
+mod trainer_flags;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::error::ErrorKind as Usage;
+use llara::backend::{Backend, Cpu};
+use llara::data::{Dataset, Sampler, SamplerConfig};
+use llara::train::{RunLog, Summary, TrainConfig, Trainer};
+use llara::{BiEncoderModel, Error, Loader, Role};
+
+use super::progress::TrainingProgress;
+use super::talk::{count, print, say};
+use super::{output_folder, trained_model};
+pub(super) use args::Args;
+
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    // What the command line alone tells to be wrong, then the data, then the model.
+    let (model_name, output_dir) = required(&args)?;
+    for line in args.trainer_flags.check()? {
+        say!("note: {line}");
+    }
+    args.compute.check()?;
+    let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
+    let config = args.train_config(output_dir);
+    output_folder::check(&config.output_dir, args.output.overwrite_output_dir)?;
+    let dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
+    check_sampling(&config, &dataset)?;
+
+    let dir = trained_model::find(&model_name, args.model.cache_dir.as_deref())?;
+    let mut loader = Loader::new(&dir)?.add_special_tokens(args.model.add_special_tokens);
+    if let Some(template) = template {
+        loader = loader.template(template);
+    }
+    let mut model = loader.load(args.compute.start(), args.model_options())?;
+    check_vocabulary(&config, &dataset, &model)?;
+
+    let summary = train(&args, &config, &dataset, &mut model)?;
+    model.save_as(&config.output_dir, config.saving.dtype)?;
+    report(&config.output_dir, &summary)
+}
+
+/// What a command line or a run file must give.
+fn required(args: &Args) -> Result<(String, PathBuf), clap::Error> {
+    let missing = |option: &str| {
+        let text = format!("{option} is given neither on the command line nor in the run file\n");
+        clap::Error::raw(Usage::MissingRequiredArgument, text)
+    };
+    if args.data.train_data.is_empty() {
+        return Err(missing("--train-data"));
+    }
+    let model = args.model.model.clone().ok_or_else(|| missing("--model"))?;
+    let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
+    Ok((model, output_dir))
+}
+
+/// What the trainer would refuse as well, before a large model is read for it.
+fn check_sampling(config: &TrainConfig, dataset: &Dataset) -> llara::Result<()> {
+    Sampler::new(SamplerConfig {
+        seed: config.seed,
+        sampling: config.sampling,
+        rows: dataset.len(),
+        batch_size: config.batch_size,
+        group_size: config.group_size,
+        drop_last: config.drop_last,
+    })
+    .map(drop)
+}
+
+/// Refuses data with tokens that the model has no embedding for. A tokenizer that fits in the model's
+/// vocabulary cannot give any; only where it does not must every text be looked at.
+fn check_vocabulary(
+    config: &TrainConfig,
+    dataset: &Dataset,
+    model: &BiEncoderModel<Cpu>,
+) -> llara::Result<()> {
+    let prompts = model.prompts();
+    if prompts.tokenizer().vocab_size() <= model.decoder().config().vocab_size {
+        return Ok(());
+    }
+    (0..dataset.len()).try_for_each(|index| {
+        let row = dataset.row(index)?;
+        let instruction = row.prompt.as_ref().unwrap_or(&config.query_instruction);
+        let query = [format!("{instruction}{}", row.query)];
+        let instruction = &config.passage_instruction;
+        let passages: Vec<String> =
+            row.pos.iter().chain(&row.neg).map(|text| format!("{instruction}{text}")).collect();
+        let check = |role, texts: &[String], max_len| {
+            prompts.encode_all(role, texts, max_len).map(drop).map_err(|e| {
+                match dataset.location(index) {
+                    Some((path, line)) => e.line(path, line),
+                    None => e,
+                }
+            })
+        };
+        check(Role::Query, &query, config.query_max_len)?;
+        check(Role::Passage, &passages, config.passage_max_len)
+    })
+}
+
+/// Makes all steps. The optimizer's state is gone when this returns, so that saving has its memory.
+fn train(
+    args: &Args,
+    config: &TrainConfig,
+    dataset: &Dataset,
+    model: &mut BiEncoderModel<Cpu>,
+) -> anyhow::Result<Summary> {
+    let about_model = describe(model, args.model.model.as_deref().unwrap_or_default());
+    for (role, max_len) in
+        [(Role::Query, config.query_max_len), (Role::Passage, config.passage_max_len)]
+    {
+        trained_model::warn_if_too_long(model, role, max_len);
+    }
+    let mut trainer = Trainer::new(model, dataset, config)?;
+    say!("{about_model}");
+    announce(args, config, dataset, trainer.total_steps());
+
+    let log = create_log(&config.output_dir)?;
+    let mut progress = TrainingProgress::new(log, trainer.total_steps());
+    let result = trainer.run(&mut progress);
+    progress.finish();
+    Ok(result?)
+}
+
+/// Makes the output folder and begins the log; a folder that was made for nothing is removed.
+fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
+    let new = !output_dir.exists();
+    fs::create_dir_all(output_dir)
+        .map_err(|e| Error::io("create the output folder", output_dir, e))?;
+    RunLog::create(output_dir).inspect_err(|_| {
+        if new {
+            let _ = fs::remove_dir_all(output_dir);
+        }
+    })
+}
+
+fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
+    let decoder = model.decoder();
+    let parameters: usize = decoder.parameters().map(|p| p.shape().iter().product::<usize>()).sum();
+    let config = decoder.config();
+    let template = model.prompts().template();
+    format!(
+        "device    {}\nmodel     {name}: {:?}, {} parameters, {} layers, hidden {}, vocabulary {}\n\
+         template  {}: mean of the last {} tokens",
+        model.backend().description(),
+        config.family,
+        count(parameters),
+        config.num_hidden_layers,
+        config.hidden_size,
+        count(config.vocab_size),
+        template.name,
+        template.pooled_tokens,
+    )
+}
+
+fn announce(args: &Args, config: &TrainConfig, dataset: &Dataset, steps: u64) {
+    say!("data      {} rows, {} skipped", count(dataset.len()), dataset.skipped().count);
+    say_skipped(dataset);
+    let (batch, group) = (config.batch_size, config.group_size);
+    let tokens = batch * (config.query_max_len + group * config.passage_max_len);
+    say!(
+        "steps     {}: {batch} queries of group {group} each, at most {} tokens a step",
+        count(steps as usize),
+        count(tokens)
+    );
+    if !args.model.normalized {
+        say!("note: vectors are not normalised, so the temperature is 1.0");
+    }
+    if args.optimizer.warmup_is_lost() {
+        say!("note: the constant scheduler has no warm-up; constant_with_warmup has");
+    }
+}
+
+/// Says which rows were left out, the first few.
+pub(super) fn say_skipped(dataset: &Dataset) {
+    let skipped = dataset.skipped();
+    for reason in &skipped.reasons {
+        say!("skipped: {reason}");
+    }
+    let more = skipped.count.saturating_sub(skipped.reasons.len() as u64);
+    if more > 0 {
+        say!("skipped: {more} more rows");
+    }
+}
+
+fn report(output_dir: &Path, summary: &Summary) -> anyhow::Result<()> {
+    let seconds = summary.elapsed.as_secs_f64();
+    let tokens_per_second = summary.tokens as f64 / seconds.max(1e-9);
+    say!(
+        "{}: {} steps in {seconds:.1} s, last loss {:.4}, {} tokens/s; saved and checked",
+        output_dir.display(),
+        count(summary.steps as usize),
+        summary.loss,
+        count(tokens_per_second as usize)
+    );
+    Ok(print(serde_json::json!({
+        "steps": summary.steps,
+        "loss": summary.loss,
+        "tokens": summary.tokens,
+        "tokens_per_second": tokens_per_second,
+        "output_dir": output_dir,
+    }))?)
+}

@@ -1,0 +1,100 @@
+//! `llara init`: a small model from nothing but training data.
+
+use std::path::PathBuf;
+
+use clap::ArgAction;
+use clap::ValueEnum;
+use clap::builder::BoolishValueParser;
+use llara::data::{BadRows, Dataset};
+use llara::init::{Preset, new_model};
+
+use super::compute::Compute;
+use super::finetune::say_skipped;
+use super::talk::{count, print, say};
+use super::{output_folder, trained_model};
+
+/// Make a small untrained model: its tokenizer learned from the data, its weights random.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  llara init --preset tiny --train-data train.jsonl --output-dir base
+  llara init --preset small --train-data data/ --output-dir base --vocab-size 8192 --seed 7
+
+The folder is one that transformers loads too (AutoModelForCausalLM, AutoTokenizer).
+Prints one JSON object: output_dir, parameters, vocab_size, query_max_len, passage_max_len.")]
+pub(super) struct Args {
+    /// Size: tiny (0.7 M parameters, for trying things out) or small (4.2 M parameters, for a
+    /// collection of some thousand texts)
+    #[arg(long, value_name = "SIZE", value_enum, hide_possible_values = true)]
+    #[arg(help_heading = "Model")]
+    preset: Size,
+    /// Tokens of the tokenizer, at most [default: 2048 for tiny, 4096 for small]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    vocab_size: Option<usize>,
+    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file; its special
+    /// tokens go into the tokenizer
+    #[arg(long, value_name = "NAME|FILE.toml", default_value = "llara", help_heading = "Model")]
+    template: String,
+    /// Seed of the weights
+    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Model")]
+    seed: u64,
+    /// Training rows: JSONL files with `query`, `pos` and `neg`, or folders of them
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true, help_heading = "Data")]
+    train_data: Vec<PathBuf>,
+    /// What to do with a malformed row: error (refuse the data) or skip (leave it out and count it)
+    #[arg(long, value_name = "ACTION", value_enum, default_value_t = BadRows::Error)]
+    #[arg(hide_possible_values = true, help_heading = "Data")]
+    on_bad_row: BadRows,
+    /// Folder for the model; new or empty
+    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    output_dir: PathBuf,
+    /// Replace a model that is in the output folder
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new())]
+    #[arg(hide_possible_values = true, help_heading = "Output")]
+    overwrite_output_dir: bool,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Size {
+    Tiny,
+    Small,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    args.compute.check()?;
+    let template = trained_model::template(&args.template)?;
+    output_folder::check(&args.output_dir, args.overwrite_output_dir)?;
+    let dataset = Dataset::open(&args.train_data, args.on_bad_row)?;
+    say_skipped(&dataset);
+    let mut preset = match args.preset {
+        Size::Tiny => Preset::TINY,
+        Size::Small => Preset::SMALL,
+    };
+    preset.vocab_size = args.vocab_size.unwrap_or(preset.vocab_size);
+    let model = new_model(args.compute.start(), &dataset, template, preset, args.seed)?;
+    model.save(&args.output_dir)?;
+
+    let parameters: usize =
+        model.decoder().parameters().map(|p| p.shape().iter().product::<usize>()).sum();
+    let vocab_size = model.decoder().config().vocab_size;
+    let recipe = model.recipe();
+    say!(
+        "{}: a new llama of {} parameters, vocabulary {}, from {} rows",
+        args.output_dir.display(),
+        count(parameters),
+        count(vocab_size),
+        count(dataset.len())
+    );
+    let result = serde_json::json!({
+        "output_dir": args.output_dir,
+        "parameters": parameters,
+        "vocab_size": vocab_size,
+        "query_max_len": recipe.query_max_len,
+        "passage_max_len": recipe.passage_max_len,
+    });
+    Ok(print(result)?)
+}

@@ -1,0 +1,111 @@
+//! The command line: one file per verb, each turning arguments into a call of the library.
+//!
+//! Standard output is data, standard error is talk. Exit code 0: done; 1: it failed, and why stands
+//! on standard error; 2: the command line cannot be understood.
+
+mod compute;
+mod encode;
+mod evaluate;
+mod finetune;
+mod init;
+mod names;
+mod output_folder;
+mod progress;
+mod run_file;
+mod search;
+mod talk;
+mod trained_model;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use talk::say;
+
+/// Fine-tune decoder language models into text-embedding models, and use them.
+#[derive(Parser)]
+#[command(name = "llara", version, color = clap::ColorChoice::Never, max_term_width = 100)]
+#[command(args_override_self = true)]
+#[command(after_help = "\
+Long options may be spelled with underscores: --train_group_size is --train-group-size.
+Results go to standard output, everything else to standard error.
+
+Example, from nothing to an answer:
+  llara init     --preset tiny --train-data train.jsonl --output-dir base
+  llara finetune --model base --train-data train.jsonl --output-dir tuned --learning-rate 1e-3
+  llara evaluate --model tuned --dataset beir/ --split test
+  llara search   --model tuned --corpus beir/ --query 'when does tin melt?'")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Init(init::Args),
+    Finetune(Box<finetune::Args>),
+    Encode(encode::Args),
+    Evaluate(evaluate::Args),
+    Search(search::Args),
+}
+
+/// Runs the command line `args`, the program's name first.
+pub(crate) fn main(args: Vec<OsString>) -> ExitCode {
+    let error = match parse(args).and_then(run) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(error) => error,
+    };
+    match error.downcast_ref::<clap::Error>() {
+        // Help and version are errors to clap too. A reader who has left cannot be told anything.
+        Some(usage) => {
+            let _ = usage.print();
+            u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
+        }
+        None => {
+            say!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
+    let args = names::kebab_case(args);
+    let command = Cli::command();
+    let matches = command.clone().try_get_matches_from(&args)?;
+    let args = run_file::extend(args, &command, &matches)?;
+    Ok(Cli::from_arg_matches(&command.try_get_matches_from(args)?)?)
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.verb {
+        Verb::Init(args) => init::run(&args),
+        Verb::Finetune(args) => finetune::run(*args),
+        Verb::Encode(args) => encode::run(&args),
+        Verb::Evaluate(args) => evaluate::run(&args),
+        Verb::Search(args) => search::run(&args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_visible_option_has_a_help_text_and_a_heading() {
+        for verb in Cli::command().get_subcommands() {
+            assert!(verb.get_after_help().is_some(), "{} has no example", verb.get_name());
+            for arg in verb.get_arguments().filter(|arg| !arg.is_hide_set()) {
+                let id = arg.get_id().as_str();
+                assert!(arg.get_help().is_some(), "{} --{id} has no help", verb.get_name());
+                let heading = arg.get_help_heading();
+                assert!(heading.is_some() || id == "help", "--{id} stands under no heading");
+            }
+        }
+    }
+}

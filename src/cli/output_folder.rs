@@ -1,0 +1,32 @@
+//! The folder that a verb fills: refused when there is something in it, made when all else is known
+//! to be well.
+
+use std::fs;
+use std::path::Path;
+
+use llara::{Error, ErrorKind, Result};
+
+/// Names shown of what is in the way.
+const SHOWN: usize = 5;
+
+/// Refuses a folder that is not empty, unless it may be overwritten, and whatever is not a folder.
+pub(super) fn check(path: &Path, overwrite: bool) -> Result<()> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io("use this as the output folder", path, e)),
+    };
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+        .collect();
+    if names.is_empty() || overwrite {
+        return Ok(());
+    }
+    names.sort_unstable();
+    let more = if names.len() > SHOWN { ", …" } else { "" };
+    Err(Error::new(ErrorKind::Argument, "the output folder is not empty")
+        .file(path)
+        .expected("a new or an empty folder")
+        .got(format!("{}{more}", names[..names.len().min(SHOWN)].join(", ")))
+        .hint("choose another folder, or replace what is there with --overwrite-output-dir"))
+}

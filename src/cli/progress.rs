@@ -1,0 +1,136 @@
+//! How far a run is: a bar on a terminal, a line now and then elsewhere.
+
+use std::cell::Cell;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use llara::Result;
+use llara::train::{Observer, RunLog, StepRecord};
+
+use super::talk::{count, say};
+
+/// Between two lines where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+fn bar(total: u64, template: &str) -> Option<ProgressBar> {
+    let style = ProgressStyle::with_template(template).ok()?.progress_chars("=> ");
+    std::io::stderr().is_terminal().then(|| ProgressBar::new(total).with_style(style))
+}
+
+/// Follows a training run: writes its log and shows how it goes.
+pub(super) struct TrainingProgress {
+    log: RunLog,
+    bar: Option<ProgressBar>,
+    start: Instant,
+}
+
+impl TrainingProgress {
+    pub(super) fn new(log: RunLog, total_steps: u64) -> Self {
+        let bar = bar(total_steps, "[{bar:30}] {pos}/{len}  {msg}  {eta} left");
+        TrainingProgress { log, bar, start: Instant::now() }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn state(record: &StepRecord) -> String {
+    format!("loss {:.4}  {} tokens/s", record.loss, count(record.tokens_per_second() as usize))
+}
+
+impl Observer for TrainingProgress {
+    fn on_step(&mut self, record: &StepRecord) -> Result<()> {
+        if let Some(bar) = &self.bar {
+            bar.set_message(state(record));
+            bar.set_position(record.step);
+        }
+        Ok(())
+    }
+
+    fn on_log(&mut self, record: &StepRecord) -> Result<()> {
+        self.log.write(record)?;
+        if self.bar.is_none() {
+            let (step, total) = (record.step, record.total_steps);
+            let left = self.start.elapsed().as_secs_f64() / step as f64 * (total - step) as f64;
+            say!("step {step}/{total}  {}  {} left", state(record), clock(left));
+        }
+        Ok(())
+    }
+
+    fn on_save(&mut self, folder: &Path) -> Result<()> {
+        let tell = || say!("saved {}", folder.display());
+        match &self.bar {
+            Some(bar) => bar.suspend(tell),
+            None => tell(),
+        }
+        Ok(())
+    }
+}
+
+/// Follows the encoding of texts.
+pub(super) struct TextProgress {
+    bar: Option<ProgressBar>,
+    total: usize,
+    done: Cell<usize>,
+    start: Instant,
+    last_line: Cell<Instant>,
+}
+
+impl TextProgress {
+    pub(super) fn new(total: usize) -> Self {
+        let bar = bar(total as u64, "[{bar:30}] {pos}/{len} texts  {per_sec}  {eta} left");
+        let now = Instant::now();
+        TextProgress { bar, total, done: Cell::new(0), start: now, last_line: Cell::new(now) }
+    }
+
+    /// `texts` more are done.
+    pub(super) fn add(&self, texts: usize) {
+        let done = self.done.get() + texts;
+        self.done.set(done);
+        match &self.bar {
+            Some(bar) => bar.set_position(done as u64),
+            None if self.last_line.get().elapsed() >= LINE_INTERVAL => {
+                self.last_line.set(Instant::now());
+                let left = self.start.elapsed().as_secs_f64() / done.max(1) as f64
+                    * self.total.saturating_sub(done) as f64;
+                say!("{done}/{} texts  {} left", self.total, clock(left));
+            }
+            None => {}
+        }
+    }
+
+    /// Takes the bar away and says how long it took.
+    pub(super) fn finish(self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        let seconds = self.start.elapsed().as_secs_f64();
+        let done = self.done.get();
+        say!("{} texts in {seconds:.1} s, {:.0} a second", count(done), done as f64 / seconds);
+    }
+}
+
+/// Seconds as `h:mm:ss` or `m:ss`.
+fn clock(seconds: f64) -> String {
+    let s = seconds.round() as u64;
+    match s / 3600 {
+        0 => format!("{}:{:02}", s / 60, s % 60),
+        hours => format!("{hours}:{:02}:{:02}", s / 60 % 60, s % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_carry() {
+        assert_eq!([59.6, 61.0, 3723.0].map(clock), ["1:00", "1:01", "1:02:03"]);
+    }
+}

@@ -1,0 +1,202 @@
+//! `--config run.toml`: options in a file. Its entries become the options that the command line
+//! does not give, so that both are read and checked by one parser.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use llara::{Error, ErrorKind, Result};
+use toml::Value;
+
+/// The option that names the file.
+const CONFIG: &str = "config";
+
+/// Adds the entries of the run file that `matches` speaks of, if it does, to `args`.
+///
+/// # Errors
+/// The file cannot be read or is not TOML; a key is not an option; a value does not fit its option.
+pub(super) fn extend(
+    mut args: Vec<OsString>,
+    command: &Command,
+    matches: &ArgMatches,
+) -> Result<Vec<OsString>> {
+    let Some((verb, matches)) = matches.subcommand() else { return Ok(args) };
+    let Ok(Some(path)) = matches.try_get_one::<std::path::PathBuf>(CONFIG) else { return Ok(args) };
+    let Some(verb) = command.find_subcommand(verb) else { return Ok(args) };
+
+    let text =
+        std::fs::read_to_string(path).map_err(|e| Error::io("read the run file", path, e))?;
+    let table: toml::Table = toml::from_str(&text).map_err(|e| {
+        let error = Error::new(ErrorKind::Config, format!("not TOML: {}", e.message().trim()));
+        match e.span() {
+            Some(span) => error.line(path, line_of(&text, span.start)),
+            None => error.file(path),
+        }
+    })?;
+    let mut all = Vec::new();
+    let mut new = Vec::new();
+    for (key, value) in &table {
+        let arg = find(verb, key).ok_or_else(|| unknown(verb, key, path))?;
+        let options = options(arg, key, value, path)?;
+        if matches.value_source(arg.get_id().as_str()) != Some(ValueSource::CommandLine) {
+            new.extend(options.iter().cloned());
+        }
+        all.extend(options);
+    }
+    check_alone(verb, all, path)?;
+    args.extend(new);
+    Ok(args)
+}
+
+/// The option that a key stands for, in either spelling.
+fn find<'c>(verb: &'c Command, key: &str) -> Option<&'c Arg> {
+    let name = key.replace('_', "-");
+    verb.get_arguments().find(|arg| {
+        arg.get_id() != CONFIG
+            && (arg.get_long() == Some(&name)
+                || arg.get_all_aliases().is_some_and(|all| all.contains(&&*name)))
+    })
+}
+
+fn unknown(verb: &Command, key: &str, path: &Path) -> Error {
+    let error = Error::new(ErrorKind::Config, format!("`{key}` is not an option")).file(path);
+    let name = key.replace('_', "-");
+    let known = verb.get_arguments().filter_map(Arg::get_long).filter(|&known| known != CONFIG);
+    match known.min_by_key(|known| edit_distance(known, &name)) {
+        Some(nearest) => error
+            .expected(format!("an option of `llara {}` without the dashes", verb.get_name()))
+            .hint(format!("did you mean `{nearest}`?")),
+        None => error,
+    }
+}
+
+/// An entry as the command line would have it.
+fn options(arg: &Arg, key: &str, value: &Value, path: &Path) -> Result<Vec<OsString>> {
+    let wrong = |expected: &str| {
+        Error::new(ErrorKind::Config, format!("`{key}` cannot have this value"))
+            .file(path)
+            .expected(expected)
+            .got(value)
+    };
+    let name = arg.get_long().unwrap_or(key);
+    let option = |value: &Value| match value {
+        Value::String(text) => Ok(format!("--{name}={text}").into()),
+        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) => {
+            Ok(format!("--{name}={value}").into())
+        }
+        _ => Err(wrong("a text, a number, true or false")),
+    };
+    match value {
+        Value::Array(values) if matches!(arg.get_action(), ArgAction::Append) => {
+            values.iter().map(option).collect()
+        }
+        Value::Array(_) => Err(wrong("one value")),
+        value => Ok(vec![option(value)?]),
+    }
+}
+
+/// Parses the file's options by themselves, so that what is wrong with them is known to be its.
+fn check_alone(verb: &Command, options: Vec<OsString>, path: &Path) -> Result<()> {
+    let mut args = vec![verb.get_name().into(), format!("--{CONFIG}").into(), path.into()];
+    args.extend(options);
+    let Err(e) = verb.clone().try_get_matches_from(args) else { return Ok(()) };
+    let text = e.to_string();
+    let lines: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).collect();
+    let what = lines.join("\n");
+    Err(Error::new(ErrorKind::Config, what.trim_start_matches("error: ")).file(path))
+}
+
+/// Levenshtein's.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, &y) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+fn line_of(text: &str, offset: usize) -> u64 {
+    1 + text.bytes().take(offset).filter(|&b| b == b'\n').count() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use proptest::prelude::*;
+
+    fn extended(file: &str, given: &[&str]) -> Result<Vec<String>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, file).unwrap();
+        let mut args = vec!["llara", "finetune", "--config", path.to_str().unwrap()];
+        args.extend(given);
+        let command = crate::cli::Cli::command();
+        let matches = command.clone().try_get_matches_from(&args).unwrap();
+        let count = args.len();
+        let args = args.into_iter().map(OsString::from).collect();
+        let all = extend(args, &command, &matches)?;
+        Ok(all[count..].iter().map(|arg| arg.to_str().unwrap().to_owned()).collect())
+    }
+
+    #[test]
+    fn entries_become_options_that_are_not_given() {
+        let file = "seed = 7\nlearning_rate = 1e-3\nnormlized = false\n\
+                    train-data = [\"a\", \"b\"]\nmodel = \"-m\"";
+        assert_eq!(
+            extended(file, &["--seed", "8"]).unwrap(),
+            [
+                "--learning-rate=0.001",
+                "--model=-m",
+                "--normalized=false",
+                "--train-data=a",
+                "--train-data=b"
+            ]
+        );
+        assert!(!extended(file, &["--train-data", "c"]).unwrap().join(" ").contains("train-data"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_the_file() {
+        for (file, parts) in [
+            (
+                "lerning_rate = 1",
+                ["`lerning_rate` is not an option", "did you mean `learning-rate`?"],
+            ),
+            ("config = \"x\"", ["`config` is not an option", "run.toml"]),
+            ("seed = \"x\"", ["run.toml: invalid value 'x' for '--seed", "digit"]),
+            ("seed = [1]", ["`seed` cannot have this value", "one value"]),
+            ("sampling = \"all\"", ["invalid value 'all'", "random, sequential"]),
+            ("seed = 1\nmodel = {a = 1}", ["`model` cannot have this value", "a text"]),
+            ("seed = 1\nmodel = ", ["run.toml:2: not TOML", ""]),
+        ] {
+            let error = extended(file, &[]).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+    }
+
+    #[test]
+    fn distances_are_levenshteins() {
+        for (a, b, distance) in [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3)] {
+            assert_eq!((edit_distance(a, b), edit_distance(b, a)), (distance, distance));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn any_file_is_read_or_refused(
+            file in "([a-z_]{1,6} ?= ?[\\[\\]\"0-9a-z,{}=.-]{0,9}\n?){0,4}",
+        ) {
+            let _ = extended(&file, &[]);
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Loading a model to be used, as `encode`, `evaluate` and `search` do.
+
+use std::path::{Path, PathBuf};
+
+use clap::builder::BoolishValueParser;
+use llara::backend::Cpu;
+use llara::retrieval::TextEmbedder;
+use llara::text::Template;
+use llara::{
+    BiEncoderModel, BiEncoderOptions, Error, ErrorKind, Loader, Probes, Recipe, Result, Role, hub,
+};
+
+use super::compute::Compute;
+use super::talk::say;
+
+/// Which model, and how it makes vectors.
+#[derive(clap::Args)]
+pub(super) struct TrainedModel {
+    #[command(flatten)]
+    source: Source,
+    #[command(flatten)]
+    encoding: Encoding,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Model")]
+struct Source {
+    /// Folder of the model, or its name on the Hugging Face Hub (org/name)
+    #[arg(long, alias = "model-name-or-path", value_name = "DIR|HUB_ID")]
+    model: String,
+    /// Cache of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Encoding")]
+struct Encoding {
+    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file
+    /// [default: the model folder's own, or llara]
+    #[arg(long, value_name = "NAME|FILE.toml")]
+    template: Option<String>,
+    /// Whether vectors are brought to length 1 [default: as the model was trained, or true]
+    #[arg(long, alias = "normlized", value_name = "BOOL", num_args = 0..=1)]
+    #[arg(default_missing_value = "true")]
+    #[arg(value_parser = BoolishValueParser::new())]
+    #[arg(hide_possible_values = true)]
+    normalized: Option<bool>,
+    /// Tokens encoded at a time; more is faster up to a point and takes more memory
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    batch_tokens: usize,
+}
+
+/// Lengths and instructions of both roles.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Encoding")]
+pub(super) struct Roles {
+    /// Tokens that a query with its template is cut to [default: as the model was trained, or 32]
+    #[arg(long, value_name = "N")]
+    query_max_len: Option<usize>,
+    /// Tokens that a passage with its template is cut to [default: as the model was trained, or
+    /// 128]
+    #[arg(long, value_name = "N")]
+    passage_max_len: Option<usize>,
+    /// Text put in front of every query [default: none]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    query_instruction_for_retrieval: String,
+    /// Text put in front of every passage [default: none]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    passage_instruction_for_retrieval: String,
+}
+
+impl Roles {
+    /// Sets them.
+    pub(super) fn apply(&self, embedder: &mut TextEmbedder<'_, Cpu>) -> Result<()> {
+        let prompts = embedder.model.prompts();
+        for (role, given, len) in [
+            (Role::Query, self.query_max_len, &mut embedder.query_max_len),
+            (Role::Passage, self.passage_max_len, &mut embedder.passage_max_len),
+        ] {
+            *len = given.unwrap_or(*len);
+            prompts.check_max_len(role, *len)?;
+            warn_if_too_long(embedder.model, role, *len);
+        }
+        embedder.query_instruction.clone_from(&self.query_instruction_for_retrieval);
+        embedder.passage_instruction.clone_from(&self.passage_instruction_for_retrieval);
+        Ok(())
+    }
+}
+
+impl TrainedModel {
+    /// The model's name as it was given.
+    pub(super) fn name(&self) -> &str {
+        &self.source.model
+    }
+
+    /// Refuses what can be refused without looking at files.
+    pub(super) fn check(&self) -> Result<()> {
+        self.compute.check()
+    }
+
+    /// Loads the model and, where nothing about it is changed, lets it check itself.
+    pub(super) fn load(&self) -> Result<BiEncoderModel<Cpu>> {
+        let dir = find(&self.source.model, self.source.cache_dir.as_deref())?;
+        let saved = Recipe::read(&dir)?;
+        let mut loader = Loader::new(&dir)?;
+        if let Some(name) = &self.encoding.template {
+            loader = loader.template(template(name)?);
+        }
+        let normalized = self.encoding.normalized.unwrap_or(loader.recipe().normalized);
+        let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
+        let model = loader.load(self.compute.start(), options)?;
+        match saved {
+            Some(saved) if saved == *model.recipe() => {
+                if let Some(probes) = Probes::read(&dir)? {
+                    probes.check(&model).map_err(|e| e.file(&dir))?;
+                }
+            }
+            Some(_) => {
+                say!("note: template or normalisation differ from how the model was trained")
+            }
+            None => say!(
+                "note: {} has no llara.json; it is used with template {}",
+                dir.display(),
+                model.recipe().template.name
+            ),
+        }
+        Ok(model)
+    }
+
+    /// What embeds texts with `model`.
+    pub(super) fn embedder<'m>(&self, model: &'m BiEncoderModel<Cpu>) -> TextEmbedder<'m, Cpu> {
+        let mut embedder = TextEmbedder::new(model);
+        embedder.batch_tokens = self.encoding.batch_tokens;
+        embedder
+    }
+}
+
+/// The folder of a model; says what is fetched.
+pub(super) fn find(model: &str, cache_dir: Option<&Path>) -> Result<PathBuf> {
+    hub::resolve_with(model, cache_dir, &mut |file| say!("fetching {file} of {model}"))
+}
+
+/// A template by the name of a preset or the path of a file.
+pub(super) fn template(name: &str) -> Result<Template> {
+    let path = Path::new(name);
+    let file = path.extension().is_some_and(|e| e == "toml") || path.is_file();
+    if file { Template::from_toml_file(path) } else { Template::preset(name) }
+}
+
+/// Refuses a search for nothing.
+pub(super) fn check_top_k(top_k: usize) -> Result<()> {
+    if top_k > 0 {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Argument, "`--top-k` is 0")
+        .expected("1 passage or more")
+        .hint("leave --top-k out"))
+}
+
+/// Says when texts may become longer than the model was made for.
+pub(super) fn warn_if_too_long(model: &BiEncoderModel<Cpu>, role: Role, max_len: usize) {
+    let positions = model.decoder().config().max_position_embeddings;
+    if max_len > positions {
+        say!(
+            "warning: a {role} may have {max_len} tokens, the model was made for {positions} \
+             (max_position_embeddings): vectors of longer texts may be poor"
+        );
+    }
+}

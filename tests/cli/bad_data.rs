@@ -1,0 +1,113 @@
+//! Training data and settings that must be refused before anything is written.
+
+use std::fs;
+
+use crate::fixture::{Bench, llara, rows};
+
+#[test]
+fn malformed_rows_are_refused_with_file_and_line() {
+    let bench = Bench::new();
+    for (line, parts) in [
+        (&br#"{"query": "#[..], &["not JSON"][..]),
+        (b"{\"query\": \"\xff\"}", &["not UTF-8", "convert"]),
+        (br#"{"pos": ["a"], "neg": ["b"]}"#, &["`query` is missing"]),
+        (br#"{"query": "a", "neg": ["b"]}"#, &["`pos` is missing"]),
+        (br#"{"query": "a", "pos": ["b"]}"#, &["`neg` is missing", "mine hard negatives"]),
+        (br#"{"query": "a", "pos": [], "neg": ["b"]}"#, &["`pos` is empty", "at least one"]),
+        (br#"{"query": "a", "pos": ["b"], "neg": []}"#, &["`neg` is empty", "at least one"]),
+        (br#"{"query": 7, "pos": ["b"], "neg": ["c"]}"#, &["`query` is of the wrong type"]),
+        (br#"{"query": "a", "pos": "b", "neg": ["c"]}"#, &["`pos` is of the wrong type"]),
+        (br#"{"query": "a", "pos": ["b"], "neg": [7]}"#, &["`neg[0]` is of the wrong type"]),
+        (br#"["a"]"#, &["not a JSON object"]),
+    ] {
+        bench.write("train.jsonl", [rows(4).as_bytes(), line, b"\n"].concat());
+        let refused = bench.finetune(&[]);
+        refused.refused(parts);
+        refused.refused(&["train.jsonl:5: "]);
+        assert!(!bench.at("out").exists());
+    }
+    let kept = bench.finetune(&["--on-bad-row", "skip"]);
+    kept.json();
+    assert!(kept.stderr.contains("4 rows, 1 skipped"), "{}", kept.stderr);
+    assert!(kept.stderr.contains("skipped: ") && kept.stderr.contains("train.jsonl:5: "));
+}
+
+#[test]
+fn empty_and_missing_files_are_refused() {
+    let bench = Bench::new();
+    bench.write("train.jsonl", "");
+    bench.finetune(&[]).refused(&["train.jsonl: the file has no rows"]);
+    fs::remove_file(bench.at("train.jsonl")).unwrap();
+    bench.finetune(&[]).refused(&["train.jsonl", "hint: check the path"]);
+    assert!(!bench.at("out").exists());
+}
+
+#[test]
+fn impossible_settings_are_refused() {
+    let bench = Bench::new();
+    for (args, parts) in [
+        (["--train-group-size", "1"], ["the group size is too small", "at least 2"]),
+        (["--train-group-size", "0"], ["the group size is too small", "at least 2"]),
+        (["--per-device-train-batch-size", "0"], ["batch size", "at least 1"]),
+        (["--query-max-len", "10"], ["no token of a query would be left", "at least"]),
+        (["--passage-max-len", "1"], ["no token of a passage would be left", "at least"]),
+        (["--learning-rate", "nan"], ["learning rate", "positive"]),
+        (["--warmup-ratio", "2"], ["warm-up ratio", "from 0 to 1"]),
+        (["--temperature", "0"], ["temperature", "positive"]),
+        (["--logging-steps", "0"], ["positive interval", "1 step or more"]),
+        (["--max-steps", "0"], ["no steps", "positive number"]),
+        (["--adam-beta1", "1"], ["beta1", "below 1"]),
+        (["--template", "nope"], ["no template is called `nope`", "TOML file"]),
+        (["--model", "/no/such/folder"], ["/no/such/folder", "org/name"]),
+    ] {
+        bench.finetune(&args).refused(&parts);
+        assert!(!bench.at("out").exists(), "{args:?}");
+    }
+}
+
+#[test]
+fn a_folder_in_use_is_left_alone() {
+    let bench = Bench::new();
+    fs::create_dir(bench.at("out")).unwrap();
+    bench.write("out/notes.txt", "mine");
+    bench.finetune(&[]).refused(&[
+        "output folder is not empty",
+        "notes.txt",
+        "--overwrite-output-dir",
+    ]);
+    let (data, out) = (bench.path("train.jsonl"), bench.path("out"));
+    llara(&["init", "--preset", "tiny", "--train-data", &data, "--output-dir", &out])
+        .refused(&["output folder is not empty", "notes.txt"]);
+    assert_eq!(bench.names("out"), ["notes.txt"]);
+    // A run that may overwrite but cannot start changes nothing either.
+    bench.finetune(&["--overwrite-output-dir", "--train-group-size", "1"]).refused(&[]);
+    assert_eq!(bench.names("out"), ["notes.txt"]);
+    bench.finetune(&["--overwrite-output-dir"]).json();
+    assert_eq!(fs::read_to_string(bench.at("out/notes.txt")).unwrap(), "mine");
+    bench.write("file", "");
+    bench.finetune(&["--output-dir", &bench.path("file")]).refused(&["output folder", "file"]);
+}
+
+#[test]
+fn a_run_that_diverges_keeps_its_log_and_writes_no_model() {
+    let bench = Bench::new();
+    let args = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "20"];
+    bench.finetune(&args).refused(&["training diverged at step", "train.jsonl:", "hint: lower"]);
+    assert_eq!(bench.names("out"), ["log.jsonl", "runs"]);
+}
+
+#[test]
+fn collections_and_texts_are_checked_too() {
+    let bench = Bench::new();
+    let (model, beir, texts) = (bench.path("base"), bench.path("beir"), bench.path("texts.jsonl"));
+    llara(&["evaluate", "--model", &model, "--dataset", &beir, "--split", "dev"])
+        .refused(&["no split `dev`", "test"]);
+    bench.write("texts.jsonl", "{\"text\": \"a\"}\n{\"txt\": \"b\"}\n");
+    let output = bench.path("v.npy");
+    let args = ["encode", "--model", &model, "--input", &texts, "--role", "query", "--output"];
+    llara(&[&args[..], &[&output]].concat()).refused(&["texts.jsonl:2: `text` is missing"]);
+    bench.write("texts.jsonl", "{\"text\": \"a\"}\n");
+    llara(&[&args[..], &["v.csv"]].concat()).refused(&["v.csv", ".safetensors or .npy"]);
+    llara(&[&args[..], &[&output, "--max-len", "5"]].concat()).refused(&["no token of a query"]);
+    assert!(!bench.at("v.npy").exists());
+}

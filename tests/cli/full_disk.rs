@@ -1,0 +1,43 @@
+//! A disk that fills up while something is saved, played by the limit on the size of files.
+
+#![cfg(unix)]
+
+use std::process::Command;
+
+use crate::fixture::{Bench, LLARA, Outcome, outcome};
+
+/// Runs the program where no file may grow beyond `blocks` (of 512 or 1,024 bytes, by the shell).
+fn limited(blocks: u32, args: &[&str]) -> Outcome {
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
+    outcome(Command::new("sh").args(["-c", &script, LLARA]).args(args))
+}
+
+#[test]
+fn nothing_is_left_half_written() {
+    let bench = Bench::new();
+    let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));
+    // Enough for tokenizer and log, too little for the weights.
+    let new = bench.path("new");
+    let init = ["init", "--preset", "tiny", "--vocab-size", "400", "--train-data", &data];
+    let run = limited(300, &[&init[..], &["--output-dir", &new]].concat());
+    run.refused(&["cannot write weights", "model.safetensors", "nothing was left half-written"]);
+    assert!(!bench.at("new").exists());
+
+    let finetune = ["finetune", "--model", &model, "--train-data", &data, "--output-dir", &out];
+    let rest = ["--max-steps", "1", "--train-group-size", "2", "--query-max-len", "64"];
+    limited(300, &[&finetune[..], &rest].concat()).refused(&["cannot write weights", "hint: free"]);
+    assert_eq!(bench.names("out"), ["log.jsonl", "runs"]);
+}
+
+#[test]
+fn vectors_appear_whole_or_not_at_all() {
+    let bench = Bench::new();
+    let (model, input, output) = (bench.path("base"), bench.path("texts.txt"), bench.path("v.npy"));
+    bench.write("texts.txt", "an otter\n".repeat(100));
+    bench.write("v.npy", "old");
+    let before = bench.names("");
+    let args = ["encode", "--model", &model, "--input", &input, "--role", "query", "--output"];
+    limited(8, &[&args[..], &[&output]].concat()).refused(&["cannot write", "v.npy", "hint: free"]);
+    assert_eq!(bench.names(""), before);
+    assert_eq!(std::fs::read_to_string(bench.at("v.npy")).unwrap(), "old");
+}

@@ -1,0 +1,12 @@
+//! The program as its users run it: the binary, real files, exit codes, both outputs.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+
+mod bad_data;
+mod bad_models;
+mod fixture;
+mod full_disk;
+mod hub;
+mod reference_command;
+mod run_file;
+mod verbs;

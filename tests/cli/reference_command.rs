@@ -1,0 +1,93 @@
+//! A command line of the Python reference runs with only the program's name changed.
+
+use std::process::Command;
+
+use crate::fixture::{Bench, LLARA, outcome, rows};
+
+#[test]
+fn the_references_own_command_line_runs() {
+    let bench = Bench::new();
+    bench.write("train.jsonl", rows(3));
+    let mut command = Command::new(LLARA);
+    command.current_dir(bench.at("")).args([
+        "finetune",
+        "--output_dir",
+        "./output",
+        "--model_name_or_path",
+        "base",
+        "--train_data",
+        "train.jsonl",
+        "--learning_rate",
+        "3e-4",
+        "--num_train_epochs",
+        "1",
+        "--per_device_train_batch_size",
+        "1",
+        "--dataloader_drop_last",
+        "True",
+        "--normlized",
+        "True",
+        "--temperature",
+        "0.01",
+        "--query_max_len",
+        "64",
+        "--passage_max_len",
+        "160",
+        "--train_group_size",
+        "16",
+        "--logging_steps",
+        "10",
+        "--save_steps",
+        "500",
+        "--save_total_limit",
+        "3",
+        "--ddp_find_unused_parameters",
+        "False",
+        "--gradient_checkpointing",
+        "--deepspeed",
+        "../stage1.json",
+        "--warmup_ratio",
+        "0.1",
+        "--fp16",
+        "--cache_dir",
+        "./LMs",
+    ]);
+    let run = outcome(&mut command);
+    assert_eq!(run.json()["steps"], 3);
+    for flag in ["ddp-find-unused-parameters", "gradient-checkpointing", "deepspeed", "fp16"] {
+        let lines = run.stderr.lines().filter(|line| line.starts_with(&format!("note: --{flag} ")));
+        assert_eq!(lines.count(), 1, "{flag}: {}", run.stderr);
+    }
+    assert!(run.stderr.contains("note: all weights are trained"), "{}", run.stderr);
+    assert!(bench.at("output/model.safetensors").is_file());
+}
+
+#[test]
+fn what_this_version_cannot_do_is_refused_by_name() {
+    let bench = Bench::new();
+    for (args, part) in [
+        (&["--use_lora", "True"][..], "`--use-lora` is not in this version"),
+        (&["--lora_rank", "64"], "`--lora-rank` is not"),
+        (&["--resume_from_checkpoint", "x"], "`--resume-from-checkpoint` is not"),
+        (&["--sub_batch_size", "2"], "`--sub-batch-size` is not"),
+        (&["--gradient_accumulation_steps", "4"], "`--gradient-accumulation-steps` is not"),
+        (&["--dtype", "bf16"], "`--dtype bf16` is not"),
+        (&["--dtype", "auto"], "`--dtype auto` is not"),
+        (&["--device", "cuda:0"], "`--device cuda:0` is not"),
+        (&["--negatives_cross_device", "True"], "cross-device negatives need a process group"),
+    ] {
+        bench.finetune(args).refused(&[part, "hint: "]);
+        assert!(!bench.at("out").exists());
+    }
+    let quiet = bench.finetune(&["--use-lora", "false", "--sub-batch-size", "-1"]);
+    quiet.json();
+    assert!(!quiet.stderr.contains("LoRA"), "{}", quiet.stderr);
+}
+
+#[test]
+fn an_unnormalised_run_says_that_its_temperature_is_one() {
+    let bench = Bench::new();
+    let run = bench.finetune(&["--normlized=False", "--max-steps", "1"]);
+    run.json();
+    assert!(run.stderr.contains("the temperature is 1.0"), "{}", run.stderr);
+}

@@ -1,0 +1,40 @@
+//! `--config`: a run described in a file.
+
+use crate::fixture::{Bench, llara};
+
+#[test]
+fn a_file_describes_a_run_and_flags_win() {
+    let bench = Bench::new();
+    let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));
+    bench.write(
+        "run.toml",
+        format!(
+            "model = {model:?}\ntrain_data = [{data:?}]\noutput-dir = {out:?}\nmax-steps = 5\n\
+             query-max-len = 64\ntrain_group_size = 2\nlearning-rate = 1e-3\nnormalized = true\n\
+             per-device-train-batch-size = 2\n"
+        ),
+    );
+    let file = bench.path("run.toml");
+    let result = llara(&["finetune", "--config", &file, "--max_steps", "1"]).json();
+    assert_eq!(result["steps"], 1);
+}
+
+#[test]
+fn a_wrong_file_is_refused() {
+    let bench = Bench::new();
+    let (file, out) = (bench.path("run.toml"), bench.path("out"));
+    for (contents, parts) in [
+        ("learnin-rate = 1", ["run.toml: `learnin-rate` is not an option", "`learning-rate`?"]),
+        ("seed = \"often\"", ["run.toml: invalid value 'often' for '--seed", "invalid digit"]),
+        ("seed 1", ["run.toml:1: not TOML", ""]),
+    ] {
+        bench.write("run.toml", contents);
+        llara(&["finetune", "--config", &file, "--output-dir", &out]).refused(&parts);
+        assert!(!bench.at("out").exists());
+    }
+    llara(&["finetune", "--config", &bench.path("none.toml")]).refused(&["none.toml", "hint"]);
+    bench.write("run.toml", "seed = 1");
+    let missing = llara(&["finetune", "--config", &file]);
+    assert_eq!(missing.code, Some(2), "{}", missing.stderr);
+    assert!(missing.stderr.contains("neither on the command line nor"), "{}", missing.stderr);
+}
