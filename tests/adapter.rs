@@ -1,6 +1,8 @@
 //! Adapters as users meet them: new ones change nothing at first and something after a step, only
 //! they learn, and what is saved is what is loaded.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
 use std::fs;
 use std::path::PathBuf;
 

@@ -1,5 +1,7 @@
 //! Model folders: what is loaded can be saved in the same form, and what is wrong is refused.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -5,6 +5,8 @@
 //! same against another set in the same form, name its folder, its rows, how many of them are gone
 //! through, and its passage length: `LLARA_GOLDEN=dir:rows.jsonl:10:96 cargo test --test golden`.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -1,6 +1,8 @@
 //! An embedding does not depend on its batch mates, on their order, on how a batch is cut into
 //! pieces, on padding, or on the number of threads.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
 use std::path::PathBuf;
 
 use llara::backend::{Backend, Cpu};

@@ -1,6 +1,8 @@
 //! The house rules that a compiler does not check: arrows between modules, where `unsafe` and
 //! printing may stand, what files may be called, how long they may grow.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

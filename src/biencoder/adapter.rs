@@ -6,8 +6,8 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::BiEncoderModel;
 use super::recipe::RECIPE_FILE;
+use super::{BiEncoderModel, Loader, Probes};
 use crate::backend::Backend;
 use crate::model::{LoraConfig, PROJECTIONS, Parameter};
 use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging};
@@ -80,11 +80,24 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Saves the adapter alone, as PEFT does, with the recipe beside it.
+    /// Saves the adapter alone, as PEFT does, with the recipe beside it; then loads it again onto the
+    /// model that it was trained on and compares probe vectors, which stay in the folder.
     ///
     /// # Errors
-    /// When no adapter is attached or a file cannot be written.
+    /// When no adapter is attached, a file cannot be written, or the vectors differ.
     pub fn save_adapter(&self, dir: &Path) -> Result<()> {
+        self.write_adapter(dir)?;
+        let Some(base) = self.folder.source() else { return Ok(()) };
+        let probes = Probes::take(self)?;
+        let loader = Loader::new(base)?.with_recipe(self.recipe.clone());
+        let mut reloaded = loader.load(self.backend.clone(), self.options)?;
+        reloaded.attach_adapter(dir)?;
+        probes.check(&reloaded).map_err(|e| e.file(dir))?;
+        probes.write(dir)
+    }
+
+    /// [`save_adapter`](Self::save_adapter) without loading it again.
+    pub fn write_adapter(&self, dir: &Path) -> Result<()> {
         let Some(config) = &self.adapter else {
             return Err(Error::new(ErrorKind::Argument, "there is no adapter to save")
                 .hint("save the whole model instead"));

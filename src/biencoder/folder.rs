@@ -39,6 +39,12 @@ impl<'d> Loader<'d> {
         &self.recipe
     }
 
+    /// Uses another recipe, such as that of an adapter.
+    pub fn with_recipe(mut self, recipe: Recipe) -> Self {
+        self.recipe = recipe;
+        self
+    }
+
     /// Uses another template.
     pub fn template(mut self, template: Template) -> Self {
         self.recipe.template = template;

@@ -8,6 +8,7 @@ mod encode;
 mod evaluate;
 mod finetune;
 mod init;
+mod merge;
 mod names;
 mod output_folder;
 mod progress;
@@ -48,6 +49,7 @@ enum Verb {
     Encode(encode::Args),
     Evaluate(evaluate::Args),
     Search(search::Args),
+    Merge(merge::Args),
 }
 
 /// Runs the command line `args`, the program's name first.
@@ -84,6 +86,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Encode(args) => encode::run(&args),
         Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Search(args) => search::run(&args),
+        Verb::Merge(args) => merge::run(&args),
     }
 }
 

@@ -30,6 +30,9 @@ struct Source {
     /// Folder of the model, or its name on the Hugging Face Hub (org/name)
     #[arg(long, alias = "model-name-or-path", value_name = "DIR|HUB_ID")]
     model: String,
+    /// Folder of a PEFT adapter that was trained on this model
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Cache of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
@@ -96,6 +99,15 @@ impl TrainedModel {
         &self.source.model
     }
 
+    /// Refuses a model that is to be merged with nothing.
+    pub(super) fn require_adapter(&self) -> Result<()> {
+        if self.source.adapter.is_some() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Argument, "there is nothing to merge")
+            .expected("--adapter DIR, a folder as PEFT or `finetune --use-lora` writes it"))
+    }
+
     /// Refuses what can be refused without looking at files.
     pub(super) fn check(&self) -> Result<()> {
         self.compute.check()
@@ -104,18 +116,26 @@ impl TrainedModel {
     /// Loads the model and, where nothing about it is changed, lets it check itself.
     pub(super) fn load(&self) -> Result<BiEncoderModel<Cpu>> {
         let dir = find(&self.source.model, self.source.cache_dir.as_deref())?;
-        let saved = Recipe::read(&dir)?;
+        // An adapter was trained with a recipe of its own.
+        let recipe_dir = self.source.adapter.as_deref().unwrap_or(&dir);
+        let saved = Recipe::read(recipe_dir)?;
         let mut loader = Loader::new(&dir)?;
+        if let Some(recipe) = &saved {
+            loader = loader.with_recipe(recipe.clone());
+        }
         if let Some(name) = &self.encoding.template {
             loader = loader.template(template(name)?);
         }
         let normalized = self.encoding.normalized.unwrap_or(loader.recipe().normalized);
         let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
-        let model = loader.load(self.compute.start(), options)?;
+        let mut model = loader.load(self.compute.start(), options)?;
+        if let Some(adapter) = &self.source.adapter {
+            model.attach_adapter(adapter)?;
+        }
         match saved {
             Some(saved) if saved == *model.recipe() => {
-                if let Some(probes) = Probes::read(&dir)? {
-                    probes.check(&model).map_err(|e| e.file(&dir))?;
+                if let Some(probes) = Probes::read(recipe_dir)? {
+                    probes.check(&model).map_err(|e| e.file(recipe_dir))?;
                 }
             }
             Some(_) => {
@@ -123,7 +143,7 @@ impl TrainedModel {
             }
             None => say!(
                 "note: {} has no llara.json; it is used with template {}",
-                dir.display(),
+                recipe_dir.display(),
                 model.recipe().template.name
             ),
         }

@@ -2,7 +2,7 @@
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
-use super::decoder::Decoder;
+use super::decoder::{Decoder, Values};
 use super::lora::{Lora, LoraConfig, PROJECTIONS};
 use super::parameter::Parameter;
 use crate::backend::{Backend, Shape};
@@ -50,13 +50,12 @@ impl<B: Backend> Decoder<B> {
     pub(crate) fn attach_adapters(
         &mut self,
         config: &LoraConfig,
-        value: &mut dyn FnMut(&str, &[usize]) -> Result<B::Tensor>,
+        value: &mut Values<'_, B>,
     ) -> Result<()> {
         config.check()?;
         self.parameters_mut().for_each(Parameter::freeze);
-        let mut module = 0;
-        for (name, linear) in self.blocks_mut().flat_map(|block| block.projections_mut()) {
-            module += 1;
+        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
+        for (module, (name, linear)) in (0..).zip(projections) {
             if !config.target_modules.iter().any(|target| target == name) {
                 continue;
             }

@@ -35,10 +35,7 @@ pub struct SavedDecoder<B: Backend> {
 impl<B: Backend> Decoder<B> {
     /// Builds the decoder that `config` describes, asking `value` for each parameter's tensor by name
     /// and file shape. Names are those of the bare decoder, without a `model.` in front.
-    pub fn build(
-        config: DecoderConfig,
-        value: &mut dyn FnMut(&str, &[usize]) -> Result<B::Tensor>,
-    ) -> Result<Self> {
+    pub fn build(config: DecoderConfig, value: &mut Values<'_, B>) -> Result<Self> {
         let mut builder = Builder { config: &config, value };
         let embed_tokens = builder.parameter(
             "embed_tokens.weight".to_owned(),
@@ -174,13 +171,16 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
+/// Where a decoder's tensors come from, by name and file shape.
+pub type Values<'v, B> = dyn FnMut(&str, &[usize]) -> Result<<B as Backend>::Tensor> + 'v;
+
 /// A parameter's name and its shape in files.
 pub(crate) type NamedShape = (String, Vec<usize>);
 
 /// Names and shapes as Hugging Face writes them.
 struct Builder<'a, B: Backend> {
     config: &'a DecoderConfig,
-    value: &'a mut dyn FnMut(&str, &[usize]) -> Result<B::Tensor>,
+    value: &'a mut Values<'a, B>,
 }
 
 impl<B: Backend> Builder<'_, B> {

@@ -20,7 +20,7 @@ mod rope;
 pub mod weights;
 
 pub use config::{DecoderConfig, Family};
-pub use decoder::{Decoder, SavedDecoder};
+pub use decoder::{Decoder, SavedDecoder, Values};
 pub use input::Input;
 pub use lora::{LoraConfig, PROJECTIONS};
 pub use parameter::Parameter;

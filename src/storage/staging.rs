@@ -45,7 +45,7 @@ impl Staging {
     /// Writes a small file in full.
     pub(crate) fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
         let path = self.path().join(name);
-        fs::write(&path, contents).map_err(|e| Error::io("write", &self.target.join(name), e))
+        fs::write(&path, contents).map_err(|e| Error::io("write", self.target.join(name), e))
     }
 
     /// Moves everything into place. Weight files of an earlier model in the target are removed.

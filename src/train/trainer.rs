@@ -211,7 +211,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
 
     fn save_on_the_way(&self, step: u64) -> Result<PathBuf> {
         let folder = self.config.output_dir.join(format!("checkpoint-{step}"));
-        self.model.write_folder(&folder, self.config.saving.dtype)?;
+        match self.model.adapter() {
+            Some(_) => self.model.write_adapter(&folder)?,
+            None => self.model.write_folder(&folder, self.config.saving.dtype)?,
+        }
         if let (Some(every), Some(keep)) = (self.config.saving.every, self.config.saving.keep)
             && let Some(oldest) = step.checked_sub(every * keep as u64).filter(|&step| step > 0)
         {

@@ -69,14 +69,12 @@ fn philox_block(key: &DropoutKey, first: u32, row: u32) -> [[u32; GENERATORS]; 4
     ];
     let mut round_key = [key.seed as u32, (key.seed >> 32) as u32];
     for _ in 0..10 {
-        for lane in 0..GENERATORS {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|word: usize| counter[word][lane]);
-            let first = u64::from(MULTIPLIERS[0]) * u64::from(a);
-            let second = u64::from(MULTIPLIERS[1]) * u64::from(c);
-            counter[0][lane] = (second >> 32) as u32 ^ b ^ round_key[0];
-            counter[1][lane] = second as u32;
-            counter[2][lane] = (first >> 32) as u32 ^ d ^ round_key[1];
-            counter[3][lane] = first as u32;
+        let [a, b, c, d] = &mut counter;
+        for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
+            let first = u64::from(MULTIPLIERS[0]) * u64::from(*a);
+            let second = u64::from(MULTIPLIERS[1]) * u64::from(*c);
+            (*a, *b) = ((second >> 32) as u32 ^ *b ^ round_key[0], second as u32);
+            (*c, *d) = ((first >> 32) as u32 ^ *d ^ round_key[1], first as u32);
         }
         round_key = [round_key[0].wrapping_add(WEYL[0]), round_key[1].wrapping_add(WEYL[1])];
     }

@@ -9,6 +9,7 @@ use llara::data::{BadRows, Sampling};
 use llara::model::weights::SaveDtype;
 use llara::train::{AdamWConfig, Chunking, Decay, RunLength, Saving, TrainConfig, Warmup};
 
+use super::lora_args::LoraArgs;
 use super::trainer_flags::TrainerFlags;
 use crate::cli::compute::Compute;
 
@@ -17,7 +18,7 @@ use crate::cli::compute::Compute;
 #[command(after_help = "\
 Defaults are the reference's. Its other flags are understood too: those that mean nothing here
 (--deepspeed, --fp16, --gradient_checkpointing, …) are accepted, each with a line that says what
-stands in its place; those that this version cannot do (--lora_rank, …) are refused by name.
+stands in its place; those that ask for what is not there (--resume_from_checkpoint, …) are refused by name.
 
 Examples:
   llara finetune --model base --train-data train.jsonl --output-dir tuned --learning-rate 1e-4
@@ -43,6 +44,8 @@ pub(in crate::cli) struct Args {
     pub(super) data: DataArgs,
     #[command(flatten)]
     pub(super) training: TrainingArgs,
+    #[command(flatten)]
+    pub(super) lora: LoraArgs,
     #[command(flatten)]
     pub(super) optimizer: OptimizerArgs,
     #[command(flatten)]
@@ -137,6 +140,13 @@ pub(super) struct TrainingArgs {
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) negatives_cross_device: bool,
+    /// Tokens of a batch that go through the model at a time: less memory for one more forward pass,
+    /// the same gradient [default: the whole batch]
+    #[arg(long, value_name = "N")]
+    pub(super) chunk_tokens: Option<usize>,
+    /// Sequences of a batch that go through the model at a time; −1: all
+    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub(super) sub_batch_size: i64,
     /// Seed of all random draws
     #[arg(long, value_name = "N", default_value_t = 42)]
     pub(super) seed: u64,
@@ -223,6 +233,17 @@ pub(super) enum SavedAs {
     F16,
 }
 
+impl TrainingArgs {
+    /// Everything in one pass unless a bound was given; then nothing is kept between the passes.
+    fn chunking(&self) -> Chunking {
+        let max_tokens = self.chunk_tokens.unwrap_or(usize::MAX);
+        let sequences = usize::try_from(self.sub_batch_size).ok().filter(|&n| n > 0);
+        let max_sequences = sequences.unwrap_or(usize::MAX);
+        let whole = max_tokens == usize::MAX && max_sequences == usize::MAX;
+        Chunking { max_tokens, max_sequences, kept_tokens: if whole { usize::MAX } else { 0 } }
+    }
+}
+
 impl OptimizerArgs {
     fn warmup(&self) -> Warmup {
         match (self.lr_scheduler_type, self.warmup_steps) {
@@ -272,7 +293,7 @@ impl Args {
             },
             query_instruction: data.query_instruction_for_retrieval.clone(),
             passage_instruction: data.passage_instruction_for_retrieval.clone(),
-            chunking: Chunking::default(),
+            chunking: training.chunking(),
             logging_steps: self.output.logging_steps,
             saving: Saving {
                 every: Some(self.output.save_steps).filter(|&steps| steps > 0),

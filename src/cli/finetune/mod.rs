@@ -1,6 +1,7 @@
 //! `llara finetune`: train a model, with everything checked before anything is written.
 
 mod args;
+mod lora_args;
 mod trainer_flags;
 
 use std::fs;
@@ -9,13 +10,15 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Cpu};
 use llara::data::{Dataset, Sampler, SamplerConfig};
+use llara::model::Parameter;
 use llara::train::{RunLog, Summary, TrainConfig, Trainer};
-use llara::{BiEncoderModel, Error, Loader, Role};
+use llara::{BiEncoderModel, Error, ErrorKind, Loader, Role};
 
 use super::progress::TrainingProgress;
 use super::talk::{count, print, say};
 use super::{output_folder, trained_model};
 pub(super) use args::Args;
+use lora_args::Adapter;
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     // What the command line alone tells to be wrong, then the data, then the model.
@@ -26,6 +29,15 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     args.compute.check()?;
     let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
     let config = args.train_config(output_dir);
+    let adapter = args.lora.adapter()?;
+    if !matches!(adapter, Adapter::None) && args.model.add_special_tokens {
+        return Err(Error::new(
+            ErrorKind::Argument,
+            "new tokens cannot be saved with an adapter, which leaves their embeddings out",
+        )
+        .hint("add the tokens in a run that trains all weights, then train adapters on its model")
+        .into());
+    }
     output_folder::check(&config.output_dir, args.output.overwrite_output_dir)?;
     let dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
     check_sampling(&config, &dataset)?;
@@ -38,9 +50,28 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let mut model = loader.load(args.compute.start(), args.model_options())?;
     check_vocabulary(&config, &dataset, &model)?;
 
+    match adapter {
+        Adapter::None => {}
+        Adapter::New(lora) => model.attach_new_adapter(&lora, config.seed)?,
+        Adapter::From(dir) => model.attach_adapter(&dir)?,
+    }
+
     let summary = train(&args, &config, &dataset, &mut model)?;
-    model.save_as(&config.output_dir, config.saving.dtype)?;
+    save(&mut model, &config, args.lora.save_merged_lora_model)?;
     report(&config.output_dir, &summary)
+}
+
+/// The model, or its adapter and, where asked for, the model with the adapter merged.
+fn save(model: &mut BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> llara::Result<()> {
+    if model.adapter().is_none() {
+        return model.save_as(&config.output_dir, config.saving.dtype);
+    }
+    model.save_adapter(&config.output_dir)?;
+    if merged {
+        model.merge_adapter()?;
+        model.save_as(&config.output_dir.join("merged_model"), config.saving.dtype)?;
+    }
+    Ok(())
 }
 
 /// What a command line or a run file must give.
@@ -139,12 +170,18 @@ fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
 
 fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
     let decoder = model.decoder();
-    let parameters: usize = decoder.parameters().map(|p| p.shape().iter().product::<usize>()).sum();
+    let size = |p: &Parameter<Cpu>| p.shape().iter().product::<usize>();
+    let parameters: usize = decoder.parameters().map(size).sum();
+    let learning: usize = decoder.trainable_parameters().map(size).sum();
+    let learning = match model.adapter() {
+        Some(lora) => format!("adapters of rank {}, {} parameters", lora.rank, count(learning)),
+        None => "all weights (--use-lora trains adapters instead)".to_owned(),
+    };
     let config = decoder.config();
     let template = model.prompts().template();
     format!(
         "device    {}\nmodel     {name}: {:?}, {} parameters, {} layers, hidden {}, vocabulary {}\n\
-         template  {}: mean of the last {} tokens",
+         training  {learning}\ntemplate  {}: mean of the last {} tokens",
         model.backend().description(),
         config.family,
         count(parameters),

@@ -10,8 +10,8 @@ const REPLACED: &[(&str, &str)] = &[
     ("deepspeed", "one process on one device: there is nothing to shard"),
     ("fsdp", "one process on one device: there is nothing to shard"),
     ("fsdp-config", "one process on one device: there is nothing to shard"),
-    ("gradient-checkpointing", "the activations of one batch are kept whole"),
-    ("gradient-checkpointing-kwargs", "the activations of one batch are kept whole"),
+    ("gradient-checkpointing", "--chunk-tokens bounds the memory of activations, exactly"),
+    ("gradient-checkpointing-kwargs", "--chunk-tokens bounds the memory of activations"),
     ("fp16", "computes in f32"),
     ("bf16", "computes in f32"),
     ("tf32", "computes in f32"),
@@ -49,32 +49,12 @@ struct Limited {
     hint: &'static str,
 }
 
-const ALL_WEIGHTS: &str = "leave it out: all weights are trained";
-
 const LIMITED: &[Limited] = &[
-    limited("use-lora", is_off, "adapters (LoRA)", "use --use-lora false: all weights are trained"),
-    limited("lora-rank", never, "adapters (LoRA)", ALL_WEIGHTS),
-    limited("lora-alpha", never, "adapters (LoRA)", ALL_WEIGHTS),
-    limited("lora-dropout", never, "adapters (LoRA)", ALL_WEIGHTS),
-    limited("target-modules", never, "adapters (LoRA)", ALL_WEIGHTS),
-    limited(
-        "from-peft",
-        never,
-        "adapters (LoRA)",
-        "merge the adapter into its model with peft first",
-    ),
-    limited("save-merged-lora-model", is_off, "adapters (LoRA)", ALL_WEIGHTS),
     limited(
         "resume-from-checkpoint",
         is_off,
         "resuming",
         "start again, or give the checkpoint as --model",
-    ),
-    limited(
-        "sub-batch-size",
-        is_not_positive,
-        "training a batch in pieces",
-        "leave it out, and lower --per-device-train-batch-size if memory is short",
     ),
     limited(
         "gradient-accumulation-steps",
@@ -109,16 +89,8 @@ const fn limited(
     Limited { name, harmless, asks_for, hint }
 }
 
-fn never(_: &str) -> bool {
-    false
-}
-
 fn is_off(value: &str) -> bool {
     ["false", "no", "off", "0", "none"].contains(&&*value.to_ascii_lowercase())
-}
-
-fn is_not_positive(value: &str) -> bool {
-    value.parse::<i64>().is_ok_and(|n| n <= 0)
 }
 
 fn is_one(value: &str) -> bool {
@@ -162,17 +134,8 @@ impl TrainerFlags {
                 .hint(flag.hint));
             }
         }
-        let mut lines: Vec<String> = REPLACED
-            .iter()
-            .filter(|(name, _)| self.values(name).is_some())
-            .map(|(name, instead)| format!("--{name} has no effect here: {instead}"))
-            .collect();
-        if self.values("use-lora").is_none() {
-            lines.push(
-                "all weights are trained: adapters (LoRA) are not in this version".to_owned(),
-            );
-        }
-        Ok(lines)
+        let given = REPLACED.iter().filter(|(name, _)| self.values(name).is_some());
+        Ok(given.map(|(name, instead)| format!("--{name} has no effect here: {instead}")).collect())
     }
 
     fn values(&self, name: &str) -> Option<&[String]> {
@@ -232,22 +195,15 @@ mod tests {
     #[test]
     fn every_accepted_flag_gets_one_line() {
         let lines = check(&["--fp16", "--deepspeed", "../s.json", "--bf16", "False"]).unwrap();
-        assert_eq!(lines.len(), 4, "{lines:?}"); // and that all weights are trained
+        assert_eq!(lines.len(), 3, "{lines:?}");
         assert!(lines[0].starts_with("--deepspeed") && lines[1].starts_with("--fp16"));
-        assert_eq!(check(&["--use-lora", "False", "--optim", "adamw_torch"]).unwrap().len(), 0);
-        assert_eq!(check(&["--use-lora=false", "--sub-batch-size", "-1"]).unwrap().len(), 0);
+        assert_eq!(check(&["--do-eval=false", "--optim", "adamw_torch"]).unwrap().len(), 0);
     }
 
     #[test]
     fn what_cannot_be_done_is_refused_by_name() {
         for args in [
-            &["--use-lora"][..],
-            &["--lora-rank", "8"],
-            &["--target-modules", "q_proj", "k_proj"],
-            &["--from-peft", "x"],
-            &["--save-merged-lora-model", "True"],
-            &["--resume-from-checkpoint", "x"],
-            &["--sub-batch-size", "4"],
+            &["--resume-from-checkpoint", "x"][..],
             &["--gradient-accumulation-steps", "2"],
             &["--optim", "adafactor"],
         ] {

@@ -1,0 +1,88 @@
+//! The options of `llara finetune` that concern adapters.
+
+use std::path::PathBuf;
+
+use clap::ArgAction;
+use clap::builder::BoolishValueParser;
+use llara::model::LoraConfig;
+use llara::{Error, ErrorKind, Result};
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "LoRA")]
+pub(super) struct LoraArgs {
+    /// Train adapters beside frozen weights, and save them as PEFT does; any other option of this
+    /// group asks for it too [default: false, all weights are trained]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    use_lora: Option<bool>,
+    /// Inner size of an adapter [default: 64]
+    #[arg(long, value_name = "N")]
+    lora_rank: Option<usize>,
+    /// An adapter's product is multiplied by alpha / rank [default: 16]
+    #[arg(long, value_name = "X")]
+    lora_alpha: Option<f64>,
+    /// Share of an adapter's input that is dropped in training [default: 0.1]
+    #[arg(long, value_name = "X")]
+    lora_dropout: Option<f32>,
+    /// Projections that get an adapter, apart by blanks or commas [default: q_proj k_proj v_proj
+    /// o_proj gate_proj up_proj down_proj]
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    target_modules: Vec<String>,
+    /// Folder of a PEFT adapter to go on from, with its rank, alpha and targets
+    #[arg(long, value_name = "DIR")]
+    from_peft: Option<PathBuf>,
+    /// Save the model with its adapters merged as well, in merged_model/ of the output folder
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) save_merged_lora_model: bool,
+}
+
+/// What learns.
+pub(super) enum Adapter {
+    /// All weights.
+    None,
+    /// New adapters.
+    New(LoraConfig),
+    /// Those of a PEFT folder.
+    From(PathBuf),
+}
+
+impl LoraArgs {
+    /// # Errors
+    /// When options contradict each other or are out of their range.
+    pub(super) fn adapter(&self) -> Result<Adapter> {
+        let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
+        let settings = self.lora_rank.is_some()
+            || self.lora_alpha.is_some()
+            || self.lora_dropout.is_some()
+            || !self.target_modules.is_empty();
+        let asked = settings || self.from_peft.is_some() || self.save_merged_lora_model;
+        if !self.use_lora.unwrap_or(asked) {
+            // A LLARA command line may carry settings that it then turns off.
+            return Ok(Adapter::None);
+        }
+        if let Some(dir) = &self.from_peft {
+            if settings {
+                return Err(invalid("an adapter that is gone on from has its own settings")
+                    .got("--from-peft with other options of adapters")
+                    .hint(
+                        "leave out --lora-rank, --lora-alpha, --lora-dropout, --target-modules",
+                    ));
+            }
+            return Ok(Adapter::From(dir.clone()));
+        }
+        let default = LoraConfig::default();
+        let config = LoraConfig {
+            rank: self.lora_rank.unwrap_or(default.rank),
+            alpha: self.lora_alpha.unwrap_or(default.alpha),
+            dropout: self.lora_dropout.unwrap_or(default.dropout),
+            target_modules: match self.target_modules.as_slice() {
+                [] => default.target_modules,
+                names => names.to_vec(),
+            },
+        };
+        config.check()?;
+        Ok(Adapter::New(config))
+    }
+}

@@ -1,0 +1,82 @@
+//! Adapters and batches in pieces, from the command line.
+
+use std::fs;
+
+use llara::retrieval::read_vectors;
+
+use crate::fixture::{Bench, llara};
+
+/// Vectors of two texts by a model, with an adapter or without.
+fn vectors(bench: &Bench, model: &str, adapter: Option<&str>) -> Vec<f32> {
+    bench.write("texts.txt", "An otter.\nA heron by the river");
+    let output = bench.path("v.npy");
+    let (model, input) = (bench.path(model), bench.path("texts.txt"));
+    let mut args = vec!["encode", "--model", &model, "--input", &input, "--role", "passage"];
+    args.extend(["--output", &output]);
+    let adapter = adapter.map(|name| bench.path(name));
+    if let Some(adapter) = &adapter {
+        args.extend(["--adapter", adapter]);
+    }
+    llara(&args).json();
+    read_vectors(output).unwrap().into_iter().collect()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).fold(0.0, |m, (a, b)| m.max((a - b).abs()))
+}
+
+#[test]
+fn an_adapter_is_trained_used_and_merged() {
+    let bench = Bench::new();
+    let run = bench.finetune(&["--lora_rank", "4", "--save_merged_lora_model", "True"]);
+    run.json();
+    assert!(run.stderr.contains("adapters of rank 4"), "{}", run.stderr);
+    assert!(!bench.at("out/model.safetensors").exists());
+    for name in ["adapter_config.json", "adapter_model.safetensors", "llara_probes.json"] {
+        assert!(bench.at("out").join(name).is_file(), "{name}");
+    }
+
+    let with = vectors(&bench, "base", Some("out"));
+    assert!(distance(&with, &vectors(&bench, "base", None)) > 1e-4, "training changed nothing");
+    assert!(distance(&with, &vectors(&bench, "out/merged_model", None)) < 1e-5);
+
+    let (base, out, merged) = (bench.path("base"), bench.path("out"), bench.path("merged"));
+    let merge = llara(&["merge", "--model", &base, "--adapter", &out, "--output-dir", &merged]);
+    assert_eq!(merge.code, Some(0), "{}", merge.stderr);
+    assert!(distance(&with, &vectors(&bench, "merged", None)) < 1e-5);
+    llara(&["merge", "--model", &base, "--output-dir", &merged]).refused(&["--adapter"]);
+
+    // Going on from it: the same targets and rank, and the loss goes on falling.
+    fs::rename(bench.at("out"), bench.at("first")).unwrap();
+    let first = bench.path("first");
+    let on = bench.finetune(&["--from-peft", &first]);
+    on.json();
+    assert!(on.stderr.contains("adapters of rank 4"), "{}", on.stderr);
+}
+
+#[test]
+fn adapter_options_that_make_no_sense_are_refused() {
+    let bench = Bench::new();
+    for (args, part) in [
+        (&["--lora-rank", "0"][..], "rank is 0"),
+        (&["--lora-dropout", "1"], "dropout is out of range"),
+        (&["--target-modules", "q_proj,w_proj"], "w_proj"),
+        (&["--from-peft", "nowhere"], "adapter_config.json"),
+        (&["--from-peft", "nowhere", "--lora-rank", "2"], "its own settings"),
+        (&["--use-lora", "--add-special-tokens"], "new tokens cannot be saved"),
+    ] {
+        bench.finetune(args).refused(&[part]);
+        assert!(!bench.at("out").exists());
+    }
+}
+
+#[test]
+fn pieces_of_a_batch_give_the_same_run() {
+    let bench = Bench::new();
+    let mut losses = Vec::new();
+    for args in [&[][..], &["--chunk-tokens", "100"], &["--sub_batch_size", "1"]] {
+        losses.push(bench.finetune(args).json()["loss"].as_f64().unwrap());
+        fs::remove_dir_all(bench.at("out")).unwrap();
+    }
+    assert!(losses.iter().all(|loss| (loss - losses[0]).abs() < 1e-4 * losses[0]), "{losses:?}");
+}
