@@ -91,8 +91,6 @@ pub struct DropoutKey {
     pub step: u64,
     /// Number of the module within the model.
     pub module: u32,
-    /// Number of the first row of the input among all rows of the step.
-    pub first_row: u32,
     /// Share of elements that become zero, below 1.
     pub probability: f32,
 }
@@ -282,11 +280,13 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     /// Each element of x with probability `1 − p` and divided by it, else zero `(+ onto)`; also its own
     /// gradient. Element `(row, column)` is kept where the Philox4x32-10 generator (Salmon et al.
-    /// 2011) with the key of `key` and counter `(column / 4, first_row + row, step, module)` draws at
-    /// least `p · 2³²` in place `column % 4`.
+    /// 2011) with `key.seed` and the counter `(column / 4, numbers[row], step, module)` draws at least
+    /// `p · 2³²` in place `column % 4`. `numbers` are those of the rows' tokens in the step, so that a
+    /// token meets the same mask in whatever piece of the batch it goes through.
     fn dropout(
         &self,
         x: &Self::Tensor,
+        numbers: &Self::Index,
         key: &DropoutKey,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;

@@ -109,8 +109,8 @@ pub struct BiEncoderModel<B: Backend = Cpu> {
     folder: ModelFolder,
     collective: Arc<dyn Collective<B>>,
     mode: Mode,
-    /// Seed and step of what adapters drop in the next training pass; `None`: nothing.
-    dropout: Option<(u64, u64)>,
+    /// What adapters drop in the next training pass; `None`: nothing.
+    dropout: Option<Dropout>,
     /// The adapters that are attached, if any.
     adapter: Option<LoraConfig>,
 }
@@ -206,7 +206,7 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// Draws the adapters' dropout of the following training passes for a step of a run.
     pub fn set_dropout(&mut self, seed: u64, step: u64) {
-        self.dropout = Some((seed, step));
+        self.dropout = Some(Dropout { seed, step });
     }
 
     /// The adapters that are attached, if any.
@@ -321,37 +321,35 @@ impl<B: Backend> BiEncoderModel<B> {
         let parts = (0..batch.len())
             .step_by(piece)
             .map(|start| batch.slice(start..(start + piece).min(batch.len())))
-            .map(|piece| self.encode_piece(&piece, None))
+            .map(|piece| self.encode_piece(&piece))
             .collect::<Result<Vec<_>>>()?;
         self.backend.concat_rows(&parts.iter().collect::<Vec<_>>())
     }
 
-    /// What adapters drop in a training pass over a batch that begins at `first_row` of the step's
-    /// tokens.
-    pub(crate) fn dropout_at(&self, first_row: u32) -> Option<Dropout> {
-        self.dropout.map(|(seed, step)| Dropout { seed, step, first_row })
+    /// Whether a training pass drops parts of adapters' inputs, so that equal texts differ.
+    pub(crate) fn drops(&self) -> bool {
+        self.dropout.is_some() && self.adapter.as_ref().is_some_and(|lora| lora.dropout > 0.0)
     }
 
-    /// Vectors of a batch small enough to be encoded at once, nothing kept. `[S, d]`
-    pub(crate) fn encode_piece(
-        &self,
-        batch: &Batch,
-        dropout: Option<Dropout>,
-    ) -> Result<B::Tensor> {
-        let input = self.input(batch)?;
-        let hidden = self.decoder.forward(&self.backend, &input, dropout)?;
-        let pooled = mean_pool(&self.backend, &hidden, &input)?;
+    fn encode_piece(&self, batch: &Batch) -> Result<B::Tensor> {
+        self.encode_input(&self.input(batch, 0)?, None)
+    }
+
+    /// Vectors of a piece of a training batch that begins at `first_token` of the step, nothing kept.
+    pub(crate) fn encode_training(&self, batch: &Batch, first_token: u32) -> Result<B::Tensor> {
+        self.encode_input(&self.input(batch, first_token)?, self.dropout)
+    }
+
+    fn encode_input(&self, input: &Input<B>, dropout: Option<Dropout>) -> Result<B::Tensor> {
+        let hidden = self.decoder.forward(&self.backend, input, dropout)?;
+        let pooled = mean_pool(&self.backend, &hidden, input)?;
         if self.options.normalized { Ok(self.backend.normalize(&pooled)?.0) } else { Ok(pooled) }
     }
 
     /// Vectors of one batch, with what [`backward`](Self::backward) needs.
-    pub(crate) fn encode_saving(
-        &self,
-        batch: &Batch,
-        dropout: Option<Dropout>,
-    ) -> Result<Encoding<B>> {
-        let input = self.input(batch)?;
-        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input, dropout)?;
+    pub(crate) fn encode_saving(&self, batch: &Batch, first_token: u32) -> Result<Encoding<B>> {
+        let input = self.input(batch, first_token)?;
+        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input, self.dropout)?;
         let pooled = mean_pool(&self.backend, &hidden, &input)?;
         let (reps, inv_norm) = if self.options.normalized {
             let (reps, inv_norm) = self.backend.normalize(&pooled)?;
@@ -373,7 +371,7 @@ impl<B: Backend> BiEncoderModel<B> {
         self.decoder.backward(&self.backend, &input, &dhidden, decoder)
     }
 
-    fn input(&self, batch: &Batch) -> Result<Input<B>> {
+    fn input(&self, batch: &Batch, first_token: u32) -> Result<Input<B>> {
         let vocab_size = self.decoder.config().vocab_size;
         if let Some(id) = batch.max_id().filter(|&id| id as usize >= vocab_size) {
             return Err(Error::new(ErrorKind::Data, "a token id is beyond the model's vocabulary")
@@ -381,6 +379,7 @@ impl<B: Backend> BiEncoderModel<B> {
                 .got(id)
                 .hint("the tokenizer and the weights must come from the same model"));
         }
-        Input::new(&self.backend, batch, self.prompts.template().pooled_tokens)
+        let pooled_tokens = self.prompts.template().pooled_tokens;
+        Input::new(&self.backend, batch, pooled_tokens, first_token)
     }
 }

@@ -137,6 +137,28 @@ impl Batch {
         self.ids.iter().copied().max()
     }
 
+    /// Each different sequence once, in order of first appearance, and for every sequence its place
+    /// among them.
+    pub fn distinct(&self) -> (Batch, Vec<u32>) {
+        let mut seen = std::collections::HashMap::new();
+        let mut distinct = Batch { ids: Vec::new(), offsets: vec![0] };
+        let places = self.sequences().map(|sequence| {
+            *seen.entry(sequence).or_insert_with(|| {
+                distinct.ids.extend_from_slice(sequence);
+                distinct.offsets.push(distinct.ids.len() as u32);
+                distinct.len() as u32 - 1
+            })
+        });
+        let places = places.collect();
+        (distinct, places)
+    }
+
+    /// The batch as it is, with every sequence at its own place.
+    pub fn with_places(self) -> (Batch, Vec<u32>) {
+        let places = (0..self.len() as u32).collect();
+        (self, places)
+    }
+
     /// The sequences of a range, as a batch of their own.
     ///
     /// # Panics
@@ -254,5 +276,15 @@ mod tests {
             let packed = Batch::from_sequences(rows.iter().map(|(_, ids)| ids)).unwrap();
             prop_assert_eq!(Batch::from_padded(ids.view(), mask.view()).unwrap(), packed);
         }
+    }
+
+    #[test]
+    fn distinct_sequences_stand_once_and_are_found_again() {
+        let batch =
+            Batch::from_sequences([vec![1, 2], vec![3], vec![1, 2], vec![1], vec![3]]).unwrap();
+        let (distinct, places) = batch.distinct();
+        assert_eq!(distinct, Batch::from_sequences([vec![1, 2], vec![3], vec![1]]).unwrap());
+        assert_eq!(places, [0, 1, 0, 2, 1]);
+        assert_eq!(batch.clone().with_places(), (batch, vec![0, 1, 2, 3, 4]));
     }
 }

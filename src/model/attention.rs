@@ -30,59 +30,80 @@ pub(crate) struct SavedAttention<B: Backend> {
 
 /// Queries or keys as attention sees them, and what the way back to the input needs.
 struct Heads<B: Backend> {
-    /// Normed and rotated. `[T, heads·hd]`
+    /// Normed and rotated. `[T, heads·hd]`, or `[R, heads·hd]` for queries of some rows
     rotated: B::Tensor,
     /// The projection that went into the norm, and what the norm saved.
     normed: Option<(B::Tensor, SavedNorm<B>)>,
     linear: SavedLinear<B>,
 }
 
+/// Whose queries an attention computes: all rows', or those of some rows alone.
+pub(crate) struct Asking<'a, B: Backend> {
+    pub(crate) pass: &'a Pass<'a, B>,
+    /// Normed input of the asking rows. `[R, d]`
+    pub(crate) x: &'a B::Tensor,
+    /// Where they stand among all rows; `None`: they are all rows.
+    pub(crate) among: Option<&'a B::Index>,
+}
+
 impl<B: Backend> Attention<B> {
-    /// x (normed) and residual `[T, d]`; returns `residual + attention(x)`.
+    /// x (normed) `[T, d]` gives keys and values; the asking rows give queries and take the residual
+    /// `[R, d]`. Returns `residual + attention`, `[R, d]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Tensor,
+        asking: &Asking<'_, B>,
         residual: &B::Tensor,
     ) -> Result<(B::Tensor, SavedAttention<B>)> {
-        let q = heads_forward(pass, &self.q, self.q_norm.as_ref(), x)?;
+        let q = heads_forward(asking.pass, &self.q, self.q_norm.as_ref(), asking.x)?;
         let k = heads_forward(pass, &self.k, self.k_norm.as_ref(), x)?;
         let (v, saved_v) = self.v.forward(pass, x, None)?;
         let attended = pass.backend.attention(
             &q.rotated,
             &k.rotated,
             &v,
-            pass.layout,
-            pass.layout,
+            &asking.pass.rows.layout,
+            &pass.rows.layout,
             &self.shape,
         )?;
-        let (y, saved_o) = self.o.forward(pass, &attended.out, Some(residual))?;
+        let (y, saved_o) = self.o.forward(asking.pass, &attended.out, Some(residual))?;
         Ok((y, SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] }))
     }
 
-    /// Gradient by x alone; the residual's is dy itself.
+    /// Gradient by x alone `[T, d]`, from dy `[R, d]`; the residual's is dy itself.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,
         dy: &B::Tensor,
         x: &B::Tensor,
+        asking: &Asking<'_, B>,
         saved: SavedAttention<B>,
     ) -> Result<B::Tensor> {
         let SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] } = saved;
-        let dout = self.o.backward(pass, dy, &attended.out, saved_o, None)?;
+        let dout = self.o.backward(asking.pass, dy, &attended.out, saved_o, None)?;
         let (dq, dk, dv) = pass.backend.attention_backward(
             &dout,
             &q.rotated,
             &k.rotated,
             &v,
             &attended,
-            pass.layout,
-            pass.layout,
+            &asking.pass.rows.layout,
+            &pass.rows.layout,
             &self.shape,
         )?;
-        let dx = heads_backward(pass, (&mut self.q, self.q_norm.as_mut()), dq, x, q, None)?;
-        let dx = heads_backward(pass, (&mut self.k, self.k_norm.as_mut()), dk, x, k, Some(dx))?;
-        self.v.backward(pass, &dv, x, saved_v, Some(dx))
+        let (linear_q, norm_q) = (&mut self.q, self.q_norm.as_mut());
+        let dx = heads_backward(pass, (&mut self.k, self.k_norm.as_mut()), dk, x, k, None)?;
+        let mut dx = self.v.backward(pass, &dv, x, saved_v, Some(dx))?;
+        match asking.among {
+            None => heads_backward(pass, (linear_q, norm_q), dq, x, q, Some(dx)),
+            Some(rows) => {
+                let from_queries =
+                    heads_backward(asking.pass, (linear_q, norm_q), dq, asking.x, q, None)?;
+                pass.backend.scatter_add_rows(&from_queries, rows, &mut dx)?;
+                Ok(dx)
+            }
+        }
     }
 
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
@@ -114,7 +135,7 @@ fn heads_forward<B: Backend>(
         }
         None => (projected, None),
     };
-    pass.backend.rope(&mut rotated, &pass.layout.positions, pass.rope, Turn::Forward)?;
+    pass.backend.rope(&mut rotated, &pass.rows.layout.positions, pass.rope, Turn::Forward)?;
     Ok(Heads { rotated, normed, linear })
 }
 
@@ -127,7 +148,7 @@ fn heads_backward<B: Backend>(
     saved: Heads<B>,
     onto: Option<B::Tensor>,
 ) -> Result<B::Tensor> {
-    pass.backend.rope(&mut grad, &pass.layout.positions, pass.rope, Turn::Backward)?;
+    pass.backend.rope(&mut grad, &pass.rows.layout.positions, pass.rope, Turn::Backward)?;
     if let (Some(norm), Some((projected, saved))) = (norm, &saved.normed) {
         grad = norm.backward(pass.backend, &grad, projected, saved, None)?;
     }

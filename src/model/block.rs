@@ -1,6 +1,6 @@
 //! One decoder layer: attention and MLP, each behind a norm and around a residual.
 
-use super::attention::{Attention, SavedAttention};
+use super::attention::{Asking, Attention, SavedAttention};
 use super::linear::Linear;
 use super::lora::PROJECTIONS;
 use super::mlp::{Mlp, SavedMlp};
@@ -8,7 +8,7 @@ use super::norm::{RmsNorm, SavedNorm};
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, Shape};
 
 pub(crate) struct Block<B: Backend> {
     pub(crate) input_norm: RmsNorm<B>,
@@ -17,13 +17,16 @@ pub(crate) struct Block<B: Backend> {
     pub(crate) mlp: Mlp<B>,
 }
 
-/// What the backward pass of a layer needs; tensors are `[T, d]`.
+/// What the backward pass of a layer needs. Tensors are `[T, d]` up to the attention and `[R, d]` from
+/// it on; R is T where the layer runs at all positions.
 pub(crate) struct SavedBlock<B: Backend> {
     /// Residual stream at the layer's entry.
     x: B::Tensor,
     /// `input_norm(x)`
     x_normed: B::Tensor,
     x_norm: SavedNorm<B>,
+    /// The asking rows of `x_normed`, where they are not all.
+    asking: Option<B::Tensor>,
     attention: SavedAttention<B>,
     /// Residual stream between attention and MLP.
     middle: B::Tensor,
@@ -33,40 +36,81 @@ pub(crate) struct SavedBlock<B: Backend> {
     mlp: SavedMlp<B>,
 }
 
+/// The rows whose output is wanted of a layer, where that is not all of them.
+pub(crate) struct Wanted<'a, B: Backend> {
+    /// The pass over these rows.
+    pub(crate) pass: &'a Pass<'a, B>,
+    /// Where they stand among all rows. `[R]`
+    pub(crate) among: &'a B::Index,
+}
+
 impl<B: Backend> Block<B> {
-    /// `middle = x + attention(norm(x))`, `y = middle + mlp(norm(middle))`. All `[T, d]`.
+    /// `middle = x + attention(norm(x))`, `y = middle + mlp(norm(middle))`: x `[T, d]`, y `[R, d]` at
+    /// the wanted rows, or `[T, d]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
         x: B::Tensor,
+        wanted: Option<&Wanted<'_, B>>,
     ) -> Result<(B::Tensor, SavedBlock<B>)> {
-        let (x_normed, x_norm) = self.input_norm.forward(pass.backend, &x)?;
-        let (middle, attention) = self.attention.forward(pass, &x_normed, &x)?;
-        let (middle_normed, middle_norm) =
-            self.post_attention_norm.forward(pass.backend, &middle)?;
+        let backend = pass.backend;
+        let (x_normed, x_norm) = self.input_norm.forward(backend, &x)?;
+        let pick = |x: &B::Tensor| wanted.map(|w| backend.gather_rows(x, w.among)).transpose();
+        let (asking, residual) = (pick(&x_normed)?, pick(&x)?);
+        let (middle, attention) = self.attention.forward(
+            pass,
+            &x_normed,
+            &ask(pass, &x_normed, asking.as_ref(), wanted),
+            residual.as_ref().unwrap_or(&x),
+        )?;
+        let pass = wanted.map_or(pass, |w| w.pass);
+        let (middle_normed, middle_norm) = self.post_attention_norm.forward(backend, &middle)?;
         let (y, mlp) = self.mlp.forward(pass, &middle_normed, &middle)?;
-        let saved =
-            SavedBlock { x, x_normed, x_norm, attention, middle, middle_normed, middle_norm, mlp };
+        let saved = SavedBlock {
+            x,
+            x_normed,
+            x_norm,
+            asking,
+            attention,
+            middle,
+            middle_normed,
+            middle_norm,
+            mlp,
+        };
         Ok((y, saved))
     }
 
-    /// Each residual passes its gradient on unchanged, so the norm's is added to it.
+    /// Each residual passes its gradient on unchanged, so the norm's is added to it. dy `[R, d]`,
+    /// result `[T, d]`.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,
         dy: B::Tensor,
         saved: SavedBlock<B>,
+        wanted: Option<&Wanted<'_, B>>,
     ) -> Result<B::Tensor> {
-        let dnormed = self.mlp.backward(pass, &dy, &saved.middle_normed, saved.mlp)?;
+        let backend = pass.backend;
+        let at = wanted.map_or(pass, |w| w.pass);
+        let dnormed = self.mlp.backward(at, &dy, &saved.middle_normed, saved.mlp)?;
         let dmiddle = self.post_attention_norm.backward(
-            pass.backend,
+            backend,
             &dnormed,
             &saved.middle,
             &saved.middle_norm,
             Some(dy),
         )?;
-        let dnormed = self.attention.backward(pass, &dmiddle, &saved.x_normed, saved.attention)?;
-        self.input_norm.backward(pass.backend, &dnormed, &saved.x, &saved.x_norm, Some(dmiddle))
+        let asking = ask(pass, &saved.x_normed, saved.asking.as_ref(), wanted);
+        let dnormed =
+            self.attention.backward(pass, &dmiddle, &saved.x_normed, &asking, saved.attention)?;
+        let dresidual = match wanted {
+            None => dmiddle,
+            Some(wanted) => {
+                let mut all = backend.zeros(pass.rows.layout.rows, dmiddle.cols())?;
+                backend.scatter_add_rows(&dmiddle, wanted.among, &mut all)?;
+                all
+            }
+        };
+        self.input_norm.backward(backend, &dnormed, &saved.x, &saved.x_norm, Some(dresidual))
     }
 
     /// The projections, each with the name that adapters are asked for.
@@ -89,5 +133,18 @@ impl<B: Backend> Block<B> {
             .into_iter()
             .chain(self.attention.parameters_mut())
             .chain(self.mlp.parameters_mut())
+    }
+}
+
+/// The rows whose queries are computed: the wanted ones, or all.
+fn ask<'a, B: Backend>(
+    pass: &'a Pass<'a, B>,
+    x_normed: &'a B::Tensor,
+    picked: Option<&'a B::Tensor>,
+    wanted: Option<&'a Wanted<'a, B>>,
+) -> Asking<'a, B> {
+    match (picked, wanted) {
+        (Some(x), Some(wanted)) => Asking { pass: wanted.pass, x, among: Some(wanted.among) },
+        _ => Asking { pass, x: x_normed, among: None },
     }
 }

@@ -1,7 +1,7 @@
 //! The decoder: embeddings, layers, final norm.
 
 use super::attention::Attention;
-use super::block::{Block, SavedBlock};
+use super::block::{Block, SavedBlock, Wanted};
 use super::config::DecoderConfig;
 use super::input::Input;
 use super::linear::Linear;
@@ -20,6 +20,7 @@ pub struct Decoder<B: Backend> {
     blocks: Vec<Block<B>>,
     norm: RmsNorm<B>,
     rope: Rope<B>,
+    last_block_at_pooled_rows: bool,
 }
 
 /// What the backward pass of the decoder needs.
@@ -46,7 +47,8 @@ impl<B: Backend> Decoder<B> {
             .collect::<Result<_>>()?;
         let norm = builder.norm("norm", config.hidden_size)?;
         let rope = Rope::new(config.inverse_frequencies());
-        Ok(Decoder { config, embed_tokens, blocks, norm, rope })
+        let last_block_at_pooled_rows = true;
+        Ok(Decoder { config, embed_tokens, blocks, norm, rope, last_block_at_pooled_rows })
     }
 
     /// The names and file shapes of all parameters of a `config`, in the order of `parameters`.
@@ -95,21 +97,27 @@ impl<B: Backend> Decoder<B> {
         dropout: Option<Dropout>,
         keep: &mut dyn FnMut(SavedBlock<B>),
     ) -> Result<(B::Tensor, B::Tensor, SavedNorm<B>)> {
-        let rope = self.rope.table(backend, input.layout.longest)?;
-        let pass = Pass { backend, layout: &input.layout, rope: &rope, dropout };
+        let rope = self.rope.table(backend, input.all.layout.longest)?;
+        let pass = Pass { backend, rows: &input.all, rope: &rope, dropout };
+        let pooled_pass = Pass { rows: &input.pooled, ..pass };
+        let wanted = Wanted { pass: &pooled_pass, among: &input.pooled_rows };
         let mut x = backend.gather_rows(self.embed_tokens.value(), &input.ids)?;
-        for block in &self.blocks {
-            let (y, saved) = block.forward(&pass, x)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let wanted = self.ends_at_pooled_rows(layer).then_some(&wanted);
+            let (y, saved) = block.forward(&pass, x, wanted)?;
             keep(saved);
             x = y;
         }
-        let pooled = backend.gather_rows(&x, &input.pooled_rows)?;
+        let pooled = match self.last_block_at_pooled_rows {
+            true => x,
+            false => backend.gather_rows(&x, &input.pooled_rows)?,
+        };
         let (hidden, norm) = self.norm.forward(backend, &pooled)?;
         Ok((hidden, pooled, norm))
     }
 
-    /// Adds the gradient of every parameter, from the gradient by the hidden states `[R, d]` that
-    /// [`forward_saving`](Decoder::forward_saving) returned for the same input.
+    /// Adds the gradient of every parameter that learns, from the gradient by the hidden states
+    /// `[R, d]` that [`forward_saving`](Decoder::forward_saving) returned for the same input.
     pub fn backward(
         &mut self,
         backend: &B,
@@ -117,18 +125,35 @@ impl<B: Backend> Decoder<B> {
         dhidden: &B::Tensor,
         saved: SavedDecoder<B>,
     ) -> Result<()> {
-        let rope = self.rope.table(backend, input.layout.longest)?;
-        let pass = Pass { backend, layout: &input.layout, rope: &rope, dropout: saved.dropout };
-        let dpooled = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
-        let mut dx = backend.zeros(input.layout.rows, self.config.hidden_size)?;
-        backend.scatter_add_rows(&dpooled, &input.pooled_rows, &mut dx)?;
-        for (block, saved) in self.blocks.iter_mut().zip(saved.blocks).rev() {
-            dx = block.backward(&pass, dx, saved)?;
+        let rope = self.rope.table(backend, input.all.layout.longest)?;
+        let pass = Pass { backend, rows: &input.all, rope: &rope, dropout: saved.dropout };
+        let pooled_pass = Pass { rows: &input.pooled, ..pass };
+        let wanted = Wanted { pass: &pooled_pass, among: &input.pooled_rows };
+        let mut dx = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
+        if !self.last_block_at_pooled_rows {
+            let mut all = backend.zeros(input.all.layout.rows, self.config.hidden_size)?;
+            backend.scatter_add_rows(&dx, &input.pooled_rows, &mut all)?;
+            dx = all;
+        }
+        for (layer, saved) in saved.blocks.into_iter().enumerate().rev() {
+            let wanted = self.ends_at_pooled_rows(layer).then_some(&wanted);
+            dx = self.blocks[layer].backward(&pass, dx, saved, wanted)?;
         }
         if let (_, Some(dtable)) = self.embed_tokens.value_and_grad(backend)? {
             backend.scatter_add_rows(&dx, &input.ids, dtable)?;
         }
         Ok(())
+    }
+
+    /// Nothing after the last layer but pooling reads its output, so all of it but keys and values is
+    /// computed at the pooled rows alone. On unless turned off, which changes no result beyond
+    /// rounding.
+    pub fn set_last_block_at_pooled_rows(&mut self, on: bool) {
+        self.last_block_at_pooled_rows = on;
+    }
+
+    fn ends_at_pooled_rows(&self, layer: usize) -> bool {
+        self.last_block_at_pooled_rows && layer + 1 == self.blocks.len()
     }
 
     pub(crate) fn blocks_mut(&mut self) -> impl Iterator<Item = &mut Block<B>> {

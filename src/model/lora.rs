@@ -94,7 +94,8 @@ impl<B: Backend> Lora<B> {
         match pass.dropout.filter(|_| self.dropout > 0.0) {
             Some(dropout) => {
                 let dinput = backend.linear_input_grad(&g, a, None)?;
-                backend.dropout(&dinput, &dropout.key(self.module, self.dropout), Some(dx))
+                let key = dropout.key(self.module, self.dropout);
+                backend.dropout(&dinput, &pass.rows.numbers, &key, Some(dx))
             }
             None => backend.linear_input_grad(&g, a, Some(dx)),
         }
@@ -104,7 +105,8 @@ impl<B: Backend> Lora<B> {
     fn dropped(&self, pass: &Pass<'_, B>, x: &B::Tensor) -> Result<Option<B::Tensor>> {
         let dropout = pass.dropout.filter(|_| self.dropout > 0.0);
         let drop = |dropout: super::pass::Dropout| {
-            pass.backend.dropout(x, &dropout.key(self.module, self.dropout), None)
+            let key = dropout.key(self.module, self.dropout);
+            pass.backend.dropout(x, &pass.rows.numbers, &key, None)
         };
         dropout.map(drop).transpose()
     }

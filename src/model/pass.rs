@@ -2,12 +2,19 @@
 
 use crate::backend::{Backend, DropoutKey, Layout, RopeTable};
 
-/// The device, the batch's layout and its angles, and whether adapters drop parts of their input.
+/// The device, the rows that go through, their angles, and what adapters drop of their input.
 pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) backend: &'a B,
-    pub(crate) layout: &'a Layout<B>,
+    pub(crate) rows: &'a Rows<B>,
     pub(crate) rope: &'a RopeTable<B>,
     pub(crate) dropout: Option<Dropout>,
+}
+
+/// Some or all tokens of a packed batch: the rows of a matrix.
+pub(crate) struct Rows<B: Backend> {
+    pub(crate) layout: Layout<B>,
+    /// The tokens' numbers among all tokens of the step, which dropout goes by. `[rows]`
+    pub(crate) numbers: B::Index,
 }
 
 /// The draw of a step's dropout.
@@ -17,14 +24,11 @@ pub struct Dropout {
     pub seed: u64,
     /// Number of the step.
     pub step: u64,
-    /// Number of the batch's first token among all tokens of the step.
-    pub first_row: u32,
 }
 
 impl Dropout {
     /// The key of one module's mask.
     pub(crate) fn key(&self, module: u32, probability: f32) -> DropoutKey {
-        let Dropout { seed, step, first_row } = *self;
-        DropoutKey { seed, step, module, first_row, probability }
+        DropoutKey { seed: self.seed, step: self.step, module, probability }
     }
 }

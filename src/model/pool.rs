@@ -10,7 +10,7 @@ pub fn mean_pool<B: Backend>(
     hidden: &B::Tensor,
     input: &Input<B>,
 ) -> Result<B::Tensor> {
-    backend.segment_mean(hidden, &input.pooled_offsets)
+    backend.segment_mean(hidden, &input.pooled.layout.offsets)
 }
 
 /// Gradient of [`mean_pool`]: `[S, d]` → `[R, d]`.
@@ -19,5 +19,5 @@ pub(crate) fn mean_pool_backward<B: Backend>(
     dreps: &B::Tensor,
     input: &Input<B>,
 ) -> Result<B::Tensor> {
-    backend.segment_mean_backward(dreps, &input.pooled_offsets, input.pooled)
+    backend.segment_mean_backward(dreps, &input.pooled.layout.offsets, input.pooled.layout.rows)
 }

@@ -22,12 +22,19 @@ pub struct Chunking {
     /// Tokens whose activations may wait for their backward pass; those of other chunks are computed
     /// twice.
     pub kept_tokens: usize,
+    /// Whether equal sequences are encoded once; never where dropout would tell them apart.
+    pub equal_once: bool,
 }
 
 impl Default for Chunking {
     /// One pass over everything.
     fn default() -> Self {
-        Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX }
+        Chunking {
+            max_tokens: usize::MAX,
+            max_sequences: usize::MAX,
+            kept_tokens: usize::MAX,
+            equal_once: true,
+        }
     }
 }
 
@@ -69,17 +76,26 @@ pub fn accumulate_gradients<B: Backend>(
 ) -> Result<B::Tensor> {
     let backend = model.backend().clone();
     let both = Batch::from_sequences(query.sequences().chain(passage.sequences()))?;
+    // Equal texts have equal vectors, unless something random stands between.
+    let (both, places) = match chunking.equal_once && !model.drops() {
+        true => both.distinct(),
+        false => both.with_places(),
+    };
+    let places = backend.upload_index(&places)?;
     let chunks = chunking.chunks(&both);
 
     let (reps, waiting) = encode_chunks(model, &both, &chunks, chunking.kept_tokens)?;
-    let (loss, dreps) = loss_of_vectors(model, &reps, query.len(), passage.len())?;
+    let all_reps = backend.gather_rows(&reps, &places)?;
+    let (loss, all_dreps) = loss_of_vectors(model, &all_reps, query.len(), passage.len())?;
+    let mut dreps = backend.zeros(both.len(), reps.cols())?;
+    backend.scatter_add_rows(&all_dreps, &places, &mut dreps)?;
     for (chunk, waiting) in chunks.into_iter().zip(waiting) {
         let dreps = backend.slice_rows(&dreps, chunk.start, chunk.len())?;
         let encoding = match waiting {
             Waiting::Kept(encoding) => encoding,
             Waiting::Recomputed => {
-                let dropout = model.dropout_at(both.offsets()[chunk.start]);
-                model.encode_saving(&both.slice(chunk), dropout)?
+                let first_token = both.offsets()[chunk.start];
+                model.encode_saving(&both.slice(chunk), first_token)?
             }
         };
         model.backward(encoding, dreps)?;
@@ -99,14 +115,14 @@ fn encode_chunks<B: Backend>(
     let mut reps = Vec::with_capacity(chunks.len());
     let mut waiting = Vec::with_capacity(chunks.len());
     for chunk in chunks {
-        let dropout = model.dropout_at(batch.offsets()[chunk.start]);
+        let first_token = batch.offsets()[chunk.start];
         let piece = batch.slice(chunk.clone());
         if batch.offsets()[chunk.end] as usize <= kept_tokens {
-            let encoding = model.encode_saving(&piece, dropout)?;
+            let encoding = model.encode_saving(&piece, first_token)?;
             reps.push(backend.slice_rows(&encoding.reps, 0, chunk.len())?);
             waiting.push(Waiting::Kept(encoding));
         } else {
-            reps.push(model.encode_piece(&piece, dropout)?);
+            reps.push(model.encode_training(&piece, first_token)?);
             waiting.push(Waiting::Recomputed);
         }
     }
@@ -150,7 +166,7 @@ mod tests {
         let batch = Batch::from_sequences(lengths.map(|n| vec![1u32; n])).unwrap();
         for max_tokens in 1..40 {
             for max_sequences in 1..9 {
-                let chunking = Chunking { max_tokens, max_sequences, kept_tokens: 0 };
+                let chunking = Chunking { max_tokens, max_sequences, ..Chunking::default() };
                 let chunks = chunking.chunks(&batch);
                 let mut next = 0;
                 for chunk in chunks {

@@ -4,9 +4,9 @@ use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::{Backend, RopeTable, Turn};
+use crate::backend::{Backend, DropoutKey, RopeTable, Turn};
 
-/// `rope`, `swiglu` and their gradients, and `scale`.
+/// `rope`, `swiglu` and their gradients, `scale` and `dropout`.
 ///
 /// # Errors
 /// What the backend itself reports.
@@ -23,6 +23,7 @@ pub fn pointwise<B: Backend>(backend: &B) -> Result<Vec<Case>> {
             swiglu(&mut suite, shape, magnitude)?;
         }
         scale(&mut suite, shape)?;
+        dropout(&mut suite, shape)?;
     }
     Ok(suite.finish())
 }
@@ -119,4 +120,24 @@ fn scale<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> 
         suite.case("scale").check(&what, &y, &want, Bound::roundings(1.0))?;
     }
     Ok(())
+}
+
+/// Against a generator written out once more, one number at a time.
+fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let key = DropoutKey { seed: 0x1234_5678_9abc_def0, step: 7, module: 3, probability: 0.3 };
+    let x = suite.random(rows, cols);
+    let onto = suite.random(rows, cols);
+    let numbers = suite.indices(rows, 1000);
+    let numbers_on = suite.backend.upload_index(&numbers)?;
+    let want = Matrix::from_fn(rows, cols, |row, col| {
+        let draw = plain::philox(&key, (col / 4) as u32, numbers[row])[col % 4];
+        let kept = f64::from(draw) >= f64::from(key.probability) * 2f64.powi(32);
+        if kept { x.row(row)[col] / (1.0 - f64::from(key.probability)) } else { 0.0 }
+    });
+    let what = format!("{rows} x {cols}");
+    let y = suite.backend.dropout(&suite.tensor(&x)?, &numbers_on, &key, None)?;
+    suite.case("dropout").check(&what, &y, &want, Bound::roundings(4.0))?;
+    let onto_on = suite.tensor(&onto)?;
+    let y = suite.backend.dropout(&suite.tensor(&x)?, &numbers_on, &key, Some(onto_on))?;
+    suite.case("dropout, onto").check(&what, &y, &want.plus(&onto), Bound::roundings(4.0))
 }

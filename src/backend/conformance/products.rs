@@ -47,6 +47,14 @@ fn forward<B: Backend>(suite: &mut Suite<'_, B>, (n, input, output): Dims) -> Re
     let bias = suite.random(1, output);
     let residual = suite.random(n, output);
     let product = plain::linear(&x, &w, None, None);
+    let y = suite.backend.linear_onto(
+        &suite.tensor(&x)?,
+        &suite.tensor(&w)?,
+        suite.tensor(&residual)?,
+    )?;
+    let what = format!("{n} x {input} to {output}");
+    let want = product.clone().plus(&residual);
+    suite.case("linear_onto").check(&what, &y, &want, Bound::sum(input).at_least(1.0))?;
     for (with_bias, with_residual) in [(false, false), (true, false), (false, true), (true, true)] {
         let mut want = product.clone();
         if with_bias {

@@ -9,6 +9,7 @@ use crate::backend::{DropoutKey, Shape};
 pub(super) fn dropout(
     cpu: &Cpu,
     x: &CpuTensor,
+    numbers: &[u32],
     key: &DropoutKey,
     onto: Option<CpuTensor>,
 ) -> CpuTensor {
@@ -16,19 +17,19 @@ pub(super) fn dropout(
     let accumulate = onto.is_some();
     let mut y = onto.unwrap_or_else(|| cpu.unspecified(rows, cols));
     assert_eq!(y.shape(), x.shape(), "dropout: onto");
+    assert_eq!(numbers.len(), rows, "dropout: rows");
     let threshold = (f64::from(key.probability) * 4_294_967_296.0) as u32;
     let keep = 1.0 / (1.0 - key.probability);
     let task = rows_per_task(cols);
     y.as_mut_slice()
         .par_chunks_mut(task * cols)
         .zip(x.as_slice().par_chunks(task * cols))
-        .enumerate()
-        .for_each(|(chunk, (y, x))| {
+        .zip(numbers.par_chunks(task))
+        .for_each(|((y, x), numbers)| {
             vectorised(|| {
                 let rows = y.chunks_exact_mut(cols).zip(x.chunks_exact(cols));
-                for (row, (y, x)) in rows.enumerate() {
-                    let row = key.first_row.wrapping_add((chunk * task + row) as u32);
-                    drop_row(y, x, key, row, (threshold, keep), accumulate);
+                for ((y, x), &number) in rows.zip(numbers) {
+                    drop_row(y, x, key, number, (threshold, keep), accumulate);
                 }
             });
         });
@@ -43,12 +44,12 @@ fn drop_row(
     y: &mut [f32],
     x: &[f32],
     key: &DropoutKey,
-    row: u32,
+    number: u32,
     (threshold, keep): (u32, f32),
     accumulate: bool,
 ) {
     for (block, (y, x)) in y.chunks_mut(4 * GENERATORS).zip(x.chunks(4 * GENERATORS)).enumerate() {
-        let draws = philox_block(key, (block * GENERATORS) as u32, row);
+        let draws = philox_block(key, (block * GENERATORS) as u32, number);
         for (at, (y, x)) in y.iter_mut().zip(x).enumerate() {
             let factor = if draws[at % 4][at / 4] >= threshold { keep } else { 0.0 };
             *y = if accumulate { *y + x * factor } else { x * factor };
@@ -58,12 +59,12 @@ fn drop_row(
 
 /// Philox4x32-10 for [`GENERATORS`] consecutive counters; `result[i]` holds word i of each.
 #[inline(always)]
-fn philox_block(key: &DropoutKey, first: u32, row: u32) -> [[u32; GENERATORS]; 4] {
+fn philox_block(key: &DropoutKey, first: u32, number: u32) -> [[u32; GENERATORS]; 4] {
     const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
     const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
     let mut counter = [
         std::array::from_fn(|lane| first.wrapping_add(lane as u32)),
-        [row; GENERATORS],
+        [number; GENERATORS],
         [key.step as u32; GENERATORS],
         [key.module; GENERATORS],
     ];
@@ -88,7 +89,7 @@ mod tests {
     /// Known answers of Random123, the authors' own implementation.
     #[test]
     fn philox_gives_the_published_numbers() {
-        let zeros = DropoutKey { seed: 0, step: 0, module: 0, first_row: 0, probability: 0.1 };
+        let zeros = DropoutKey { seed: 0, step: 0, module: 0, probability: 0.1 };
         let words = philox_block(&zeros, 0, 0).map(|word| word[0]);
         assert_eq!(words, [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         let ones = DropoutKey { seed: u64::MAX, step: u64::MAX, module: u32::MAX, ..zeros };

@@ -234,10 +234,11 @@ impl Backend for Cpu {
     fn dropout(
         &self,
         x: &CpuTensor,
+        numbers: &Vec<u32>,
         key: &DropoutKey,
         onto: Option<CpuTensor>,
     ) -> Result<CpuTensor> {
-        Ok(dropout::dropout(self, x, key, onto))
+        Ok(dropout::dropout(self, x, numbers, key, onto))
     }
 
     fn scale(&self, x: &mut CpuTensor, factor: f32) -> Result<()> {

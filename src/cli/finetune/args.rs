@@ -240,7 +240,8 @@ impl TrainingArgs {
         let sequences = usize::try_from(self.sub_batch_size).ok().filter(|&n| n > 0);
         let max_sequences = sequences.unwrap_or(usize::MAX);
         let whole = max_tokens == usize::MAX && max_sequences == usize::MAX;
-        Chunking { max_tokens, max_sequences, kept_tokens: if whole { usize::MAX } else { 0 } }
+        let kept_tokens = if whole { usize::MAX } else { 0 };
+        Chunking { max_tokens, max_sequences, kept_tokens, ..Chunking::default() }
     }
 }
 

@@ -4,7 +4,7 @@ mod attention;
 
 pub(super) use attention::{Packed, attention, attention_backward};
 
-use crate::backend::AdamWStep;
+use crate::backend::{AdamWStep, DropoutKey};
 
 /// A row-major matrix on the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -264,4 +264,25 @@ impl AdamW {
                 * (unbiased_m / (unbiased_v.sqrt() + step.epsilon) + step.weight_decay * *param);
         }
     }
+}
+
+/// Philox4x32-10 (Salmon et al. 2011), one counter at a time.
+pub(super) fn philox(key: &DropoutKey, block: u32, number: u32) -> [u32; 4] {
+    let mut counter = [block, number, key.step as u32, key.module];
+    let mut round_key = [key.seed as u32, (key.seed >> 32) as u32];
+    for _ in 0..10 {
+        let [a, b, c, d] = counter;
+        let first = 0xD251_1F53_u64 * u64::from(a);
+        let second = 0xCD9E_8D57_u64 * u64::from(c);
+        let high = |product: u64| (product >> 32) as u32;
+        counter = [
+            high(second) ^ b ^ round_key[0],
+            second as u32,
+            high(first) ^ d ^ round_key[1],
+            first as u32,
+        ];
+        round_key[0] = round_key[0].wrapping_add(0x9E37_79B9);
+        round_key[1] = round_key[1].wrapping_add(0xBB67_AE85);
+    }
+    counter
 }
