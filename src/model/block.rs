@@ -4,7 +4,7 @@ use super::attention::{Asking, Attention, SavedAttention};
 use super::linear::Linear;
 use super::lora::PROJECTIONS;
 use super::mlp::{Mlp, SavedMlp};
-use super::norm::{RmsNorm, SavedNorm};
+use super::norm::RmsNorm;
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
@@ -18,21 +18,14 @@ pub(crate) struct Block<B: Backend> {
 }
 
 /// What the backward pass of a layer needs. Tensors are `[T, d]` up to the attention and `[R, d]` from
-/// it on; R is T where the layer runs at all positions.
+/// it on; R is T where the layer runs at all positions. What a norm gave is not kept: to compute it
+/// again costs one pass over memory that keeping it would cost as well.
 pub(crate) struct SavedBlock<B: Backend> {
     /// Residual stream at the layer's entry.
     x: B::Tensor,
-    /// `input_norm(x)`
-    x_normed: B::Tensor,
-    x_norm: SavedNorm<B>,
-    /// The asking rows of `x_normed`, where they are not all.
-    asking: Option<B::Tensor>,
     attention: SavedAttention<B>,
     /// Residual stream between attention and MLP.
     middle: B::Tensor,
-    /// `post_attention_norm(middle)`
-    middle_normed: B::Tensor,
-    middle_norm: SavedNorm<B>,
     mlp: SavedMlp<B>,
 }
 
@@ -54,7 +47,7 @@ impl<B: Backend> Block<B> {
         wanted: Option<&Wanted<'_, B>>,
     ) -> Result<(B::Tensor, SavedBlock<B>)> {
         let backend = pass.backend;
-        let (x_normed, x_norm) = self.input_norm.forward(backend, &x)?;
+        let (x_normed, _) = self.input_norm.forward(backend, &x)?;
         let pick = |x: &B::Tensor| wanted.map(|w| backend.gather_rows(x, w.among)).transpose();
         let (asking, residual) = (pick(&x_normed)?, pick(&x)?);
         let (middle, attention) = self.attention.forward(
@@ -64,20 +57,9 @@ impl<B: Backend> Block<B> {
             residual.as_ref().unwrap_or(&x),
         )?;
         let pass = wanted.map_or(pass, |w| w.pass);
-        let (middle_normed, middle_norm) = self.post_attention_norm.forward(backend, &middle)?;
+        let (middle_normed, _) = self.post_attention_norm.forward(backend, &middle)?;
         let (y, mlp) = self.mlp.forward(pass, &middle_normed, &middle)?;
-        let saved = SavedBlock {
-            x,
-            x_normed,
-            x_norm,
-            asking,
-            attention,
-            middle,
-            middle_normed,
-            middle_norm,
-            mlp,
-        };
-        Ok((y, saved))
+        Ok((y, SavedBlock { x, attention, middle, mlp }))
     }
 
     /// Each residual passes its gradient on unchanged, so the norm's is added to it. dy `[R, d]`,
@@ -91,17 +73,14 @@ impl<B: Backend> Block<B> {
     ) -> Result<B::Tensor> {
         let backend = pass.backend;
         let at = wanted.map_or(pass, |w| w.pass);
-        let dnormed = self.mlp.backward(at, &dy, &saved.middle_normed, saved.mlp)?;
-        let dmiddle = self.post_attention_norm.backward(
-            backend,
-            &dnormed,
-            &saved.middle,
-            &saved.middle_norm,
-            Some(dy),
-        )?;
-        let asking = ask(pass, &saved.x_normed, saved.asking.as_ref(), wanted);
-        let dnormed =
-            self.attention.backward(pass, &dmiddle, &saved.x_normed, &asking, saved.attention)?;
+        let (normed, norm) = self.post_attention_norm.forward(backend, &saved.middle)?;
+        let dnormed = self.mlp.backward(at, &dy, &normed, saved.mlp)?;
+        let dmiddle =
+            self.post_attention_norm.backward(backend, &dnormed, &saved.middle, &norm, Some(dy))?;
+        let (normed, norm) = self.input_norm.forward(backend, &saved.x)?;
+        let picked = wanted.map(|w| backend.gather_rows(&normed, w.among)).transpose()?;
+        let asking = ask(pass, &normed, picked.as_ref(), wanted);
+        let dnormed = self.attention.backward(pass, &dmiddle, &normed, &asking, saved.attention)?;
         let dresidual = match wanted {
             None => dmiddle,
             Some(wanted) => {
@@ -110,7 +89,7 @@ impl<B: Backend> Block<B> {
                 all
             }
         };
-        self.input_norm.backward(backend, &dnormed, &saved.x, &saved.x_norm, Some(dresidual))
+        self.input_norm.backward(backend, &dnormed, &saved.x, &norm, Some(dresidual))
     }
 
     /// The projections, each with the name that adapters are asked for.

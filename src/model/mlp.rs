@@ -16,8 +16,6 @@ pub(crate) struct Mlp<B: Backend> {
 pub(crate) struct SavedMlp<B: Backend> {
     gate: B::Tensor,
     up: B::Tensor,
-    /// `silu(gate) ∘ up`
-    hidden: B::Tensor,
     /// Of gate, up and down.
     linears: [SavedLinear<B>; 3],
 }
@@ -34,7 +32,7 @@ impl<B: Backend> Mlp<B> {
         let (up, saved_up) = self.up.forward(pass, x, None)?;
         let hidden = pass.backend.swiglu(&gate, &up)?;
         let (y, saved_down) = self.down.forward(pass, &hidden, Some(residual))?;
-        Ok((y, SavedMlp { gate, up, hidden, linears: [saved_gate, saved_up, saved_down] }))
+        Ok((y, SavedMlp { gate, up, linears: [saved_gate, saved_up, saved_down] }))
     }
 
     /// Gradient by x alone; the residual's is dy itself.
@@ -45,7 +43,9 @@ impl<B: Backend> Mlp<B> {
         x: &B::Tensor,
         saved: SavedMlp<B>,
     ) -> Result<B::Tensor> {
-        let SavedMlp { gate, up, hidden, linears: [saved_gate, saved_up, saved_down] } = saved;
+        let SavedMlp { gate, up, linears: [saved_gate, saved_up, saved_down] } = saved;
+        // `silu(gate) ∘ up` again: cheaper than to keep the widest matrix of the layer a third time.
+        let hidden = pass.backend.swiglu(&gate, &up)?;
         let dhidden = self.down.backward(pass, dy, &hidden, saved_down, None)?;
         let (dgate, dup) = pass.backend.swiglu_backward(&dhidden, &gate, &up)?;
         let dx = self.gate.backward(pass, &dgate, x, saved_gate, None)?;
