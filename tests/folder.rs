@@ -211,3 +211,48 @@ fn probes_notice_weights_that_were_changed_afterwards() {
     write(&path, &changed);
     assert!(probes.check(&load(out.path()).unwrap()).is_err());
 }
+
+#[test]
+fn saving_keeps_what_is_not_the_models_and_an_adapter_never_replaces_its_base() {
+    let dir = copy("qwen2");
+    let own = dir.path().join("corpus.safetensors");
+    fs::write(&own, "vectors of the user's own").unwrap();
+    let mut model = load(dir.path()).unwrap();
+    model.save(dir.path()).unwrap();
+    assert!(own.is_file());
+
+    let config = llara::model::LoraConfig { rank: 2, ..Default::default() };
+    model.attach_new_adapter(&config, 0).unwrap();
+    let message = model.save_adapter(dir.path()).unwrap_err().to_string();
+    assert!(message.contains("cannot take its model's place"), "{message}");
+    assert_eq!(vectors(&load(dir.path()).unwrap()), vectors(&model));
+
+    // An adapter, then a full model in the same folder: nothing of the first is left.
+    let out = dir.path().join("out");
+    model.save_adapter(&out).unwrap();
+    model.merge_adapter().unwrap();
+    model.save(&out).unwrap();
+    assert!(
+        !out.join("adapter_config.json").exists()
+            && !out.join("adapter_model.safetensors").exists()
+    );
+    assert_eq!(vectors(&load(&out).unwrap()), vectors(&model));
+}
+
+#[test]
+fn a_model_that_has_diverged_is_not_saved() {
+    let dir = copy("llama-gqa");
+    let path = dir.path().join("model.safetensors");
+    let mut huge = tensors(&path);
+    for (name, _, _, data) in &mut huge {
+        if name.ends_with("_proj.weight") {
+            let values = data.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b) * 1e30);
+            *data = values.flat_map(f32::to_le_bytes).collect();
+        }
+    }
+    write(&path, &huge);
+    let out = dir.path().join("out");
+    let message = load(dir.path()).unwrap().save(&out).unwrap_err().to_string();
+    assert!(message.contains("diverged"), "{message}");
+    assert!(!out.exists());
+}

@@ -86,22 +86,39 @@ impl<B: Backend> BiEncoderModel<B> {
     /// # Errors
     /// When no adapter is attached, a file cannot be written, or the vectors differ.
     pub fn save_adapter(&self, dir: &Path) -> Result<()> {
-        self.write_adapter(dir)?;
-        let Some(base) = self.folder.source() else { return Ok(()) };
-        let probes = Probes::take(self)?;
-        let loader = Loader::new(base)?.with_recipe(self.recipe.clone());
-        let mut reloaded = loader.load(self.backend.clone(), self.options)?;
-        reloaded.attach_adapter(dir)?;
-        probes.check(&reloaded).map_err(|e| e.file(dir))?;
-        probes.write(dir)
+        let staging = self.stage_adapter(dir)?;
+        if let Some(base) = self.folder.source() {
+            let probes = Probes::take(self)?;
+            let loader = Loader::new(base)?.with_recipe(self.recipe.clone());
+            let mut reloaded = loader.load(self.backend.clone(), self.options)?;
+            reloaded.attach_adapter(staging.path())?;
+            probes.check(&reloaded).map_err(|e| e.file(dir))?;
+            probes.write(&staging)?;
+        }
+        staging.commit()
     }
 
     /// [`save_adapter`](Self::save_adapter) without loading it again.
     pub fn write_adapter(&self, dir: &Path) -> Result<()> {
+        self.stage_adapter(dir)?.commit()
+    }
+
+    fn stage_adapter(&self, dir: &Path) -> Result<Staging> {
         let Some(config) = &self.adapter else {
             return Err(Error::new(ErrorKind::Argument, "there is no adapter to save")
                 .hint("save the whole model instead"));
         };
+        let same = |a: &Path, b: &Path| {
+            a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a))
+        };
+        if self.folder.source().is_some_and(|base| same(base, dir)) {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                "an adapter cannot take its model's place",
+            )
+            .file(dir)
+            .expected("another folder than the base model's"));
+        }
         let staging = Staging::new(dir, CONFIG_FILE)?;
         let named = |p: &Parameter<B>| format!("{PREFIX}{}", p.name());
         let declared = self
@@ -109,7 +126,7 @@ impl<B: Backend> BiEncoderModel<B> {
             .adapter_parameters()
             .map(|p| (named(p), Dtype::F32, p.shape().to_vec()))
             .collect();
-        let mut writer = SafetensorsWriter::create(&staging.path().join(WEIGHTS_FILE), declared)?;
+        let mut writer = SafetensorsWriter::create(&staging, WEIGHTS_FILE, declared)?;
         for parameter in self.decoder.adapter_parameters() {
             writer.write_f32(&named(parameter), &self.backend.download(parameter.value())?)?;
         }
@@ -118,7 +135,7 @@ impl<B: Backend> BiEncoderModel<B> {
         let json = format!("{:#}\n", config_json(config, base));
         staging.write(RECIPE_FILE, &self.recipe.to_json()?)?;
         staging.write(CONFIG_FILE, json.as_bytes())?;
-        staging.commit()
+        Ok(staging)
     }
 
     fn refuse_second_adapter(&self) -> Result<()> {
@@ -204,6 +221,16 @@ fn read_config(path: &Path) -> Result<LoraConfig> {
             return refuse(&format!("`{name}`"), &raw.rest[name].to_string());
         }
     }
+    match raw.rest.get("init_lora_weights") {
+        None | Some(Value::Null | Value::Bool(_)) => {}
+        Some(Value::String(way)) if ["gaussian", "orthogonal"].contains(&way.as_str()) => {}
+        // These take a part out of the base weights, which the adapter's files do not hold.
+        Some(other) => return refuse("this way of beginning", &other.to_string()),
+    }
+    let target_modules = target_modules(&raw.target_modules);
+    if let Some(name) = target_modules.iter().find(|name| name.contains('.')) {
+        return refuse("a target in single layers", name);
+    }
     let rank_stabilised = raw.rest.get("use_rslora") == Some(&Value::Bool(true));
     let config = LoraConfig {
         rank: raw.r,
@@ -214,19 +241,18 @@ fn read_config(path: &Path) -> Result<LoraConfig> {
             raw.lora_alpha
         },
         dropout: raw.lora_dropout,
-        target_modules: target_modules(&raw.target_modules),
+        target_modules,
     };
     config.check().map_err(|e| e.file(path))?;
     Ok(config)
 }
 
-/// A list of names, possibly with the layers before them, or PEFT's word for all projections.
+/// A list of names, or PEFT's word for all projections.
 fn target_modules(value: &Value) -> Vec<String> {
-    let last = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
     match value {
         Value::String(all) if all == "all-linear" => PROJECTIONS.map(str::to_owned).to_vec(),
-        Value::String(one) => vec![last(one)],
-        Value::Array(names) => names.iter().filter_map(Value::as_str).map(last).collect(),
+        Value::String(one) => vec![one.clone()],
+        Value::Array(names) => names.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
         _ => Vec::new(),
     }
 }

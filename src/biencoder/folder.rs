@@ -98,22 +98,27 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// [`save`](Self::save) with the weights in another number format.
     pub fn save_as(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
+        let staging = self.stage(dir, dtype)?;
         let probes = Probes::take(self)?;
-        self.write_folder(dir, dtype)?;
-        let reloaded = Loader::new(dir)?.load(self.backend.clone(), self.options)?;
+        let reloaded = Loader::new(staging.path())?.load(self.backend.clone(), self.options)?;
         let exact = self.folder.keeps_f32(dtype);
         let same = if exact { probes.check(&reloaded) } else { probes.check_rounded(&reloaded) };
         same.map_err(|e| e.file(dir))?;
         // From the reloaded model: what the folder answers, rounding included.
-        Probes::take(&reloaded)?.write(dir)
+        Probes::take(&reloaded)?.write(&staging)?;
+        staging.commit()
     }
 
     /// Saves the folder without loading it again, which would need the memory of a second model.
     pub fn write_folder(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
+        self.stage(dir, dtype)?.commit()
+    }
+
+    fn stage(&self, dir: &Path, dtype: SaveDtype) -> Result<Staging> {
         let staging = Staging::new(dir, "config.json")?;
         self.folder.write(&self.backend, &self.decoder, dtype, &staging)?;
         self.prompts.tokenizer().save(staging.path())?;
         staging.write(super::recipe::RECIPE_FILE, &self.recipe.to_json()?)?;
-        staging.commit()
+        Ok(staging)
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::BiEncoderModel;
 use crate::backend::Backend;
 use crate::data::Batch;
-use crate::storage::OutputFile;
+use crate::storage::Staging;
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
 
@@ -44,6 +44,14 @@ impl Probes {
         let probes = TEXTS.into_iter().map(|(role, text)| {
             let input_ids = model.prompts().encode(role, text, model.recipe().max_len(role))?;
             let embedding = embed(model, &input_ids)?;
+            if let Some(x) = embedding.iter().find(|x| !x.is_finite()) {
+                return Err(Error::new(ErrorKind::Numeric, "the model's vectors are not finite")
+                    .expected("finite numbers")
+                    .got(format!("{x} for the {role} {text:?}"))
+                    .hint(
+                        "training has diverged: lower the learning rate or lengthen the warm-up",
+                    ));
+            }
             Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
         });
         Ok(Probes { probes: probes.collect::<Result<_>>()? })
@@ -62,14 +70,11 @@ impl Probes {
         Ok(Some(probes))
     }
 
-    /// Writes them into a model folder.
-    pub(super) fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(PROBES_FILE);
+    /// Writes them into a folder that is being saved.
+    pub(super) fn write(&self, staging: &Staging) -> Result<()> {
         let text = serde_json::to_vec(self)
             .map_err(|e| Error::new(ErrorKind::Config, "cannot write probes").because(e))?;
-        let mut file = OutputFile::create(&path)?;
-        file.write(&text)?;
-        file.commit()
+        staging.write(PROBES_FILE, &text)
     }
 
     /// Encodes the same texts with `model` and compares, to 1e-5 of a vector's largest entry.
@@ -99,8 +104,11 @@ impl Probes {
             let now = embed(model, &probe.input_ids)?;
             let largest = probe.embedding.iter().fold(0.0f32, |m, x| m.max(x.abs()));
             let differences = now.iter().zip(&probe.embedding).map(|(a, b)| (a - b).abs());
-            let difference = differences.fold(0.0f32, f32::max) / largest.max(f32::MIN_POSITIVE);
-            if now.len() != probe.embedding.len() || difference.is_nan() || difference > tolerance {
+            // Unlike f32::max, this keeps a NaN.
+            let worst = differences.fold(0.0f32, |m, d| if d <= m { m } else { d });
+            let difference = worst / largest.max(f32::MIN_POSITIVE);
+            let same = difference <= tolerance; // false of NaN
+            if now.len() != probe.embedding.len() || !same {
                 let what =
                     format!("a probe vector differs by {difference:.1e} of its largest entry");
                 return Err(differs(probe, &what).expected(format!("at most {tolerance:.0e}")));

@@ -249,28 +249,42 @@ fn refuse_unsupported(raw: &Raw) -> Result<()> {
 
 /// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 fn rope(raw: &Raw) -> Result<(f64, RopeScaling)> {
+    let malformed = |what: &str, got: &Value| Error::new(ErrorKind::Config, what).got(got);
     let none = Value::Null;
     let scaling = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&none);
-    let number = |name: &str| scaling.get(name).and_then(Value::as_f64);
-    let theta = number("rope_theta").or(raw.rope_theta).unwrap_or(10_000.0);
+    if !(scaling.is_object() || scaling.is_null()) {
+        return Err(malformed("the rope settings are not an object", scaling));
+    }
+    if scaling.as_object().is_some_and(|o| o.values().any(Value::is_object)) {
+        return Err(malformed("rope settings per layer are not supported", scaling));
+    }
+    let positive = |name: &str| match scaling.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => {
+            let number = value.as_f64().filter(|x| x.is_finite() && *x > 0.0);
+            number.map(Some).ok_or_else(|| {
+                malformed(&format!("`{name}` of the rope settings is not a positive number"), value)
+            })
+        }
+    };
+    let theta = positive("rope_theta")?.or(raw.rope_theta).unwrap_or(10_000.0);
     if !(theta.is_finite() && theta > 0.0) {
         return Err(Error::new(ErrorKind::Config, "`rope_theta` is out of range")
             .expected("a positive number")
             .got(theta));
     }
-    let need = |name: &str| {
-        number(name).filter(|x| x.is_finite() && *x > 0.0).ok_or_else(|| {
-            Error::new(ErrorKind::Config, format!("rope scaling lacks a positive `{name}`"))
-                .got(scaling)
-        })
-    };
-    if scaling.is_object() && scaling.as_object().is_some_and(|o| o.values().any(Value::is_object))
-    {
-        return Err(
-            Error::new(ErrorKind::Config, "rope settings per layer are not supported").got(scaling)
-        );
+    if positive("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+        return Err(malformed("a partial rotary embedding is not supported", scaling));
     }
-    let kind = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str);
+    let need = |name: &str| {
+        positive(name)?
+            .ok_or_else(|| malformed(&format!("the rope settings lack `{name}`"), scaling))
+    };
+    let kind = match scaling.get("rope_type").or_else(|| scaling.get("type")) {
+        None | Some(Value::Null) => None,
+        Some(Value::String(kind)) => Some(kind.as_str()),
+        Some(other) => return Err(malformed("`rope_type` is not a name", other)),
+    };
     let scaling = match kind.unwrap_or("default") {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: need("factor")? },
@@ -382,6 +396,14 @@ mod tests {
             (r#""model_type": "llama", "num_key_value_heads": 3"#, "divide"),
             (r#""model_type": "llama", "head_dim": 15"#, "even"),
             (r#""model_type": "llama", "rope_theta": -1"#, "rope_theta"),
+            (r#""model_type": "llama", "rope_parameters": {"rope_theta": "1e4"}"#, "rope_theta"),
+            (r#""model_type": "llama", "rope_parameters": "none""#, "not an object"),
+            (r#""model_type": "llama", "rope_scaling": "linear""#, "not an object"),
+            (r#""model_type": "llama", "rope_parameters": {"rope_type": 3}"#, "rope_type"),
+            (
+                r#""model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}"#,
+                "partial",
+            ),
             (r#""model_type": "llama", "rms_norm_eps": -1"#, "rms_norm_eps"),
             (r#""model_type": "llama", "hidden_size": 0"#, "hidden_size"),
         ] {

@@ -11,7 +11,8 @@ use crate::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TextFormat {
     /// One JSON object per line with `text`, or with `title` and `text`, which are joined by a
-    /// blank. Blank lines are skipped: objects are numbered by their order.
+    /// blank. A text may be blank, as in test collections: its template is embedded. Blank lines are
+    /// skipped: objects are numbered by their order.
     Jsonl,
     /// One text per line, taken as it is. A blank line is refused: skipping it would move every
     /// later embedding away from its line number.
@@ -36,7 +37,7 @@ impl TextFile {
     ///
     /// # Errors
     /// [`ErrorKind::Data`] with file and line: bad JSON, bytes that are not UTF-8, `text` missing
-    /// or not a string, a blank text; or no text at all. [`ErrorKind::Io`]: the file cannot be
+    /// or not a string; or no text at all. [`ErrorKind::Io`]: the file cannot be
     /// read or is not a regular file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
@@ -84,15 +85,11 @@ impl TextFile {
             TextFormat::Jsonl => {
                 let record = line.json()?;
                 let text = line.required("text", record.text)?;
-                let text = match line.optional("title", record.title)? {
+                let title = line.optional("title", record.title)?;
+                Ok(Some(match title.filter(|title| !title.trim().is_empty()) {
                     Some(title) => join_title(Some(&title), &text),
                     None => text,
-                };
-                if text.trim().is_empty() {
-                    Err(line.error("the text is blank"))
-                } else {
-                    Ok(Some(text))
-                }
+                }))
             }
         }
     }
@@ -176,8 +173,10 @@ mod tests {
     #[test]
     fn jsonl_joins_titles_and_skips_blank_lines() {
         let file = "\u{feff}{\"text\": \" as is \"}\r\n\n{\"title\": \"T\", \"text\": \"x\", \"n\": 1}\n\
-            {\"title\": \"only\", \"text\": \"\"}\n{\"title\": null, \"text\": \"y\"}";
-        assert_eq!(read("a.jsonl", file).unwrap(), [" as is ", "T x", "only", "y"]);
+            {\"title\": \"only\", \"text\": \"\"}\n{\"title\": null, \"text\": \"y\"}\n\
+            {\"title\": \"\", \"text\": \" z\"}\n{\"text\": \"\"}";
+        let expected = [" as is ", "T x", "only", "y", " z", ""];
+        assert_eq!(read("a.jsonl", file).unwrap(), expected);
     }
 
     #[test]
@@ -204,7 +203,6 @@ mod tests {
             ("a.jsonl", "{\"title\": \"a\"}", ":1: `text` is missing"),
             ("a.jsonl", "{\"text\": [\"a\"]}", ":1: `text` has the wrong type"),
             ("a.jsonl", "{\"text\": \"a\", \"title\": 1}", ":1: `title` has the wrong type"),
-            ("a.jsonl", "\n{\"text\": \" \"}", ":2: the text is blank"),
             ("a.jsonl", "\n\n", ": there is no text"),
             ("a.txt", "a\n \nb\n", ":2: the line is blank"),
             ("a.txt", "", ": there is no text"),

@@ -9,6 +9,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::number::{from_f32, is_readable, to_f32};
+use super::staging::Staging;
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes of the length that a file begins with.
@@ -160,13 +161,20 @@ pub(crate) struct SafetensorsWriter {
 }
 
 impl SafetensorsWriter {
-    /// Creates `path` and writes the header of what will follow.
-    pub(crate) fn create(path: &Path, declared: Vec<Declaration>) -> Result<Self> {
-        let header = safetensors_header(path, &declared)?;
-        let io = |e| Error::io("write weights", path, e);
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
+    /// Creates `name` in a staged folder and writes the header of what will follow. Errors name the
+    /// file by the place that it will have.
+    pub(crate) fn create(
+        staging: &Staging,
+        name: &str,
+        declared: Vec<Declaration>,
+    ) -> Result<Self> {
+        let path = staging.target().join(name);
+        let header = safetensors_header(&path, &declared)?;
+        let io = |e| Error::io("write weights", &path, e);
+        let file = File::create(staging.path().join(name)).map_err(io)?;
+        let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&header).map_err(io)?;
-        Ok(SafetensorsWriter { path: path.to_owned(), file, declared: declared.into_iter() })
+        Ok(SafetensorsWriter { path, file, declared: declared.into_iter() })
     }
 
     /// Writes the next declared tensor from f32 values, rounding to its declared type.
@@ -179,11 +187,17 @@ impl SafetensorsWriter {
                 .got(values.len()));
         }
         let bytes = from_f32(values, dtype).map_err(|at| {
-            Error::new(ErrorKind::Numeric, "a weight that the file's type cannot hold")
+            let value = values[at];
+            let (what, hint) = if value.is_finite() {
+                ("a weight is too large for the file's number format", "save as f32 or bf16")
+            } else {
+                ("a weight is not finite: training has diverged", "lower the learning rate")
+            };
+            Error::new(ErrorKind::Numeric, what)
                 .tensor(&self.path, name)
                 .expected(format!("a finite {dtype:?}"))
-                .got(format!("{} at element {at}", values[at]))
-                .hint("save in f32")
+                .got(format!("{value} at element {at}"))
+                .hint(hint)
         })?;
         self.write(&bytes)
     }
@@ -236,10 +250,13 @@ mod tests {
             ("a".to_owned(), Dtype::BF16, vec![1]),
             ("b".to_owned(), Dtype::F32, vec![values.len()]),
         ];
-        let mut writer = SafetensorsWriter::create(path, declared).unwrap();
+        let (dir, name) = (path.parent().unwrap(), path.file_name().unwrap().to_str().unwrap());
+        let staging = Staging::new(dir, "config.json").unwrap();
+        let mut writer = SafetensorsWriter::create(&staging, name, declared).unwrap();
         writer.write_f32("a", &[0.5]).unwrap();
         writer.write_f32("b", values).unwrap();
         writer.finish().unwrap();
+        std::fs::rename(staging.path().join(name), path).unwrap();
     }
 
     #[test]

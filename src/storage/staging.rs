@@ -8,6 +8,12 @@ use tempfile::TempDir;
 
 use crate::{Error, ErrorKind, Result};
 
+/// The files without which no tool takes a folder for a model or an adapter: they leave first, and the
+/// new one comes last.
+const MARKERS: [&str; 2] = ["config.json", "adapter_config.json"];
+/// What the hidden folder's name begins with.
+const PREFIX: &str = ".partial-";
+
 /// A folder being written next to its final place.
 ///
 /// Files are made in a hidden folder inside the target and flushed to the disk; [`commit`] then moves
@@ -26,15 +32,24 @@ pub(crate) struct Staging {
 
 impl Staging {
     /// Makes `target` if need be, and an empty hidden folder in it; `last` is the file that makes the
-    /// folder look complete.
+    /// folder look complete. What a killed run left half-written is cleared away.
     pub(crate) fn new(target: &Path, last: &'static str) -> Result<Self> {
         let made_target = !target.exists();
+        let io = |e| Error::io("write to the folder", target, e);
         fs::create_dir_all(target).map_err(|e| Error::io("create the folder", target, e))?;
-        let folder = tempfile::Builder::new()
-            .prefix(".partial-")
-            .tempdir_in(target)
-            .map_err(|e| Error::io("write to the folder", target, e))?;
+        for entry in fs::read_dir(target).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+                fs::remove_dir_all(entry.path()).map_err(io)?;
+            }
+        }
+        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in(target).map_err(io)?;
         Ok(Staging { target: target.to_owned(), folder: Some(folder), made_target, last })
+    }
+
+    /// Where the files will be.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
     }
 
     /// Where to write.
@@ -48,7 +63,8 @@ impl Staging {
         fs::write(&path, contents).map_err(|e| Error::io("write", self.target.join(name), e))
     }
 
-    /// Moves everything into place. Weight files of an earlier model in the target are removed.
+    /// Moves everything into place. What an earlier model or adapter left in the target is removed: its
+    /// weights must not be taken for the new one's.
     pub(crate) fn commit(mut self) -> Result<()> {
         let Some(folder) = self.folder.take() else { return Ok(()) };
         let mut names = Vec::new();
@@ -63,10 +79,12 @@ impl Staging {
                 .file(&self.target));
         }
         names.sort_by_key(|name| name == self.last);
-        remove_if_there(&self.target.join(self.last)).map_err(io)?;
+        for marker in MARKERS {
+            remove_if_there(&self.target.join(marker)).map_err(io)?;
+        }
         for entry in fs::read_dir(&self.target).map_err(io)? {
             let name = entry.map_err(io)?.file_name();
-            if is_weight_file(&name) && !names.contains(&name) {
+            if belongs_to_a_model(&name) && !names.contains(&name) {
                 remove_if_there(&self.target.join(name)).map_err(io)?;
             }
         }
@@ -89,10 +107,20 @@ impl Drop for Staging {
     }
 }
 
-/// Weights, or the index of sharded weights.
-fn is_weight_file(name: &OsStr) -> bool {
+/// Whether a file is a part of a model or adapter as they are saved here, and nothing else of that
+/// name could be: other `.safetensors` files are the user's own.
+fn belongs_to_a_model(name: &OsStr) -> bool {
+    const NAMES: [&str; 4] = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "adapter_model.safetensors",
+        "llara_probes.json",
+    ];
     let name = name.to_string_lossy();
-    name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
+    let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    let numbers = shard.and_then(|shard| shard.split_once("-of-"));
+    NAMES.contains(&&*name) || numbers.is_some_and(|(n, of)| is_number(n) && is_number(of))
 }
 
 fn remove_if_there(path: &Path) -> std::io::Result<()> {
@@ -122,7 +150,13 @@ mod tests {
         let target = root.path().join("model");
         fs::create_dir(&target).unwrap();
         fs::write(target.join("model-00001-of-00002.safetensors"), "old").unwrap();
-        fs::write(target.join("notes.txt"), "mine").unwrap();
+        for name in ["notes.txt", "corpus.safetensors"] {
+            fs::write(target.join(name), "mine").unwrap();
+        }
+        for name in ["adapter_config.json", "adapter_model.safetensors", "llara_probes.json"] {
+            fs::write(target.join(name), "old").unwrap();
+        }
+        fs::create_dir(target.join(".partial-killed")).unwrap();
         let staging = Staging::new(&target, "config.json").unwrap();
         staging.write("config.json", b"{}").unwrap();
         staging.write("model.safetensors", b"new").unwrap();
@@ -130,6 +164,6 @@ mod tests {
         let mut names: Vec<_> =
             fs::read_dir(&target).unwrap().map(|e| e.unwrap().file_name()).collect();
         names.sort();
-        assert_eq!(names, ["config.json", "model.safetensors", "notes.txt"]);
+        assert_eq!(names, ["config.json", "corpus.safetensors", "model.safetensors", "notes.txt"]);
     }
 }

@@ -141,7 +141,7 @@ impl ModelFolder {
         let mut total_size = 0;
         for (file, tensors) in &plan {
             let declared = tensors.iter().map(|t| t.declaration.clone()).collect();
-            let mut writer = SafetensorsWriter::create(&staging.path().join(file), declared)?;
+            let mut writer = SafetensorsWriter::create(staging, file, declared)?;
             for Planned { declaration: (name, dtype, shape), parameter } in tensors {
                 match parameter.as_deref().and_then(|p| parameters.get(p)) {
                     Some(p) => writer.write_f32(name, &backend.download(p.value())?)?,
