@@ -36,3 +36,8 @@ pub use biencoder::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use text::Role;
+
+/// The code in the README, held to compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
