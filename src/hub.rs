@@ -30,7 +30,8 @@ const INDEX: &str = "model.safetensors.index.json";
 
 /// The folder of `model`: itself, if there is such a folder; otherwise, if it looks like `org/name`,
 /// the snapshot in the Hub's cache, into which missing files are fetched. A complete snapshot is used
-/// as it is, without the network. `cache_dir` is the cache; by default `HF_HUB_CACHE`, `HF_HOME/hub`
+/// as it is, without the network; nothing is fetched where a folder `org` is here, since a path was
+/// meant then. `cache_dir` is the cache; by default `HF_HUB_CACHE`, `HF_HOME/hub`
 /// or `~/.cache/huggingface/hub`.
 ///
 /// # Errors
@@ -69,23 +70,40 @@ pub fn resolve_with(
     if let Some(snapshot) = complete_snapshot(&cached)? {
         return Ok(snapshot);
     }
+    // `models/mine` is an id by its form, but beside a folder `models` it is a path with a slip.
+    if let Some((parent, _)) = model.split_once('/')
+        && Path::new(parent).is_dir()
+    {
+        return Err(Error::new(ErrorKind::Argument, "there is no such model folder")
+            .file(path)
+            .hint(format!(
+                "check the path; a model of the Hub is fetched where no folder is called `{parent}`"
+            )));
+    }
+    let nowhere = format!("there is no folder `{model}`, and");
     if is_set("HF_HUB_OFFLINE") {
-        return Err(Error::new(ErrorKind::Io, format!("the model `{model}` is not in the cache"))
-            .file(cache.path())
-            .expected(format!("config.json, tokenizer.json and the weights of `{model}`"))
-            .got("HF_HUB_OFFLINE is set, so nothing is fetched")
-            .hint("fetch the model once with the network, or give a folder"));
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("{nowhere} the model `{model}` is not in the cache"),
+        )
+        .file(cache.path())
+        .expected(format!("config.json, tokenizer.json and the weights of `{model}`"))
+        .got("HF_HUB_OFFLINE is set, so nothing is fetched")
+        .hint("fetch the model once with the network, or give a folder"));
     }
     let failed = |what: String, source: ApiError| {
-        Error::new(ErrorKind::Io, format!("cannot fetch {what} of `{model}` from the Hub"))
-            .because(source)
-            .hint("check the name and the network; private and gated models need HF_TOKEN")
+        Error::new(
+            ErrorKind::Io,
+            format!("{nowhere} {what} of `{model}` cannot be fetched from the Hub"),
+        )
+        .because(source)
+        .hint("check the path, the name and the network; private and gated models need HF_TOKEN")
     };
     let mut builder = ApiBuilder::from_cache(cache).with_token(token()).with_progress(false);
     if let Ok(endpoint) = env::var("HF_ENDPOINT") {
         builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
     }
-    let api = builder.build().map_err(|e| failed("anything".into(), e))?.repo(repo);
+    let api = builder.build().map_err(|e| failed("the list of files".into(), e))?.repo(repo);
     let listed = api.info().map_err(|e| failed("the list of files".into(), e))?;
     let listed: BTreeSet<String> = listed.siblings.into_iter().map(|s| s.rfilename).collect();
     let mut fetch =
@@ -255,6 +273,17 @@ mod tests {
         std::fs::write(&file, "").unwrap();
         let e = resolve(file.to_str().unwrap(), None).unwrap_err();
         assert!(e.to_string().contains("not a folder"), "{e}");
+    }
+
+    #[test]
+    fn a_slip_in_a_path_is_not_fetched() {
+        let dir = tempfile::tempdir().unwrap();
+        let e = resolve("src/no-such-model", Some(dir.path())).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Argument);
+        assert!(
+            e.to_string().starts_with("src/no-such-model: there is no such model folder"),
+            "{e}"
+        );
     }
 
     proptest! {

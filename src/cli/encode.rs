@@ -6,8 +6,8 @@ use llara::Role;
 use llara::retrieval::{Embedder, TextFile, VectorWriter, encode_stream};
 
 use super::progress::TextProgress;
-use super::talk::{count, print, say};
-use super::trained_model::{TrainedModel, warn_if_too_long};
+use super::talk::{counted, print, say};
+use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
 
 /// Turn a file of texts into a file of vectors, row i for text i.
 #[derive(clap::Args)]
@@ -23,8 +23,9 @@ pub(super) struct Args {
     /// Texts: JSONL with `text`, or `title` and `text` (joined by a blank); or one text a line
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     input: PathBuf,
-    /// Which side of the bi-encoder the texts are on
-    #[arg(long, value_name = "ROLE", value_enum, help_heading = "Data")]
+    /// Which side of the bi-encoder the texts are on: query or passage
+    #[arg(long, value_name = "ROLE", value_enum, hide_possible_values = true)]
+    #[arg(help_heading = "Data")]
     role: Role,
     /// Vectors: .safetensors (tensor `embeddings`) or .npy; f32, (n, d)
     #[arg(long, value_name = "FILE", help_heading = "Output")]
@@ -50,7 +51,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     };
     *max_len = args.max_len.unwrap_or(*max_len);
     instruction.clone_from(&args.instruction);
-    model.prompts().check_max_len(args.role, *max_len)?;
+    check_max_len(&model, args.role, "--max-len", *max_len)?;
     warn_if_too_long(&model, args.role, *max_len);
 
     let output = VectorWriter::create(&args.output, texts.len(), embedder.dimension())?;
@@ -61,7 +62,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let dimension = embedder.dimension();
     drop(embedder);
     progress.finish();
-    say!("{}: {} vectors of {dimension}", args.output.display(), count(texts.len()));
+    say!("{}: {} of {dimension}", args.output.display(), counted(texts.len(), "vector"));
     let result = serde_json::json!({
         "rows": texts.len(),
         "dimension": dimension,

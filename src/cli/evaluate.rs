@@ -8,7 +8,7 @@ use llara::retrieval::{BeirDataset, Metrics, SearchOptions, evaluate_dataset, wr
 use llara::{Error, ErrorKind};
 
 use super::progress::TextProgress;
-use super::talk::{count, print, say};
+use super::talk::{count, counted, print, say};
 use super::trained_model::{Roles, TrainedModel, check_top_k};
 
 /// Measure retrieval on a test collection: exact search, metrics as trec_eval defines them.
@@ -91,11 +91,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
 
 fn table(args: &Args, dataset: &BeirDataset, metrics: &Metrics) {
     say!(
-        "{} ({}): {} queries, {} passages",
+        "{} ({}): {} {}, {}",
         args.dataset.display(),
         args.split,
         count(metrics.queries),
-        count(dataset.corpus.len())
+        if metrics.queries == 1 { "query" } else { "queries" },
+        counted(dataset.corpus.len(), "passage")
     );
     for (name, value) in [
         ("nDCG@10", metrics.ndcg_at_10),

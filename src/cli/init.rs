@@ -10,7 +10,7 @@ use llara::init::{Preset, new_model};
 
 use super::compute::Compute;
 use super::finetune::say_skipped;
-use super::talk::{count, print, say};
+use super::talk::{count, counted, print, say};
 use super::{output_folder, trained_model};
 
 /// Make a small untrained model: its tokenizer learned from the data, its weights random.
@@ -83,11 +83,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let vocab_size = model.decoder().config().vocab_size;
     let recipe = model.recipe();
     say!(
-        "{}: a new llama of {} parameters, vocabulary {}, from {} rows",
+        "{}: a new llama of {} parameters, vocabulary {}, from {}",
         args.output_dir.display(),
         count(parameters),
         count(vocab_size),
-        count(dataset.len())
+        counted(dataset.len(), "row")
     );
     let result = serde_json::json!({
         "output_dir": args.output_dir,

@@ -1,22 +1,30 @@
 //! `llara merge`: a model and its adapter to one model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 
+use super::compute::Compute;
 use super::output_folder;
-use super::talk::say;
-use super::trained_model::TrainedModel;
+use super::save_dtype::SavedAs;
+use super::talk::{print, say};
+use super::trained_model::Source;
 
 /// Add an adapter to the weights of its model, and save the whole.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Example:
-  llara merge --model base --adapter tuned --output-dir merged")]
+  llara merge --model base --adapter tuned --output-dir merged
+
+Prints one JSON object: model, adapter, output_dir.")]
 pub(super) struct Args {
     #[command(flatten)]
-    model: TrainedModel,
+    source: Source,
+    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file; saved with the
+    /// model [default: the adapter folder's own, or llara]
+    #[arg(long, value_name = "NAME|FILE.toml", help_heading = "Model")]
+    template: Option<String>,
     /// Folder for the model; new or empty
     #[arg(long, value_name = "DIR", help_heading = "Output")]
     output_dir: PathBuf,
@@ -25,15 +33,30 @@ pub(super) struct Args {
     #[arg(default_value = "false", action = ArgAction::Set, help_heading = "Output")]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     overwrite_output_dir: bool,
+    /// Number format of saved weights: f32, bf16, f16, or auto, as they were loaded
+    #[arg(long, value_name = "DTYPE", value_enum, default_value_t = SavedAs::Auto)]
+    #[arg(hide_possible_values = true, help_heading = "Output")]
+    save_dtype: SavedAs,
+    #[command(flatten)]
+    compute: Compute,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    args.model.check()?;
-    args.model.require_adapter()?;
+    args.compute.check()?;
+    let adapter = args.source.require_adapter()?;
+    let model_dir = Path::new(args.source.name());
+    output_folder::check_apart(
+        &args.output_dir,
+        &[("the model", model_dir), ("the adapter", adapter)],
+    )?;
     output_folder::check(&args.output_dir, args.overwrite_output_dir)?;
-    let mut model = args.model.load()?;
+    let mut model = args.source.load(&args.compute, args.template.as_deref(), None)?;
     model.merge_adapter()?;
-    model.save(&args.output_dir)?;
+    model.save_as(&args.output_dir, args.save_dtype.into())?;
     say!("{}: merged, saved and checked", args.output_dir.display());
-    Ok(())
+    Ok(print(serde_json::json!({
+        "model": args.source.name(),
+        "adapter": adapter,
+        "output_dir": args.output_dir,
+    }))?)
 }

@@ -13,6 +13,7 @@ mod names;
 mod output_folder;
 mod progress;
 mod run_file;
+mod save_dtype;
 mod search;
 mod talk;
 mod trained_model;
@@ -73,10 +74,21 @@ pub(crate) fn main(args: Vec<OsString>) -> ExitCode {
 
 fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
     let args = names::kebab_case(args);
-    let command = Cli::command();
+    let command = command();
     let matches = command.clone().try_get_matches_from(&args)?;
     let args = run_file::extend(args, &command, &matches)?;
     Ok(Cli::from_arg_matches(&command.try_get_matches_from(args)?)?)
+}
+
+/// The definition of the command line. Every option takes negative numbers for values, so that one
+/// out of its range is refused as such and not as an unknown option.
+fn command() -> clap::Command {
+    Cli::command().mut_subcommands(|verb| {
+        verb.mut_args(|arg| match arg.get_action().takes_values() {
+            true => arg.allow_negative_numbers(true),
+            false => arg,
+        })
+    })
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -96,12 +108,12 @@ mod tests {
 
     #[test]
     fn the_definition_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
     fn every_visible_option_has_a_help_text_and_a_heading() {
-        for verb in Cli::command().get_subcommands() {
+        for verb in command().get_subcommands() {
             assert!(verb.get_after_help().is_some(), "{} has no example", verb.get_name());
             for arg in verb.get_arguments().filter(|arg| !arg.is_hide_set()) {
                 let id = arg.get_id().as_str();

@@ -1,21 +1,32 @@
 //! How far a run is: a bar on a terminal, a line now and then elsewhere.
 
 use std::cell::Cell;
+use std::fmt::Write;
 use std::io::IsTerminal;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use llara::Result;
 use llara::train::{Observer, RunLog, StepRecord};
 
-use super::talk::{count, say};
+use super::talk::{count, counted, say};
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-fn bar(total: u64, template: &str) -> Option<ProgressBar> {
+/// A bar, where there is a terminal, whose `{state}` is what `state` writes.
+fn bar(
+    total: u64,
+    template: &str,
+    state: impl Fn(&ProgressState) -> String + Clone + Send + Sync + 'static,
+) -> Option<ProgressBar> {
+    let write = move |bar: &ProgressState, out: &mut dyn Write| {
+        let _ = out.write_str(&state(bar));
+    };
     let style = ProgressStyle::with_template(template).ok()?.progress_chars("=> ");
+    let style = style.with_key("state", write);
     std::io::stderr().is_terminal().then(|| ProgressBar::new(total).with_style(style))
 }
 
@@ -23,13 +34,19 @@ fn bar(total: u64, template: &str) -> Option<ProgressBar> {
 pub(super) struct TrainingProgress {
     log: RunLog,
     bar: Option<ProgressBar>,
+    /// What the bar shows beside itself. Kept apart from it so that a step draws the bar once.
+    state: Arc<Mutex<String>>,
     start: Instant,
 }
 
 impl TrainingProgress {
     pub(super) fn new(log: RunLog, total_steps: u64) -> Self {
-        let bar = bar(total_steps, "[{bar:30}] {pos}/{len}  {msg}  {eta} left");
-        TrainingProgress { log, bar, start: Instant::now() }
+        let state = Arc::new(Mutex::new(String::new()));
+        let shown = state.clone();
+        let bar = bar(total_steps, "[{bar:30}] {pos}/{len}  {state}  {eta} left", move |_| {
+            shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        });
+        TrainingProgress { log, bar, state, start: Instant::now() }
     }
 
     /// Takes the bar away.
@@ -47,8 +64,8 @@ fn state(record: &StepRecord) -> String {
 impl Observer for TrainingProgress {
     fn on_step(&mut self, record: &StepRecord) -> Result<()> {
         if let Some(bar) = &self.bar {
-            bar.set_message(state(record));
-            bar.set_position(record.step);
+            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state(record);
+            bar.update(|bar| bar.set_pos(record.step));
         }
         Ok(())
     }
@@ -84,7 +101,8 @@ pub(super) struct TextProgress {
 
 impl TextProgress {
     pub(super) fn new(total: usize) -> Self {
-        let bar = bar(total as u64, "[{bar:30}] {pos}/{len} texts  {per_sec}  {eta} left");
+        let template = "[{bar:30}] {pos}/{len} texts  {state}/s  {eta} left";
+        let bar = bar(total as u64, template, |bar| count(bar.per_sec() as usize));
         let now = Instant::now();
         TextProgress { bar, total, done: Cell::new(0), start: now, last_line: Cell::new(now) }
     }
@@ -112,7 +130,8 @@ impl TextProgress {
         }
         let seconds = self.start.elapsed().as_secs_f64();
         let done = self.done.get();
-        say!("{} texts in {seconds:.1} s, {:.0} a second", count(done), done as f64 / seconds);
+        let rate = done as f64 / seconds;
+        say!("{} in {seconds:.1} s, {} a second", counted(done, "text"), count(rate as usize));
     }
 }
 

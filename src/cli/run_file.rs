@@ -130,7 +130,6 @@ fn line_of(text: &str, offset: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
     use proptest::prelude::*;
 
     fn extended(file: &str, given: &[&str]) -> Result<Vec<String>> {
@@ -139,7 +138,7 @@ mod tests {
         std::fs::write(&path, file).unwrap();
         let mut args = vec!["llara", "finetune", "--config", path.to_str().unwrap()];
         args.extend(given);
-        let command = crate::cli::Cli::command();
+        let command = crate::cli::command();
         let matches = command.clone().try_get_matches_from(&args).unwrap();
         let count = args.len();
         let args = args.into_iter().map(OsString::from).collect();

@@ -39,6 +39,11 @@ pub(super) fn count(n: usize) -> String {
     text
 }
 
+/// A count of things that have a regular plural.
+pub(super) fn counted(n: usize, thing: &str) -> String {
+    format!("{} {thing}{}", count(n), if n == 1 { "" } else { "s" })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,5 +52,11 @@ mod tests {
     fn thousands_are_apart() {
         let texts = [0, 999, 1000, 123_456, 1_234_567].map(count);
         assert_eq!(texts, ["0", "999", "1,000", "123,456", "1,234,567"]);
+    }
+
+    #[test]
+    fn one_is_singular() {
+        let texts = [0, 1, 2000].map(|n| counted(n, "text"));
+        assert_eq!(texts, ["0 texts", "1 text", "2,000 texts"]);
     }
 }

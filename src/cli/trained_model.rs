@@ -24,9 +24,10 @@ pub(super) struct TrainedModel {
     compute: Compute,
 }
 
+/// Which model.
 #[derive(clap::Args)]
 #[command(next_help_heading = "Model")]
-struct Source {
+pub(super) struct Source {
     /// Folder of the model, or its name on the Hugging Face Hub (org/name)
     #[arg(long, alias = "model-name-or-path", value_name = "DIR|HUB_ID")]
     model: String,
@@ -78,13 +79,17 @@ pub(super) struct Roles {
 impl Roles {
     /// Sets them.
     pub(super) fn apply(&self, embedder: &mut TextEmbedder<'_, Cpu>) -> Result<()> {
-        let prompts = embedder.model.prompts();
-        for (role, given, len) in [
-            (Role::Query, self.query_max_len, &mut embedder.query_max_len),
-            (Role::Passage, self.passage_max_len, &mut embedder.passage_max_len),
+        for (role, option, given, len) in [
+            (Role::Query, "--query-max-len", self.query_max_len, &mut embedder.query_max_len),
+            (
+                Role::Passage,
+                "--passage-max-len",
+                self.passage_max_len,
+                &mut embedder.passage_max_len,
+            ),
         ] {
             *len = given.unwrap_or(*len);
-            prompts.check_max_len(role, *len)?;
+            check_max_len(embedder.model, role, option, *len)?;
             warn_if_too_long(embedder.model, role, *len);
         }
         embedder.query_instruction.clone_from(&self.query_instruction_for_retrieval);
@@ -93,43 +98,42 @@ impl Roles {
     }
 }
 
-impl TrainedModel {
+impl Source {
     /// The model's name as it was given.
     pub(super) fn name(&self) -> &str {
-        &self.source.model
+        &self.model
     }
 
-    /// Refuses a model that is to be merged with nothing.
-    pub(super) fn require_adapter(&self) -> Result<()> {
-        if self.source.adapter.is_some() {
-            return Ok(());
-        }
-        Err(Error::new(ErrorKind::Argument, "there is nothing to merge")
-            .expected("--adapter DIR, a folder as PEFT or `finetune --use-lora` writes it"))
-    }
-
-    /// Refuses what can be refused without looking at files.
-    pub(super) fn check(&self) -> Result<()> {
-        self.compute.check()
+    /// The adapter's folder; refuses a model that is to be merged with nothing.
+    pub(super) fn require_adapter(&self) -> Result<&Path> {
+        self.adapter.as_deref().ok_or_else(|| {
+            Error::new(ErrorKind::Argument, "there is nothing to merge")
+                .expected("--adapter DIR, a folder as PEFT or `finetune --use-lora` writes it")
+        })
     }
 
     /// Loads the model and, where nothing about it is changed, lets it check itself.
-    pub(super) fn load(&self) -> Result<BiEncoderModel<Cpu>> {
-        let dir = find(&self.source.model, self.source.cache_dir.as_deref())?;
+    pub(super) fn load(
+        &self,
+        compute: &Compute,
+        template_name: Option<&str>,
+        normalized: Option<bool>,
+    ) -> Result<BiEncoderModel<Cpu>> {
+        let dir = find(&self.model, self.cache_dir.as_deref(), "--adapter")?;
         // An adapter was trained with a recipe of its own.
-        let recipe_dir = self.source.adapter.as_deref().unwrap_or(&dir);
+        let recipe_dir = self.adapter.as_deref().unwrap_or(&dir);
         let saved = Recipe::read(recipe_dir)?;
         let mut loader = Loader::new(&dir)?;
         if let Some(recipe) = &saved {
             loader = loader.with_recipe(recipe.clone());
         }
-        if let Some(name) = &self.encoding.template {
+        if let Some(name) = template_name {
             loader = loader.template(template(name)?);
         }
-        let normalized = self.encoding.normalized.unwrap_or(loader.recipe().normalized);
+        let normalized = normalized.unwrap_or(loader.recipe().normalized);
         let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
-        let mut model = loader.load(self.compute.start(), options)?;
-        if let Some(adapter) = &self.source.adapter {
+        let mut model = loader.load(compute.start(), options)?;
+        if let Some(adapter) = &self.adapter {
             model.attach_adapter(adapter)?;
         }
         match saved {
@@ -149,6 +153,29 @@ impl TrainedModel {
         }
         Ok(model)
     }
+}
+
+impl TrainedModel {
+    /// The model's name as it was given.
+    pub(super) fn name(&self) -> &str {
+        self.source.name()
+    }
+
+    /// Refuses what can be refused without looking at files.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.encoding.batch_tokens == 0 {
+            return Err(Error::new(ErrorKind::Argument, "`--batch-tokens` is 0")
+                .expected("1 token or more; a longer text goes alone")
+                .hint("leave --batch-tokens out"));
+        }
+        self.compute.check()
+    }
+
+    /// Loads the model and, where nothing about it is changed, lets it check itself.
+    pub(super) fn load(&self) -> Result<BiEncoderModel<Cpu>> {
+        let Encoding { template, normalized, .. } = &self.encoding;
+        self.source.load(&self.compute, template.as_deref(), *normalized)
+    }
 
     /// What embeds texts with `model`.
     pub(super) fn embedder<'m>(&self, model: &'m BiEncoderModel<Cpu>) -> TextEmbedder<'m, Cpu> {
@@ -158,16 +185,42 @@ impl TrainedModel {
     }
 }
 
-/// The folder of a model; says what is fetched.
-pub(super) fn find(model: &str, cache_dir: Option<&Path>) -> Result<PathBuf> {
-    hub::resolve_with(model, cache_dir, &mut |file| say!("fetching {file} of {model}"))
+/// The folder of a model; says what is fetched. `adapter_option` is the one for adapters, which are
+/// easily taken for models.
+pub(super) fn find(model: &str, cache_dir: Option<&Path>, adapter_option: &str) -> Result<PathBuf> {
+    let dir = hub::resolve_with(model, cache_dir, &mut |file| say!("fetching {file} of {model}"))?;
+    if dir.join("adapter_config.json").is_file() && !dir.join("config.json").is_file() {
+        return Err(Error::new(ErrorKind::Argument, "this is an adapter, not a model")
+            .file(&dir)
+            .hint(format!(
+                "give the model that it was trained on too: --model BASE {adapter_option} {}",
+                dir.display()
+            )));
+    }
+    Ok(dir)
+}
+
+/// Refuses a length that leaves no token of a text, by the name of its option.
+pub(super) fn check_max_len(
+    model: &BiEncoderModel<Cpu>,
+    role: Role,
+    option: &str,
+    max_len: usize,
+) -> Result<()> {
+    let checked = model.prompts().check_max_len(role, max_len);
+    checked.map_err(|e| e.got(format!("{option} {max_len}")))
 }
 
 /// A template by the name of a preset or the path of a file.
 pub(super) fn template(name: &str) -> Result<Template> {
+    // A preset's name means the preset, also where a file happens to be called so.
+    let unknown = match Template::preset(name) {
+        Ok(template) => return Ok(template),
+        Err(unknown) => unknown,
+    };
     let path = Path::new(name);
     let file = path.extension().is_some_and(|e| e == "toml") || path.is_file();
-    if file { Template::from_toml_file(path) } else { Template::preset(name) }
+    if file { Template::from_toml_file(path) } else { Err(unknown) }
 }
 
 /// Refuses a search for nothing.

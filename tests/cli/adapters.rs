@@ -42,14 +42,20 @@ fn an_adapter_is_trained_used_and_merged() {
 
     let (base, out, merged) = (bench.path("base"), bench.path("out"), bench.path("merged"));
     let merge = llara(&["merge", "--model", &base, "--adapter", &out, "--output-dir", &merged]);
-    assert_eq!(merge.code, Some(0), "{}", merge.stderr);
+    assert_eq!(merge.json()["output_dir"], merged);
     assert!(distance(&with, &vectors(&bench, "merged", None)) < 1e-5);
     llara(&["merge", "--model", &base, "--output-dir", &merged]).refused(&["--adapter"]);
+
+    // An adapter is easily taken for a model.
+    bench.write("texts.txt", "An otter.");
+    let (input, vectors) = (bench.path("texts.txt"), bench.path("none.npy"));
+    llara(&["encode", "--model", &out, "--input", &input, "--role", "query", "--output", &vectors])
+        .refused(&["this is an adapter", "--model BASE --adapter"]);
 
     // Going on from it: the same targets and rank, and the loss goes on falling.
     fs::rename(bench.at("out"), bench.at("first")).unwrap();
     let first = bench.path("first");
-    let on = bench.finetune(&["--from-peft", &first]);
+    let on = bench.finetune(&["--peft_model_path", &first]);
     on.json();
     assert!(on.stderr.contains("adapters of rank 4"), "{}", on.stderr);
 }
@@ -67,6 +73,18 @@ fn adapter_options_that_make_no_sense_are_refused() {
     ] {
         bench.finetune(args).refused(&[part]);
         assert!(!bench.at("out").exists());
+    }
+}
+
+#[test]
+fn adapters_that_are_turned_off_are_spoken_of() {
+    let bench = Bench::new();
+    let args = ["--use-lora", "false", "--lora-rank", "4", "--per-device-train-batch-size", "16"];
+    let run = bench.finetune(&[&args[..], &["--sampling", "random", "--max-steps", "1"]].concat());
+    run.json();
+    for part in ["note: --use-lora is false", "16 is larger than the data: a step has the 12 rows"]
+    {
+        assert!(run.stderr.contains(part), "{}", run.stderr);
     }
 }
 

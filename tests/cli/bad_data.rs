@@ -57,12 +57,60 @@ fn impossible_settings_are_refused() {
         (["--logging-steps", "0"], ["positive interval", "1 step or more"]),
         (["--max-steps", "0"], ["no steps", "positive number"]),
         (["--adam-beta1", "1"], ["beta1", "below 1"]),
+        (["--temperature", "-1"], ["the temperature is out of range", "--temperature -1"]),
+        (["--learning-rate", "-1"], ["learning rate", "--learning-rate -1"]),
+        (["--max-grad-norm", "-1"], ["gradient norm", "--max-grad-norm -1"]),
+        (["--max-grad-norm", "1e-60"], ["gradient norm", "range of f32"]),
+        (["--max-steps", "-2"], ["no steps", "--max-steps -2"]),
+        (["--chunk-tokens", "0"], ["no token", "--chunk-tokens 0"]),
+        (["--passage-max-len", "2"], ["no token of a passage", "--passage-max-len 2"]),
         (["--template", "nope"], ["no template is called `nope`", "TOML file"]),
         (["--model", "/no/such/folder"], ["/no/such/folder", "org/name"]),
     ] {
         bench.finetune(&args).refused(&parts);
         assert!(!bench.at("out").exists(), "{args:?}");
     }
+}
+
+#[test]
+fn numbers_that_no_count_can_be_are_refused_by_their_option() {
+    let bench = Bench::new();
+    for (option, value, part) in [
+        ("--seed", "-1", "'-1' for '--seed <N>'"),
+        ("--per-device-train-batch-size", "-3", "'-3' for '--per-device-train-batch-size <N>'"),
+        ("--warmup-steps", "0.1", "--warmup-ratio"),
+        ("--save-steps", "0.25", "'--save-steps <N>': a share of the run"),
+    ] {
+        let run = bench.finetune(&[option, value]);
+        assert_eq!(run.code, Some(2), "{}", run.stderr);
+        assert!(run.stderr.contains(part), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn what_a_run_reads_is_not_in_its_output_folder() {
+    let bench = Bench::new();
+    fs::create_dir(bench.at("out")).unwrap();
+    bench.write("out/rows.jsonl", rows(4));
+    let (base, rows, before) =
+        (bench.path("base"), bench.path("out/rows.jsonl"), bench.names("base"));
+    let overwrite = |rest: &[&str]| {
+        let run = bench.finetune(&[&["--overwrite-output-dir"], rest].concat());
+        run.refused(&["is in the output folder", "hint: choose another"]);
+    };
+    overwrite(&["--output-dir", &bench.path("./base/../base")]);
+    overwrite(&["--train-data", &rows]);
+    llara(&["merge", "--model", "m", "--adapter", &base, "--output-dir", &base])
+        .refused(&["the adapter is in the output folder"]);
+    assert_eq!((bench.names("base"), bench.names("out")), (before, vec!["rows.jsonl".into()]));
+}
+
+#[test]
+fn a_run_that_logged_nothing_leaves_nothing() {
+    let bench = Bench::new();
+    let diverging = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "20"];
+    bench.finetune(&[&diverging[..], &["--logging-steps", "50"]].concat()).refused(&["diverged"]);
+    assert!(!bench.at("out").exists());
 }
 
 #[test]

@@ -30,5 +30,7 @@ fn a_cached_model_needs_no_network() {
     fs::remove_file(repo.join("snapshots/0123abcd/model.safetensors")).unwrap();
     encode(&bench, "field/voles", &[]).refused(&missing);
     encode(&bench, "field/mice", &[]).refused(&["`field/mice` is not in the cache"]);
+    encode(&bench, "field/mice", &[]).refused(&["there is no folder `field/mice`, and"]);
+    encode(&bench, "tests/mice", &[]).refused(&["tests/mice: there is no such model folder"]);
     encode(&bench, "./field", &[]).refused(&["there is no such model folder", "org/name"]);
 }

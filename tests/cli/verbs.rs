@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use llara::retrieval::read_vectors;
 use serde_json::Value;
 
-use crate::fixture::{Bench, LLARA, llara};
+use crate::fixture::{Bench, LLARA, llara, outcome};
 
 #[test]
 fn a_run_leaves_a_model_a_log_and_events() {
@@ -105,6 +105,21 @@ fn a_collection_is_measured_and_searched() {
     assert!(hits[0]["score"].as_f64() >= hits[1]["score"].as_f64());
     let text = llara(&[&search[..], &["An otter"]].concat()).stdout;
     assert!(text.starts_with("An otter\n  1  "), "{text}");
+}
+
+#[test]
+fn a_preset_is_not_shadowed_by_a_file() {
+    let bench = Bench::new();
+    bench.write("llara", "not TOML");
+    bench.write("texts.txt", "An otter.");
+    let mut command = Command::new(LLARA);
+    command.current_dir(bench.at("")).args(["encode", "--template", "llara", "--model", "base"]);
+    command.args(["--input", "texts.txt", "--role", "query", "--output", "v.npy"]);
+    assert_eq!(outcome(&mut command).json()["rows"], 1);
+    let mut command = Command::new(LLARA);
+    command.current_dir(bench.at("")).args(["encode", "--batch-tokens", "0", "--model", "base"]);
+    command.args(["--input", "texts.txt", "--role", "query", "--output", "w.npy"]);
+    outcome(&mut command).refused(&["`--batch-tokens` is 0"]);
 }
 
 #[test]

@@ -6,12 +6,12 @@ use clap::builder::BoolishValueParser;
 use clap::{ArgAction, ValueEnum};
 use llara::BiEncoderOptions;
 use llara::data::{BadRows, Sampling};
-use llara::model::weights::SaveDtype;
 use llara::train::{AdamWConfig, Chunking, Decay, RunLength, Saving, TrainConfig, Warmup};
 
 use super::lora_args::LoraArgs;
 use super::trainer_flags::TrainerFlags;
 use crate::cli::compute::Compute;
+use crate::cli::save_dtype::SavedAs;
 
 /// Train a model on queries with positives and hard negatives.
 #[derive(clap::Args)]
@@ -124,7 +124,7 @@ pub(super) struct DataArgs {
 #[command(next_help_heading = "Training")]
 pub(super) struct TrainingArgs {
     /// Steps of the run; wins over epochs; −1: off
-    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = -1)]
     pub(super) max_steps: i64,
     /// How often the data is gone through
     #[arg(long, value_name = "X", default_value_t = 3.0)]
@@ -145,7 +145,7 @@ pub(super) struct TrainingArgs {
     #[arg(long, value_name = "N")]
     pub(super) chunk_tokens: Option<usize>,
     /// Sequences of a batch that go through the model at a time; −1: all
-    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = -1)]
     pub(super) sub_batch_size: i64,
     /// Seed of all random draws
     #[arg(long, value_name = "N", default_value_t = 42)]
@@ -167,7 +167,7 @@ pub(super) struct OptimizerArgs {
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub(super) warmup_ratio: f64,
     /// Steps in which the learning rate rises from 0; wins over the ratio if not 0
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole_steps)]
     pub(super) warmup_steps: u64,
     /// Decoupled weight decay, on every parameter
     #[arg(long, value_name = "X", default_value_t = 0.0)]
@@ -183,7 +183,7 @@ pub(super) struct OptimizerArgs {
     pub(super) adam_epsilon: f64,
     /// Largest global norm of the gradients; 0: not clipped
     #[arg(long, value_name = "X", default_value_t = 1.0)]
-    pub(super) max_grad_norm: f32,
+    pub(super) max_grad_norm: f64,
 }
 
 #[derive(clap::Args)]
@@ -198,10 +198,10 @@ pub(super) struct OutputArgs {
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) overwrite_output_dir: bool,
     /// Steps between two lines of log.jsonl
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = whole_steps)]
     pub(super) logging_steps: u64,
     /// Steps between two models saved on the way, as checkpoint-N; 0: only the last is saved
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole_steps)]
     pub(super) save_steps: u64,
     /// How many of those are kept, the newest; 0: all
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -225,12 +225,22 @@ pub(super) enum Scheduler {
     ConstantWithWarmup,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum SavedAs {
-    Auto,
-    F32,
-    Bf16,
-    F16,
+/// A number of steps. The reference's trainer takes a share of the run as well, below 1.
+fn whole_steps(text: &str) -> Result<u64, String> {
+    if let Ok(steps) = text.parse() {
+        return Ok(steps);
+    }
+    match text.parse::<f64>() {
+        Ok(steps) if steps >= 0.0 && steps < u64::MAX as f64 && steps.fract() == 0.0 => {
+            Ok(steps as u64)
+        }
+        Ok(share) if share > 0.0 && share < 1.0 => {
+            Err("a share of the run is not in this version: \
+             give whole steps (for the warm-up there is --warmup-ratio)"
+                .into())
+        }
+        _ => Err("not a number of steps, 0 or more".into()),
+    }
 }
 
 impl TrainingArgs {
@@ -290,7 +300,7 @@ impl Args {
                 beta2: optimizer.adam_beta2,
                 epsilon: optimizer.adam_epsilon,
                 weight_decay: optimizer.weight_decay,
-                max_grad_norm: Some(optimizer.max_grad_norm).filter(|&norm| norm != 0.0),
+                max_grad_norm: Some(optimizer.max_grad_norm as f32).filter(|&norm| norm != 0.0),
             },
             query_instruction: data.query_instruction_for_retrieval.clone(),
             passage_instruction: data.passage_instruction_for_retrieval.clone(),
@@ -299,12 +309,7 @@ impl Args {
             saving: Saving {
                 every: Some(self.output.save_steps).filter(|&steps| steps > 0),
                 keep: Some(self.output.save_total_limit).filter(|&limit| limit > 0),
-                dtype: match self.output.save_dtype {
-                    SavedAs::Auto => SaveDtype::AsLoaded,
-                    SavedAs::F32 => SaveDtype::F32,
-                    SavedAs::Bf16 => SaveDtype::Bf16,
-                    SavedAs::F16 => SaveDtype::F16,
-                },
+                dtype: self.output.save_dtype.into(),
             },
         }
     }
@@ -338,6 +343,15 @@ mod tests {
     }
 
     #[test]
+    fn steps_are_whole() {
+        assert_eq!(["0", "7", "500.0", "1e3"].map(whole_steps), [0, 7, 500, 1000].map(Ok));
+        assert!(whole_steps("0.1").unwrap_err().contains("--warmup-ratio"));
+        for text in ["-1", "1.5", "nan", "inf", "", "x"] {
+            assert!(whole_steps(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn defaults_are_the_references() {
         let expected = TrainConfig { warmup: Warmup::Ratio(0.0), ..TrainConfig::new("o") };
         assert_eq!(config(&[]), expected);
@@ -350,7 +364,7 @@ mod tests {
     fn some_options_win_over_others() {
         let steps = ["--max-steps", "5", "--num-train-epochs", "9", "--warmup-ratio", "0.5"];
         assert_eq!(config(&steps).length, RunLength::Steps(5));
-        assert_eq!(config(&["--max-steps", "-1"]).length, RunLength::Epochs(3.0));
+        assert_eq!(config(&["--max-steps=-1"]).length, RunLength::Epochs(3.0));
         assert_eq!(config(&steps).warmup, Warmup::Ratio(0.5));
         let both = ["--warmup-steps", "3", "--warmup-ratio", "0.5"];
         assert_eq!(config(&both).warmup, Warmup::Steps(3));

@@ -7,6 +7,8 @@ use clap::builder::BoolishValueParser;
 use llara::model::LoraConfig;
 use llara::{Error, ErrorKind, Result};
 
+use super::ranges::require;
+
 #[derive(clap::Args)]
 #[command(next_help_heading = "LoRA")]
 pub(super) struct LoraArgs {
@@ -29,7 +31,7 @@ pub(super) struct LoraArgs {
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     target_modules: Vec<String>,
     /// Folder of a PEFT adapter to go on from, with its rank, alpha and targets
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "peft-model-path", value_name = "DIR")]
     from_peft: Option<PathBuf>,
     /// Save the model with its adapters merged as well, in merged_model/ of the output folder
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
@@ -49,14 +51,25 @@ pub(super) enum Adapter {
 }
 
 impl LoraArgs {
+    /// Whether adapters are turned off beside options that speak of them.
+    pub(super) fn are_ignored(&self) -> bool {
+        let others = self.are_set() || self.from_peft.is_some() || self.save_merged_lora_model;
+        self.use_lora == Some(false) && others
+    }
+
+    /// Whether an adapter is described.
+    fn are_set(&self) -> bool {
+        self.lora_rank.is_some()
+            || self.lora_alpha.is_some()
+            || self.lora_dropout.is_some()
+            || !self.target_modules.is_empty()
+    }
+
     /// # Errors
     /// When options contradict each other or are out of their range.
     pub(super) fn adapter(&self) -> Result<Adapter> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
-        let settings = self.lora_rank.is_some()
-            || self.lora_alpha.is_some()
-            || self.lora_dropout.is_some()
-            || !self.target_modules.is_empty();
+        let settings = self.are_set();
         let asked = settings || self.from_peft.is_some() || self.save_merged_lora_model;
         if !self.use_lora.unwrap_or(asked) {
             // A LLARA command line may carry settings that it then turns off.
@@ -82,6 +95,24 @@ impl LoraArgs {
                 names => names.to_vec(),
             },
         };
+        require(
+            config.rank > 0,
+            ("--lora-rank", config.rank),
+            "the adapter's rank is 0",
+            "1 or more, such as 64",
+        )?;
+        require(
+            config.alpha.is_finite() && config.alpha > 0.0,
+            ("--lora-alpha", config.alpha),
+            "the adapter's alpha is out of range",
+            "a positive number, such as 16",
+        )?;
+        require(
+            (0.0..1.0).contains(&config.dropout),
+            ("--lora-dropout", config.dropout),
+            "the adapter's dropout is out of range",
+            "at least 0 and below 1",
+        )?;
         config.check()?;
         Ok(Adapter::New(config))
     }

@@ -2,6 +2,7 @@
 
 mod args;
 mod lora_args;
+mod ranges;
 mod trainer_flags;
 
 use std::fs;
@@ -9,24 +10,31 @@ use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Cpu};
-use llara::data::{Dataset, Sampler, SamplerConfig};
+use llara::data::{Dataset, Sampler, SamplerConfig, Sampling};
 use llara::model::Parameter;
 use llara::train::{RunLog, Summary, TrainConfig, Trainer};
 use llara::{BiEncoderModel, Error, ErrorKind, Loader, Role};
 
 use super::progress::TrainingProgress;
-use super::talk::{count, print, say};
+use super::talk::{count, counted, print, say};
 use super::{output_folder, trained_model};
 pub(super) use args::Args;
 use lora_args::Adapter;
+use trainer_flags::OwnSettings;
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     // What the command line alone tells to be wrong, then the data, then the model.
     let (model_name, output_dir) = required(&args)?;
-    for line in args.trainer_flags.check()? {
+    let run = OwnSettings {
+        model: &model_name,
+        save_steps: args.output.save_steps,
+        seed: args.training.seed,
+    };
+    for line in args.trainer_flags.check(&run)? {
         say!("note: {line}");
     }
     args.compute.check()?;
+    ranges::check(&args)?;
     let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
     let config = args.train_config(output_dir);
     let adapter = args.lora.adapter()?;
@@ -38,16 +46,23 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         .hint("add the tokens in a run that trains all weights, then train adapters on its model")
         .into());
     }
+    check_apart(&args, &config.output_dir, &adapter, &model_name)?;
     output_folder::check(&config.output_dir, args.output.overwrite_output_dir)?;
     let dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
     check_sampling(&config, &dataset)?;
 
-    let dir = trained_model::find(&model_name, args.model.cache_dir.as_deref())?;
+    let dir = trained_model::find(&model_name, args.model.cache_dir.as_deref(), "--from-peft")?;
     let mut loader = Loader::new(&dir)?.add_special_tokens(args.model.add_special_tokens);
     if let Some(template) = template {
         loader = loader.template(template);
     }
     let mut model = loader.load(args.compute.start(), args.model_options())?;
+    for (role, option, max_len) in [
+        (Role::Query, "--query-max-len", config.query_max_len),
+        (Role::Passage, "--passage-max-len", config.passage_max_len),
+    ] {
+        trained_model::check_max_len(&model, role, option, max_len)?;
+    }
     check_vocabulary(&config, &dataset, &model)?;
 
     match adapter {
@@ -56,9 +71,30 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         Adapter::From(dir) => model.attach_adapter(&dir)?,
     }
 
-    let summary = train(&args, &config, &dataset, &mut model)?;
-    save(&mut model, &config, args.lora.save_merged_lora_model)?;
-    report(&config.output_dir, &summary)
+    let new = !config.output_dir.exists();
+    let trained = train(&args, &config, &dataset, &mut model).and_then(|summary| {
+        save(&mut model, &config, args.lora.save_merged_lora_model)?;
+        Ok(summary)
+    });
+    if trained.is_err() && new {
+        output_folder::discard_if_nothing_was_logged(&config.output_dir);
+    }
+    report(&config.output_dir, &trained?)
+}
+
+/// Refuses an output folder whose filling would harm what the run reads.
+fn check_apart(
+    args: &Args,
+    output_dir: &Path,
+    adapter: &Adapter,
+    model: &str,
+) -> llara::Result<()> {
+    let mut read = vec![("the model", Path::new(model))];
+    if let Adapter::From(dir) = adapter {
+        read.push(("the adapter", dir));
+    }
+    read.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
+    output_folder::check_apart(output_dir, &read)
 }
 
 /// The model, or its adapter and, where asked for, the model with the adapter merged.
@@ -156,16 +192,11 @@ fn train(
     Ok(result?)
 }
 
-/// Makes the output folder and begins the log; a folder that was made for nothing is removed.
+/// Makes the output folder and begins the log.
 fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
-    let new = !output_dir.exists();
     fs::create_dir_all(output_dir)
         .map_err(|e| Error::io("create the output folder", output_dir, e))?;
-    RunLog::create(output_dir).inspect_err(|_| {
-        if new {
-            let _ = fs::remove_dir_all(output_dir);
-        }
-    })
+    RunLog::create(output_dir)
 }
 
 fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
@@ -180,29 +211,40 @@ fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
     let config = decoder.config();
     let template = model.prompts().template();
     format!(
-        "device    {}\nmodel     {name}: {:?}, {} parameters, {} layers, hidden {}, vocabulary {}\n\
-         training  {learning}\ntemplate  {}: mean of the last {} tokens",
+        "device    {}\nmodel     {name}: {:?}, {}, {}, hidden {}, vocabulary {}\n\
+         training  {learning}\ntemplate  {}: mean of the last {}",
         model.backend().description(),
         config.family,
-        count(parameters),
-        config.num_hidden_layers,
+        counted(parameters, "parameter"),
+        counted(config.num_hidden_layers, "layer"),
         config.hidden_size,
         count(config.vocab_size),
         template.name,
-        template.pooled_tokens,
+        counted(template.pooled_tokens, "token"),
     )
 }
 
 fn announce(args: &Args, config: &TrainConfig, dataset: &Dataset, steps: u64) {
-    say!("data      {} rows, {} skipped", count(dataset.len()), dataset.skipped().count);
+    say!("data      {}, {} skipped", counted(dataset.len(), "row"), dataset.skipped().count);
     say_skipped(dataset);
     let (batch, group) = (config.batch_size, config.group_size);
     let tokens = batch * (config.query_max_len + group * config.passage_max_len);
     say!(
-        "steps     {}: {batch} queries of group {group} each, at most {} tokens a step",
+        "steps     {}: {batch} {} of group {group} each, at most {} a step",
         count(steps as usize),
-        count(tokens)
+        if batch == 1 { "query" } else { "queries" },
+        counted(tokens, "token")
     );
+    if config.sampling == Sampling::Random && batch > dataset.len() {
+        say!(
+            "note: a batch of {batch} is larger than the data: a step has the {} that there {}",
+            counted(dataset.len(), "row"),
+            if dataset.len() == 1 { "is" } else { "are" },
+        );
+    }
+    if args.lora.are_ignored() {
+        say!("note: --use-lora is false, so other options of adapters have no effect");
+    }
     if !args.model.normalized {
         say!("note: vectors are not normalised, so the temperature is 1.0");
     }
@@ -219,7 +261,7 @@ pub(super) fn say_skipped(dataset: &Dataset) {
     }
     let more = skipped.count.saturating_sub(skipped.reasons.len() as u64);
     if more > 0 {
-        say!("skipped: {more} more rows");
+        say!("skipped: {}", counted(more as usize, "more row"));
     }
 }
 
@@ -227,9 +269,9 @@ fn report(output_dir: &Path, summary: &Summary) -> anyhow::Result<()> {
     let seconds = summary.elapsed.as_secs_f64();
     let tokens_per_second = summary.tokens as f64 / seconds.max(1e-9);
     say!(
-        "{}: {} steps in {seconds:.1} s, last loss {:.4}, {} tokens/s; saved and checked",
+        "{}: {} in {seconds:.1} s, last loss {:.4}, {} tokens/s; saved and checked",
         output_dir.display(),
-        count(summary.steps as usize),
+        counted(summary.steps as usize, "step"),
         summary.loss,
         count(tokens_per_second as usize)
     );

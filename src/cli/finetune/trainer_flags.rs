@@ -37,13 +37,39 @@ const REPLACED: &[(&str, &str)] = &[
     ("low-cpu-mem-usage", "weights are always read tensor by tensor"),
     ("use-slow-tokenizer", "tokenizer.json is always used"),
     ("token", "the Hub's token is read from HF_TOKEN"),
+    ("trust-remote-code", "code of a model folder is never run"),
+    ("use-cpu", "--device says what computes"),
+    ("no-cuda", "--device says what computes"),
+    ("cache-path", "rows are read where they are, without a cache"),
+    ("load-disk-path", "rows are read from --train-data"),
+    ("save-to-disk", "rows are read where they are, so nothing prepared is there to save"),
+    ("save-disk-path", "rows are read where they are, so nothing prepared is there to save"),
+    ("save-max-shard-size", "rows are read where they are, so nothing prepared is there to save"),
+    ("num-shards", "rows are read where they are, so nothing prepared is there to save"),
+    ("fix-position-embedding", "rotary positions have no parameters, so there is nothing to fix"),
+    ("cache-chunk-size", "--chunk-tokens bounds the memory of activations, exactly"),
+    ("save-only-model", "checkpoints are always the model alone"),
+    ("log-level", "standard error has the notes and the progress, and nothing else"),
+    ("logging-first-step", "--logging-steps 1 logs every step"),
+    ("per-device-eval-batch-size", "there is no evaluation during training"),
+    ("eval-steps", "there is no evaluation during training"),
 ];
+
+/// The options by which it is judged whether a flag asks for something else.
+pub(super) struct OwnSettings<'a> {
+    /// The model as it was named.
+    pub(super) model: &'a str,
+    /// Steps between two checkpoints; 0: none.
+    pub(super) save_steps: u64,
+    /// The run's seed.
+    pub(super) seed: u64,
+}
 
 /// A flag of which only some values can be had.
 struct Limited {
     name: &'static str,
     /// Whether a value asks for nothing that is not done anyway.
-    harmless: fn(&str) -> bool,
+    harmless: fn(&str, &OwnSettings<'_>) -> bool,
     /// What the others ask for.
     asks_for: &'static str,
     hint: &'static str,
@@ -63,7 +89,7 @@ const LIMITED: &[Limited] = &[
         "leave it out and raise --per-device-train-batch-size, which also gives more negatives",
     ),
     limited("optim", is_adamw, "another optimizer than AdamW", "leave it out"),
-    limited("save-strategy", is_steps, "saving by another measure than steps", "use --save-steps"),
+    limited("save-strategy", saves_so, "saving by another measure than steps", "use --save-steps"),
     limited(
         "logging-strategy",
         is_steps,
@@ -78,31 +104,97 @@ const LIMITED: &[Limited] = &[
     ),
     limited("eval-strategy", is_off, "evaluation during training", "run llara evaluate afterwards"),
     limited("do-eval", is_off, "evaluation during training", "run llara evaluate afterwards"),
+    limited(
+        "load-best-model-at-end",
+        is_off,
+        "evaluation during training",
+        "keep models with --save-steps and run llara evaluate on them",
+    ),
+    limited(
+        "config-name",
+        is_model,
+        "the configuration of another model",
+        "put that config.json into the model folder",
+    ),
+    limited(
+        "tokenizer-name",
+        is_model,
+        "the tokenizer of another model",
+        "put that tokenizer.json into the model folder",
+    ),
+    limited("data-seed", is_seed, "another seed for the data than for the rest", "use --seed"),
+    limited(
+        "max-example-num-per-dataset",
+        is_no_bound,
+        "a part of the rows of each file",
+        "shorten the files, or the run with --max-steps",
+    ),
+    limited(
+        "load-from-disk",
+        is_off,
+        "rows that the Python library datasets has saved",
+        "give JSONL files as --train-data",
+    ),
+    limited("exit-after-save", is_off, "preparing data without training", "leave it out"),
+    limited("shuffle-ratio", is_zero, "texts with shuffled sentences", "leave it out"),
+    limited(
+        "sentence-pooling-method",
+        is_mean,
+        "another pooling than the template's, the mean of the last tokens",
+        "leave it out; for the last token alone, use a template with pooled_tokens = 1",
+    ),
+    limited("label-smoothing-factor", is_zero, "smoothed labels", "leave it out"),
+    limited("push-to-hub", is_off, "uploading the model", "upload the output folder afterwards"),
 ];
 
 const fn limited(
     name: &'static str,
-    harmless: fn(&str) -> bool,
+    harmless: fn(&str, &OwnSettings<'_>) -> bool,
     asks_for: &'static str,
     hint: &'static str,
 ) -> Limited {
     Limited { name, harmless, asks_for, hint }
 }
 
-fn is_off(value: &str) -> bool {
+fn is_off(value: &str, _: &OwnSettings<'_>) -> bool {
     ["false", "no", "off", "0", "none"].contains(&&*value.to_ascii_lowercase())
 }
 
-fn is_one(value: &str) -> bool {
+fn is_one(value: &str, _: &OwnSettings<'_>) -> bool {
     value == "1"
 }
 
-fn is_adamw(value: &str) -> bool {
+fn is_zero(value: &str, _: &OwnSettings<'_>) -> bool {
+    value.parse() == Ok(0.0f64)
+}
+
+fn is_adamw(value: &str, _: &OwnSettings<'_>) -> bool {
     value.starts_with("adamw_torch") || value == "adamw_hf"
 }
 
-fn is_steps(value: &str) -> bool {
+fn is_steps(value: &str, _: &OwnSettings<'_>) -> bool {
     value == "steps"
+}
+
+fn saves_so(value: &str, own: &OwnSettings<'_>) -> bool {
+    value == "steps" || (value == "no" && own.save_steps == 0)
+}
+
+fn is_mean(value: &str, _: &OwnSettings<'_>) -> bool {
+    value == "mean"
+}
+
+fn is_model(value: &str, own: &OwnSettings<'_>) -> bool {
+    value == own.model || value.is_empty() || value == "None"
+}
+
+fn is_seed(value: &str, own: &OwnSettings<'_>) -> bool {
+    value == "None" || value.parse() == Ok(own.seed)
+}
+
+/// The reference's default is a hundred million.
+fn is_no_bound(value: &str, _: &OwnSettings<'_>) -> bool {
+    value.parse::<u64>().is_ok_and(|rows| rows >= 100_000_000)
 }
 
 /// Those of these flags that were given.
@@ -113,14 +205,14 @@ pub(super) struct TrainerFlags {
 }
 
 impl TrainerFlags {
-    /// What to say about flags that were accepted, a line each.
+    /// What to say about flags that were accepted, a line each, beside the run's `own` settings.
     ///
     /// # Errors
     /// The first that asks for what cannot be done.
-    pub(super) fn check(&self) -> Result<Vec<String>> {
+    pub(super) fn check(&self, own: &OwnSettings<'_>) -> Result<Vec<String>> {
         for flag in LIMITED {
             let Some(values) = self.values(flag.name) else { continue };
-            if !values.iter().all(|value| (flag.harmless)(value)) {
+            if !values.iter().all(|value| (flag.harmless)(value, own)) {
                 return Err(Error::new(
                     ErrorKind::Argument,
                     format!("`--{}` is not in this version", flag.name),
@@ -186,10 +278,16 @@ mod tests {
     use super::*;
     use clap::{Args as _, FromArgMatches as _};
 
+    const OWN: OwnSettings<'_> = OwnSettings { model: "org/name", save_steps: 0, seed: 42 };
+
     fn check(args: &[&str]) -> Result<Vec<String>> {
+        check_beside(args, &OWN)
+    }
+
+    fn check_beside(args: &[&str], own: &OwnSettings<'_>) -> Result<Vec<String>> {
         let command = TrainerFlags::augment_args(Command::new("t").no_binary_name(true));
         let matches = command.try_get_matches_from(args).unwrap();
-        TrainerFlags::from_arg_matches(&matches).unwrap().check()
+        TrainerFlags::from_arg_matches(&matches).unwrap().check(own)
     }
 
     #[test]
@@ -201,11 +299,34 @@ mod tests {
     }
 
     #[test]
+    fn values_that_change_nothing_are_taken_in_silence() {
+        for args in [
+            &["--shuffle-ratio", "0.0", "--label-smoothing-factor", "0"][..],
+            &["--max-example-num-per-dataset", "100000000", "--load-from-disk", "False"],
+            &["--tokenizer-name", "org/name", "--data-seed", "42", "--save-strategy", "no"],
+            &["--sentence-pooling-method", "mean", "--load-best-model-at-end", "False"],
+        ] {
+            assert_eq!(check(args).unwrap().len(), 0, "{args:?}");
+        }
+        let saving = OwnSettings { save_steps: 5, ..OWN };
+        assert!(check_beside(&["--save-strategy", "no"], &saving).is_err());
+        assert!(check_beside(&["--save-strategy", "steps"], &saving).is_ok());
+    }
+
+    #[test]
     fn what_cannot_be_done_is_refused_by_name() {
         for args in [
             &["--resume-from-checkpoint", "x"][..],
             &["--gradient-accumulation-steps", "2"],
             &["--optim", "adafactor"],
+            &["--shuffle-ratio", "0.1"],
+            &["--max-example-num-per-dataset", "1000"],
+            &["--sentence-pooling-method", "last_token"],
+            &["--label-smoothing-factor", "0.1"],
+            &["--load-best-model-at-end"],
+            &["--config-name", "org/other"],
+            &["--data-seed", "7"],
+            &["--exit-after-save", "True"],
         ] {
             let e = check(args).unwrap_err().to_string();
             assert!(e.starts_with(&format!("`{}` is not in this version", args[0])), "{e}");

@@ -1,0 +1,151 @@
+//! The ranges of numbers that `llara finetune` is given: refused with the option's name, before a
+//! file is read.
+
+use std::fmt::Display;
+
+use llara::{Error, ErrorKind, Result};
+
+use super::args::Args;
+
+/// Refuses `option` with `value` unless it `fits`.
+///
+/// # Errors
+/// `what` is wrong, what was `expected`, and the option as it was given.
+pub(super) fn require(
+    fits: bool,
+    (option, value): (&str, impl Display),
+    what: &str,
+    expected: &str,
+) -> Result<()> {
+    if fits {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Argument, what).expected(expected).got(format!("{option} {value}")))
+}
+
+/// # Errors
+/// The first number that is out of its range.
+pub(super) fn check(args: &Args) -> Result<()> {
+    let (data, training) = (&args.data, &args.training);
+    require(
+        data.train_group_size >= 2,
+        ("--train-group-size", data.train_group_size),
+        "the group size is too small",
+        "at least 2: 1 positive and group size − 1 hard negatives",
+    )?;
+    require(
+        training.max_steps > 0 || training.max_steps == -1,
+        ("--max-steps", training.max_steps),
+        "a run of no steps",
+        "a positive number of steps, or −1 to go by --num-train-epochs",
+    )?;
+    let epochs = training.num_train_epochs;
+    require(
+        training.max_steps > 0 || epochs.is_finite() && epochs > 0.0,
+        ("--num-train-epochs", epochs),
+        "a run of no steps",
+        "a positive number of epochs",
+    )?;
+    require(
+        training.per_device_train_batch_size > 0,
+        ("--per-device-train-batch-size", training.per_device_train_batch_size),
+        "the batch size is 0",
+        "at least 1",
+    )?;
+    require(
+        training.temperature.is_finite() && training.temperature > 0.0,
+        ("--temperature", training.temperature),
+        "the temperature is out of range",
+        "a positive number, such as 0.02",
+    )?;
+    require(
+        training.chunk_tokens != Some(0),
+        ("--chunk-tokens", 0),
+        "no token would go through the model",
+        "1 or more, such as 4096; without the option a batch goes through whole",
+    )?;
+    require(
+        args.output.logging_steps > 0,
+        ("--logging-steps", 0),
+        "logging needs a positive interval",
+        "1 step or more",
+    )?;
+    check_optimizer(args)
+}
+
+fn check_optimizer(args: &Args) -> Result<()> {
+    let optimizer = &args.optimizer;
+    let share = |x: f64| (0.0..1.0).contains(&x);
+    for (option, value, fits, name, expected) in [
+        (
+            "--learning-rate",
+            optimizer.learning_rate,
+            optimizer.learning_rate.is_finite() && optimizer.learning_rate > 0.0,
+            "the learning rate",
+            "a positive number, such as 5e-5",
+        ),
+        (
+            "--warmup-ratio",
+            optimizer.warmup_ratio,
+            (0.0..=1.0).contains(&optimizer.warmup_ratio),
+            "the warm-up ratio",
+            "a share of the steps, from 0 to 1",
+        ),
+        (
+            "--weight-decay",
+            optimizer.weight_decay,
+            optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0,
+            "the weight decay",
+            "0 or a positive number",
+        ),
+        (
+            "--adam-beta1",
+            optimizer.adam_beta1,
+            share(optimizer.adam_beta1),
+            "beta1",
+            "at least 0 and below 1",
+        ),
+        (
+            "--adam-beta2",
+            optimizer.adam_beta2,
+            share(optimizer.adam_beta2),
+            "beta2",
+            "at least 0 and below 1",
+        ),
+        (
+            "--adam-epsilon",
+            optimizer.adam_epsilon,
+            optimizer.adam_epsilon > 0.0 && share(optimizer.adam_epsilon),
+            "epsilon",
+            "above 0, below 1",
+        ),
+        (
+            "--max-grad-norm",
+            optimizer.max_grad_norm,
+            clips_as_asked(optimizer.max_grad_norm),
+            "the largest gradient norm",
+            "a positive number within the range of f32, or 0: not clipped",
+        ),
+    ] {
+        require(fits, (option, value), &format!("{name} is out of range"), expected)?;
+    }
+    Ok(())
+}
+
+/// A norm so small that it is 0 in f32 would turn clipping off.
+fn clips_as_asked(norm: f64) -> bool {
+    norm == 0.0 || ((norm as f32).is_finite() && norm as f32 > 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_zero_turns_clipping_off() {
+        for (norm, fits) in [(0.0, true), (1.0, true), (1e-30, true), (1e-60, false)] {
+            assert_eq!(clips_as_asked(norm), fits, "{norm}");
+        }
+        assert!([-1.0, 1e60, f64::NAN, f64::INFINITY].iter().all(|&norm| !clips_as_asked(norm)));
+    }
+}
