@@ -55,9 +55,9 @@ impl Backend for Cpu {
     type Index = Vec<u32>;
 
     fn description(&self) -> String {
-        let vectors = format!("{:?}", pulp::Arch::new());
-        let vectors = vectors.split('(').next().unwrap_or("scalar");
-        format!("CPU, {} threads, f32, vector unit {vectors}", rayon::current_num_threads())
+        let threads = rayon::current_num_threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        format!("CPU, {threads} thread{plural}, f32, {}", vector::unit())
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<CpuTensor> {

@@ -10,6 +10,16 @@ pub(super) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
 }
 
+/// The vector unit that [`vectorised`] compiles for, by its usual name.
+pub(super) fn unit() -> &'static str {
+    match format!("{:?}", pulp::Arch::new()).split('(').next() {
+        Some("V4") => "AVX-512",
+        Some("V3") => "AVX2",
+        Some("Neon") => "NEON",
+        _ => "portable vectors",
+    }
+}
+
 /// Elements that one parallel task handles, fixed so that results do not depend on thread counts.
 const TASK_ELEMENTS: usize = 1 << 14;
 
