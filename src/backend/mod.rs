@@ -18,7 +18,7 @@
 pub mod conformance;
 mod cpu;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, gemm};
 
 use crate::Result;
 

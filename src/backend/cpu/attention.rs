@@ -7,10 +7,9 @@
 
 use std::ops::Range;
 
-use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::products::{Operand, multiply};
+use super::gemm::{Gemm, Precision, View, ViewMut};
 use super::shared::SharedSlice;
 use super::vector::{dot, exp_scaled_sum, max, vectorised};
 use super::{Cpu, CpuTensor};
@@ -99,15 +98,10 @@ impl Plan<'_> {
         out.resize(m * n, 0.0);
         let a = &a.as_slice()[tile.queries.start * self.q_cols() + a_at..];
         let b = &b.as_slice()[tile.keys.start * self.kv_cols() + b_at..];
-        multiply(
-            (m, n, self.shape.head_dim),
-            out,
-            n,
-            false,
-            Operand::rows(a, self.q_cols()),
-            Operand::rows(b, self.kv_cols()).t(),
-            Parallelism::None,
-        );
+        let head = self.shape.head_dim;
+        let a = View::strided(a, (m, head), self.q_cols());
+        let b = View::strided(b, (n, head), self.kv_cols());
+        product().multiply(ViewMut::new(out, m, n), a, b.t());
     }
 }
 
@@ -144,15 +138,9 @@ pub(super) fn attention(
                 }
                 tile_out.resize(m * hd, 0.0);
                 let values = &v.as_slice()[tile.keys.start * plan.kv_cols() + kv_at..];
-                multiply(
-                    (m, hd, n),
-                    &mut tile_out,
-                    hd,
-                    false,
-                    Operand::rows(&p, n),
-                    Operand::rows(values, plan.kv_cols()),
-                    Parallelism::None,
-                );
+                let values = View::strided(values, (n, hd), plan.kv_cols());
+                let out = ViewMut::new(&mut tile_out, m, hd);
+                product().multiply(out, View::new(&p, m, n), values);
                 for (row, from) in tile_out.chunks_exact(hd).enumerate() {
                     let at = (tile.queries.start + row) * plan.q_cols() + head * hd;
                     // SAFETY: as above.
@@ -162,6 +150,11 @@ pub(super) fn attention(
         }
     });
     Attended { out, log_sum_exp }
+}
+
+/// A product within a task, which has one thread.
+fn product<'a>() -> Gemm<'a, f32> {
+    Gemm::new(Precision::F32).serial()
 }
 
 /// Softmax of the visible scores in place, zero elsewhere; returns their log-sum-exp.
@@ -226,15 +219,9 @@ pub(super) fn attention_backward(
                 }
                 tile_dq.resize(m * hd, 0.0);
                 let k_rows = &k.as_slice()[tile.keys.start * kv_cols + kv_at..];
-                multiply(
-                    (m, hd, n),
-                    &mut tile_dq,
-                    hd,
-                    false,
-                    Operand::rows(&ds, n),
-                    Operand::rows(k_rows, kv_cols),
-                    Parallelism::None,
-                );
+                let k_rows = View::strided(k_rows, (n, hd), kv_cols);
+                let out = ViewMut::new(&mut tile_dq, m, hd);
+                product().multiply(out, View::new(&ds, m, n), k_rows);
                 for (row, from) in tile_dq.chunks_exact(hd).enumerate() {
                     let at = (tile.queries.start + row) * q_cols + q_at;
                     // SAFETY: this task alone writes the rows of its sequence in its heads.
@@ -242,15 +229,9 @@ pub(super) fn attention_backward(
                 }
                 let first = tile.queries.start * q_cols + q_at;
                 for (weights, rows, grad) in [(&ds, q, &mut task_dk), (&p, dout, &mut task_dv)] {
-                    multiply(
-                        (n, hd, m),
-                        &mut grad[local_keys..],
-                        hd,
-                        true,
-                        Operand::rows(weights, n).t(),
-                        Operand::rows(&rows.as_slice()[first..], q_cols),
-                        Parallelism::None,
-                    );
+                    let rows = View::strided(&rows.as_slice()[first..], (m, hd), q_cols);
+                    let out = ViewMut::new(&mut grad[local_keys..], n, hd);
+                    product().accumulate().multiply(out, View::new(weights, m, n).t(), rows);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The processor as a device: f32, products by the `gemm` crate, everything else vectorised and
+//! The processor as a device: f32, products by kernels of our own, everything else vectorised and
 //! spread over the current rayon pool.
 //!
 //! Work is split into pieces whose size does not depend on the number of threads, and partial sums
@@ -8,6 +8,7 @@ mod activation;
 mod attention;
 mod buffer;
 mod dropout;
+pub mod gemm;
 mod loss;
 mod norms;
 mod optimizer;

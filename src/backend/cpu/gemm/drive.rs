@@ -1,0 +1,216 @@
+//! The loops around the kernels (Goto and van de Geijn 2008; van Zee and van de Geijn 2015).
+//!
+//! ```text
+//! for columns of the task, 256 at a time
+//!   for blocks of the inner dimension                pack B: 256 columns, in L2
+//!     for rows of the task, 12 or 96 at a time            pack A where it must be: 96 rows, in L2
+//!       for panels of 64 columns                     one stream from L2
+//!         for groups of 6 rows                       in L1
+//!           kernel: 6 x 64 sums in registers
+//! ```
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::cell::Format;
+use super::engine::Engine;
+use super::pack::{group_cells, pack_panel, pack_rows};
+use super::packed::PackedB;
+use super::scratch::{Scratch, with_scratch};
+use super::split::{COLUMNS, Costs, Grid, blocks, rows_at_once};
+use super::tile::{Left, MR, NR, Place, Tile};
+use super::view::Operand;
+
+/// The right operand of a product.
+#[derive(Clone, Copy)]
+pub(super) enum Right<'a> {
+    Plain(Operand<'a>),
+    Packed(&'a PackedB),
+}
+
+/// A product whose shapes have been checked.
+pub(super) struct Job<'a> {
+    pub(super) engine: Engine,
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) left: Operand<'a>,
+    pub(super) right: Right<'a>,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) onto: Place,
+    pub(super) out: Place,
+}
+
+// SAFETY: the pointers are those of `onto` and `out`, valid for `[m, n]` while the job lives; tasks
+// write disjoint parts of `out`, and read `onto` only where they write or where nobody does.
+unsafe impl Sync for Job<'_> {}
+
+impl Job<'_> {
+    /// Multiplies on `threads` threads of the current rayon pool.
+    ///
+    /// # Safety
+    /// `out` must be writable and `onto` readable for `[m, n]`, and nothing else may touch `out`.
+    pub(super) unsafe fn run(&self, threads: usize) {
+        // Packing moves memory: an element takes as long as this many products.
+        const PACKED: usize = 24;
+        const READ: usize = 8;
+        let in_place = self.in_place(0).is_some();
+        let left = if in_place { READ } else { PACKED };
+        let right = match self.right {
+            Right::Plain(_) => PACKED,
+            Right::Packed(_) => 0,
+        };
+        // Half panels balance better, but only rows make tasks that need none.
+        let whole = in_place || matches!(self.right, Right::Packed(_));
+        let unit = if whole { NR } else { NR / 2 };
+        let costs = Costs { left, right };
+        let grid = Grid::new((self.m, self.n, self.k), unit, costs, threads);
+        let run = |task| {
+            let (rows, columns) = grid.task(task);
+            if !rows.is_empty() && !columns.is_empty() {
+                // SAFETY: the caller's promise; the tasks of a grid do not overlap.
+                with_scratch(|scratch| unsafe { self.task(scratch, rows, columns) });
+            }
+        };
+        match grid.tasks() {
+            1 => run(0),
+            tasks => (0..tasks).into_par_iter().with_max_len(1).for_each(run),
+        }
+    }
+
+    /// The left operand from element `k` of the inner dimension on, where kernels can read it as it
+    /// lies.
+    fn in_place(&self, k: usize) -> Option<Left> {
+        match (&self.left, self.engine.format) {
+            (Operand::F32(x), Format::Single) if !x.is_transposed() => Some(Left {
+                start: x.as_ptr().wrapping_add(k).cast(),
+                row: 4 * x.stride(),
+                step: 4,
+            }),
+            // The last of an odd number has no partner.
+            (Operand::Bf16(x), Format::Pairs) if !x.is_transposed() && self.k.is_multiple_of(2) => {
+                Some(Left {
+                    start: x.as_ptr().wrapping_add(k).cast(),
+                    row: 2 * x.stride(),
+                    step: 4,
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// # Safety
+    /// As for [`run`](Job::run), with the rows and columns of this task in place of all.
+    unsafe fn task(&self, scratch: &mut Scratch, rows: Range<usize>, columns: Range<usize>) {
+        let group = self.engine.format.group();
+        let steps = self.k.div_ceil(group);
+        let last = blocks(steps).last().unwrap_or_default();
+        for column in columns.clone().step_by(COLUMNS) {
+            let columns = column..(column + COLUMNS).min(columns.end);
+            // f32 results gather in place; bf16 ones would be rounded in between.
+            let sums = match self.out {
+                Place::Bf16(..) if last.start > 0 => {
+                    let sums = scratch.sums.cells(rows.len() * COLUMNS).as_mut_ptr().cast::<f32>();
+                    // So that it has the indices of `out`; read and written only inside the task.
+                    let offset = rows.start * COLUMNS + columns.start;
+                    Place::Single(sums.wrapping_sub(offset), COLUMNS)
+                }
+                out => out,
+            };
+            for block in blocks(steps) {
+                let inner = block.start * group..(block.end * group).min(self.k);
+                if let Right::Plain(right) = &self.right {
+                    let cells =
+                        scratch.right.cells(columns.len().next_multiple_of(NR) * block.len());
+                    if !block.is_empty() {
+                        for (i, panel) in cells.chunks_exact_mut(NR * block.len()).enumerate() {
+                            let first = columns.start + i * NR;
+                            let columns = first..(first + NR).min(columns.end);
+                            pack_panel(&self.engine, right, inner.clone(), columns, panel);
+                        }
+                    }
+                }
+                let pass = Pass {
+                    first: block.start == 0,
+                    from: sums,
+                    to: if block == last { self.out } else { sums },
+                    inner,
+                    block,
+                    columns: columns.clone(),
+                };
+                let in_place = self.in_place(0).is_some();
+                let at_once = rows_at_once(pass.block.len() * pass.columns.len(), in_place);
+                for row in rows.clone().step_by(at_once) {
+                    let rows = row..(row + at_once).min(rows.end);
+                    // SAFETY: the caller's promise, for a part of its rows and columns.
+                    unsafe { self.rows(scratch, &pass, rows) };
+                }
+            }
+        }
+    }
+
+    /// Multiplies some rows with the columns and the block of a pass.
+    ///
+    /// # Safety
+    /// As for [`task`](Job::task); where the right operand is not packed already, `scratch` must hold
+    /// the panels of the pass.
+    unsafe fn rows(&self, scratch: &mut Scratch, pass: &Pass, rows: Range<usize>) {
+        let steps = pass.block.len();
+        let in_place = self.in_place(pass.inner.start);
+        // A group of less than six rows is packed even so: the kernel reads six.
+        let whole = if in_place.is_some() { rows.len() / MR * MR } else { 0 };
+        let rest = rows.start + whole..rows.end;
+        let cells = scratch.left.cells(rest.len().div_ceil(MR) * group_cells(steps));
+        let packed = pack_rows(&self.engine, &self.left, rest, pass.inner.clone(), cells);
+        for column in pass.columns.clone().step_by(NR) {
+            let panel = match self.right {
+                Right::Packed(right) => right.panel(&pass.block, column),
+                Right::Plain(_) => {
+                    scratch.right.as_ptr().wrapping_add(steps * (column - pass.columns.start))
+                }
+            };
+            let cols = NR.min(pass.columns.end - column);
+            for i in (0..rows.len()).step_by(MR) {
+                let row = rows.start + i;
+                let left = match in_place {
+                    Some(left) if i < whole => {
+                        Left { start: left.start.wrapping_add(row * left.row), ..left }
+                    }
+                    _ => {
+                        let group = (i - whole) / MR * group_cells(steps);
+                        Left { start: packed.start.wrapping_add(4 * group), ..packed }
+                    }
+                };
+                // SAFETY: row and column are inside the task, for which the caller vouches; the
+                // kernel suits the processor (`Engine::new`); the panel was packed for this block,
+                // and so was the left operand unless six whole rows of it are read in place.
+                unsafe {
+                    let onto = if pass.first { self.onto } else { pass.from };
+                    let bias = if pass.first { self.bias } else { None };
+                    let tile = Tile {
+                        rows: MR.min(rows.end - row),
+                        cols,
+                        bias: bias.map_or(std::ptr::null(), |bias| bias[column..].as_ptr()),
+                        onto: onto.at(row, column),
+                        to: pass.to.at(row, column),
+                    };
+                    (self.engine.kernel)(steps, left, panel, &tile);
+                }
+            }
+        }
+    }
+}
+
+/// One block of the inner dimension for some columns.
+struct Pass {
+    /// Steps.
+    block: Range<usize>,
+    /// The same in elements.
+    inner: Range<usize>,
+    columns: Range<usize>,
+    /// Whether bias and `onto` are still to be added; if not, the sums so far are in `from`.
+    first: bool,
+    from: Place,
+    to: Place,
+}

@@ -1,0 +1,125 @@
+//! Which kernel multiplies: the vector unit of this processor and the precision asked for.
+
+use super::cell::Format;
+use super::portable;
+use super::tile::Kernel;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
+
+/// How operands are rounded before they are multiplied. Sums are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// Not at all.
+    F32,
+    /// To bf16, ties to even; operands that are bf16 already stay as they are.
+    Bf16,
+}
+
+/// A set of vector instructions with kernels of its own, best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// AVX-512 with products of bf16 pairs.
+    Avx512Bf16,
+    /// AVX-512 F, BW and VL.
+    Avx512,
+    /// AVX2 and FMA.
+    Avx2,
+    /// Whatever the compiler makes of plain loops.
+    Portable,
+}
+
+impl Unit {
+    /// All of them, best first.
+    pub const ALL: [Unit; 4] = [Unit::Avx512Bf16, Unit::Avx512, Unit::Avx2, Unit::Portable];
+
+    /// The best of this processor.
+    pub fn best() -> Unit {
+        // The standard library remembers what it detected.
+        Self::ALL.into_iter().find(|unit| unit.is_available()).unwrap_or(Unit::Portable)
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let avx512 = || has!("avx512f") && has!("avx512bw") && has!("avx512vl");
+            match self {
+                Unit::Avx512Bf16 => avx512() && has!("avx512bf16"),
+                Unit::Avx512 => avx512(),
+                Unit::Avx2 => has!("avx2") && has!("fma"),
+                Unit::Portable => true,
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Unit::Portable
+        }
+    }
+}
+
+/// A kernel, what its packed operands hold, and the transposition that packing them needs.
+#[derive(Clone, Copy)]
+pub(super) struct Engine {
+    pub(super) format: Format,
+    pub(super) kernel: Kernel,
+    transpose: unsafe fn(&[[u32; 16]; 16], &mut [u32], usize),
+}
+
+impl Engine {
+    /// # Panics
+    /// If this processor does not have the unit: running its kernel would be undefined.
+    pub(super) fn new(precision: Precision, unit: Unit) -> Self {
+        assert!(unit.is_available(), "{unit:?} is not a unit of this processor");
+        let format = match (precision, unit) {
+            (Precision::F32, _) => Format::Single,
+            (Precision::Bf16, Unit::Avx512Bf16) => Format::Pairs,
+            (Precision::Bf16, _) => Format::Rounded,
+        };
+        #[cfg(target_arch = "x86_64")]
+        let (kernel, transpose) = match unit {
+            Unit::Avx512Bf16 if format == Format::Pairs => {
+                (avx512::pairs as Kernel, avx512::transpose as _)
+            }
+            Unit::Avx512Bf16 | Unit::Avx512 => (avx512::single as Kernel, avx512::transpose as _),
+            Unit::Avx2 => (avx2::single as Kernel, transpose as _),
+            Unit::Portable => (portable::single as Kernel, transpose as _),
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let (kernel, transpose) = (portable::single as Kernel, transpose as _);
+        Engine { format, kernel, transpose }
+    }
+
+    /// `to[c * stride + r] = from[r][c]`
+    pub(super) fn transpose(&self, from: &[[u32; 16]; 16], to: &mut [u32], stride: usize) {
+        // SAFETY: `new` checked that the processor has the instructions.
+        unsafe { (self.transpose)(from, to, stride) }
+    }
+}
+
+/// The plain transposition.
+fn transpose(from: &[[u32; 16]; 16], to: &mut [u32], stride: usize) {
+    for (r, row) in from.iter().enumerate() {
+        row.iter().enumerate().for_each(|(c, &cell)| to[c * stride + r] = cell);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_transposition_transposes() {
+        let from: [[u32; 16]; 16] =
+            std::array::from_fn(|r| std::array::from_fn(|c| (r * 16 + c) as u32));
+        for unit in Unit::ALL.into_iter().filter(|unit| unit.is_available()) {
+            let mut to = vec![u32::MAX; 15 * 19 + 16];
+            Engine::new(Precision::F32, unit).transpose(&from, &mut to, 19);
+            for (c, line) in to.chunks(19).enumerate() {
+                for (r, &cell) in line.iter().enumerate() {
+                    assert_eq!(cell, if r < 16 { from[r][c] } else { u32::MAX }, "{unit:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Products of matrices on the processor: f32, or bf16 with f32 sums.
+//!
+//! `out = a · b (+ bias) (+ out or residual)`, each operand row-major or transposed, f32 or bf16, the
+//! right one possibly packed beforehand. An element of the result has the same bits on any number of
+//! threads and whatever other rows and columns are computed with it: the inner dimension is summed in
+//! an order that depends on its length alone.
+//!
+//! Kernels multiply packed panels (Goto and van de Geijn 2008). Reading order: [`view`], then `cell`
+//! and `tile` for what a kernel sees, `avx512` for a kernel, `pack`, and `drive` for the loops around
+//! them; `engine` picks the kernel, `split` the blocks and the tasks.
+//!
+//! With bf16, processors with `vdpbf16ps` treat denormal operands as zero.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod cell;
+mod drive;
+mod engine;
+mod pack;
+mod packed;
+mod portable;
+mod scratch;
+mod split;
+mod tile;
+mod view;
+
+use half::bf16;
+
+use drive::{Job, Right};
+use engine::Engine;
+use tile::Place;
+
+pub use engine::{Precision, Unit};
+pub use packed::PackedB;
+pub use view::{Operand, View, ViewMut};
+
+/// An element of a result: f32 or bf16.
+pub trait Output: Copy + Send + Sync + sealed::Place {}
+
+impl Output for f32 {}
+impl Output for bf16 {}
+
+mod sealed {
+    use super::{bf16, tile};
+
+    pub trait Place: Sized {
+        #[expect(private_interfaces, reason = "nobody outside can name or call it")]
+        fn place(start: *mut Self, stride: usize) -> tile::Place;
+    }
+
+    impl Place for f32 {
+        #[expect(private_interfaces, reason = "as above")]
+        fn place(start: *mut f32, stride: usize) -> tile::Place {
+            tile::Place::Single(start, stride)
+        }
+    }
+
+    impl Place for bf16 {
+        #[expect(private_interfaces, reason = "as above")]
+        fn place(start: *mut bf16, stride: usize) -> tile::Place {
+            tile::Place::Bf16(start, stride)
+        }
+    }
+}
+
+/// What is added to a product before it is rounded to the type of the result.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Onto<'a, O> {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// What the result held before.
+    Result,
+    /// Another matrix of the result's shape; not transposed.
+    Residual(View<'a, O>),
+}
+
+/// How to multiply: `Gemm::new(Precision::F32).bias(&b).multiply(out, x, w.t())`.
+#[derive(Debug, Clone, Copy)]
+pub struct Gemm<'a, O> {
+    precision: Precision,
+    unit: Unit,
+    parallel: bool,
+    bias: Option<&'a [f32]>,
+    onto: Onto<'a, O>,
+}
+
+impl<'a, O: Output> Gemm<'a, O> {
+    /// A product that overwrites the result, on all threads of the current rayon pool.
+    pub fn new(precision: Precision) -> Self {
+        let unit = Unit::best();
+        Gemm { precision, unit, parallel: true, bias: None, onto: Onto::Nothing }
+    }
+
+    /// On this thread alone.
+    pub fn serial(self) -> Self {
+        Gemm { parallel: false, ..self }
+    }
+
+    /// By the kernels of a given unit instead of the best.
+    pub fn unit(self, unit: Unit) -> Self {
+        Gemm { unit, ..self }
+    }
+
+    /// Adds `bias[j]` to column `j`.
+    pub fn bias(self, bias: &'a [f32]) -> Self {
+        Gemm { bias: Some(bias), ..self }
+    }
+
+    /// Adds what the result held before.
+    pub fn accumulate(self) -> Self {
+        Gemm { onto: Onto::Result, ..self }
+    }
+
+    /// Adds another matrix.
+    pub fn onto(self, onto: Onto<'a, O>) -> Self {
+        Gemm { onto, ..self }
+    }
+
+    /// `out = a · b`, with what was asked to be added: a `[m, k]`, b `[k, n]`, out `[m, n]`.
+    ///
+    /// # Panics
+    /// If shapes do not fit, or the unit is not one of this processor.
+    pub fn multiply<'b>(
+        &self,
+        out: ViewMut<'_, O>,
+        a: impl Into<Operand<'b>>,
+        b: impl Into<Operand<'b>>,
+    ) {
+        self.run(out, a.into(), Right::Plain(b.into()));
+    }
+
+    /// [`multiply`](Gemm::multiply) with a right operand packed beforehand.
+    ///
+    /// # Panics
+    /// If shapes do not fit, or `b` was packed for another precision or unit.
+    pub fn multiply_packed<'b>(
+        &self,
+        out: ViewMut<'_, O>,
+        a: impl Into<Operand<'b>>,
+        b: &'b PackedB,
+    ) {
+        self.run(out, a.into(), Right::Packed(b));
+    }
+
+    fn run(&self, out: ViewMut<'_, O>, left: Operand<'_>, right: Right<'_>) {
+        let engine = Engine::new(self.precision, self.unit);
+        let (m, k) = left.shape();
+        let (inner, n) = match right {
+            Right::Plain(right) => right.shape(),
+            Right::Packed(right) => {
+                assert_eq!(right.format(), engine.format, "packed for another kernel");
+                right.shape()
+            }
+        };
+        assert_eq!(inner, k, "inner dimension of [{m}, {k}] by [{inner}, {n}]");
+        assert_eq!((out.rows, out.cols), (m, n), "result of [{m}, {k}] by [{k}, {n}]");
+        assert!(self.bias.is_none_or(|bias| bias.len() == n), "bias of {n} columns");
+        if m == 0 || n == 0 {
+            return;
+        }
+        let place = O::place(out.data.as_mut_ptr(), out.stride);
+        let onto = match self.onto {
+            Onto::Nothing => Place::Nowhere,
+            Onto::Result => place,
+            Onto::Residual(residual) => {
+                assert!(!residual.is_transposed(), "a transposed residual");
+                assert_eq!((residual.rows(), residual.cols()), (m, n), "residual");
+                O::place(residual.as_ptr().cast_mut(), residual.stride())
+            }
+        };
+        let bias = self.bias;
+        let job = Job { engine, m, n, k, left, right, bias, onto, out: place };
+        let threads = if self.parallel { rayon::current_num_threads() } else { 1 };
+        // SAFETY: the views own or borrow every element of their shapes, `out` mutably, so that
+        // nothing else touches it; `onto` is only read.
+        unsafe { job.run(threads) };
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,266 @@
+//! Packing: operands copied into the order in which kernels read them.
+//!
+//! The right operand becomes panels of 64 columns, `[step][column]`, so that a kernel reads it as one
+//! stream. The left operand is read in place where its rows lie along the inner dimension; otherwise
+//! it becomes groups of six rows, `[step][row]`.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use pulp::{Arch, NullaryFnOnce};
+
+use super::cell::{
+    Cells, Element, Format, Pairs, Rounded, Single, cells_across, cells_along, sixteen_cells,
+};
+use super::engine::Engine;
+use super::tile::{Left, MR, NR};
+use super::view::{Operand, View};
+
+/// Runs `$pack` for the types that an operand and a format stand for, compiled for the vector unit.
+///
+/// Not as a closure: the compiler declines to inline a large one, and it is then left behind in the
+/// instructions that every processor has.
+macro_rules! with_types {
+    ($operand:expr, $format:expr, $pack:ident { $($field:ident),* }) => {
+        match ($operand, $format) {
+            (&Operand::F32(view), Format::Single) => {
+                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Single>, $($field),* })
+            }
+            (&Operand::F32(view), Format::Rounded) => {
+                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Rounded>, $($field),* })
+            }
+            (&Operand::F32(view), Format::Pairs) => {
+                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Pairs>, $($field),* })
+            }
+            // bf16 has nothing left to round.
+            (&Operand::Bf16(view), Format::Single | Format::Rounded) => {
+                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Single>, $($field),* })
+            }
+            (&Operand::Bf16(view), Format::Pairs) => {
+                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Pairs>, $($field),* })
+            }
+        }
+    };
+}
+
+/// Packs up to 64 columns of a right operand `[k, n]` for the elements `inner` of its inner dimension.
+/// Columns past the last are zero up to a multiple of 16, the width of the widest vector.
+pub(super) fn pack_panel(
+    engine: &Engine,
+    right: &Operand<'_>,
+    inner: Range<usize>,
+    columns: Range<usize>,
+    panel: &mut [u32],
+) {
+    with_types!(right, engine.format, PackPanel { engine, inner, columns, panel });
+}
+
+/// The arguments of [`pack_panel`] and the types to pack.
+struct PackPanel<'a, T, C> {
+    view: View<'a, T>,
+    cells_as: PhantomData<C>,
+    engine: &'a Engine,
+    inner: Range<usize>,
+    columns: Range<usize>,
+    panel: &'a mut [u32],
+}
+
+impl<T: Element, C: Cells> NullaryFnOnce for PackPanel<'_, T, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        if self.view.is_transposed() {
+            self.along();
+        } else {
+            self.across();
+        }
+    }
+}
+
+impl<T: Element, C: Cells> PackPanel<'_, T, C> {
+    /// From lines across the inner dimension: one line, or two, become one step.
+    #[inline(always)]
+    fn across(self) {
+        let PackPanel { view, inner, columns, panel, .. } = self;
+        let len = columns.len();
+        for (step, cells) in panel.chunks_exact_mut(NR).enumerate() {
+            let k = inner.start + step * C::GROUP;
+            let pair = Pair::new(&view, k, inner.end, columns.clone());
+            if len == NR {
+                pair.cells::<C>(cells);
+            } else {
+                pair.cells::<C>(&mut cells[..len]);
+                cells[len..len.next_multiple_of(16)].fill(0);
+            }
+        }
+    }
+
+    /// From lines along the inner dimension: 16 cells of 16 lines at a time.
+    #[inline(always)]
+    fn along(self) {
+        let PackPanel { view, engine, inner, columns, panel, .. } = self;
+        let mut block = [[0; 16]; 16];
+        for first in (0..columns.len()).step_by(16) {
+            let lines: [&[T]; 16] = std::array::from_fn(|i| {
+                let column = columns.start + first + i;
+                let exists = column < columns.end;
+                if exists { view.line(column, inner.start, inner.end) } else { &[] }
+            });
+            for (i, to) in panel.chunks_mut(16 * NR).enumerate() {
+                let from = i * 16 * C::GROUP;
+                for column in 0..16 {
+                    let (line, cells) = (lines[column], &mut block[column]);
+                    if let Some(line) = line.get(from..from + 16 * C::GROUP) {
+                        sixteen_cells::<T, C>(line, cells);
+                    } else {
+                        cells.fill(0);
+                        cells_along::<T, C>(line.get(from..).unwrap_or_default(), cells);
+                    }
+                }
+                if to.len() == 16 * NR {
+                    engine.transpose(&block, &mut to[first..], NR);
+                } else {
+                    for (step, to) in to.chunks_exact_mut(NR).enumerate() {
+                        (0..16).for_each(|column| to[first + column] = block[column][step]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The lines of one step; the second is absent past the end, and where a cell is not a pair.
+struct Pair<'a, T> {
+    first: &'a [T],
+    second: Option<&'a [T]>,
+}
+
+impl<'a, T: Element> Pair<'a, T> {
+    #[inline(always)]
+    fn new(view: &View<'a, T>, k: usize, end: usize, outer: Range<usize>) -> Self {
+        let second = (k + 1 < end).then(|| view.line(k + 1, outer.start, outer.end));
+        Pair { first: view.line(k, outer.start, outer.end), second }
+    }
+
+    #[inline(always)]
+    fn cells<C: Cells>(&self, cells: &mut [u32]) {
+        cells_across::<T, C>(self.first, self.second.filter(|_| C::GROUP == 2), cells);
+    }
+}
+
+/// Cells of a packed group of six rows. The two at the end are not read: groups are written eight cells
+/// at a time, each write over the end of the one before.
+pub(super) fn group_cells(steps: usize) -> usize {
+    MR * steps + WRITE - MR
+}
+
+/// Cells that are written at once, a vector of every unit.
+const WRITE: usize = 8;
+
+/// Packs rows of a left operand `[m, k]` for the elements `inner` of its inner dimension, padded with
+/// zeros to a multiple of six rows, in groups of six that are [`group_cells`] long.
+pub(super) fn pack_rows(
+    engine: &Engine,
+    left: &Operand<'_>,
+    rows: Range<usize>,
+    inner: Range<usize>,
+    cells: &mut [u32],
+) -> Left {
+    let start = cells.as_ptr().cast();
+    let steps = inner.len().div_ceil(engine.format.group());
+    let transposed = match left {
+        Operand::F32(x) => x.is_transposed(),
+        Operand::Bf16(x) => x.is_transposed(),
+    };
+    if !rows.is_empty() && steps > 0 {
+        with_types!(left, engine.format, PackRows { rows, inner, cells });
+    }
+    match transposed {
+        true => Left { start, row: 4, step: 4 * MR },
+        false => Left { start, row: 4 * steps, step: 4 },
+    }
+}
+
+/// The arguments of [`pack_rows`] and the types to pack.
+struct PackRows<'a, T, C> {
+    view: View<'a, T>,
+    cells_as: PhantomData<C>,
+    rows: Range<usize>,
+    inner: Range<usize>,
+    cells: &'a mut [u32],
+}
+
+impl<T: Element, C: Cells> NullaryFnOnce for PackRows<'_, T, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        if self.view.is_transposed() {
+            self.across();
+        } else {
+            self.along();
+        }
+    }
+}
+
+impl<T: Element, C: Cells> PackRows<'_, T, C> {
+    /// From lines along the inner dimension, which stay lines.
+    #[inline(always)]
+    fn along(self) {
+        let PackRows { view, rows, inner, cells, .. } = self;
+        let steps = inner.len().div_ceil(C::GROUP);
+        for (group, cells) in cells.chunks_exact_mut(group_cells(steps)).enumerate() {
+            for (i, cells) in cells.chunks_exact_mut(steps).take(MR).enumerate() {
+                let row = rows.start + group * MR + i;
+                if row < rows.end {
+                    cells_along::<T, C>(view.line(row, inner.start, inner.end), cells);
+                } else {
+                    cells.fill(0);
+                }
+            }
+        }
+    }
+
+    /// From lines across the inner dimension: 16 steps of 96 rows are converted, then dealt out to
+    /// their groups.
+    #[inline(always)]
+    fn across(self) {
+        /// A multiple of six and of the vector width.
+        const ROWS: usize = 96;
+        const STEPS: usize = 16;
+        let PackRows { view, rows, inner, cells, .. } = self;
+        let steps = inner.len().div_ceil(C::GROUP);
+        let group_len = group_cells(steps);
+        // The last write of a line reaches two cells further.
+        let mut lines = [[0; ROWS + 16]; STEPS];
+        for (part, cells) in cells.chunks_mut(ROWS / MR * group_len).enumerate() {
+            let from = rows.start + part * ROWS;
+            let outer = from..(from + ROWS).min(rows.end);
+            let len = outer.len();
+            for step in (0..steps).step_by(STEPS) {
+                let count = STEPS.min(steps - step);
+                for (i, line) in lines[..count].iter_mut().enumerate() {
+                    let k = inner.start + (step + i) * C::GROUP;
+                    let pair = Pair::new(&view, k, inner.end, outer.clone());
+                    if len == ROWS {
+                        pair.cells::<C>(&mut line[..ROWS]);
+                    } else {
+                        pair.cells::<C>(&mut line[..len]);
+                        line[len..].fill(0);
+                    }
+                }
+                for (group, cells) in cells.chunks_exact_mut(group_len).enumerate() {
+                    let cells = &mut cells[step * MR..(step + count) * MR + WRITE - MR];
+                    for (i, line) in lines[..count].iter().enumerate() {
+                        let from = line[group * MR..].first_chunk::<WRITE>();
+                        let to = cells[i * MR..].first_chunk_mut::<WRITE>();
+                        if let (Some(to), Some(from)) = (to, from) {
+                            *to = *from;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
