@@ -168,13 +168,15 @@ fn agree(one: Way, other: Way, bound: f32) {
 #[test]
 fn gradients_do_not_depend_on_the_chunks() {
     for adapter in [false, true] {
-        let way = |chunking| Way { chunking, adapter, last_block_at_pooled_rows: false };
-        for chunking in [
-            Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN },
-            Chunking { max_tokens: 50, kept_tokens: 0, ..PLAIN },
-            Chunking { max_sequences: 2, kept_tokens: 90, ..PLAIN },
-        ] {
-            agree(way(PLAIN), way(chunking), 1e-6);
+        for last_block_at_pooled_rows in [false, true] {
+            let way = |chunking| Way { chunking, adapter, last_block_at_pooled_rows };
+            for chunking in [
+                Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN },
+                Chunking { max_tokens: 50, kept_tokens: 0, ..PLAIN },
+                Chunking { max_sequences: 2, kept_tokens: 90, ..PLAIN },
+            ] {
+                agree(way(PLAIN), way(chunking), 1e-6);
+            }
         }
     }
 }
