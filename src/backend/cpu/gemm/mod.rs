@@ -5,7 +5,7 @@
 //! threads and whatever other rows and columns are computed with it: the inner dimension is summed in
 //! an order that depends on its length alone.
 //!
-//! Kernels multiply packed panels (Goto and van de Geijn 2008). Reading order: [`view`], then `cell`
+//! Kernels multiply packed panels (Goto and van de Geijn 2008). Reading order: `view`, then `cell`
 //! and `tile` for what a kernel sees, `avx512` for a kernel, `pack`, and `drive` for the loops around
 //! them; `engine` picks the kernel, `split` the blocks and the tasks.
 //!
