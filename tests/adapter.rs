@@ -55,7 +55,7 @@ fn training_changes_the_adapter_and_nothing_else() {
     let base = weights(&model);
 
     let mut optimizer =
-        AdamW::new(model.backend(), model.decoder(), AdamWConfig::default()).unwrap();
+        AdamW::new(model.backend(), model.decoder_mut(), AdamWConfig::default()).unwrap();
     let losses: Vec<f32> = (0..8).map(|_| step(&mut model, &mut optimizer)).collect();
     assert!(losses[7] < losses[0], "{losses:?}");
     let changed = vectors(&model).iter().zip(&before).any(|(a, b)| (a - b).abs() > 1e-3);
@@ -68,7 +68,7 @@ fn saved_merged_and_loaded_it_gives_the_same_vectors() {
     let mut trained = model();
     trained.attach_new_adapter(&config(0.1), 7).unwrap();
     let mut optimizer =
-        AdamW::new(trained.backend(), trained.decoder(), AdamWConfig::default()).unwrap();
+        AdamW::new(trained.backend(), trained.decoder_mut(), AdamWConfig::default()).unwrap();
     for at in 0..3 {
         trained.set_dropout(1, at);
         step(&mut trained, &mut optimizer);

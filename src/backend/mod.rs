@@ -4,10 +4,16 @@
 //! above this module reads an element of one inside a training step. What a step produces for
 //! people (a loss, a norm) stays on the device until [`Backend::download`] asks for it.
 //!
-//! Every matrix is row-major `[rows, cols]`, f32. `T` is the number of tokens in a packed batch,
+//! Every matrix is row-major `[rows, cols]`. `T` is the number of tokens in a packed batch,
 //! `S` the number of its sequences, `d` the hidden size, `H` and `KV` the query and key/value
 //! heads, `hd` the head size. Shapes that do not fit are mistakes of the caller and panic; what a
 //! user can cause (no memory, a lost device) is an [`Error`](crate::Error).
+//!
+//! Elements are f32, or bf16 where a model computes in mixed precision: then activations and their
+//! gradients are bf16; the residual stream and its gradient, the vectors, the loss, whatever learns,
+//! its gradient and its moments stay f32. What an operation reads it widens, what it sums it sums in
+//! f32, and it rounds once, where it writes. A result has the type of the input it is the like of;
+//! where that is not plain, the operation says so.
 //!
 //! Backward functions take `onto: Option<Tensor>`: a gradient that has already reached the same
 //! input another way (a residual, a second projection). It is consumed, added to and returned.
@@ -17,17 +23,49 @@
 
 pub mod conformance;
 mod cpu;
+mod memory;
 
 pub use cpu::{Cpu, gemm};
+pub use memory::Space;
 
 use crate::Result;
 
-/// The shape of a matrix on a device.
+/// The type of a matrix's elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// Single precision, 4 bytes.
+    F32,
+    /// bfloat16: f32 with 8 bits of mantissa instead of 24, 2 bytes.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Dtype::F32 => "f32",
+            Dtype::Bf16 => "bf16",
+        })
+    }
+}
+
+/// The shape of a matrix on a device, and the type of its elements.
 pub trait Shape {
     /// Number of rows.
     fn rows(&self) -> usize;
     /// Number of columns.
     fn cols(&self) -> usize;
+    /// Type of the elements.
+    fn dtype(&self) -> Dtype;
     /// `(rows, cols)`.
     fn shape(&self) -> (usize, usize) {
         (self.rows(), self.cols())
@@ -99,7 +137,7 @@ pub struct DropoutKey {
 pub struct Attended<B: Backend> {
     /// The weighted values. `[rows of q, H · hd]`
     pub out: B::Tensor,
-    /// Log of the sum of exponentials of each query's scaled scores. `[rows of q, H]`
+    /// Log of the sum of exponentials of each query's scaled scores. `[rows of q, H]`, f32
     pub log_sum_exp: B::Tensor,
 }
 
@@ -123,7 +161,7 @@ pub struct AdamWStep {
 
 /// A device: its buffers and the operations of an embedding model on them.
 pub trait Backend: Clone + Send + Sync + 'static {
-    /// A row-major matrix of f32.
+    /// A row-major matrix of f32 or bf16.
     type Tensor: Shape + Send + Sync;
     /// A list of u32: token ids, row numbers, offsets, positions.
     type Index: Send + Sync;
@@ -133,23 +171,31 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     // ---- Buffers ------------------------------------------------------------------------------
 
-    /// A matrix of zeros.
+    /// A matrix of zeros, f32.
     fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
-    /// Copies `data` (`rows * cols` elements, row-major) to the device.
+    /// `x = 0`, in place.
+    fn clear(&self, x: &mut Self::Tensor) -> Result<()>;
+    /// Copies `data` (`rows * cols` elements, row-major) to the device, as f32.
     fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<Self::Tensor>;
     /// Copies a list of indices to the device.
     fn upload_index(&self, data: &[u32]) -> Result<Self::Index>;
-    /// Waits for the device and copies a matrix to the host.
+    /// Waits for the device and copies a matrix to the host, widened.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
     /// Rows `start..start + count` of `x`.
     fn slice_rows(&self, x: &Self::Tensor, start: usize, count: usize) -> Result<Self::Tensor>;
     /// The rows of all `parts`, end to end.
     fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor>;
 
+    /// `x` in another type, bf16 rounded to nearest, ties to even.
+    fn cast(&self, x: &Self::Tensor, to: Dtype) -> Result<Self::Tensor>;
+
     // ---- Products -----------------------------------------------------------------------------
+    //
+    // Precision is that of the left operand, x or dy: where it is bf16, so is the other one before
+    // it is multiplied. Weights may be of either type, biases and gradients of weights are f32.
 
     /// `x · wᵀ (+ bias) (+ residual)`: x `[n, in]`, w `[out, in]`, bias `[1, out]`, residual and
-    /// result `[n, out]`.
+    /// result `[n, out]`. The result has the type of the residual, or of x.
     fn linear(
         &self,
         x: &Self::Tensor,
@@ -164,7 +210,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
         w: &Self::Tensor,
         onto: Self::Tensor,
     ) -> Result<Self::Tensor>;
-    /// Gradient of [`linear`](Backend::linear) by its input: `dy · w (+ onto)`. `[n, in]`
+    /// Gradient of [`linear`](Backend::linear) by its input: `dy · w (+ onto)`, of the type of onto,
+    /// or of dy. `[n, in]`
     fn linear_input_grad(
         &self,
         dy: &Self::Tensor,
@@ -205,15 +252,18 @@ pub trait Backend: Clone + Send + Sync + 'static {
     // ---- Norms --------------------------------------------------------------------------------
 
     /// `y = x / rms(x) · w` with `rms = sqrt(mean(x²) + eps)`, over each group of `w.cols()` columns
-    /// (a whole row, or one head of it). w `[1, g]`. Returns y and `1 / rms` `[n, cols / g]`.
+    /// (a whole row, or one head of it). w `[1, g]`, f32. Returns y in the type `to`, and `1 / rms`
+    /// `[n, cols / g]`, f32.
     fn rms_norm(
         &self,
         x: &Self::Tensor,
         w: &Self::Tensor,
         eps: f32,
+        to: Dtype,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
     /// Gradients of [`rms_norm`](Backend::rms_norm), with `x̂ = x · inv_rms`:
-    /// `dx = inv_rms · (dy∘w − x̂ · mean(dy∘w∘x̂)) (+ onto)` and `dw += Σ_rows dy∘x̂`.
+    /// `dx = inv_rms · (dy∘w − x̂ · mean(dy∘w∘x̂)) (+ onto)`, of the type of x, and
+    /// `dw += Σ_rows dy∘x̂`.
     fn rms_norm_backward(
         &self,
         dy: &Self::Tensor,
@@ -223,7 +273,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dw: Option<&mut Self::Tensor>,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// `y = x / max(‖x‖₂, 1e-12)` row by row. Returns y and the reciprocal `[n, 1]`.
+    /// `y = x / max(‖x‖₂, 1e-12)` row by row, f32. Returns y and the reciprocal `[n, 1]`.
     fn normalize(&self, x: &Self::Tensor) -> Result<(Self::Tensor, Self::Tensor)>;
     /// Gradient of [`normalize`](Backend::normalize): `dx = (dy − y · (y·dy)) · inv_norm`.
     fn normalize_backward(

@@ -92,8 +92,10 @@ impl<B: Backend> BiEncoderModel<B> {
             let loader = Loader::new(base)?.with_recipe(self.recipe.clone());
             let mut reloaded = loader.load(self.backend.clone(), self.options)?;
             reloaded.attach_adapter(staging.path())?;
+            // What the folder answers in f32; only then may the base weights be rounded.
+            Probes::take(&reloaded)?.write(&staging)?;
+            reloaded.set_precision(self.precision())?;
             probes.check(&reloaded).map_err(|e| e.file(dir))?;
-            probes.write(&staging)?;
         }
         staging.commit()
     }

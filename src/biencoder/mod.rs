@@ -17,7 +17,7 @@ pub use output::{EncoderOutput, compute_similarity};
 pub use probes::Probes;
 pub use recipe::Recipe;
 
-use crate::backend::{Backend, Cpu, Shape};
+use crate::backend::{Backend, Cpu, Dtype, Shape};
 use crate::data::Batch;
 use crate::dist::{Collective, Solo};
 use crate::loss::InfoNce;
@@ -207,6 +207,21 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Draws the adapters' dropout of the following training passes for a step of a run.
     pub fn set_dropout(&mut self, seed: u64, step: u64) {
         self.dropout = Some(Dropout { seed, step });
+    }
+
+    /// Computes activations and their gradients in `precision`. In bf16, matrices that do not learn are
+    /// stored in bf16 as well, for good; whatever learns stays f32.
+    pub fn set_precision(&mut self, precision: Dtype) -> Result<()> {
+        self.decoder.set_activations(precision);
+        match precision {
+            Dtype::F32 => Ok(()),
+            Dtype::Bf16 => self.decoder.round_frozen_weights(&self.backend),
+        }
+    }
+
+    /// What activations are computed in.
+    pub fn precision(&self) -> Dtype {
+        self.decoder.activations()
     }
 
     /// The adapters that are attached, if any.

@@ -53,7 +53,7 @@ impl<B: Backend> Decoder<B> {
         value: &mut Values<'_, B>,
     ) -> Result<()> {
         config.check()?;
-        self.parameters_mut().for_each(Parameter::freeze);
+        self.freeze();
         let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
         for (module, (name, linear)) in (0..).zip(projections) {
             if !config.target_modules.iter().any(|target| target == name) {

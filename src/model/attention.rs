@@ -130,7 +130,7 @@ fn heads_forward<B: Backend>(
     let (projected, linear) = projection.forward(pass, x, None)?;
     let (mut rotated, normed) = match norm {
         Some(norm) => {
-            let (y, saved) = norm.forward(pass.backend, &projected)?;
+            let (y, saved) = norm.forward(pass.backend, &projected, pass.activations)?;
             (y, Some((projected, saved)))
         }
         None => (projected, None),

@@ -18,7 +18,7 @@ pub(crate) struct Block<B: Backend> {
 }
 
 /// What the backward pass of a layer needs. Tensors are `[T, d]` up to the attention and `[R, d]` from
-/// it on; R is T where the layer runs at all positions. What a norm gave is not kept: to compute it
+/// it on; R is T where the layer runs at all positions. The residual stream is f32. What a norm gave is not kept: to compute it
 /// again costs one pass over memory that keeping it would cost as well.
 pub(crate) struct SavedBlock<B: Backend> {
     /// Residual stream at the layer's entry.
@@ -47,7 +47,7 @@ impl<B: Backend> Block<B> {
         wanted: Option<&Wanted<'_, B>>,
     ) -> Result<(B::Tensor, SavedBlock<B>)> {
         let backend = pass.backend;
-        let (x_normed, _) = self.input_norm.forward(backend, &x)?;
+        let (x_normed, _) = self.input_norm.forward(backend, &x, pass.activations)?;
         let pick = |x: &B::Tensor| wanted.map(|w| backend.gather_rows(x, w.among)).transpose();
         let (asking, residual) = (pick(&x_normed)?, pick(&x)?);
         let (middle, attention) = self.attention.forward(
@@ -57,7 +57,8 @@ impl<B: Backend> Block<B> {
             residual.as_ref().unwrap_or(&x),
         )?;
         let pass = wanted.map_or(pass, |w| w.pass);
-        let (middle_normed, _) = self.post_attention_norm.forward(backend, &middle)?;
+        let (middle_normed, _) =
+            self.post_attention_norm.forward(backend, &middle, pass.activations)?;
         let (y, mlp) = self.mlp.forward(pass, &middle_normed, &middle)?;
         Ok((y, SavedBlock { x, attention, middle, mlp }))
     }
@@ -73,14 +74,18 @@ impl<B: Backend> Block<B> {
     ) -> Result<B::Tensor> {
         let backend = pass.backend;
         let at = wanted.map_or(pass, |w| w.pass);
-        let (normed, norm) = self.post_attention_norm.forward(backend, &saved.middle)?;
-        let dnormed = self.mlp.backward(at, &dy, &normed, saved.mlp)?;
+        let to = pass.activations;
+        let (normed, norm) = self.post_attention_norm.forward(backend, &saved.middle, to)?;
+        let dnormed = self.mlp.backward(at, &*at.activation(&dy)?, &normed, saved.mlp)?;
         let dmiddle =
             self.post_attention_norm.backward(backend, &dnormed, &saved.middle, &norm, Some(dy))?;
-        let (normed, norm) = self.input_norm.forward(backend, &saved.x)?;
+        let (normed, norm) = self.input_norm.forward(backend, &saved.x, to)?;
         let picked = wanted.map(|w| backend.gather_rows(&normed, w.among)).transpose()?;
         let asking = ask(pass, &normed, picked.as_ref(), wanted);
-        let dnormed = self.attention.backward(pass, &dmiddle, &normed, &asking, saved.attention)?;
+        let dnormed = {
+            let dmiddle = pass.activation(&dmiddle)?;
+            self.attention.backward(pass, &dmiddle, &normed, &asking, saved.attention)?
+        };
         let dresidual = match wanted {
             None => dmiddle,
             Some(wanted) => {

@@ -11,7 +11,7 @@ use super::parameter::Parameter;
 use super::pass::{Dropout, Pass};
 use super::rope::Rope;
 use crate::Result;
-use crate::backend::{AttentionShape, Backend};
+use crate::backend::{AttentionShape, Backend, Dtype, Shape};
 
 /// A decoder without its language-model head: token ids in, hidden states out.
 pub struct Decoder<B: Backend> {
@@ -21,6 +21,7 @@ pub struct Decoder<B: Backend> {
     norm: RmsNorm<B>,
     rope: Rope<B>,
     last_block_at_pooled_rows: bool,
+    activations: Dtype,
 }
 
 /// What the backward pass of the decoder needs.
@@ -48,7 +49,16 @@ impl<B: Backend> Decoder<B> {
         let norm = builder.norm("norm", config.hidden_size)?;
         let rope = Rope::new(config.inverse_frequencies());
         let last_block_at_pooled_rows = true;
-        Ok(Decoder { config, embed_tokens, blocks, norm, rope, last_block_at_pooled_rows })
+        let activations = Dtype::F32;
+        Ok(Decoder {
+            config,
+            embed_tokens,
+            blocks,
+            norm,
+            rope,
+            last_block_at_pooled_rows,
+            activations,
+        })
     }
 
     /// The names and file shapes of all parameters of a `config`, in the order of `parameters`.
@@ -98,10 +108,14 @@ impl<B: Backend> Decoder<B> {
         keep: &mut dyn FnMut(SavedBlock<B>),
     ) -> Result<(B::Tensor, B::Tensor, SavedNorm<B>)> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
-        let pass = Pass { backend, rows: &input.all, rope: &rope, dropout };
+        let activations = self.activations;
+        let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let wanted = Wanted { pass: &pooled_pass, among: &input.pooled_rows };
         let mut x = backend.gather_rows(self.embed_tokens.value(), &input.ids)?;
+        if x.dtype() != Dtype::F32 {
+            x = backend.cast(&x, Dtype::F32)?; // the residual stream, from a frozen table
+        }
         for (layer, block) in self.blocks.iter().enumerate() {
             let wanted = self.ends_at_pooled_rows(layer).then_some(&wanted);
             let (y, saved) = block.forward(&pass, x, wanted)?;
@@ -112,7 +126,7 @@ impl<B: Backend> Decoder<B> {
             true => x,
             false => backend.gather_rows(&x, &input.pooled_rows)?,
         };
-        let (hidden, norm) = self.norm.forward(backend, &pooled)?;
+        let (hidden, norm) = self.norm.forward(backend, &pooled, Dtype::F32)?;
         Ok((hidden, pooled, norm))
     }
 
@@ -126,7 +140,8 @@ impl<B: Backend> Decoder<B> {
         saved: SavedDecoder<B>,
     ) -> Result<()> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
-        let pass = Pass { backend, rows: &input.all, rope: &rope, dropout: saved.dropout };
+        let (activations, dropout) = (self.activations, saved.dropout);
+        let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let wanted = Wanted { pass: &pooled_pass, among: &input.pooled_rows };
         let mut dx = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
@@ -150,6 +165,29 @@ impl<B: Backend> Decoder<B> {
     /// rounding.
     pub fn set_last_block_at_pooled_rows(&mut self, on: bool) {
         self.last_block_at_pooled_rows = on;
+    }
+
+    /// The type of activations and their gradients; f32 unless set. In bf16, products multiply bf16 and
+    /// sum f32; the residual stream, what learns, and the result stay f32.
+    pub fn set_activations(&mut self, dtype: Dtype) {
+        self.activations = dtype;
+    }
+
+    /// The type of activations and their gradients.
+    pub fn activations(&self) -> Dtype {
+        self.activations
+    }
+
+    /// Stops all parameters from learning, for a model that only encodes.
+    pub fn freeze(&mut self) {
+        self.parameters_mut().for_each(Parameter::freeze);
+    }
+
+    /// Stores every frozen matrix as bf16, half the memory. Exact where it came from a bf16 file.
+    pub(crate) fn round_frozen_weights(&mut self, backend: &B) -> Result<()> {
+        self.parameters_mut()
+            .filter(|p| !p.is_trainable() && p.shape().len() == 2)
+            .try_for_each(|p| p.round(backend))
     }
 
     fn ends_at_pooled_rows(&self, layer: usize) -> bool {

@@ -2,7 +2,7 @@
 
 use super::parameter::Parameter;
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, Dtype};
 
 /// Weight `[g]`; normalises rows in groups of g columns (whole rows, or heads).
 pub(crate) struct RmsNorm<B: Backend> {
@@ -16,9 +16,14 @@ pub(crate) struct SavedNorm<B: Backend> {
 }
 
 impl<B: Backend> RmsNorm<B> {
-    /// `y = x / rms(x) · w`
-    pub(crate) fn forward(&self, backend: &B, x: &B::Tensor) -> Result<(B::Tensor, SavedNorm<B>)> {
-        let (y, inv_rms) = backend.rms_norm(x, self.weight.value(), self.eps)?;
+    /// `y = x / rms(x) · w`, in the type `to`.
+    pub(crate) fn forward(
+        &self,
+        backend: &B,
+        x: &B::Tensor,
+        to: Dtype,
+    ) -> Result<(B::Tensor, SavedNorm<B>)> {
+        let (y, inv_rms) = backend.rms_norm(x, self.weight.value(), self.eps, to)?;
         Ok((y, SavedNorm { inv_rms }))
     }
 

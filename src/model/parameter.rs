@@ -1,6 +1,6 @@
 //! A trainable matrix: its name in the model's files, its value and its gradient.
 
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Dtype, Shape};
 use crate::{Error, ErrorKind, Result};
 
 /// A weight of the model, with the gradient that backward passes add up in it.
@@ -12,7 +12,7 @@ pub struct Parameter<B: Backend> {
     value: B::Tensor,
     /// Whether it learns. A frozen parameter has no gradient and no optimizer state.
     trainable: bool,
-    /// Allocated by the first backward pass.
+    /// Allocated once, before the first step where there is an optimizer.
     grad: Option<B::Tensor>,
     /// Whether a backward pass has reached this parameter since the gradients were last cleared.
     reached: bool,
@@ -83,13 +83,34 @@ impl<B: Backend> Parameter<B> {
         }
         let grad = match self.grad.take() {
             Some(grad) if self.reached => grad,
-            stale => {
-                drop(stale); // its buffer is the one that `zeros` hands out again
-                backend.zeros(self.value.rows(), self.value.cols())?
+            Some(mut stale) => {
+                backend.clear(&mut stale)?;
+                stale
             }
+            None => backend.zeros(self.value.rows(), self.value.cols())?,
         };
         self.reached = true;
         Ok((&self.value, Some(self.grad.insert(grad))))
+    }
+
+    /// Allocates the gradient, so that it does not come to lie among activations.
+    pub(crate) fn reserve_grad(&mut self, backend: &B) -> Result<()> {
+        if self.trainable && self.grad.is_none() {
+            self.grad = Some(backend.zeros(self.value.rows(), self.value.cols())?);
+        }
+        Ok(())
+    }
+
+    /// Gives the gradient's memory back.
+    pub(crate) fn drop_grad(&mut self) {
+        self.grad = None;
+        self.reached = false;
+    }
+
+    /// Stores the value as bf16.
+    pub(crate) fn round(&mut self, backend: &B) -> Result<()> {
+        self.value = backend.cast(&self.value, Dtype::Bf16)?;
+        Ok(())
     }
 
     /// The value to change and the gradient to read, for an optimizer.

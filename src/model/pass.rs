@@ -1,13 +1,45 @@
 //! What every layer of one pass through the model has in common.
 
-use crate::backend::{Backend, DropoutKey, Layout, RopeTable};
+use std::ops::Deref;
 
-/// The device, the rows that go through, their angles, and what adapters drop of their input.
+use crate::Result;
+use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, Shape};
+
+/// The device, the rows that go through, their angles, the type of activations, and what adapters drop
+/// of their input.
 pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) backend: &'a B,
     pub(crate) rows: &'a Rows<B>,
     pub(crate) rope: &'a RopeTable<B>,
+    pub(crate) activations: Dtype,
     pub(crate) dropout: Option<Dropout>,
+}
+
+impl<B: Backend> Pass<'_, B> {
+    /// `x` as products take it: rounded where the pass computes in bf16.
+    pub(crate) fn activation<'t>(&self, x: &'t B::Tensor) -> Result<Activation<'t, B>> {
+        match x.dtype() == self.activations {
+            true => Ok(Activation::Same(x)),
+            false => Ok(Activation::Rounded(self.backend.cast(x, self.activations)?)),
+        }
+    }
+}
+
+/// A matrix, or its copy in the type of the activations.
+pub(crate) enum Activation<'t, B: Backend> {
+    Same(&'t B::Tensor),
+    Rounded(B::Tensor),
+}
+
+impl<B: Backend> Deref for Activation<'_, B> {
+    type Target = B::Tensor;
+
+    fn deref(&self) -> &B::Tensor {
+        match self {
+            Activation::Same(x) => x,
+            Activation::Rounded(x) => x,
+        }
+    }
 }
 
 /// Some or all tokens of a packed batch: the rows of a matrix.

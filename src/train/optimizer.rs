@@ -72,12 +72,13 @@ pub struct AdamW<B: Backend> {
 }
 
 impl<B: Backend> AdamW<B> {
-    /// Moments of zero for every parameter of `decoder` that learns.
+    /// Moments of zero for every parameter of `decoder` that learns, and memory for their gradients.
     ///
     /// # Errors
     /// When a setting is out of its range, or the device has no memory left.
-    pub fn new(backend: &B, decoder: &Decoder<B>, config: AdamWConfig) -> Result<Self> {
+    pub fn new(backend: &B, decoder: &mut Decoder<B>, config: AdamWConfig) -> Result<Self> {
         config.check()?;
+        decoder.parameters_mut().try_for_each(|parameter| parameter.reserve_grad(backend))?;
         let moments = decoder
             .trainable_parameters()
             .map(|parameter| {

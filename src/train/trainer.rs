@@ -107,7 +107,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         }
         model.set_max_lens(config.query_max_len, config.passage_max_len)?;
         let backend = model.backend().clone();
-        let optimizer = AdamW::new(&backend, model.decoder(), config.adamw)?;
+        let optimizer = AdamW::new(&backend, model.decoder_mut(), config.adamw)?;
         model.train();
         Ok(Trainer { model, dataset, config, sampler, optimizer, schedule, total_steps })
     }

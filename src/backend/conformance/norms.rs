@@ -4,7 +4,7 @@ use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, Dtype};
 
 /// `rms_norm`, `normalize` and their gradients.
 ///
@@ -53,7 +53,8 @@ fn rms_norm<B: Backend>(
     let w = suite.random(1, group);
     for eps in [1e-6f32, 1e-2] {
         let what = format!("[{rows}, {cols}] in groups of {group}, eps {eps}");
-        let (y, inv_rms) = suite.backend.rms_norm(&suite.tensor(&x)?, &suite.tensor(&w)?, eps)?;
+        let (y, inv_rms) =
+            suite.backend.rms_norm(&suite.tensor(&x)?, &suite.tensor(&w)?, eps, Dtype::F32)?;
         let (want_y, want_inv) = plain::rms_norm(&x, &w, f64::from(eps));
         suite.case("rms_norm").check(&what, &y, &want_y, bound(group).by_row())?;
         suite.check(&format!("1 / rms of {what}"), &inv_rms, &want_inv, bound(group).by_row())?;
@@ -74,7 +75,7 @@ fn rms_norm_backward<B: Backend>(
     let dy = suite.random(rows, cols);
     let (onto_x, onto_w) = (suite.random(rows, cols), suite.random(1, group));
     let [x_on, w_on, dy_on] = [suite.tensor(&x)?, suite.tensor(&w)?, suite.tensor(&dy)?];
-    let (_, inv_rms) = suite.backend.rms_norm(&x_on, &w_on, eps)?;
+    let (_, inv_rms) = suite.backend.rms_norm(&x_on, &w_on, eps, Dtype::F32)?;
     let y = |x: &Matrix, w: &Matrix| plain::rms_norm(x, w, f64::from(eps)).0;
     let (want_dx, want_dw) = plain::rms_norm_backward(&dy, &x, &w, f64::from(eps));
 

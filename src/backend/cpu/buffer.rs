@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::backend::Shape;
+use crate::backend::{Dtype, Shape};
 
 /// Buffers that no tensor uses, by capacity.
 ///
@@ -86,6 +86,10 @@ impl Shape for CpuTensor {
 
     fn cols(&self) -> usize {
         self.cols
+    }
+
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
     }
 }
 

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use buffer::CpuTensor;
 
 use super::{
-    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Layout, RopeTable, Shape, Turn,
+    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Layout, RopeTable, Shape, Turn,
 };
 use crate::Result;
 
@@ -65,6 +65,11 @@ impl Backend for Cpu {
         Ok(self.zeros_tensor(rows, cols))
     }
 
+    fn clear(&self, x: &mut CpuTensor) -> Result<()> {
+        x.as_mut_slice().fill(0.0);
+        Ok(())
+    }
+
     fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<CpuTensor> {
         assert_eq!(data.len(), rows * cols, "upload: elements");
         let mut x = self.unspecified(rows, cols);
@@ -96,6 +101,10 @@ impl Backend for Cpu {
             at += part.as_slice().len();
         }
         Ok(x)
+    }
+
+    fn cast(&self, x: &CpuTensor, _to: Dtype) -> Result<CpuTensor> {
+        self.slice_rows(x, 0, x.rows())
     }
 
     fn linear(
@@ -153,7 +162,13 @@ impl Backend for Cpu {
         Ok(rows::segment_mean_backward(self, dy, offsets, rows))
     }
 
-    fn rms_norm(&self, x: &CpuTensor, w: &CpuTensor, eps: f32) -> Result<(CpuTensor, CpuTensor)> {
+    fn rms_norm(
+        &self,
+        x: &CpuTensor,
+        w: &CpuTensor,
+        eps: f32,
+        _to: Dtype,
+    ) -> Result<(CpuTensor, CpuTensor)> {
         Ok(norms::rms_norm(self, x, w, eps))
     }
 
