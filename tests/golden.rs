@@ -209,7 +209,7 @@ fn adamw_steps() {
         let mut model = model(dir, true);
         let backend = model.backend().clone();
         let config = AdamWConfig { weight_decay: 0.01, ..AdamWConfig::default() };
-        let mut optimizer = AdamW::new(&backend, model.decoder(), config).unwrap();
+        let mut optimizer = AdamW::new(&backend, model.decoder_mut(), config).unwrap();
         let (shape, steps) = &golden["losses_and_grad_norms"];
         assert_eq!(shape[1], 2);
         for (step, want) in steps.chunks_exact(2).enumerate() {
