@@ -54,8 +54,8 @@ fn training_changes_the_adapter_and_nothing_else() {
     assert_eq!(vectors(&model), before, "a new adapter changes nothing");
     let base = weights(&model);
 
-    let mut optimizer =
-        AdamW::new(model.backend(), model.decoder_mut(), AdamWConfig::default()).unwrap();
+    let backend = model.backend().clone();
+    let mut optimizer = AdamW::new(&backend, model.decoder_mut(), AdamWConfig::default()).unwrap();
     let losses: Vec<f32> = (0..8).map(|_| step(&mut model, &mut optimizer)).collect();
     assert!(losses[7] < losses[0], "{losses:?}");
     let changed = vectors(&model).iter().zip(&before).any(|(a, b)| (a - b).abs() > 1e-3);
@@ -67,8 +67,9 @@ fn training_changes_the_adapter_and_nothing_else() {
 fn saved_merged_and_loaded_it_gives_the_same_vectors() {
     let mut trained = model();
     trained.attach_new_adapter(&config(0.1), 7).unwrap();
+    let backend = trained.backend().clone();
     let mut optimizer =
-        AdamW::new(trained.backend(), trained.decoder_mut(), AdamWConfig::default()).unwrap();
+        AdamW::new(&backend, trained.decoder_mut(), AdamWConfig::default()).unwrap();
     for at in 0..3 {
         trained.set_dropout(1, at);
         step(&mut trained, &mut optimizer);
