@@ -65,6 +65,11 @@ impl Space {
         self.taken
     }
 
+    /// Where the taken part ends now.
+    pub fn end(&self) -> usize {
+        self.end
+    }
+
     /// The highest end that the taken part has had, holes included: what has been touched.
     pub fn peak(&self) -> usize {
         self.peak

@@ -9,7 +9,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::gemm::{Gemm, Precision, View, ViewMut};
+use super::element::{Element, with_element};
+use super::gemm::{Gemm, Operand, View, ViewMut};
 use super::shared::SharedSlice;
 use super::vector::{dot, exp_scaled_sum, max, vectorised};
 use super::{Cpu, CpuTensor};
@@ -86,22 +87,31 @@ impl Plan<'_> {
     }
 
     /// `a · bᵀ` for the tile's rows of a query-side matrix a and a key-side matrix b, each with its
-    /// head's first column: raw scores from q and k, `dP` from dout and v. `[queries, keys]`
-    fn products(
+    /// head's first column: raw scores from q and k, `dP` from dout and v. `[queries, keys]`, f32
+    fn products<T: Element>(
         &self,
         tile: &Tile,
-        (a, a_at): (&CpuTensor, usize),
-        (b, b_at): (&CpuTensor, usize),
+        (a, a_at): (&[T], usize),
+        (b, b_at): (&[T], usize),
         out: &mut Vec<f32>,
     ) {
         let (m, n) = (tile.queries.len(), tile.keys.len());
         out.resize(m * n, 0.0);
-        let a = &a.as_slice()[tile.queries.start * self.q_cols() + a_at..];
-        let b = &b.as_slice()[tile.keys.start * self.kv_cols() + b_at..];
-        let head = self.shape.head_dim;
-        let a = View::strided(a, (m, head), self.q_cols());
-        let b = View::strided(b, (n, head), self.kv_cols());
-        product().multiply(ViewMut::new(out, m, n), a, b.t());
+        let a = self.query_rows(tile, a, a_at);
+        let b = self.key_rows_of(tile, b, b_at);
+        Gemm::new(T::PRECISION).serial().multiply(ViewMut::new(out, m, n), a, b.t());
+    }
+
+    /// One head of the tile's rows of a query-side matrix. `[queries, hd]`
+    fn query_rows<'x, T: Element>(&self, tile: &Tile, x: &'x [T], at: usize) -> Operand<'x> {
+        let (stride, shape) = (self.q_cols(), (tile.queries.len(), self.shape.head_dim));
+        T::operand(View::strided(&x[tile.queries.start * stride + at..], shape, stride))
+    }
+
+    /// One head of the tile's rows of a key-side matrix. `[keys, hd]`
+    fn key_rows_of<'x, T: Element>(&self, tile: &Tile, x: &'x [T], at: usize) -> Operand<'x> {
+        let (stride, shape) = (self.kv_cols(), (tile.keys.len(), self.shape.head_dim));
+        T::operand(View::strided(&x[tile.keys.start * stride + at..], shape, stride))
     }
 }
 
@@ -116,58 +126,69 @@ pub(super) fn attention(
     assert_eq!(q.shape(), (queries.rows, plan.q_cols()), "attention: queries");
     assert_eq!(k.shape(), (keys.rows, plan.kv_cols()), "attention: keys");
     assert_eq!(v.shape(), k.shape(), "attention: values");
-    let mut out = cpu.unspecified(queries.rows, plan.q_cols());
+    let mut out = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype());
     let mut log_sum_exp = cpu.unspecified(queries.rows, shape.heads);
-    let shared_out = SharedSlice::new(out.as_mut_slice());
-    let shared_lse = SharedSlice::new(log_sum_exp.as_mut_slice());
+    with_element!(q, T => attend::<T>(
+        &plan,
+        (q.elements(), k.elements(), v.elements()),
+        out.elements_mut(),
+        log_sum_exp.as_mut_slice(),
+    ));
+    Attended { out, log_sum_exp }
+}
+
+fn attend<T: Element>(
+    plan: &Plan<'_>,
+    (q, k, v): (&[T], &[T], &[T]),
+    out: &mut [T],
+    log_sum_exp: &mut [f32],
+) {
+    let (heads, hd, q_cols) = (plan.shape.heads, plan.shape.head_dim, plan.q_cols());
+    let (shared_out, shared_lse) = (SharedSlice::new(out), SharedSlice::new(log_sum_exp));
     plan.tasks().for_each(|(sequence, kv_head)| {
-        let hd = shape.head_dim;
         let kv_at = kv_head * hd;
-        let mut p = Vec::new();
-        let mut tile_out = Vec::new();
+        let (mut scores, mut p, mut tile_out) = (Vec::new(), Vec::new(), Vec::new());
         for tile in plan.tiles(sequence) {
             let (m, n) = (tile.queries.len(), tile.keys.len());
             for head in kv_head * plan.group()..(kv_head + 1) * plan.group() {
-                plan.products(&tile, (q, head * hd), (k, kv_at), &mut p);
+                plan.products(&tile, (q, head * hd), (k, kv_at), &mut scores);
+                p.resize(m * n, T::rounded(0.0));
                 for (row, visible) in tile.visible.iter().enumerate() {
-                    let p = &mut p[row * n..(row + 1) * n];
-                    let lse = vectorised(|| softmax(p, visible.clone(), shape.scale));
-                    let at = (tile.queries.start + row) * shape.heads + head;
+                    let span = row * n..(row + 1) * n;
+                    let scores = &mut scores[span.clone()];
+                    let lse = softmax(&mut p[span], scores, visible.clone(), plan.shape.scale);
+                    let at = (tile.queries.start + row) * heads + head;
                     // SAFETY: this task alone writes the rows of its sequence in its heads.
                     unsafe { shared_lse.slice_mut(at, 1)[0] = lse };
                 }
-                tile_out.resize(m * hd, 0.0);
-                let values = &v.as_slice()[tile.keys.start * plan.kv_cols() + kv_at..];
-                let values = View::strided(values, (n, hd), plan.kv_cols());
-                let out = ViewMut::new(&mut tile_out, m, hd);
-                product().multiply(out, View::new(&p, m, n), values);
+                tile_out.resize(m * hd, T::rounded(0.0));
+                Gemm::new(T::PRECISION).serial().multiply(
+                    ViewMut::new(&mut tile_out, m, hd),
+                    T::operand(View::new(&p, m, n)),
+                    plan.key_rows_of(&tile, v, kv_at),
+                );
                 for (row, from) in tile_out.chunks_exact(hd).enumerate() {
-                    let at = (tile.queries.start + row) * plan.q_cols() + head * hd;
+                    let at = (tile.queries.start + row) * q_cols + head * hd;
                     // SAFETY: as above.
                     unsafe { shared_out.slice_mut(at, hd) }.copy_from_slice(from);
                 }
             }
         }
     });
-    Attended { out, log_sum_exp }
 }
 
-/// A product within a task, which has one thread.
-fn product<'a>() -> Gemm<'a, f32> {
-    Gemm::new(Precision::F32).serial()
-}
-
-/// Softmax of the visible scores in place, zero elsewhere; returns their log-sum-exp.
-#[inline(always)]
-fn softmax(scores: &mut [f32], visible: Range<usize>, scale: f32) -> f32 {
-    scores[..visible.start].fill(0.0);
-    scores[visible.end..].fill(0.0);
-    let scores = &mut scores[visible];
-    let largest = max(scores) * scale;
-    let sum = exp_scaled_sum(scores, scale, largest);
-    let share = 1.0 / sum;
-    scores.iter_mut().for_each(|p| *p *= share);
-    largest + sum.ln()
+vectorised! {
+    /// Softmax of the visible scores, which are used up, and zero elsewhere; returns their log-sum-exp.
+    fn softmax<T>(p: &mut [T], scores: &mut [f32], visible: Range<usize>, scale: f32) -> f32 {
+        p[..visible.start].fill(T::rounded(0.0));
+        p[visible.end..].fill(T::rounded(0.0));
+        let scores = &mut scores[visible.clone()];
+        let largest = max(scores) * scale;
+        let sum = exp_scaled_sum(scores, scale, largest);
+        let share = 1.0 / sum;
+        p[visible].iter_mut().zip(scores).for_each(|(p, e)| *p = T::rounded(*e * share));
+        largest + sum.ln()
+    }
 }
 
 /// With `P` the softmax, `dP = dout · vᵀ` and `D = Σ dout∘out` per query:
@@ -182,82 +203,136 @@ pub(super) fn attention_backward(
     shape: &AttentionShape,
 ) -> (CpuTensor, CpuTensor, CpuTensor) {
     let plan = Plan { queries, keys, shape };
+    assert_eq!(dout.shape(), (queries.rows, plan.q_cols()), "attention_backward: gradient");
+    let mut dq = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype());
+    let [mut dk, mut dv] = [k, v].map(|x| cpu.unspecified_of(keys.rows, plan.kv_cols(), x.dtype()));
+    with_element!(q, T => attend_backward::<T>(
+        &plan,
+        &Forward {
+            inputs: (q.elements(), k.elements(), v.elements()),
+            out: attended.out.elements(),
+            log_sum_exp: attended.log_sum_exp.as_slice(),
+            dout: dout.elements(),
+        },
+        (dq.elements_mut(), dk.elements_mut(), dv.elements_mut()),
+    ));
+    (dq, dk, dv)
+}
+
+/// What went in, what came out, and the gradient of that.
+struct Forward<'a, T> {
+    inputs: (&'a [T], &'a [T], &'a [T]),
+    out: &'a [T],
+    log_sum_exp: &'a [f32],
+    dout: &'a [T],
+}
+
+fn attend_backward<T: Element>(
+    plan: &Plan<'_>,
+    forward: &Forward<'_, T>,
+    (dq, dk, dv): (&mut [T], &mut [T], &mut [T]),
+) {
+    let &Forward { inputs: (q, k, v), out, log_sum_exp, dout } = forward;
+    let (heads, hd) = (plan.shape.heads, plan.shape.head_dim);
     let (q_cols, kv_cols) = (plan.q_cols(), plan.kv_cols());
-    assert_eq!(dout.shape(), (queries.rows, q_cols), "attention_backward: gradient");
-    let mut dq = cpu.unspecified(queries.rows, q_cols);
-    let mut dk = cpu.unspecified(keys.rows, kv_cols);
-    let mut dv = cpu.unspecified(keys.rows, kv_cols);
-    let shared_dq = SharedSlice::new(dq.as_mut_slice());
-    let shared_dk = SharedSlice::new(dk.as_mut_slice());
-    let shared_dv = SharedSlice::new(dv.as_mut_slice());
+    let [shared_dq, shared_dk, shared_dv] = [dq, dk, dv].map(SharedSlice::new);
     plan.tasks().for_each(|(sequence, kv_head)| {
-        let hd = shape.head_dim;
         let kv_at = kv_head * hd;
         let key_rows = plan.key_rows(sequence);
-        let mut task_dk = vec![0.0; key_rows.len() * hd];
-        let mut task_dv = vec![0.0; key_rows.len() * hd];
+        // Summed over tiles and heads in f32.
+        let mut task_dk = vec![0.0f32; key_rows.len() * hd];
+        let mut task_dv = vec![0.0f32; key_rows.len() * hd];
+        let (mut scores, mut dp) = (Vec::new(), Vec::new());
         let (mut p, mut ds, mut tile_dq) = (Vec::new(), Vec::new(), Vec::new());
         for tile in plan.tiles(sequence) {
             let (m, n) = (tile.queries.len(), tile.keys.len());
             let local_keys = (tile.keys.start - key_rows.start) * hd;
             for head in kv_head * plan.group()..(kv_head + 1) * plan.group() {
                 let q_at = head * hd;
-                plan.products(&tile, (q, q_at), (k, kv_at), &mut p);
-                plan.products(&tile, (dout, q_at), (v, kv_at), &mut ds);
+                plan.products(&tile, (q, q_at), (k, kv_at), &mut scores);
+                plan.products(&tile, (dout, q_at), (v, kv_at), &mut dp);
+                p.resize(m * n, T::rounded(0.0));
+                ds.resize(m * n, T::rounded(0.0));
                 for (row, visible) in tile.visible.iter().enumerate() {
                     let at = tile.queries.start + row;
-                    let lse = attended.log_sum_exp.as_slice()[at * shape.heads + head];
-                    let span = at * q_cols + q_at..at * q_cols + q_at + hd;
-                    let delta = vectorised(|| {
-                        dot(&dout.as_slice()[span.clone()], &attended.out.as_slice()[span])
-                    });
-                    let p = &mut p[row * n..(row + 1) * n];
-                    let ds = &mut ds[row * n..(row + 1) * n];
-                    vectorised(|| {
-                        softmax_backward(p, ds, visible.clone(), (shape.scale, lse, delta));
-                    });
+                    let of_head = at * q_cols + q_at..at * q_cols + q_at + hd;
+                    let span = row * n..(row + 1) * n;
+                    let row = SoftmaxRow {
+                        scale: plan.shape.scale,
+                        log_sum_exp: log_sum_exp[at * heads + head],
+                        delta: product_sum(&dout[of_head.clone()], &out[of_head]),
+                        visible: visible.clone(),
+                    };
+                    softmax_backward(
+                        (&mut p[span.clone()], &mut ds[span.clone()]),
+                        (&mut scores[span.clone()], &dp[span]),
+                        &row,
+                    );
                 }
-                tile_dq.resize(m * hd, 0.0);
-                let k_rows = &k.as_slice()[tile.keys.start * kv_cols + kv_at..];
-                let k_rows = View::strided(k_rows, (n, hd), kv_cols);
-                let out = ViewMut::new(&mut tile_dq, m, hd);
-                product().multiply(out, View::new(&ds, m, n), k_rows);
+                tile_dq.resize(m * hd, T::rounded(0.0));
+                Gemm::new(T::PRECISION).serial().multiply(
+                    ViewMut::new(&mut tile_dq, m, hd),
+                    T::operand(View::new(&ds, m, n)),
+                    plan.key_rows_of(&tile, k, kv_at),
+                );
                 for (row, from) in tile_dq.chunks_exact(hd).enumerate() {
                     let at = (tile.queries.start + row) * q_cols + q_at;
                     // SAFETY: this task alone writes the rows of its sequence in its heads.
                     unsafe { shared_dq.slice_mut(at, hd) }.copy_from_slice(from);
                 }
-                let first = tile.queries.start * q_cols + q_at;
                 for (weights, rows, grad) in [(&ds, q, &mut task_dk), (&p, dout, &mut task_dv)] {
-                    let rows = View::strided(&rows.as_slice()[first..], (m, hd), q_cols);
-                    let out = ViewMut::new(&mut grad[local_keys..], n, hd);
-                    product().accumulate().multiply(out, View::new(weights, m, n).t(), rows);
+                    Gemm::new(T::PRECISION).serial().accumulate().multiply(
+                        ViewMut::new(&mut grad[local_keys..], n, hd),
+                        T::operand(View::new(weights, m, n).t()),
+                        plan.query_rows(&tile, rows, q_at),
+                    );
                 }
             }
         }
         for (grad, shared) in [(&task_dk, &shared_dk), (&task_dv, &shared_dv)] {
             for (row, from) in key_rows.clone().zip(grad.chunks_exact(hd)) {
                 // SAFETY: as above.
-                unsafe { shared.slice_mut(row * kv_cols + kv_at, hd) }.copy_from_slice(from);
+                let to = unsafe { shared.slice_mut(row * kv_cols + kv_at, hd) };
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = T::rounded(*from));
             }
         }
     });
-    (dq, dk, dv)
 }
 
-/// Turns raw scores into probabilities `p`, and `dP` in `ds` into `dS`; both zero where not visible.
-#[inline(always)]
-fn softmax_backward(
-    p: &mut [f32],
-    ds: &mut [f32],
-    visible: Range<usize>,
-    (scale, log_sum_exp, delta): (f32, f32, f32),
-) {
-    for x in [&mut *p, &mut *ds] {
-        x[..visible.start].fill(0.0);
-        x[visible.end..].fill(0.0);
+vectorised! {
+    fn product_sum<T>(a: &[T], b: &[T]) -> f32 {
+        dot(a, b)
     }
-    let (p, ds) = (&mut p[visible.clone()], &mut ds[visible]);
-    exp_scaled_sum(p, scale, log_sum_exp);
-    ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = *p * (*ds - delta) * scale);
+}
+
+/// What one query's softmax was.
+struct SoftmaxRow {
+    scale: f32,
+    log_sum_exp: f32,
+    /// `Σ dout∘out`
+    delta: f32,
+    visible: Range<usize>,
+}
+
+vectorised! {
+    /// From raw scores, which are used up, and `dP`: probabilities p and `dS`, zero where not visible.
+    fn softmax_backward<T>(
+        results: (&mut [T], &mut [T]),
+        inputs: (&mut [f32], &[f32]),
+        row: &SoftmaxRow,
+    ) {
+        let ((p, ds), (scores, dp)) = (results, inputs);
+        let visible = row.visible.clone();
+        for x in [&mut *p, &mut *ds] {
+            x[..visible.start].fill(T::rounded(0.0));
+            x[visible.end..].fill(T::rounded(0.0));
+        }
+        let (scores, dp) = (&mut scores[visible.clone()], &dp[visible.clone()]);
+        exp_scaled_sum(scores, row.scale, row.log_sum_exp);
+        let results = p[visible.clone()].iter_mut().zip(&mut ds[visible]);
+        for ((p, ds), (e, dp)) in results.zip(scores.iter().zip(dp)) {
+            *p = T::rounded(*e);
+            *ds = T::rounded(*e * (dp - row.delta) * row.scale);
+        }
+    }
 }

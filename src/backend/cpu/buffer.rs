@@ -1,81 +1,161 @@
-//! Matrices in main memory, recycled through a pool so that a step after the first allocates nothing.
+//! Matrices in main memory, all in one arena, so that a step after the first allocates nothing.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::backend::{Dtype, Shape};
+use memmap2::{MmapMut, MmapOptions};
 
-/// Buffers that no tensor uses, by capacity.
+use super::element::Element;
+use crate::backend::{Dtype, Shape, Space};
+
+/// Main memory for tensors: a large range of addresses, of which the system backs what is touched.
 ///
-/// Fresh memory costs a page fault for every 4 KiB, and a training step would touch gigabytes of it
-/// anew each time; a recycled buffer costs nothing.
+/// Fresh memory costs a page fault for every page, and a training step would touch gigabytes of it
+/// anew each time; a place that was used before costs nothing. One range for all sizes wastes less
+/// than lists of free buffers by size would, for batches differ in length.
 #[derive(Default)]
-pub(super) struct BufferPool {
-    free: Mutex<HashMap<usize, Vec<Vec<f32>>>>,
+pub(super) struct Arena {
+    ranges: Mutex<Vec<AddressRange>>,
 }
 
-impl BufferPool {
-    /// A buffer of `len` elements whose contents are left over from earlier use.
-    fn take(&self, len: usize) -> Vec<f32> {
-        let capacity = size_class(len);
-        let recycled = self.lock().get_mut(&capacity).and_then(Vec::pop);
-        match recycled {
-            Some(mut buffer) => {
-                buffer.resize(len, 0.0);
-                buffer
+struct AddressRange {
+    memory: MmapMut,
+    space: Space,
+}
+
+/// Addresses reserved at a time. Only as many as are used cost memory.
+const RESERVED: usize = 1 << 38;
+
+impl AddressRange {
+    /// A range for at least `bytes`; a smaller one where the system grants no more.
+    fn reserve(bytes: usize) -> Self {
+        let mut length = RESERVED.max(bytes.next_power_of_two());
+        loop {
+            match MmapOptions::new().len(length).no_reserve_swap().map_anon() {
+                Ok(memory) => {
+                    // Fewer, larger pages where the system has them; it may well decline.
+                    #[cfg(target_os = "linux")]
+                    let _ = memory.advise(memmap2::Advice::HugePage);
+                    return AddressRange { memory, space: Space::default() };
+                }
+                Err(_) if length / 2 >= bytes => length /= 2,
+                Err(_) => {
+                    let layout = std::alloc::Layout::array::<u8>(bytes);
+                    std::alloc::handle_alloc_error(
+                        layout.unwrap_or(std::alloc::Layout::new::<u8>()),
+                    )
+                }
             }
+        }
+    }
+
+    fn fits(&self, bytes: usize) -> bool {
+        // The worst case, at the end; 64 for rounding up.
+        self.space.end() + bytes + 64 <= self.memory.len()
+    }
+}
+
+impl Arena {
+    fn take(self: &Arc<Self>, bytes: usize) -> Block {
+        let mut ranges = self.lock();
+        let range = match ranges.iter().position(|range| range.fits(bytes)) {
+            Some(range) => range,
             None => {
-                let mut buffer = vec![0.0; capacity];
-                buffer.truncate(len);
-                buffer
+                ranges.push(AddressRange::reserve(bytes + 64));
+                ranges.len() - 1
             }
-        }
+        };
+        let AddressRange { memory, space } = &mut ranges[range];
+        let offset = space.take(bytes);
+        let start = memory[offset..offset + bytes].as_mut_ptr();
+        Block { start, bytes, range, offset, arena: Arc::clone(self) }
     }
 
-    fn put(&self, buffer: Vec<f32>) {
-        if buffer.capacity() > 0 {
-            self.lock().entry(size_class(buffer.capacity())).or_default().push(buffer);
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Vec<Vec<f32>>>> {
-        // A panic elsewhere cannot leave the map half-changed.
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Vec<AddressRange>> {
+        // A panic elsewhere cannot leave the list half-changed.
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Rounds up so that batches of slightly different lengths share buffers: at most 1/8 is wasted.
-fn size_class(len: usize) -> usize {
-    let grain = (len.next_power_of_two() / 16).max(64);
-    len.div_ceil(grain) * grain
+/// A part of an arena that nobody else has.
+struct Block {
+    start: *mut u8,
+    bytes: usize,
+    range: usize,
+    offset: usize,
+    arena: Arc<Arena>,
 }
 
-/// A row-major `[rows, cols]` matrix of f32 in main memory.
+// SAFETY: a block owns its bytes as a Vec would; the pointer is what keeps this from being derived.
+unsafe impl Send for Block {}
+// SAFETY: as above; shared references only read.
+unsafe impl Sync for Block {}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.arena.lock()[self.range].space.put(self.offset, self.bytes);
+    }
+}
+
+/// A row-major `[rows, cols]` matrix of f32 or bf16 in main memory.
 pub struct CpuTensor {
-    data: Vec<f32>,
+    block: Block,
     rows: usize,
     cols: usize,
-    pool: Arc<BufferPool>,
+    dtype: Dtype,
 }
 
 impl CpuTensor {
     /// A matrix with unspecified (but initialised) contents, for kernels that write every element.
-    pub(super) fn unspecified(pool: &Arc<BufferPool>, rows: usize, cols: usize) -> Self {
-        CpuTensor { data: pool.take(rows * cols), rows, cols, pool: Arc::clone(pool) }
+    pub(super) fn unspecified(
+        arena: &Arc<Arena>,
+        (rows, cols): (usize, usize),
+        dtype: Dtype,
+    ) -> Self {
+        let block = arena.take(rows * cols * dtype.bytes());
+        CpuTensor { block, rows, cols, dtype }
     }
 
+    /// The elements, row by row.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub(super) fn elements<T: Element>(&self) -> &[T] {
+        assert_eq!(self.dtype, T::DTYPE, "a matrix of another type");
+        // SAFETY: the block has these bytes for this tensor alone, aligned to a cache line; it was
+        // zeros when mapped and has been written as f32 or bf16 since, of which all bits are valid.
+        unsafe { std::slice::from_raw_parts(self.block.start.cast(), self.rows * self.cols) }
+    }
+
+    /// The elements, to be written.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub(super) fn elements_mut<T: Element>(&mut self) -> &mut [T] {
+        assert_eq!(self.dtype, T::DTYPE, "a matrix of another type");
+        // SAFETY: as in `elements`, borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.block.start.cast(), self.rows * self.cols) }
+    }
+
+    /// [`elements`](Self::elements) of an f32 matrix.
     pub(super) fn as_slice(&self) -> &[f32] {
-        &self.data
+        self.elements()
     }
 
+    /// [`elements_mut`](Self::elements_mut) of an f32 matrix.
     pub(super) fn as_mut_slice(&mut self) -> &mut [f32] {
-        &mut self.data
+        self.elements_mut()
     }
-}
 
-impl Drop for CpuTensor {
-    fn drop(&mut self) {
-        self.pool.put(std::mem::take(&mut self.data));
+    /// All bytes, of either type.
+    pub(super) fn bytes(&self) -> &[u8] {
+        // SAFETY: as in `elements`.
+        unsafe { std::slice::from_raw_parts(self.block.start, self.block.bytes) }
+    }
+
+    /// All bytes, of either type, to be written.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `elements`, borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.block.start, self.block.bytes) }
     }
 }
 
@@ -89,7 +169,7 @@ impl Shape for CpuTensor {
     }
 
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        self.dtype
     }
 }
 
@@ -97,23 +177,29 @@ impl Shape for CpuTensor {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_dropped_buffer_is_used_again() {
-        let pool = Arc::new(BufferPool::default());
-        let first = CpuTensor::unspecified(&pool, 10, 100);
-        let address = first.as_slice().as_ptr();
-        drop(first);
-        let second = CpuTensor::unspecified(&pool, 10, 101);
-        assert_eq!(second.as_slice().as_ptr(), address);
-        assert_eq!(second.as_slice().len(), 1010);
+    fn matrix(arena: &Arc<Arena>, rows: usize, cols: usize) -> CpuTensor {
+        CpuTensor::unspecified(arena, (rows, cols), Dtype::F32)
     }
 
     #[test]
-    fn a_size_class_is_its_own_class() {
-        for len in [1, 63, 64, 65, 1000, 4097, 1 << 20, (1 << 20) + 1] {
-            let class = size_class(len);
-            assert!(class >= len && class <= len + len / 8 + 64, "{len} -> {class}");
-            assert_eq!(size_class(class), class);
-        }
+    fn a_dropped_matrix_makes_room_for_the_next() {
+        let arena = Arc::default();
+        let first = matrix(&arena, 10, 100);
+        let address = first.as_slice().as_ptr();
+        drop(first);
+        let mut second = matrix(&arena, 10, 101);
+        assert_eq!((second.as_slice().as_ptr(), second.as_slice().len()), (address, 1010));
+        second.as_mut_slice().fill(7.0);
+        let mut third = CpuTensor::unspecified(&arena, (3, 5), Dtype::Bf16);
+        third.elements_mut().fill(half::bf16::from_f32(2.0));
+        assert!(second.as_slice().iter().all(|&x| x == 7.0));
+        assert_eq!(third.bytes().len(), 30);
+    }
+
+    #[test]
+    fn nothing_is_a_matrix_too() {
+        let arena = Arc::default();
+        let (a, b) = (matrix(&arena, 0, 9), matrix(&arena, 4, 0));
+        assert!(a.as_slice().is_empty() && b.as_slice().is_empty());
     }
 }

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::element::with_element;
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
 use crate::backend::{DropoutKey, Shape};
@@ -15,44 +16,52 @@ pub(super) fn dropout(
 ) -> CpuTensor {
     let (rows, cols) = x.shape();
     let accumulate = onto.is_some();
-    let mut y = onto.unwrap_or_else(|| cpu.unspecified(rows, cols));
+    let mut y = onto.unwrap_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()));
     assert_eq!(y.shape(), x.shape(), "dropout: onto");
     assert_eq!(numbers.len(), rows, "dropout: rows");
     let threshold = (f64::from(key.probability) * 4_294_967_296.0) as u32;
     let keep = 1.0 / (1.0 - key.probability);
     let task = rows_per_task(cols);
-    y.as_mut_slice()
-        .par_chunks_mut(task * cols)
-        .zip(x.as_slice().par_chunks(task * cols))
-        .zip(numbers.par_chunks(task))
-        .for_each(|((y, x), numbers)| {
-            vectorised(|| {
+    let rule = Rule { key: *key, threshold, keep, accumulate };
+    with_element!(x, T => {
+        y.elements_mut::<T>()
+            .par_chunks_mut(task * cols)
+            .zip(x.elements::<T>().par_chunks(task * cols))
+            .zip(numbers.par_chunks(task))
+            .for_each(|((y, x), numbers)| {
                 let rows = y.chunks_exact_mut(cols).zip(x.chunks_exact(cols));
                 for ((y, x), &number) in rows.zip(numbers) {
-                    drop_row(y, x, key, number, (threshold, keep), accumulate);
+                    drop_row(y, x, &rule, number);
                 }
             });
-        });
+    });
     y
+}
+
+/// What is dropped, and what becomes of the rest.
+struct Rule {
+    key: DropoutKey,
+    /// Draws below it are dropped.
+    threshold: u32,
+    /// `1 / (1 − p)`
+    keep: f32,
+    /// Whether the result is added to.
+    accumulate: bool,
 }
 
 /// Sixteen generators run side by side, so that the compiler can use vectors of them.
 const GENERATORS: usize = 16;
 
-#[inline(always)]
-fn drop_row(
-    y: &mut [f32],
-    x: &[f32],
-    key: &DropoutKey,
-    number: u32,
-    (threshold, keep): (u32, f32),
-    accumulate: bool,
-) {
-    for (block, (y, x)) in y.chunks_mut(4 * GENERATORS).zip(x.chunks(4 * GENERATORS)).enumerate() {
-        let draws = philox_block(key, (block * GENERATORS) as u32, number);
-        for (at, (y, x)) in y.iter_mut().zip(x).enumerate() {
-            let factor = if draws[at % 4][at / 4] >= threshold { keep } else { 0.0 };
-            *y = if accumulate { *y + x * factor } else { x * factor };
+vectorised! {
+    fn drop_row<T>(y: &mut [T], x: &[T], rule: &Rule, number: u32) {
+        let blocks = y.chunks_mut(4 * GENERATORS).zip(x.chunks(4 * GENERATORS));
+        for (block, (y, x)) in blocks.enumerate() {
+            let draws = philox_block(&rule.key, (block * GENERATORS) as u32, number);
+            for (at, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                let kept = draws[at % 4][at / 4] >= rule.threshold;
+                let x = x.single() * if kept { rule.keep } else { 0.0 };
+                *y = T::rounded(if rule.accumulate { y.single() + x } else { x });
+            }
         }
     }
 }

@@ -22,20 +22,23 @@ pub(super) fn cross_entropy(
         .zip(targets)
         .zip(&mut row_losses)
         .for_each(|(((grad, scores), &target), loss)| {
-            let target = target as usize;
-            vectorised(|| {
-                let largest = max(scores);
-                grad.copy_from_slice(scores);
-                let sum = exp_scaled_sum(grad, 1.0, largest);
-                // In f64: near convergence the loss is the small difference of large terms.
-                let above = f64::from(largest) - f64::from(scores[target]);
-                *loss = above + f64::from(sum).ln();
-                let share = 1.0 / (sum * rows as f32);
-                grad.iter_mut().for_each(|g| *g *= share);
-                grad[target] -= 1.0 / rows as f32;
-            });
+            *loss = row_loss(grad, scores, target as usize, rows);
         });
     let mut loss = cpu.unspecified(1, 1);
     loss.as_mut_slice()[0] = (row_losses.iter().sum::<f64>() / rows as f64) as f32;
     (loss, grad)
+}
+
+vectorised! {
+    fn row_loss(grad: &mut [f32], scores: &[f32], target: usize, rows: usize) -> f64 {
+        let largest = max(scores);
+        grad.copy_from_slice(scores);
+        let sum = exp_scaled_sum(grad, 1.0, largest);
+        let share = 1.0 / (sum * rows as f32);
+        grad.iter_mut().for_each(|g| *g *= share);
+        grad[target] -= 1.0 / rows as f32;
+        // In f64: near convergence the loss is the small difference of large terms.
+        let above = f64::from(largest) - f64::from(scores[target]);
+        above + f64::from(sum).ln()
+    }
 }

@@ -1,5 +1,5 @@
-//! The processor as a device: f32, products by kernels of our own, everything else vectorised and
-//! spread over the current rayon pool.
+//! The processor as a device: f32 and bf16, products by kernels of our own, everything else vectorised
+//! and spread over the current rayon pool.
 //!
 //! Work is split into pieces whose size does not depend on the number of threads, and partial sums
 //! are added in order, so a result has the same bits on any number of threads.
@@ -8,6 +8,7 @@ mod activation;
 mod attention;
 mod buffer;
 mod dropout;
+mod element;
 pub mod gemm;
 mod loss;
 mod norms;
@@ -27,10 +28,10 @@ use super::{
 };
 use crate::Result;
 
-/// The CPU backend. Clones share one pool of buffers.
+/// The CPU backend. Clones share one arena.
 #[derive(Clone, Default)]
 pub struct Cpu {
-    pool: Arc<buffer::BufferPool>,
+    arena: Arc<buffer::Arena>,
 }
 
 impl Cpu {
@@ -39,9 +40,14 @@ impl Cpu {
         Self::default()
     }
 
-    /// A matrix whose contents the caller is about to write in full.
+    /// An f32 matrix whose contents the caller is about to write in full.
     fn unspecified(&self, rows: usize, cols: usize) -> CpuTensor {
-        CpuTensor::unspecified(&self.pool, rows, cols)
+        self.unspecified_of(rows, cols, Dtype::F32)
+    }
+
+    /// The same of any type.
+    fn unspecified_of(&self, rows: usize, cols: usize, dtype: Dtype) -> CpuTensor {
+        CpuTensor::unspecified(&self.arena, (rows, cols), dtype)
     }
 
     fn zeros_tensor(&self, rows: usize, cols: usize) -> CpuTensor {
@@ -58,7 +64,7 @@ impl Backend for Cpu {
     fn description(&self) -> String {
         let threads = rayon::current_num_threads();
         let plural = if threads == 1 { "" } else { "s" };
-        format!("CPU, {threads} thread{plural}, f32, {}", vector::unit())
+        format!("CPU, {threads} thread{plural}, {}", vector::unit())
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
@@ -66,7 +72,7 @@ impl Backend for Cpu {
     }
 
     fn clear(&self, x: &mut CpuTensor) -> Result<()> {
-        x.as_mut_slice().fill(0.0);
+        x.bytes_mut().fill(0); // zero in either type
         Ok(())
     }
 
@@ -82,29 +88,32 @@ impl Backend for Cpu {
     }
 
     fn download(&self, x: &CpuTensor) -> Result<Vec<f32>> {
-        Ok(x.as_slice().to_vec())
+        Ok(rows::widen(x))
     }
 
     fn slice_rows(&self, x: &CpuTensor, start: usize, count: usize) -> Result<CpuTensor> {
-        let cols = x.cols();
-        self.upload(&x.as_slice()[start * cols..(start + count) * cols], count, cols)
+        let mut rows = self.unspecified_of(count, x.cols(), x.dtype());
+        let row = x.cols() * x.dtype().bytes();
+        rows.bytes_mut().copy_from_slice(&x.bytes()[start * row..(start + count) * row]);
+        Ok(rows)
     }
 
     fn concat_rows(&self, parts: &[&CpuTensor]) -> Result<CpuTensor> {
-        let cols = parts.first().map_or(0, |part| part.cols());
-        let rows = parts.iter().map(|part| part.rows()).sum();
-        let mut x = self.unspecified(rows, cols);
-        let mut at = 0;
+        let (cols, dtype) =
+            parts.first().map_or((0, Dtype::F32), |part| (part.cols(), part.dtype()));
+        let mut x = self.unspecified_of(parts.iter().map(|part| part.rows()).sum(), cols, dtype);
+        let mut rest = x.bytes_mut();
         for part in parts {
-            assert_eq!(part.cols(), cols, "concat_rows: columns");
-            x.as_mut_slice()[at..at + part.as_slice().len()].copy_from_slice(part.as_slice());
-            at += part.as_slice().len();
+            assert_eq!((part.cols(), part.dtype()), (cols, dtype), "concat_rows: columns");
+            let (to, after) = rest.split_at_mut(part.bytes().len());
+            to.copy_from_slice(part.bytes());
+            rest = after;
         }
         Ok(x)
     }
 
-    fn cast(&self, x: &CpuTensor, _to: Dtype) -> Result<CpuTensor> {
-        self.slice_rows(x, 0, x.rows())
+    fn cast(&self, x: &CpuTensor, to: Dtype) -> Result<CpuTensor> {
+        Ok(rows::cast(self, x, to))
     }
 
     fn linear(
@@ -167,9 +176,9 @@ impl Backend for Cpu {
         x: &CpuTensor,
         w: &CpuTensor,
         eps: f32,
-        _to: Dtype,
+        to: Dtype,
     ) -> Result<(CpuTensor, CpuTensor)> {
-        Ok(norms::rms_norm(self, x, w, eps))
+        Ok(norms::rms_norm(self, x, w, eps, to))
     }
 
     fn rms_norm_backward(

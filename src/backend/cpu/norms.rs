@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 
+use super::element::{Element, with_element};
 use super::vector::{dot, rows_per_task, sum_pairs, vectorised};
 use super::{Cpu, CpuTensor};
-use crate::backend::Shape;
+use crate::backend::{Dtype, Shape};
 
 /// Smallest norm that [`normalize`] divides by.
 const NORM_FLOOR: f32 = 1e-12;
@@ -15,30 +16,35 @@ pub(super) fn rms_norm(
     x: &CpuTensor,
     w: &CpuTensor,
     eps: f32,
+    to: Dtype,
 ) -> (CpuTensor, CpuTensor) {
     let (rows, cols) = x.shape();
     let group = w.cols();
     assert_eq!(cols % group, 0, "rms_norm: groups");
-    let mut y = cpu.unspecified(rows, cols);
+    let mut y = cpu.unspecified_of(rows, cols, to);
     let mut inv_rms = cpu.unspecified(rows, cols / group);
     let task = rows_per_task(group);
-    y.as_mut_slice()
-        .par_chunks_mut(task * group)
-        .zip(x.as_slice().par_chunks(task * group))
-        .zip(inv_rms.as_mut_slice().par_chunks_mut(task))
-        .for_each(|((y, x), inv_rms)| {
-            vectorised(|| {
-                let groups = y.chunks_exact_mut(group).zip(x.chunks_exact(group));
-                for ((y, x), inv_rms) in groups.zip(inv_rms) {
-                    let inv = 1.0 / (dot(x, x) / group as f32 + eps).sqrt();
-                    *inv_rms = inv;
-                    for ((y, x), w) in y.iter_mut().zip(x).zip(w.as_slice()) {
-                        *y = x * inv * w;
-                    }
-                }
-            });
-        });
+    with_element!(x, X => with_element!(y, Y => {
+        y.elements_mut::<Y>()
+            .par_chunks_mut(task * group)
+            .zip(x.elements::<X>().par_chunks(task * group))
+            .zip(inv_rms.as_mut_slice().par_chunks_mut(task))
+            .for_each(|((y, x), inv_rms)| norm_rows(y, x, w.as_slice(), inv_rms, eps));
+    }));
     (y, inv_rms)
+}
+
+vectorised! {
+    fn norm_rows<Y, X>(y: &mut [Y], x: &[X], w: &[f32], inv_rms: &mut [f32], eps: f32) {
+        let group = w.len();
+        for ((y, x), inv_rms) in y.chunks_exact_mut(group).zip(x.chunks_exact(group)).zip(inv_rms) {
+            let inv = 1.0 / (dot(x, x) / group as f32 + eps).sqrt();
+            *inv_rms = inv;
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                *y = Y::rounded(x.single() * inv * w);
+            }
+        }
+    }
 }
 
 /// `dw` is summed within each task's rows, then over tasks in order: the same bits on any number of
@@ -54,26 +60,22 @@ pub(super) fn rms_norm_backward(
     let group = w.cols();
     assert_eq!(dy.shape(), x.shape(), "rms_norm_backward: gradient");
     let accumulate = onto.is_some();
-    let mut dx = onto.unwrap_or_else(|| cpu.unspecified(rows, cols));
+    let mut dx = onto.unwrap_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()));
     assert_eq!(dx.shape(), x.shape(), "rms_norm_backward: onto");
     let task = rows_per_task(group);
     let tasks = (rows * cols / group).div_ceil(task);
     let mut partial = cpu.zeros_tensor(tasks, group);
-    dx.as_mut_slice()
-        .par_chunks_mut(task * group)
-        .zip(dy.as_slice().par_chunks(task * group))
-        .zip(x.as_slice().par_chunks(task * group))
-        .zip(inv_rms.as_slice().par_chunks(task))
-        .zip(partial.as_mut_slice().par_chunks_mut(group))
-        .for_each(|((((dx, dy), x), inv_rms), dw)| {
-            vectorised(|| {
-                let grads = dx.chunks_exact_mut(group).zip(dy.chunks_exact(group));
-                let inputs = x.chunks_exact(group).zip(inv_rms);
-                for ((dx, dy), (x, &inv)) in grads.zip(inputs) {
-                    rms_norm_backward_row(dx, dy, (x, w.as_slice(), inv), dw, accumulate);
-                }
+    with_element!(dy, G => with_element!(x, X => {
+        dx.elements_mut::<X>()
+            .par_chunks_mut(task * group)
+            .zip(dy.elements::<G>().par_chunks(task * group))
+            .zip(x.elements::<X>().par_chunks(task * group))
+            .zip(inv_rms.as_slice().par_chunks(task))
+            .zip(partial.as_mut_slice().par_chunks_mut(group))
+            .for_each(|((((dx, dy), x), inv_rms), dw)| {
+                norm_rows_backward(dx, dy, (x, w.as_slice(), inv_rms), dw, accumulate);
             });
-        });
+    }));
     if let Some(dw) = dw {
         assert_eq!(dw.shape(), (1, group), "rms_norm_backward: weight gradient");
         for partial in partial.as_slice().chunks_exact(group) {
@@ -83,11 +85,28 @@ pub(super) fn rms_norm_backward(
     dx
 }
 
+vectorised! {
+    fn norm_rows_backward<X, G>(
+        dx: &mut [X],
+        dy: &[G],
+        inputs: (&[X], &[f32], &[f32]),
+        dw: &mut [f32],
+        accumulate: bool,
+    ) {
+        let (x, w, inv_rms) = inputs;
+        let group = w.len();
+        let grads = dx.chunks_exact_mut(group).zip(dy.chunks_exact(group));
+        for ((dx, dy), (x, &inv)) in grads.zip(x.chunks_exact(group).zip(inv_rms)) {
+            norm_row_backward(dx, dy, (x, w, inv), dw, accumulate);
+        }
+    }
+}
+
 #[inline(always)]
-fn rms_norm_backward_row(
-    dx: &mut [f32],
-    dy: &[f32],
-    (x, w, inv): (&[f32], &[f32], f32),
+fn norm_row_backward<X: Element, G: Element>(
+    dx: &mut [X],
+    dy: &[G],
+    (x, w, inv): (&[X], &[f32], f32),
     dw: &mut [f32],
     accumulate: bool,
 ) {
@@ -95,13 +114,14 @@ fn rms_norm_backward_row(
     const BLOCK: usize = 16;
     for ((dy, x), w) in dy.chunks(BLOCK).zip(x.chunks(BLOCK)).zip(w.chunks(BLOCK)) {
         let mut weighted = [0.0f32; BLOCK];
-        weighted.iter_mut().zip(dy.iter().zip(w)).for_each(|(g, (dy, w))| *g = dy * w);
+        weighted.iter_mut().zip(dy.iter().zip(w)).for_each(|(g, (dy, w))| *g = dy.single() * w);
         product += sum_pairs(&weighted[..x.len()], x, |g, x| g * x);
     }
     let mean = product * inv * inv / x.len() as f32;
     for ((((dx, dy), x), w), dw) in dx.iter_mut().zip(dy).zip(x).zip(w).zip(dw) {
+        let (dy, x) = (dy.single(), x.single());
         let grad = (dy * w - x * mean) * inv;
-        *dx = if accumulate { *dx + grad } else { grad };
+        *dx = X::rounded(if accumulate { dx.single() + grad } else { grad });
         *dw += dy * x * inv;
     }
 }
@@ -114,14 +134,16 @@ pub(super) fn normalize(cpu: &Cpu, x: &CpuTensor) -> (CpuTensor, CpuTensor) {
         .par_chunks_mut(cols)
         .zip(x.as_slice().par_chunks(cols))
         .zip(inv_norm.as_mut_slice())
-        .for_each(|((y, x), inv_norm)| {
-            vectorised(|| {
-                let inv = 1.0 / dot(x, x).sqrt().max(NORM_FLOOR);
-                *inv_norm = inv;
-                y.iter_mut().zip(x).for_each(|(y, x)| *y = x * inv);
-            });
-        });
+        .for_each(|((y, x), inv_norm)| *inv_norm = normalize_row(y, x));
     (y, inv_norm)
+}
+
+vectorised! {
+    fn normalize_row(y: &mut [f32], x: &[f32]) -> f32 {
+        let inv = 1.0 / dot(x, x).sqrt().max(NORM_FLOOR);
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = x * inv);
+        inv
+    }
 }
 
 pub(super) fn normalize_backward(
@@ -138,13 +160,15 @@ pub(super) fn normalize_backward(
         .zip(dy.as_slice().par_chunks(cols))
         .zip(y.as_slice().par_chunks(cols))
         .zip(inv_norm.as_slice())
-        .for_each(|(((dx, dy), y), &inv)| {
-            vectorised(|| {
-                let along = dot(dy, y);
-                for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
-                    *dx = (dy - y * along) * inv;
-                }
-            });
-        });
+        .for_each(|(((dx, dy), y), &inv)| normalize_row_backward(dx, dy, y, inv));
     dx
+}
+
+vectorised! {
+    fn normalize_row_backward(dx: &mut [f32], dy: &[f32], y: &[f32], inv: f32) {
+        let along = dot(dy, y);
+        for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
+            *dx = (dy - y * along) * inv;
+        }
+    }
 }

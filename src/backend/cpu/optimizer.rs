@@ -3,22 +3,35 @@
 use rayon::prelude::*;
 
 use super::CpuTensor;
+use super::element::with_element;
 use super::vector::{dot, rows_per_task, vectorised};
 use crate::backend::{AdamWStep, Shape};
 
 pub(super) fn scale(x: &mut CpuTensor, factor: f32) {
-    x.as_mut_slice()
-        .par_chunks_mut(rows_per_task(1))
-        .for_each(|x| vectorised(|| x.iter_mut().for_each(|x| *x *= factor)));
+    with_element!(x, T => {
+        let tasks = x.elements_mut::<T>().par_chunks_mut(rows_per_task(1));
+        tasks.for_each(|x| scale_all(x, factor));
+    });
+}
+
+vectorised! {
+    fn scale_all<T>(x: &mut [T], factor: f32) {
+        x.iter_mut().for_each(|x| *x = T::rounded(x.single() * factor));
+    }
 }
 
 /// Tasks' sums are added in order and in f64.
 pub(super) fn add_sum_of_squares(x: &CpuTensor, sum: &mut CpuTensor) {
-    let partial: Vec<f32> =
-        x.as_slice().par_chunks(rows_per_task(1)).map(|x| vectorised(|| dot(x, x))).collect();
+    let partial: Vec<f32> = x.as_slice().par_chunks(rows_per_task(1)).map(sum_of_squares).collect();
     let total: f64 = partial.iter().map(|&x| f64::from(x)).sum();
     let sum = &mut sum.as_mut_slice()[0];
     *sum = (f64::from(*sum) + total) as f32;
+}
+
+vectorised! {
+    fn sum_of_squares(x: &[f32]) -> f32 {
+        dot(x, x)
+    }
 }
 
 /// `[norm, factor]` as PyTorch's `clip_grad_norm_` defines it.
@@ -40,13 +53,7 @@ pub(super) fn adamw(
     if !norm.is_finite() {
         return;
     }
-    let t = step.step as f64;
-    let decay = (1.0 - step.learning_rate * step.weight_decay) as f32;
-    let (beta1, one_less_beta1) = (step.beta1 as f32, (1.0 - step.beta1) as f32);
-    let (beta2, one_less_beta2) = (step.beta2 as f32, (1.0 - step.beta2) as f32);
-    let rate = (step.learning_rate / (1.0 - step.beta1.powf(t))) as f32;
-    let inv_root_correction = (1.0 / (1.0 - step.beta2.powf(t)).sqrt()) as f32;
-    let epsilon = step.epsilon as f32;
+    let update = Update::new(step, factor);
     let task = rows_per_task(1);
     param
         .as_mut_slice()
@@ -55,15 +62,57 @@ pub(super) fn adamw(
         .zip(first.as_mut_slice().par_chunks_mut(task))
         .zip(second.as_mut_slice().par_chunks_mut(task))
         .for_each(|(((param, grad), first), second)| {
-            vectorised(|| {
-                let moments = first.iter_mut().zip(second);
-                for ((param, grad), (m, v)) in param.iter_mut().zip(grad).zip(moments) {
-                    let g = grad * factor;
-                    *m = beta1 * *m + one_less_beta1 * g;
-                    *v = beta2 * *v + one_less_beta2 * g * g;
-                    let root = v.sqrt() * inv_root_correction + epsilon;
-                    *param = *param * decay - rate * *m / root;
-                }
-            });
+            update_all(param, grad, first, second, &update);
         });
+}
+
+/// The numbers of one update, rounded once.
+struct Update {
+    factor: f32,
+    decay: f32,
+    beta1: f32,
+    one_less_beta1: f32,
+    beta2: f32,
+    one_less_beta2: f32,
+    /// Learning rate over the first moment's bias.
+    rate: f32,
+    /// Reciprocal root of the second moment's bias.
+    inv_root_bias: f32,
+    epsilon: f32,
+}
+
+impl Update {
+    fn new(step: &AdamWStep, factor: f32) -> Self {
+        let t = step.step as f64;
+        Update {
+            factor,
+            decay: (1.0 - step.learning_rate * step.weight_decay) as f32,
+            beta1: step.beta1 as f32,
+            one_less_beta1: (1.0 - step.beta1) as f32,
+            beta2: step.beta2 as f32,
+            one_less_beta2: (1.0 - step.beta2) as f32,
+            rate: (step.learning_rate / (1.0 - step.beta1.powf(t))) as f32,
+            inv_root_bias: (1.0 / (1.0 - step.beta2.powf(t)).sqrt()) as f32,
+            epsilon: step.epsilon as f32,
+        }
+    }
+}
+
+vectorised! {
+    fn update_all(
+        param: &mut [f32],
+        grad: &[f32],
+        first: &mut [f32],
+        second: &mut [f32],
+        u: &Update,
+    ) {
+        let moments = first.iter_mut().zip(second);
+        for ((param, grad), (m, v)) in param.iter_mut().zip(grad).zip(moments) {
+            let g = grad * u.factor;
+            *m = u.beta1 * *m + u.one_less_beta1 * g;
+            *v = u.beta2 * *v + u.one_less_beta2 * g * g;
+            let root = v.sqrt() * u.inv_root_bias + u.epsilon;
+            *param = *param * u.decay - u.rate * *m / root;
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::CpuTensor;
+use super::element::with_element;
 use super::vector::{rows_per_task, vectorised};
 use crate::backend::{Shape, Turn};
 
@@ -20,24 +21,29 @@ pub(super) fn rope(
     assert_eq!(rows, positions.len(), "rope: positions");
     let direction = if turn == Turn::Forward { 1.0 } else { -1.0 };
     let task = rows_per_task(cols);
-    x.as_mut_slice().par_chunks_mut(task * cols).zip(positions.par_chunks(task)).for_each(
-        |(rows, positions)| {
-            vectorised(|| {
-                for (row, &position) in rows.chunks_exact_mut(cols).zip(positions) {
-                    let at = position as usize * half;
-                    let cos = &cos.as_slice()[at..at + half];
-                    let sin = &sin.as_slice()[at..at + half];
-                    for head in row.chunks_exact_mut(2 * half) {
-                        let (first, second) = head.split_at_mut(half);
-                        for ((a, b), (c, s)) in
-                            first.iter_mut().zip(second).zip(cos.iter().zip(sin))
-                        {
-                            let s = s * direction;
-                            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
-                        }
-                    }
-                }
-            });
-        },
-    );
+    with_element!(x, T => {
+        let tasks = x.elements_mut::<T>().par_chunks_mut(task * cols);
+        tasks.zip(positions.par_chunks(task)).for_each(|(rows, positions)| {
+            for (row, &position) in rows.chunks_exact_mut(cols).zip(positions) {
+                let at = position as usize * half;
+                let angles = (&cos.as_slice()[at..at + half], &sin.as_slice()[at..at + half]);
+                turn_row(row, angles, direction);
+            }
+        });
+    });
+}
+
+vectorised! {
+    fn turn_row<T>(row: &mut [T], angles: (&[f32], &[f32]), direction: f32) {
+        let (cos, sin) = angles;
+        let half = cos.len();
+        for head in row.chunks_exact_mut(2 * half) {
+            let (first, second) = head.split_at_mut(half);
+            for ((x, y), (c, s)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
+                let (a, b, s) = (x.single(), y.single(), s * direction);
+                *x = T::rounded(a * c - b * s);
+                *y = T::rounded(b * c + a * s);
+            }
+        }
+    }
 }

@@ -1,23 +1,27 @@
-//! Gathering, scattering and averaging rows.
+//! Gathering, scattering, averaging and converting rows.
 
 use rayon::prelude::*;
 
+use super::element::with_element;
+use super::shared::SharedSlice;
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
-use crate::backend::Shape;
+use crate::backend::{Dtype, Shape};
 
 pub(super) fn gather_rows(cpu: &Cpu, x: &CpuTensor, rows: &[u32]) -> CpuTensor {
     let cols = x.cols();
-    let mut y = cpu.unspecified(rows.len(), cols);
+    let mut y = cpu.unspecified_of(rows.len(), cols, x.dtype());
     let task = rows_per_task(cols);
-    y.as_mut_slice().par_chunks_mut(task * cols).zip(rows.par_chunks(task)).for_each(
-        |(y, rows)| {
+    with_element!(x, T => {
+        let x = x.elements::<T>();
+        let tasks = y.elements_mut::<T>().par_chunks_mut(task * cols).zip(rows.par_chunks(task));
+        tasks.for_each(|(y, rows)| {
             for (y, &row) in y.chunks_exact_mut(cols).zip(rows) {
                 let start = row as usize * cols;
-                y.copy_from_slice(&x.as_slice()[start..start + cols]);
+                y.copy_from_slice(&x[start..start + cols]);
             }
-        },
-    );
+        });
+    });
     y
 }
 
@@ -27,16 +31,48 @@ pub(super) fn scatter_add_rows(dy: &CpuTensor, rows: &[u32], dx: &mut CpuTensor)
     const COLUMN_BLOCK: usize = 64;
     let cols = dx.cols();
     assert_eq!(dy.shape(), (rows.len(), cols), "scatter_add_rows: gradient");
-    let target = super::shared::SharedSlice::new(dx.as_mut_slice());
-    (0..cols.div_ceil(COLUMN_BLOCK)).into_par_iter().for_each(|block| {
-        let start = block * COLUMN_BLOCK;
-        let width = COLUMN_BLOCK.min(cols - start);
-        for (dy, &row) in dy.as_slice().chunks_exact(cols).zip(rows) {
-            // SAFETY: this task alone touches columns `start..start + width` of any row.
-            let dx = unsafe { target.slice_mut(row as usize * cols + start, width) };
-            dx.iter_mut().zip(&dy[start..start + width]).for_each(|(dx, dy)| *dx += dy);
-        }
-    });
+    with_element!(dy, G => with_element!(dx, X => {
+        let target = SharedSlice::new(dx.elements_mut::<X>());
+        (0..cols.div_ceil(COLUMN_BLOCK)).into_par_iter().for_each(|block| {
+            let start = block * COLUMN_BLOCK;
+            let width = COLUMN_BLOCK.min(cols - start);
+            for (dy, &row) in dy.elements::<G>().chunks_exact(cols).zip(rows) {
+                // SAFETY: this task alone touches columns `start..start + width` of any row.
+                let dx = unsafe { target.slice_mut(row as usize * cols + start, width) };
+                add(dx, &dy[start..start + width]);
+            }
+        });
+    }));
+}
+
+vectorised! {
+    fn add<X, G>(x: &mut [X], more: &[G]) {
+        x.iter_mut().zip(more).for_each(|(x, more)| *x = X::rounded(x.single() + more.single()));
+    }
+}
+
+pub(super) fn cast(cpu: &Cpu, x: &CpuTensor, to: Dtype) -> CpuTensor {
+    let mut y = cpu.unspecified_of(x.rows(), x.cols(), to);
+    let task = rows_per_task(1);
+    with_element!(x, X => with_element!(y, Y => {
+        let tasks = y.elements_mut::<Y>().par_chunks_mut(task);
+        tasks.zip(x.elements::<X>().par_chunks(task)).for_each(|(y, x)| convert(y, x));
+    }));
+    y
+}
+
+vectorised! {
+    fn convert<Y, X>(y: &mut [Y], x: &[X]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::rounded(x.single()));
+    }
+}
+
+/// Widens to f32 in host memory.
+pub(super) fn widen(x: &CpuTensor) -> Vec<f32> {
+    match x.dtype() {
+        Dtype::F32 => x.as_slice().to_vec(),
+        Dtype::Bf16 => x.elements::<half::bf16>().iter().map(|x| x.to_f32()).collect(),
+    }
 }
 
 pub(super) fn segment_mean(cpu: &Cpu, x: &CpuTensor, offsets: &[u32]) -> CpuTensor {
@@ -45,16 +81,20 @@ pub(super) fn segment_mean(cpu: &Cpu, x: &CpuTensor, offsets: &[u32]) -> CpuTens
     let mut y = cpu.unspecified(segments, cols);
     y.as_mut_slice().par_chunks_mut(cols).zip(offsets.par_windows(2)).for_each(|(y, bounds)| {
         let (start, end) = (bounds[0] as usize, bounds[1] as usize);
-        let share = 1.0 / (end - start) as f32;
-        vectorised(|| {
-            y.fill(0.0);
-            for row in x.as_slice()[start * cols..end * cols].chunks_exact(cols) {
-                y.iter_mut().zip(row).for_each(|(y, x)| *y += x);
-            }
-            y.iter_mut().for_each(|y| *y *= share);
-        });
+        mean(y, &x.as_slice()[start * cols..end * cols]);
     });
     y
+}
+
+vectorised! {
+    fn mean(y: &mut [f32], rows: &[f32]) {
+        let share = 1.0 / (rows.len() / y.len()) as f32;
+        y.fill(0.0);
+        for row in rows.chunks_exact(y.len()) {
+            y.iter_mut().zip(row).for_each(|(y, x)| *y += x);
+        }
+        y.iter_mut().for_each(|y| *y *= share);
+    }
 }
 
 pub(super) fn segment_mean_backward(

@@ -6,20 +6,20 @@ use std::marker::PhantomData;
 ///
 /// Rayon splits slices into contiguous chunks; heads of an attention and column blocks are strided,
 /// so no chunking describes them.
-pub(super) struct SharedSlice<'a> {
-    start: *mut f32,
+pub(super) struct SharedSlice<'a, T> {
+    start: *mut T,
     len: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: the pointer is only dereferenced through `slice_mut`, whose callers promise that no two
 // tasks touch the same element.
-unsafe impl Sync for SharedSlice<'_> {}
+unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}
 // SAFETY: as above; the borrow keeps the memory alive and otherwise unused.
-unsafe impl Send for SharedSlice<'_> {}
+unsafe impl<T: Send> Send for SharedSlice<'_, T> {}
 
-impl<'a> SharedSlice<'a> {
-    pub(super) fn new(slice: &'a mut [f32]) -> Self {
+impl<'a, T> SharedSlice<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
         SharedSlice { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
     }
 
@@ -28,7 +28,7 @@ impl<'a> SharedSlice<'a> {
     /// # Safety
     /// While the result lives, no other slice of these elements may exist.
     #[expect(clippy::mut_from_ref, reason = "that is the purpose; see Safety")]
-    pub(super) unsafe fn slice_mut(&self, start: usize, len: usize) -> &mut [f32] {
+    pub(super) unsafe fn slice_mut(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start + len <= self.len, "shared slice out of bounds");
         // SAFETY: in bounds by the assert; unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }

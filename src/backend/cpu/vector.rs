@@ -1,22 +1,82 @@
 //! Loops over slices, compiled for the vector unit found at run time.
 //!
-//! Everything here is `#[inline(always)]` so that it is compiled again inside [`vectorised`], where
-//! the compiler may use AVX2 or AVX-512. Sums keep sixteen partial sums: that is what makes them
-//! vectorise, and it fixes the order of additions whatever the vector width.
+//! Everything here is `#[inline(always)]` so that it is compiled again inside a [`vectorised`]
+//! function, where the compiler may use AVX2 or AVX-512. Sums keep sixteen partial sums: that is what
+//! makes them vectorise, and it fixes the order of additions whatever the vector width.
 
-/// Runs `work` compiled for the best vector unit of this processor.
-#[inline(always)]
-pub(super) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
+use super::element::Element;
+use super::gemm::Unit;
+
+/// Compiles a function for each vector unit, and calls the best that this processor has.
+///
+/// A macro and not a function that takes a closure: the compiler declines to inline large closures,
+/// and they are then left behind in the instructions that every processor has.
+macro_rules! vectorised {
+    (
+        $(#[$meta:meta])*
+        fn $name:ident $(<$($type:ident),+>)? ($($arg:ident: $of:ty),* $(,)?) $(-> $to:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        fn $name $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn plain $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+                fn avx512 $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? {
+                    plain($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2 $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? {
+                    plain($($arg),*)
+                }
+                match $crate::backend::cpu::vector::width() {
+                    // SAFETY: `width` found the instructions on this processor.
+                    $crate::backend::cpu::vector::Width::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::backend::cpu::vector::Width::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::backend::cpu::vector::Width::Portable => {}
+                }
+            }
+            plain($($arg),*)
+        }
+    };
+}
+pub(super) use vectorised;
+
+/// What [`vectorised`] functions are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Width {
+    Avx512,
+    Avx2,
+    Portable,
 }
 
-/// The vector unit that [`vectorised`] compiles for, by its usual name.
+/// The widest vectors of this processor.
+pub(super) fn width() -> Width {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        // The standard library remembers what it detected.
+        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+            return Width::Avx512;
+        }
+        if has!("avx2") && has!("fma") {
+            return Width::Avx2;
+        }
+    }
+    Width::Portable
+}
+
+/// The instructions that kernels use, by their usual name.
 pub(super) fn unit() -> &'static str {
-    match format!("{:?}", pulp::Arch::new()).split('(').next() {
-        Some("V4") => "AVX-512",
-        Some("V3") => "AVX2",
-        Some("Neon") => "NEON",
-        _ => "portable vectors",
+    match Unit::best() {
+        Unit::Avx512Bf16 => "AVX-512 with bf16",
+        Unit::Avx512 => "AVX-512",
+        Unit::Avx2 => "AVX2",
+        Unit::Portable => "portable vectors",
     }
 }
 
@@ -32,22 +92,26 @@ const LANES: usize = 16;
 
 /// `Σ f(a[i], b[i])`
 #[inline(always)]
-pub(super) fn sum_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn sum_pairs<A: Element, B: Element>(
+    a: &[A],
+    b: &[B],
+    f: impl Fn(f32, f32) -> f32,
+) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (a_chunks, a_rest) = a.as_chunks::<LANES>();
     let (b_chunks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_chunks.iter().zip(b_chunks) {
         for lane in 0..LANES {
-            lanes[lane] += f(a[lane], b[lane]);
+            lanes[lane] += f(a[lane].single(), b[lane].single());
         }
     }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(&a, &b)| f(a, b)).sum();
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(a.single(), b.single())).sum();
     fold(lanes, |a, b| a + b) + rest
 }
 
 /// `Σ a[i] · b[i]`
 #[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
     sum_pairs(a, b, |a, b| a * b)
 }
 

@@ -8,7 +8,7 @@
 //! The loops count instead of zipping iterators: those are not always inlined into code compiled for a
 //! vector unit, and packing then takes twice the time.
 
-use half::bf16;
+pub(super) use crate::backend::cpu::element::Element;
 
 /// What the packed operands of a product hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,40 +25,6 @@ impl Format {
     /// Elements of the inner dimension in a cell.
     pub(super) fn group(self) -> usize {
         if self == Format::Pairs { 2 } else { 1 }
-    }
-}
-
-/// An element of an operand.
-pub(super) trait Element: Copy {
-    fn single(self) -> f32;
-    /// The nearest bf16, ties to even, in the low half.
-    fn bf16_bits(self) -> u32;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn single(self) -> f32 {
-        self
-    }
-
-    #[inline(always)]
-    fn bf16_bits(self) -> u32 {
-        let bits = self.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        // Rounding could carry a NaN into an infinity; keep its sign and make it quiet.
-        if self.is_nan() { bits >> 16 | 0x40 } else { rounded }
-    }
-}
-
-impl Element for bf16 {
-    #[inline(always)]
-    fn single(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-
-    #[inline(always)]
-    fn bf16_bits(self) -> u32 {
-        u32::from(self.to_bits())
     }
 }
 
@@ -146,17 +112,6 @@ pub(super) fn cells_across<T: Element, C: Cells>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rounding_is_that_of_the_half_crate() {
-        let halves = [0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0x7f7f_ffff, 0x0000_8000];
-        let special = [0, 0x8000_0000, 0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0xffff_ffff, 1];
-        let many = (0..1 << 16).map(|i: u32| i.wrapping_mul(0x9e37_79b9));
-        for bits in halves.into_iter().chain(special).chain(many) {
-            let x = f32::from_bits(bits);
-            assert_eq!(x.bf16_bits(), u32::from(bf16::from_f32(x).to_bits()), "{bits:#x}");
-        }
-    }
 
     #[test]
     fn an_odd_element_is_paired_with_zero() {

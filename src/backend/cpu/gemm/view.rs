@@ -113,6 +113,14 @@ pub enum Operand<'a> {
 }
 
 impl Operand<'_> {
+    /// The transpose, without moving anything.
+    pub fn t(self) -> Self {
+        match self {
+            Operand::F32(x) => Operand::F32(x.t()),
+            Operand::Bf16(x) => Operand::Bf16(x.t()),
+        }
+    }
+
     /// `(rows, columns)`.
     pub fn shape(&self) -> (usize, usize) {
         match self {
