@@ -28,12 +28,16 @@ mod memory;
 pub use cpu::{Cpu, gemm};
 pub use memory::Space;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Result;
 
 /// The type of a matrix's elements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// Single precision, 4 bytes.
+    #[default]
     F32,
     /// bfloat16: f32 with 8 bits of mantissa instead of 24, 2 bytes.
     Bf16,

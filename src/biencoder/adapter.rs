@@ -90,12 +90,12 @@ impl<B: Backend> BiEncoderModel<B> {
         if let Some(base) = self.folder.source() {
             let probes = Probes::take(self)?;
             let loader = Loader::new(base)?.with_recipe(self.recipe.clone());
+            let loader = loader.matrices(self.precision());
             let mut reloaded = loader.load(self.backend.clone(), self.options)?;
             reloaded.attach_adapter(staging.path())?;
-            // What the folder answers in f32; only then may the base weights be rounded.
-            Probes::take(&reloaded)?.write(&staging)?;
             reloaded.set_precision(self.precision())?;
             probes.check(&reloaded).map_err(|e| e.file(dir))?;
+            probes.write(&staging)?;
         }
         staging.commit()
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe};
-use crate::backend::{Backend, Cpu};
+use crate::backend::{Backend, Cpu, Dtype};
 use crate::model::weights::{ModelFolder, SaveDtype};
 use crate::storage::Staging;
 use crate::text::{PromptEncoder, Template, TextTokenizer};
@@ -22,6 +22,7 @@ pub struct Loader<'d> {
     dir: &'d Path,
     recipe: Recipe,
     add_special_tokens: bool,
+    matrices: Dtype,
 }
 
 impl<'d> Loader<'d> {
@@ -31,7 +32,7 @@ impl<'d> Loader<'d> {
             Some(recipe) => recipe,
             None => Recipe::new(Template::preset("llara")?),
         };
-        Ok(Loader { dir, recipe, add_special_tokens: false })
+        Ok(Loader { dir, recipe, add_special_tokens: false, matrices: Dtype::F32 })
     }
 
     /// The recipe that will be used.
@@ -57,6 +58,13 @@ impl<'d> Loader<'d> {
         self
     }
 
+    /// Stores the weights' matrices as bf16 from the start, in half the memory, for a model that encodes
+    /// or learns by adapters alone. Exact where the folder has bf16.
+    pub fn matrices(mut self, dtype: Dtype) -> Self {
+        self.matrices = dtype;
+        self
+    }
+
     /// Reads everything.
     ///
     /// # Errors
@@ -71,7 +79,7 @@ impl<'d> Loader<'d> {
                 .file(self.dir)
                 .hint("give a folder as `save_pretrained` writes it"));
         }
-        let (folder, mut decoder) = ModelFolder::load(&backend, self.dir)?;
+        let (folder, mut decoder) = ModelFolder::load(&backend, self.dir, self.matrices)?;
         let mut tokenizer = TextTokenizer::from_folder(self.dir)?;
         if self.add_special_tokens {
             tokenizer.add_special_tokens(&self.recipe.template.special_tokens())?;
@@ -103,7 +111,7 @@ impl<B: Backend> BiEncoderModel<B> {
         let mut reloaded = Loader::new(staging.path())?.load(self.backend.clone(), self.options)?;
         // What the folder answers in f32, the rounding of its weights included.
         Probes::take(&reloaded)?.write(&staging)?;
-        reloaded.set_precision(self.precision())?;
+        reloaded.decoder.set_activations(self.precision());
         let exact = self.folder.keeps_f32(dtype);
         let same = if exact { probes.check(&reloaded) } else { probes.check_rounded(&reloaded) };
         same.map_err(|e| e.file(dir))?;

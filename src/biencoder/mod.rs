@@ -196,6 +196,11 @@ impl<B: Backend> BiEncoderModel<B> {
         &self.recipe
     }
 
+    /// The folder that the model was read from; `None` for a new one.
+    pub fn source(&self) -> Option<&std::path::Path> {
+        self.folder.source()
+    }
+
     /// Sets the lengths that are saved with the model as its own.
     pub fn set_max_lens(&mut self, query: usize, passage: usize) -> Result<()> {
         self.prompts.check_max_len(Role::Query, query)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::BiEncoderModel;
-use crate::backend::Backend;
+use crate::backend::{Backend, Dtype};
 use crate::data::Batch;
 use crate::storage::Staging;
 use crate::text::Role;
@@ -15,7 +15,7 @@ const PROBES_FILE: &str = "llara_probes.json";
 
 /// Largest difference of an entry, relative to the vector's largest, that the same weights may show.
 const SAME_WEIGHTS: f32 = 1e-5;
-/// The same after weights were rounded to 16 bits; a wrong tensor or template differs by far more.
+/// The same after weights or activations were rounded to 16 bits; a wrong tensor or template differs by far more.
 const ROUNDED_WEIGHTS: f32 = 0.1;
 
 const TEXTS: [(Role, &str); 3] = [
@@ -27,7 +27,14 @@ const TEXTS: [(Role, &str); 3] = [
 /// Token ids of some texts and the vectors that the model gave them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Probes {
+    /// What they were computed in.
+    #[serde(default, skip_serializing_if = "is_f32")]
+    precision: Dtype,
     probes: Vec<Probe>,
+}
+
+fn is_f32(precision: &Dtype) -> bool {
+    *precision == Dtype::F32
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -54,7 +61,7 @@ impl Probes {
             }
             Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
         });
-        Ok(Probes { probes: probes.collect::<Result<_>>()? })
+        Ok(Probes { precision: model.precision(), probes: probes.collect::<Result<_>>()? })
     }
 
     /// The probes of a model folder, if it has them.
@@ -77,12 +84,14 @@ impl Probes {
         staging.write(PROBES_FILE, &text)
     }
 
-    /// Encodes the same texts with `model` and compares, to 1e-5 of a vector's largest entry.
+    /// Encodes the same texts with `model` and compares, to 1e-5 of a vector's largest entry; to 0.1
+    /// where one was computed in bf16 and the other not.
     ///
     /// # Errors
     /// When a text is tokenized differently or a vector differs.
     pub fn check<B: Backend>(&self, model: &BiEncoderModel<B>) -> Result<()> {
-        self.compare(model, SAME_WEIGHTS)
+        let same = self.precision == model.precision();
+        self.compare(model, if same { SAME_WEIGHTS } else { ROUNDED_WEIGHTS })
     }
 
     /// The same for weights that were rounded to 16 bits between the two.

@@ -1,20 +1,19 @@
-//! What computes: device, number format, threads.
+//! What computes: device, threads, number format.
 
-use llara::backend::Cpu;
+use clap::ValueEnum;
+use llara::backend::gemm::Unit;
+use llara::backend::{Cpu, Dtype};
 use llara::{Error, ErrorKind, Result};
 
 use super::talk::say;
 
-/// Device, number format, threads.
+/// Device and threads.
 #[derive(clap::Args)]
 #[command(next_help_heading = "Compute")]
 pub(super) struct Compute {
     /// Device that computes; cpu is the one that there is
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
-    /// Number format of the computation; f32 is the one that there is
-    #[arg(long, value_name = "DTYPE", default_value = "f32")]
-    dtype: String,
     /// Threads that compute [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
@@ -23,16 +22,15 @@ pub(super) struct Compute {
 impl Compute {
     /// Refuses what cannot be computed here.
     pub(super) fn check(&self) -> Result<()> {
-        let refuse = |option: &str, got: &str, expected: &str| {
-            Err(Error::new(ErrorKind::Argument, format!("`{option} {got}` is not in this version"))
-                .expected(expected)
-                .got(got)
-                .hint(format!("leave {option} out")))
-        };
-        match (self.device.as_str(), self.dtype.as_str()) {
-            ("cpu" | "auto", "f32" | "float32") => Ok(()),
-            ("cpu" | "auto", dtype) => refuse("--dtype", dtype, "f32"),
-            (device, _) => refuse("--device", device, "cpu"),
+        match self.device.as_str() {
+            "cpu" | "auto" => Ok(()),
+            device => {
+                let what = format!("`--device {device}` is not in this version");
+                Err(Error::new(ErrorKind::Argument, what)
+                    .expected("cpu")
+                    .got(device)
+                    .hint("leave --device out"))
+            }
         }
     }
 
@@ -46,5 +44,53 @@ impl Compute {
             }
         }
         Cpu::new()
+    }
+}
+
+/// Number format of the computation.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Compute")]
+pub(super) struct Precision {
+    /// Number format of the computation: f32; bf16, where what learns and the residual stream stay
+    /// f32; or auto: bf16 where the processor multiplies it, else f32
+    #[arg(long, value_name = "DTYPE", value_enum, default_value_t = Choice::F32)]
+    #[arg(hide_possible_values = true)]
+    dtype: Choice,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Choice {
+    #[value(alias = "float32")]
+    F32,
+    #[value(alias = "bfloat16")]
+    Bf16,
+    Auto,
+}
+
+impl Precision {
+    /// What activations are computed in.
+    pub(super) fn dtype(&self) -> Dtype {
+        match self.dtype {
+            Choice::F32 => Dtype::F32,
+            Choice::Bf16 => Dtype::Bf16,
+            Choice::Auto if multiplies_bf16() => Dtype::Bf16,
+            Choice::Auto => Dtype::F32,
+        }
+    }
+}
+
+fn multiplies_bf16() -> bool {
+    Unit::best() == Unit::Avx512Bf16
+}
+
+/// Which path computes, honestly.
+pub(super) fn describe(precision: Dtype) -> &'static str {
+    match precision {
+        Dtype::F32 => "f32",
+        Dtype::Bf16 if multiplies_bf16() => "bf16, products by vdpbf16ps with f32 sums",
+        Dtype::Bf16 => {
+            "bf16, products in f32 of rounded numbers, for this processor has none of bf16: \
+             less memory, but no faster than --dtype f32"
+        }
     }
 }

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 
+use llara::backend::Dtype;
+
 use super::compute::Compute;
 use super::output_folder;
 use super::save_dtype::SavedAs;
@@ -50,7 +52,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         &[("the model", model_dir), ("the adapter", adapter)],
     )?;
     output_folder::check(&args.output_dir, args.overwrite_output_dir)?;
-    let mut model = args.source.load(&args.compute, args.template.as_deref(), None)?;
+    let mut model =
+        args.source.load((&args.compute, Dtype::F32), args.template.as_deref(), None)?;
     model.merge_adapter()?;
     model.save_as(&args.output_dir, args.save_dtype.into())?;
     say!("{}: merged, saved and checked", args.output_dir.display());

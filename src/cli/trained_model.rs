@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::builder::BoolishValueParser;
-use llara::backend::Cpu;
+use llara::backend::{Cpu, Dtype};
 use llara::retrieval::TextEmbedder;
 use llara::text::Template;
 use llara::{
     BiEncoderModel, BiEncoderOptions, Error, ErrorKind, Loader, Probes, Recipe, Result, Role, hub,
 };
 
-use super::compute::Compute;
+use super::compute::{Compute, Precision};
 use super::talk::say;
 
 /// Which model, and how it makes vectors.
@@ -22,6 +22,8 @@ pub(super) struct TrainedModel {
     encoding: Encoding,
     #[command(flatten)]
     compute: Compute,
+    #[command(flatten)]
+    precision: Precision,
 }
 
 /// Which model.
@@ -115,7 +117,7 @@ impl Source {
     /// Loads the model and, where nothing about it is changed, lets it check itself.
     pub(super) fn load(
         &self,
-        compute: &Compute,
+        (compute, precision): (&Compute, Dtype),
         template_name: Option<&str>,
         normalized: Option<bool>,
     ) -> Result<BiEncoderModel<Cpu>> {
@@ -123,7 +125,7 @@ impl Source {
         // An adapter was trained with a recipe of its own.
         let recipe_dir = self.adapter.as_deref().unwrap_or(&dir);
         let saved = Recipe::read(recipe_dir)?;
-        let mut loader = Loader::new(&dir)?;
+        let mut loader = Loader::new(&dir)?.matrices(precision);
         if let Some(recipe) = &saved {
             loader = loader.with_recipe(recipe.clone());
         }
@@ -136,6 +138,8 @@ impl Source {
         if let Some(adapter) = &self.adapter {
             model.attach_adapter(adapter)?;
         }
+        model.decoder_mut().freeze();
+        model.set_precision(precision)?;
         match saved {
             Some(saved) if saved == *model.recipe() => {
                 if let Some(probes) = Probes::read(recipe_dir)? {
@@ -174,7 +178,8 @@ impl TrainedModel {
     /// Loads the model and, where nothing about it is changed, lets it check itself.
     pub(super) fn load(&self) -> Result<BiEncoderModel<Cpu>> {
         let Encoding { template, normalized, .. } = &self.encoding;
-        self.source.load(&self.compute, template.as_deref(), *normalized)
+        let compute = (&self.compute, self.precision.dtype());
+        self.source.load(compute, template.as_deref(), *normalized)
     }
 
     /// What embeds texts with `model`.

@@ -5,7 +5,7 @@ use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use super::decoder::{Decoder, Values};
 use super::lora::{Lora, LoraConfig, PROJECTIONS};
 use super::parameter::Parameter;
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Dtype, Shape};
 use crate::{Error, ErrorKind, Result};
 
 /// Names of the two matrices of an adapter behind the name of its projection.
@@ -105,7 +105,10 @@ impl<B: Backend> Decoder<B> {
             let Some(lora) = linear.lora.take() else { continue };
             let mut b = backend.slice_rows(lora.b.value(), 0, lora.b.value().rows())?;
             backend.scale(&mut b, lora.scale)?;
-            let weight = linear.weight.take_value(backend)?;
+            let weight = match linear.weight.value().dtype() {
+                Dtype::F32 => linear.weight.take_value(backend)?,
+                Dtype::Bf16 => backend.cast(linear.weight.value(), Dtype::F32)?,
+            };
             let merged = backend.linear_input_grad(&b, lora.a.value(), Some(weight))?;
             linear.weight.set_value(merged);
         }

@@ -68,8 +68,6 @@ fn what_this_version_cannot_do_is_refused_by_name() {
     for (args, part) in [
         (&["--resume_from_checkpoint", "x"][..], "`--resume-from-checkpoint` is not"),
         (&["--gradient_accumulation_steps", "4"], "`--gradient-accumulation-steps` is not"),
-        (&["--dtype", "bf16"], "`--dtype bf16` is not"),
-        (&["--dtype", "auto"], "`--dtype auto` is not"),
         (&["--device", "cuda:0"], "`--device cuda:0` is not"),
         (&["--negatives_cross_device", "True"], "cross-device negatives need a process group"),
     ] {

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, ValueEnum};
 use llara::BiEncoderOptions;
+use llara::backend::Dtype;
 use llara::data::{BadRows, Sampling};
 use llara::train::{AdamWConfig, Chunking, Decay, RunLength, Saving, TrainConfig, Warmup};
 
 use super::lora_args::LoraArgs;
 use super::trainer_flags::TrainerFlags;
-use crate::cli::compute::Compute;
+use crate::cli::compute::{Compute, Precision};
 use crate::cli::save_dtype::SavedAs;
 
 /// Train a model on queries with positives and hard negatives.
@@ -52,6 +53,8 @@ pub(in crate::cli) struct Args {
     pub(super) output: OutputArgs,
     #[command(flatten)]
     pub(super) compute: Compute,
+    #[command(flatten)]
+    pub(super) precision: Precision,
     #[command(flatten)]
     pub(super) trainer_flags: TrainerFlags,
 }
@@ -147,6 +150,11 @@ pub(super) struct TrainingArgs {
     /// Sequences of a batch that go through the model at a time; −1: all
     #[arg(long, value_name = "N", default_value_t = -1)]
     pub(super) sub_batch_size: i64,
+    /// The reference's name for --dtype bf16
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set, hide = true)]
+    #[arg(value_parser = BoolishValueParser::new(), conflicts_with = "dtype")]
+    pub(super) bf16: bool,
     /// Seed of all random draws
     #[arg(long, value_name = "N", default_value_t = 42)]
     pub(super) seed: u64,
@@ -312,6 +320,11 @@ impl Args {
                 dtype: self.output.save_dtype.into(),
             },
         }
+    }
+
+    /// What activations are computed in: `--dtype`, or bf16 where the reference's flag asks for it.
+    pub(super) fn precision(&self) -> Dtype {
+        if self.training.bf16 { Dtype::Bf16 } else { self.precision.dtype() }
     }
 
     /// How vectors are made and compared.

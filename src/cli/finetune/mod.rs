@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
-use llara::backend::{Backend, Cpu};
+use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::{Dataset, Sampler, SamplerConfig, Sampling};
 use llara::model::Parameter;
 use llara::train::{RunLog, Summary, TrainConfig, Trainer};
@@ -17,7 +17,7 @@ use llara::{BiEncoderModel, Error, ErrorKind, Loader, Role};
 
 use super::progress::TrainingProgress;
 use super::talk::{count, counted, print, say};
-use super::{output_folder, trained_model};
+use super::{compute, output_folder, trained_model};
 pub(super) use args::Args;
 use lora_args::Adapter;
 use trainer_flags::OwnSettings;
@@ -56,6 +56,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     if let Some(template) = template {
         loader = loader.template(template);
     }
+    let precision = args.precision();
+    if !matches!(adapter, Adapter::None) {
+        loader = loader.matrices(precision);
+    }
     let mut model = loader.load(args.compute.start(), args.model_options())?;
     for (role, option, max_len) in [
         (Role::Query, "--query-max-len", config.query_max_len),
@@ -70,10 +74,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         Adapter::New(lora) => model.attach_new_adapter(&lora, config.seed)?,
         Adapter::From(dir) => model.attach_adapter(&dir)?,
     }
+    model.set_precision(precision)?;
 
     let new = !config.output_dir.exists();
     let trained = train(&args, &config, &dataset, &mut model).and_then(|summary| {
-        save(&mut model, &config, args.lora.save_merged_lora_model)?;
+        save(model, &config, args.lora.save_merged_lora_model)?;
         Ok(summary)
     });
     if trained.is_err() && new {
@@ -98,12 +103,21 @@ fn check_apart(
 }
 
 /// The model, or its adapter and, where asked for, the model with the adapter merged.
-fn save(model: &mut BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> llara::Result<()> {
+fn save(mut model: BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> llara::Result<()> {
     if model.adapter().is_none() {
         return model.save_as(&config.output_dir, config.saving.dtype);
     }
     model.save_adapter(&config.output_dir)?;
     if merged {
+        if model.precision() != Dtype::F32
+            && let Some(base) = model.source().map(Path::to_owned)
+        {
+            // The weights in memory were rounded; those that the adapter is added to must not be.
+            let (backend, options) = (model.backend().clone(), *model.options());
+            drop(model);
+            model = Loader::new(&base)?.load(backend, options)?;
+            model.attach_adapter(&config.output_dir)?;
+        }
         model.merge_adapter()?;
         model.save_as(&config.output_dir.join("merged_model"), config.saving.dtype)?;
     }
@@ -211,9 +225,10 @@ fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
     let config = decoder.config();
     let template = model.prompts().template();
     format!(
-        "device    {}\nmodel     {name}: {:?}, {}, {}, hidden {}, vocabulary {}\n\
+        "device    {}; {}\nmodel     {name}: {:?}, {}, {}, hidden {}, vocabulary {}\n\
          training  {learning}\ntemplate  {}: mean of the last {}",
         model.backend().description(),
+        compute::describe(model.precision()),
         config.family,
         counted(parameters, "parameter"),
         counted(config.num_hidden_layers, "layer"),

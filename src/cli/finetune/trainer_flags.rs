@@ -12,11 +12,10 @@ const REPLACED: &[(&str, &str)] = &[
     ("fsdp-config", "one process on one device: there is nothing to shard"),
     ("gradient-checkpointing", "--chunk-tokens bounds the memory of activations, exactly"),
     ("gradient-checkpointing-kwargs", "--chunk-tokens bounds the memory of activations"),
-    ("fp16", "computes in f32"),
-    ("bf16", "computes in f32"),
-    ("tf32", "computes in f32"),
-    ("fp16-opt-level", "computes in f32"),
-    ("half-precision-backend", "computes in f32"),
+    ("fp16", "--dtype bf16 computes in 16 bits, without a loss scale"),
+    ("tf32", "--dtype says what is computed in"),
+    ("fp16-opt-level", "--dtype says what is computed in"),
+    ("half-precision-backend", "--dtype says what is computed in"),
     ("torch-compile", "kernels are compiled ahead of time"),
     ("ddp-find-unused-parameters", "a parameter without a gradient is always an error"),
     ("ddp-timeout", "one process: nothing waits for another"),
@@ -292,7 +291,7 @@ mod tests {
 
     #[test]
     fn every_accepted_flag_gets_one_line() {
-        let lines = check(&["--fp16", "--deepspeed", "../s.json", "--bf16", "False"]).unwrap();
+        let lines = check(&["--fp16", "--deepspeed", "../s.json", "--tf32", "False"]).unwrap();
         assert_eq!(lines.len(), 3, "{lines:?}");
         assert!(lines[0].starts_with("--deepspeed") && lines[1].starts_with("--fp16"));
         assert_eq!(check(&["--do-eval=false", "--optim", "adamw_torch"]).unwrap().len(), 0);

@@ -79,8 +79,12 @@ struct Planned {
 }
 
 impl ModelFolder {
-    /// Reads the configuration and the weights of `dir`.
-    pub fn load<B: Backend>(backend: &B, dir: &Path) -> Result<(Self, Decoder<B>)> {
+    /// Reads the configuration and the weights of `dir`; matrices are stored as `matrices`.
+    pub fn load<B: Backend>(
+        backend: &B,
+        dir: &Path,
+        matrices: crate::backend::Dtype,
+    ) -> Result<(Self, Decoder<B>)> {
         if !dir.is_dir() {
             return Err(Error::new(ErrorKind::Io, "there is no such model folder")
                 .file(dir)
@@ -92,7 +96,7 @@ impl ModelFolder {
         let json = serde_json::from_slice(&text)
             .map_err(|e| Error::new(ErrorKind::Config, "not JSON").file(&path).because(e))?;
         let files = WeightFiles::open(dir)?;
-        let decoder = load_decoder(backend, &config, &files)?;
+        let decoder = load_decoder(backend, &config, &files, matrices)?;
         let prefix = prefix_of(&files);
         let source = Some((dir.to_owned(), files));
         Ok((ModelFolder { source, config: json, prefix, beside: Vec::new() }, decoder))

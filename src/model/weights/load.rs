@@ -4,7 +4,7 @@
 use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 use super::files::WeightFiles;
-use crate::backend::Backend;
+use crate::backend::{Backend, Dtype};
 use crate::model::decoder::NamedShape;
 use crate::model::{Decoder, DecoderConfig};
 use crate::storage::is_readable;
@@ -27,7 +27,7 @@ pub(super) fn prefix_of(files: &WeightFiles) -> &'static str {
     if files.info("embed_tokens.weight").is_some() { "" } else { CAUSAL_LM_PREFIX }
 }
 
-/// Builds the decoder of `config` from `files`.
+/// Builds the decoder of `config` from `files`, its matrices stored as `matrices`, all else as f32.
 ///
 /// # Errors
 /// When tensors are missing, unknown, of another shape or of an unsupported type (all listed in one
@@ -36,13 +36,16 @@ pub fn load_decoder<B: Backend>(
     backend: &B,
     config: &DecoderConfig,
     files: &WeightFiles,
+    matrices: Dtype,
 ) -> Result<Decoder<B>> {
     let prefix = prefix_of(files);
     let expected = Decoder::parameter_shapes(backend, config)?;
     compare(files, prefix, &expected)?;
     Decoder::build(config.clone(), &mut |name, shape| {
         let (rows, cols) = matrix_shape(shape);
-        backend.upload(&files.read_f32(&format!("{prefix}{name}"))?, rows, cols)
+        let value = backend.upload(&files.read_f32(&format!("{prefix}{name}"))?, rows, cols)?;
+        let rounded = shape.len() == 2 && matrices != Dtype::F32;
+        if rounded { backend.cast(&value, matrices) } else { Ok(value) }
     })
 }
 
