@@ -54,3 +54,8 @@ fn pointwise() -> Tested {
 fn objective() -> Tested {
     conforms(conformance::objective)
 }
+
+#[test]
+fn mixed() -> Tested {
+    conforms(conformance::mixed)
+}

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use llara::backend::{Backend, Cpu};
+use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
 use llara::model::Parameter;
 use llara::train::{Chunking, accumulate_gradients};
@@ -42,10 +42,15 @@ fn same(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) {
     assert!(difference <= 1e-6, "{difference:e}");
 }
 
+fn in_both_precisions<const N: usize>(families: [&str; N]) -> impl Iterator<Item = (&str, Dtype)> {
+    families.into_iter().flat_map(|family| [(family, Dtype::F32), (family, Dtype::Bf16)])
+}
+
 #[test]
 fn alone_with_others_and_in_another_order() {
-    for family in FAMILIES {
-        let model = model(family, BiEncoderOptions::default());
+    for (family, precision) in in_both_precisions(FAMILIES) {
+        let mut model = model(family, BiEncoderOptions::default());
+        model.set_precision(precision).unwrap();
         let together = encode(&model, &TEXTS);
         let reversed = encode(&model, &TEXTS.iter().rev().copied().collect::<Vec<_>>());
         for (i, text) in TEXTS.iter().enumerate() {
@@ -95,10 +100,11 @@ fn fewer_tokens_than_are_pooled_are_all_pooled() {
 
 #[test]
 fn the_same_bits_on_any_number_of_threads() {
-    let bits = |threads: usize| -> Vec<u32> {
+    let bits = |threads: usize, precision: Dtype| -> Vec<u32> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let mut model = model("qwen2", BiEncoderOptions::default());
+            model.set_precision(precision).unwrap();
             let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
             let passage = model.batch(Role::Passage, &TEXTS[1..], 96).unwrap();
             accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
@@ -107,8 +113,35 @@ fn the_same_bits_on_any_number_of_threads() {
             grads.flat_map(Result::unwrap).map(f32::to_bits).collect()
         })
     };
-    let one = bits(1);
-    assert!(one == bits(2) && one == bits(3));
+    for precision in [Dtype::F32, Dtype::Bf16] {
+        let one = bits(1, precision);
+        assert!(one == bits(2, precision) && one == bits(3, precision), "{precision}");
+    }
+}
+
+#[test]
+fn bf16_gives_nearly_the_vectors_and_the_gradient_of_f32() {
+    for family in FAMILIES {
+        let [wide, narrow] = [Dtype::F32, Dtype::Bf16].map(|precision| {
+            let mut model = model(family, BiEncoderOptions::default());
+            model.set_precision(precision).unwrap();
+            let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
+            let passage = model.batch(Role::Passage, &TEXTS[1..], 96).unwrap();
+            accumulate_gradients(&mut model, &query, &passage, &PLAIN).unwrap();
+            let download =
+                |p: &Parameter<Cpu>| model.backend().download(p.grad().unwrap()).unwrap();
+            let gradient: Vec<f32> = model.decoder().parameters().flat_map(download).collect();
+            (encode(&model, &TEXTS), gradient)
+        });
+        for (a, b) in wide.0.rows().into_iter().zip(narrow.0.rows()) {
+            assert!(a.dot(&b) > 0.9998, "{family}: cosine {}", a.dot(&b));
+            assert!(a != b, "{family}: bf16 was not used");
+        }
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        let lengths = (dot(&wide.1, &wide.1) * dot(&narrow.1, &narrow.1)).sqrt();
+        let cosine = dot(&wide.1, &narrow.1) / lengths;
+        assert!(cosine > 0.99, "{family}: the gradient's cosine is {cosine}");
+    }
 }
 
 /// How a gradient is computed.
@@ -118,6 +151,7 @@ struct Way {
     /// Adapters with dropout, rather than all weights.
     adapter: bool,
     last_block_at_pooled_rows: bool,
+    precision: Dtype,
 }
 
 const PLAIN: Chunking = Chunking {
@@ -144,6 +178,7 @@ fn gradients(way: Way) -> Vec<(String, Vec<f32>)> {
         model.attach_adapter(dir.path()).unwrap();
         model.set_dropout(11, 3);
     }
+    model.set_precision(way.precision).unwrap();
     let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
     let passages = [TEXTS[1], TEXTS[2], TEXTS[3], TEXTS[2]];
     let passage = model.batch(Role::Passage, &passages, 96).unwrap();
@@ -169,7 +204,8 @@ fn agree(one: Way, other: Way, bound: f32) {
 fn gradients_do_not_depend_on_the_chunks() {
     for adapter in [false, true] {
         for last_block_at_pooled_rows in [false, true] {
-            let way = |chunking| Way { chunking, adapter, last_block_at_pooled_rows };
+            let precision = Dtype::F32;
+            let way = |chunking| Way { chunking, adapter, last_block_at_pooled_rows, precision };
             for chunking in [
                 Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN },
                 Chunking { max_tokens: 50, kept_tokens: 0, ..PLAIN },
@@ -181,11 +217,23 @@ fn gradients_do_not_depend_on_the_chunks() {
     }
 }
 
+#[test]
+fn gradients_in_bf16_do_not_depend_on_the_chunks_either() {
+    for adapter in [false, true] {
+        let (last_block_at_pooled_rows, precision) = (true, Dtype::Bf16);
+        let way = |chunking| Way { chunking, adapter, last_block_at_pooled_rows, precision };
+        // The same vectors and the same gradients of activations; only sums over chunks differ, in f32.
+        let chunking = Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN };
+        agree(way(PLAIN), way(chunking), 1e-6);
+    }
+}
+
 /// Other shapes of product round differently, and the softmax at temperature 0.02 magnifies it.
 #[test]
 fn work_that_is_not_done_changes_nothing() {
     for adapter in [false, true] {
-        let plain = Way { chunking: PLAIN, adapter, last_block_at_pooled_rows: false };
+        let (last_block_at_pooled_rows, precision) = (false, Dtype::F32);
+        let plain = Way { chunking: PLAIN, adapter, last_block_at_pooled_rows, precision };
         agree(plain, Way { chunking: Chunking { equal_once: true, ..PLAIN }, ..plain }, 5e-6);
         agree(plain, Way { last_block_at_pooled_rows: true, ..plain }, 5e-6);
     }

@@ -13,6 +13,7 @@
 //! ```
 
 mod attention;
+mod mixed;
 mod norms;
 mod objective;
 mod plain;
@@ -24,6 +25,7 @@ mod suite;
 use std::fmt;
 
 pub use attention::attention;
+pub use mixed::mixed;
 pub use norms::norms;
 pub use objective::objective;
 pub use pointwise::pointwise;
@@ -72,7 +74,7 @@ impl fmt::Display for Case {
 /// # Errors
 /// What the backend itself reports. A wrong result is a [`Case`] that has not passed.
 pub fn run<B: Backend>(backend: &B) -> Result<Vec<Case>> {
-    let families = [products, rows, norms, attention, pointwise, objective];
+    let families = [products, rows, norms, attention, pointwise, objective, mixed];
     let mut cases = Vec::new();
     for family in families {
         cases.extend(family(backend)?);

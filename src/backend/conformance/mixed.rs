@@ -1,0 +1,289 @@
+//! Checks of mixed precision: every operation that takes bf16 must give what it gives in f32 on the same
+//! numbers, rounded once, in the type that the backend's page promises.
+
+use super::Case;
+use super::plain::Matrix;
+use super::suite::{Bound, Suite};
+use crate::Result;
+use crate::backend::{AttentionShape, Backend, DropoutKey, Dtype, Layout, RopeTable, Shape, Turn};
+
+/// The operations of a training step on bf16 matrices.
+///
+/// # Errors
+/// What the backend itself reports.
+pub fn mixed<B: Backend>(backend: &B) -> Result<Vec<Case>> {
+    let mut suite = Suite::new(backend);
+    for shape in [(1, 1), (3, 17), (33, 65), (70, 130), (0, 16), (130, 64)] {
+        conversion(&mut suite, shape)?;
+        rows(&mut suite, shape)?;
+        swiglu(&mut suite, shape)?;
+        dropout(&mut suite, shape)?;
+        norms(&mut suite, shape)?;
+    }
+    for sizes in [(1, 1, 1), (5, 7, 3), (33, 64, 65), (100, 130, 70), (700, 33, 2)] {
+        products(&mut suite, sizes)?;
+    }
+    for lengths in [&[1usize][..], &[17, 1, 33], &[64, 128, 65], &[130]] {
+        attention(&mut suite, lengths)?;
+    }
+    Ok(suite.finish())
+}
+
+/// The same numbers in both types.
+struct Both<B: Backend> {
+    narrow: B::Tensor,
+    wide: B::Tensor,
+}
+
+fn random<B: Backend>(suite: &mut Suite<'_, B>, rows: usize, cols: usize) -> Result<Both<B>> {
+    let x = suite.random(rows, cols);
+    let narrow = suite.backend.cast(&suite.tensor(&x)?, Dtype::Bf16)?;
+    let wide = suite.backend.cast(&narrow, Dtype::F32)?;
+    Ok(Both { narrow, wide })
+}
+
+/// A copy, to be used up.
+fn copy<B: Backend>(suite: &Suite<'_, B>, x: &B::Tensor) -> Result<B::Tensor> {
+    suite.backend.slice_rows(x, 0, x.rows())
+}
+
+/// How often a number may have been rounded to bf16 on its way.
+fn roundings(count: f64) -> Bound {
+    Bound::roundings(count * f64::from(1 << 16))
+}
+
+/// `got` must be of the type `dtype`, and what f32 gave.
+fn agree<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    what: &str,
+    got: &B::Tensor,
+    want: &B::Tensor,
+    (dtype, bound): (Dtype, Bound),
+) -> Result<()> {
+    suite.require(&format!("{what} is {dtype}"), got.dtype() == dtype);
+    let (rows, cols) = want.shape();
+    let want = suite.backend.download(want)?;
+    let want = Matrix::from_fn(rows, cols, |i, j| f64::from(want[i * cols + j]));
+    suite.check(what, got, &want, bound)
+}
+
+fn conversion<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let x = suite.random(rows, cols);
+    let what = format!("[{rows}, {cols}]");
+    let narrow = suite.backend.cast(&suite.tensor(&x)?, Dtype::Bf16)?;
+    let wide = suite.backend.cast(&narrow, Dtype::F32)?;
+    let nearest = x.map(|x| half::bf16::from_f64(x).to_f64());
+    suite.case("mixed, cast").check(&what, &narrow, &nearest, Bound::EXACT)?;
+    suite.check(&what, &wide, &nearest, Bound::EXACT)?;
+    let mut cleared = copy(suite, &narrow)?;
+    suite.backend.clear(&mut cleared)?;
+    suite.check(&format!("{what}, cleared"), &cleared, &Matrix::zeros(rows, cols), Bound::EXACT)
+}
+
+fn rows<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let what = format!("[{rows}, {cols}]");
+    let (x, y) = (random(suite, rows, cols)?, random(suite, rows, cols)?);
+    let places = suite.indices(if rows == 0 { 0 } else { 50 }, rows.max(1));
+    let places = suite.backend.upload_index(&places)?;
+    let backend = suite.backend;
+    let exact = (Dtype::Bf16, Bound::EXACT);
+    suite.case("mixed, rows");
+    let [got, want] = [&x.narrow, &x.wide].map(|x| backend.gather_rows(x, &places));
+    let (got, want) = (got?, want?);
+    agree(suite, &format!("{what}, gathered"), &got, &want, exact)?;
+    let [got, want] =
+        [[&x.narrow, &y.narrow], [&x.wide, &y.wide]].map(|parts| backend.concat_rows(&parts));
+    agree(suite, &format!("{what}, joined"), &got?, &want?, exact)?;
+    let (mut narrow, mut wide) = (copy(suite, &y.narrow)?, copy(suite, &y.wide)?);
+    let mut single = copy(suite, &y.wide)?;
+    let (from, from_wide) =
+        (backend.gather_rows(&x.narrow, &places)?, backend.gather_rows(&x.wide, &places)?);
+    backend.scatter_add_rows(&from, &places, &mut narrow)?;
+    backend.scatter_add_rows(&from, &places, &mut single)?;
+    backend.scatter_add_rows(&from_wide, &places, &mut wide)?;
+    agree(suite, &format!("{what}, scattered"), &single, &wide, (Dtype::F32, Bound::EXACT))?;
+    // Rounded once for each time that a row is met.
+    agree(suite, &format!("{what}, scattered"), &narrow, &wide, (Dtype::Bf16, roundings(60.0)))?;
+    let mut wide = backend.cast(&narrow, Dtype::F32)?;
+    backend.scale(&mut narrow, 0.3)?;
+    backend.scale(&mut wide, 0.3)?;
+    agree(suite, &format!("{what}, scaled"), &narrow, &wide, (Dtype::Bf16, roundings(1.0)))
+}
+
+fn swiglu<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let what = format!("[{rows}, {cols}]");
+    let [gate, up, dy] = [(); 3].map(|()| random(suite, rows, cols));
+    let (gate, up, dy) = (gate?, up?, dy?);
+    let backend = suite.backend;
+    let bound = (Dtype::Bf16, roundings(1.0));
+    let got = backend.swiglu(&gate.narrow, &up.narrow)?;
+    let want = backend.swiglu(&gate.wide, &up.wide)?;
+    suite.case("mixed, swiglu");
+    agree(suite, &what, &got, &want, bound)?;
+    let got = backend.swiglu_backward(&dy.narrow, &gate.narrow, &up.narrow)?;
+    let want = backend.swiglu_backward(&dy.wide, &gate.wide, &up.wide)?;
+    agree(suite, &format!("{what}, dgate"), &got.0, &want.0, bound)?;
+    agree(suite, &format!("{what}, dup"), &got.1, &want.1, bound)
+}
+
+fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let what = format!("[{rows}, {cols}]");
+    let (x, onto) = (random(suite, rows, cols)?, random(suite, rows, cols)?);
+    let numbers = suite.indices(rows, 5000);
+    let numbers = suite.backend.upload_index(&numbers)?;
+    let key = DropoutKey { seed: 3, step: 5, module: 7, probability: 0.3 };
+    let backend = suite.backend;
+    let bound = (Dtype::Bf16, roundings(1.0));
+    suite.case("mixed, dropout");
+    for with_onto in [false, true] {
+        let onto_of = |onto| if with_onto { copy(suite, onto).map(Some) } else { Ok(None) };
+        let got = backend.dropout(&x.narrow, &numbers, &key, onto_of(&onto.narrow)?)?;
+        let want = backend.dropout(&x.wide, &numbers, &key, onto_of(&onto.wide)?)?;
+        agree(suite, &format!("{what}, onto {with_onto}"), &got, &want, bound)?;
+    }
+    Ok(())
+}
+
+fn norms<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let what = format!("[{rows}, {cols}]");
+    let (x, dy) = (random(suite, rows, cols)?, random(suite, rows, cols)?);
+    let w = suite.random(1, cols);
+    let w = suite.tensor(&w)?;
+    let backend = suite.backend;
+    let (want, inv_rms) = backend.rms_norm(&x.wide, &w, 1e-5, Dtype::F32)?;
+    suite.case("mixed, rms_norm");
+    for x in [&x.narrow, &x.wide] {
+        let (got, inv) = backend.rms_norm(x, &w, 1e-5, Dtype::Bf16)?;
+        agree(suite, &what, &got, &want, (Dtype::Bf16, roundings(1.0)))?;
+        agree(suite, &what, &inv, &inv_rms, (Dtype::F32, Bound::EXACT))?;
+    }
+    suite.case("mixed, rms_norm_backward");
+    for with_onto in [false, true] {
+        let what = format!("{what}, onto {with_onto}");
+        let onto = || if with_onto { copy(suite, &dy.wide).map(Some) } else { Ok(None) };
+        let mut dw = backend.zeros(1, cols)?;
+        let want =
+            backend.rms_norm_backward(&dy.wide, &x.wide, &w, &inv_rms, Some(&mut dw), onto()?)?;
+        let mut dw_got = backend.zeros(1, cols)?;
+        let dy_on = &dy.narrow;
+        let got =
+            backend.rms_norm_backward(dy_on, &x.wide, &w, &inv_rms, Some(&mut dw_got), onto()?)?;
+        agree(suite, &what, &got, &want, (Dtype::F32, Bound::EXACT))?;
+        agree(suite, &format!("{what}, dw"), &dw_got, &dw, (Dtype::F32, Bound::EXACT))?;
+    }
+    let want = backend.rms_norm_backward(&dy.wide, &x.wide, &w, &inv_rms, None, None)?;
+    let got = backend.rms_norm_backward(&dy.narrow, &x.narrow, &w, &inv_rms, None, None)?;
+    agree(suite, &what, &got, &want, (Dtype::Bf16, roundings(1.0)))
+}
+
+/// n rows of `input` features to `output`. Weights come in f32 and in bf16: as they are rounded before
+/// they are multiplied, the result is the same.
+fn products<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    (n, input, output): (usize, usize, usize),
+) -> Result<()> {
+    let what = format!("n {n}, {input} -> {output}");
+    let (x, dy) = (random(suite, n, input)?, random(suite, n, output)?);
+    let w = random(suite, output, input)?;
+    let (onto_y, onto_x) = (random(suite, n, output)?, random(suite, n, input)?);
+    let bias = suite.random(1, output);
+    let bias = suite.tensor(&bias)?;
+    let backend = suite.backend;
+    let magnitude = (input.max(output) as f64).sqrt();
+    let (bf16, f32) = (
+        (Dtype::Bf16, roundings(1.1).at_least(magnitude)),
+        (Dtype::F32, Bound::sum(input).at_least(magnitude)),
+    );
+    for weight in [&w.narrow, &w.wide] {
+        let what = format!("{what}, weight in {}", weight.dtype());
+        suite.case("mixed, linear");
+        let want = backend.linear(&x.wide, &w.wide, Some(&bias), None)?;
+        let got = backend.linear(&x.narrow, weight, Some(&bias), None)?;
+        agree(suite, &what, &got, &want, bf16)?;
+        let want = backend.linear(&x.wide, &w.wide, None, Some(&onto_y.wide))?;
+        let got = backend.linear(&x.narrow, weight, None, Some(&onto_y.wide))?;
+        agree(suite, &format!("{what}, residual"), &got, &want, f32)?;
+        let got = backend.linear_onto(&x.narrow, weight, copy(suite, &onto_y.narrow)?)?;
+        agree(suite, &format!("{what}, onto"), &got, &want, bf16)?;
+        suite.case("mixed, linear_input_grad");
+        let want = backend.linear_input_grad(&dy.wide, &w.wide, None)?;
+        let got = backend.linear_input_grad(&dy.narrow, weight, None)?;
+        agree(suite, &what, &got, &want, bf16)?;
+        let want =
+            backend.linear_input_grad(&dy.wide, &w.wide, Some(copy(suite, &onto_x.wide)?))?;
+        let onto = copy(suite, &onto_x.narrow)?;
+        let got = backend.linear_input_grad(&dy.narrow, weight, Some(onto))?;
+        agree(suite, &format!("{what}, onto"), &got, &want, bf16)?;
+    }
+    suite.case("mixed, linear_weight_grad");
+    let (mut got, mut want) = (copy(suite, &w.wide)?, copy(suite, &w.wide)?);
+    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got)?;
+    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want)?;
+    agree(suite, &what, &got, &want, (Dtype::F32, Bound::sum(n)))?;
+    let (mut got, mut want) = (backend.zeros(1, output)?, backend.zeros(1, output)?);
+    backend.linear_bias_grad(&dy.narrow, &mut got)?;
+    backend.linear_bias_grad(&dy.wide, &mut want)?;
+    agree(suite, &format!("{what}, bias"), &got, &want, (Dtype::F32, Bound::EXACT))
+}
+
+fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<()> {
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16, window: None, scale: 0.25 };
+    let (rows, longest) = (lengths.iter().sum(), lengths.iter().copied().max().unwrap_or(0));
+    let (q_cols, kv_cols) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let [mut q, k, v, dout] =
+        [q_cols, kv_cols, kv_cols, q_cols].map(|cols| random(suite, rows, cols));
+    let backend = suite.backend;
+    let mut offsets = vec![0u32];
+    offsets.extend(lengths.iter().scan(0, |end, length| {
+        *end += *length as u32;
+        Some(*end)
+    }));
+    let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
+    let layout = Layout {
+        offsets: backend.upload_index(&offsets)?,
+        positions: backend.upload_index(&positions)?,
+        sequences: lengths.len(),
+        rows,
+        longest,
+    };
+    // Turned first, so that the rotation is checked on the way.
+    let half = shape.head_dim / 2;
+    let angle = |p: usize, i: usize| p as f64 * 100f64.powf(-(i as f64) / half as f64);
+    let cos = Matrix::from_fn(longest, half, |p, i| angle(p, i).cos()).rounded();
+    let sin = Matrix::from_fn(longest, half, |p, i| angle(p, i).sin()).rounded();
+    let table = RopeTable { cos: suite.tensor(&cos)?, sin: suite.tensor(&sin)? };
+    if let Ok(q) = &mut q {
+        backend.rope(&mut q.narrow, &layout.positions, &table, Turn::Forward)?;
+        backend.rope(&mut q.wide, &layout.positions, &table, Turn::Forward)?;
+        suite.case("mixed, rope");
+        agree(suite, "queries", &q.narrow, &q.wide, (Dtype::Bf16, roundings(1.0)))?;
+    }
+    let (q, k, v, dout) = (q?, k?, v?, dout?);
+    let wide_q = backend.cast(&q.narrow, Dtype::F32)?;
+    let want = backend.attention(&wide_q, &k.wide, &v.wide, &layout, &layout, &shape)?;
+    let got = backend.attention(&q.narrow, &k.narrow, &v.narrow, &layout, &layout, &shape)?;
+    let what = format!("lengths {lengths:?}");
+    suite.case("mixed, attention");
+    agree(suite, &what, &got.out, &want.out, (Dtype::Bf16, roundings(2.0)))?;
+    let lse = Bound::roundings(64.0).at_least(1.0);
+    agree(suite, &what, &got.log_sum_exp, &want.log_sum_exp, (Dtype::F32, lse))?;
+    let want = backend.attention_backward(
+        &dout.wide, &wide_q, &k.wide, &v.wide, &want, &layout, &layout, &shape,
+    )?;
+    let got = backend.attention_backward(
+        &dout.narrow,
+        &q.narrow,
+        &k.narrow,
+        &v.narrow,
+        &got,
+        &layout,
+        &layout,
+        &shape,
+    )?;
+    // The rounding of the output reaches the gradient through `Σ dout∘out`.
+    let bound = (Dtype::Bf16, roundings(8.0).at_least(1.0));
+    suite.case("mixed, attention_backward");
+    agree(suite, &format!("{what}, dq"), &got.0, &want.0, bound)?;
+    agree(suite, &format!("{what}, dk"), &got.1, &want.1, bound)?;
+    agree(suite, &format!("{what}, dv"), &got.2, &want.2, bound)
+}

@@ -1,0 +1,106 @@
+//! Elements of matrices: f32, and bf16, which is widened where it is read and rounded where it is
+//! written.
+
+use half::bf16;
+
+use super::gemm::{Operand, Output, Precision, View};
+use crate::backend::Dtype;
+
+/// The type of a matrix's elements, for kernels that are compiled once for each.
+pub(super) trait Element: Output + 'static {
+    const DTYPE: Dtype;
+    /// How products with a left operand of this type round.
+    const PRECISION: Precision;
+    /// The number itself.
+    fn single(self) -> f32;
+    /// The nearest bf16, ties to even, in the low half.
+    fn bf16_bits(self) -> u32;
+    /// The nearest element, ties to even.
+    fn rounded(x: f32) -> Self;
+    /// As an operand of a product.
+    fn operand(view: View<'_, Self>) -> Operand<'_>;
+}
+
+impl Element for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+    const PRECISION: Precision = Precision::F32;
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn bf16_bits(self) -> u32 {
+        let bits = self.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // Rounding could carry a NaN into an infinity; keep its sign and make it quiet.
+        if self.is_nan() { bits >> 16 | 0x40 } else { rounded }
+    }
+
+    #[inline(always)]
+    fn rounded(x: f32) -> f32 {
+        x
+    }
+
+    fn operand(view: View<'_, f32>) -> Operand<'_> {
+        Operand::F32(view)
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+    const PRECISION: Precision = Precision::Bf16;
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn bf16_bits(self) -> u32 {
+        u32::from(self.to_bits())
+    }
+
+    #[inline(always)]
+    fn rounded(x: f32) -> bf16 {
+        bf16::from_bits(x.bf16_bits() as u16)
+    }
+
+    fn operand(view: View<'_, bf16>) -> Operand<'_> {
+        Operand::Bf16(view)
+    }
+}
+
+/// Runs `$body` with `$element` as the type of the elements of `$x`.
+macro_rules! with_element {
+    ($x:expr, $element:ident => $body:expr) => {
+        match $x.dtype() {
+            $crate::backend::Dtype::F32 => {
+                type $element = f32;
+                $body
+            }
+            $crate::backend::Dtype::Bf16 => {
+                type $element = half::bf16;
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_element;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_half_crate() {
+        let halves = [0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0x7f7f_ffff, 0x0000_8000];
+        let special = [0, 0x8000_0000, 0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0xffff_ffff, 1];
+        let many = (0..1 << 16).map(|i: u32| i.wrapping_mul(0x9e37_79b9));
+        for bits in halves.into_iter().chain(special).chain(many) {
+            let x = f32::from_bits(bits);
+            assert_eq!(x.bf16_bits(), u32::from(bf16::from_f32(x).to_bits()), "{bits:#x}");
+        }
+    }
+}
