@@ -21,8 +21,8 @@ pub(crate) struct Prefetched<T> {
 /// Hands `consume` the items of an iterator that runs ahead of it on another thread.
 ///
 /// Order and number of the items are the iterator's. A panic in it reaches the consumer when that
-/// item is asked for, and never if it stops before. When `consume` returns or panics, the iterator is
-/// dropped once the item in the making is done: nothing goes on in the background.
+/// item is asked for, and never if it stops before. When `consume` returns or panics, the iterator
+/// is dropped once the item in the making is done: nothing goes on in the background.
 ///
 /// # Errors
 /// Those of `consume`; [`ErrorKind::Backend`] when there is no thread to be had.

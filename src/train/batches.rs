@@ -19,8 +19,8 @@ pub(super) struct StepBatch {
     pub(super) passage: Batch,
 }
 
-/// Makes the batch of any step, whatever was made before, without the model: a thread of its own can
-/// do it while the model computes.
+/// Makes the batch of any step, whatever was made before, without the model: a thread of its own
+/// can do it while the model computes.
 pub(super) struct BatchSource<'r> {
     pub(super) dataset: &'r Dataset,
     pub(super) config: &'r TrainConfig,
