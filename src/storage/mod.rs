@@ -1,7 +1,8 @@
-//! Files that appear whole or not at all, fingerprints of contents, and the safetensors format, for
+//! Files that appear whole or not at all, fingerprints of contents, lines, and the safetensors format, for
 //! whoever reads or writes.
 
 mod fingerprint;
+mod lines;
 mod number;
 mod output;
 mod partial;
@@ -9,6 +10,7 @@ mod safetensors;
 mod staging;
 
 pub(crate) use fingerprint::Fingerprint;
+pub(crate) use lines::{LineReader, MAX_LINE_BYTES};
 pub(crate) use number::is_readable;
 pub(crate) use output::OutputFile;
 pub(crate) use partial::PartialFile;
