@@ -51,9 +51,9 @@ impl BatchSource<'_> {
         })
     }
 
-    /// One text after the other: this has a whole step's time, and the other cores are the model's.
+    /// On all threads: where a device computes they are idle, and where they compute themselves it is
+    /// no more work than it would be between two steps.
     fn tokenize(&self, role: Role, texts: &[String], max_len: usize) -> Result<Batch> {
-        let sequences = texts.iter().map(|text| self.prompts.encode(role, text, max_len));
-        Batch::from_sequences(sequences.collect::<Result<Vec<_>>>()?)
+        Batch::from_sequences(self.prompts.encode_all(role, texts, max_len)?)
     }
 }
