@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const ARROWS: [(&str, &[&str]); 13] = [
     ("storage", &[]),
     ("text", &["storage"]),
-    ("data", &[]),
+    ("data", &["storage"]),
     ("backend", &[]),
     ("dist", &["backend"]),
     ("loss", &["backend"]),

@@ -103,7 +103,7 @@ enum Mode {
 pub struct BiEncoderModel<B: Backend = Cpu> {
     backend: B,
     decoder: Decoder<B>,
-    prompts: PromptEncoder,
+    prompts: Arc<PromptEncoder>,
     recipe: Recipe,
     options: BiEncoderOptions,
     folder: ModelFolder,
@@ -145,7 +145,7 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(BiEncoderModel {
             backend,
             decoder,
-            prompts,
+            prompts: Arc::new(prompts),
             recipe,
             options,
             folder,
@@ -189,6 +189,11 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Tokenizer and template.
     pub fn prompts(&self) -> &PromptEncoder {
         &self.prompts
+    }
+
+    /// The same, for whoever tokenizes while the model is at work.
+    pub(crate) fn shared_prompts(&self) -> Arc<PromptEncoder> {
+        Arc::clone(&self.prompts)
     }
 
     /// Template, lengths and normalisation that go with the weights.

@@ -2,11 +2,16 @@
 
 use std::path::PathBuf;
 
-use llara::Role;
-use llara::retrieval::{Embedder, TextFile, VectorWriter, encode_stream};
+use clap::ArgAction;
+use clap::builder::BoolishValueParser;
+use llara::backend::Cpu;
+use llara::retrieval::{
+    BLOCK_TEXTS, Embedder, TextEmbedder, TextFile, VectorWriter, encode_stream,
+};
+use llara::{Result, Role};
 
 use super::progress::TextProgress;
-use super::talk::{counted, print, say};
+use super::talk::{count, counted, print, say};
 use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
 
 /// Turn a file of texts into a file of vectors, row i for text i.
@@ -15,6 +20,10 @@ use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
 Examples:
   llara encode --model tuned --input corpus.jsonl --role passage --output passages.safetensors
   llara encode --model tuned --input questions.txt --role query --output queries.npy
+  llara encode --model tuned --input corpus.jsonl --role passage --output passages.npy --resume
+
+A run over more than 4,096 texts that is interrupted leaves what it has as OUTPUT.partial, with
+OUTPUT.partial.json beside it. The same command with --resume goes on from there, to the same bytes.
 
 Prints one JSON object: rows, dimension, output.")]
 pub(super) struct Args {
@@ -30,6 +39,12 @@ pub(super) struct Args {
     /// Vectors: .safetensors (tensor `embeddings`) or .npy; f32, (n, d)
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     output: PathBuf,
+    /// Go on where an interrupted run with the same model, texts and options has stopped
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new())]
+    #[arg(hide_possible_values = true, help_heading = "Output")]
+    resume: bool,
     /// Tokens that a text with its template is cut to [default: as the model was trained, or the
     /// reference's: 32 for queries, 128 for passages]
     #[arg(long, value_name = "N", help_heading = "Encoding")]
@@ -54,11 +69,20 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     check_max_len(&model, args.role, "--max-len", *max_len)?;
     warn_if_too_long(&model, args.role, *max_len);
 
-    let output = VectorWriter::create(&args.output, texts.len(), embedder.dimension())?;
-    let progress = TextProgress::new(texts.len());
+    let output = open_output(args, &embedder, &texts)?;
+    let progress = TextProgress::new(texts.len() - output.written());
     let on_batch = |texts| progress.add(texts);
     embedder.on_batch = Some(&on_batch);
-    encode_stream(&embedder, args.role, &texts, output, &mut |_| ())?;
+    let encoded = encode_stream(&embedder, args.role, &texts, output, &mut |_| ());
+    if let Err(error) = encoded {
+        if let Some(kept) = VectorWriter::kept(&args.output) {
+            let (kept, all) = (count(kept), counted(texts.len(), "vector"));
+            say!(
+                "note: {kept} of {all} are kept; the same command with --resume goes on from them"
+            );
+        }
+        return Err(error.into());
+    }
     let dimension = embedder.dimension();
     drop(embedder);
     progress.finish();
@@ -69,4 +93,30 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         "output": args.output,
     });
     Ok(print(result)?)
+}
+
+/// Where vectors go. What is made in one block has nothing to be resumed from.
+fn open_output(
+    args: &Args,
+    embedder: &TextEmbedder<'_, Cpu>,
+    texts: &TextFile,
+) -> Result<VectorWriter> {
+    let (path, rows, cols) = (&args.output, texts.len(), embedder.dimension());
+    if rows <= BLOCK_TEXTS.get() {
+        return VectorWriter::create(path, rows, cols);
+    }
+    let origin = embedder.origin(args.role, texts)?;
+    if !args.resume {
+        if let Some(kept) = VectorWriter::kept(path) {
+            let kept = counted(kept, "vector");
+            say!("note: starting over; --resume would go on from the {kept} of an interrupted run");
+        }
+        return VectorWriter::begin(path, rows, cols, origin);
+    }
+    let output = VectorWriter::resume(path, rows, cols, origin)?;
+    match output.written() {
+        0 => say!("note: there is no interrupted run to go on from; starting with the first text"),
+        done => say!("going on after {} of {}", count(done), counted(rows, "text")),
+    }
+    Ok(output)
 }

@@ -35,7 +35,7 @@ Results go to standard output, everything else to standard error.
 
 Example, from nothing to an answer:
   llara init     --preset tiny --train-data train.jsonl --output-dir base
-  llara finetune --model base --train-data train.jsonl --output-dir tuned --learning-rate 1e-3
+  llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
   llara evaluate --model tuned --dataset beir/ --split test
   llara search   --model tuned --corpus beir/ --query 'when does tin melt?'")]
 struct Cli {

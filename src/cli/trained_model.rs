@@ -110,7 +110,7 @@ impl Source {
     pub(super) fn require_adapter(&self) -> Result<&Path> {
         self.adapter.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Argument, "there is nothing to merge")
-                .expected("--adapter DIR, a folder as PEFT or `finetune --use-lora` writes it")
+                .expected("--adapter DIR, a folder as PEFT or `llara finetune` writes it")
         })
     }
 

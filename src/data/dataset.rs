@@ -1,10 +1,11 @@
 //! JSON-lines files as one indexed list of rows: checked once, then read row by row from disk.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use super::TrainingRow;
+use crate::storage::{LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
 
 /// What to do with a row that is malformed.
@@ -56,13 +57,8 @@ struct IndexEntry {
     line: u32,
 }
 
-/// A longer line is taken for a file of another kind rather than read into memory.
-const MAX_LINE_BYTES: u64 = 64 << 20;
-
 /// Reasons kept of skipped rows.
 const MAX_REASONS: usize = 10;
-
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 impl Dataset {
     /// Reads and checks every row once. Each path is a file, or a folder whose `.jsonl` and `.json`
@@ -151,37 +147,38 @@ impl Dataset {
     }
 
     fn index_file(&mut self, path: PathBuf, on_bad_row: BadRows) -> Result<()> {
-        let file = File::open(&path).map_err(|e| Error::io("read training data", &path, e))?;
+        let failed = |e| Error::io("read training data", &path, e);
+        let file = File::open(&path).map_err(failed)?;
         let first_row = self.rows.len();
-        let mut lines =
-            Lines { reader: BufReader::with_capacity(1 << 18, &file), offset: 0, line: 0 };
-        let mut bytes = Vec::new();
+        let mut lines = LineReader::new(BufReader::with_capacity(1 << 18, &file));
         let mut blank = true;
-        while let Some(line) = lines.next(&path, &mut bytes)? {
-            let content = bytes.trim_ascii();
-            if content.is_empty() && !line.too_long {
+        while let Some(line) = lines.next_line().map_err(failed)? {
+            if line.content.is_some_and(|content| content.trim_ascii().is_empty()) {
                 continue;
             }
-            if blank && content.first() == Some(&b'[') {
+            let number = u32::try_from(line.number).map_err(|_| {
+                Error::new(ErrorKind::Data, "the file has more lines than can be counted")
+                    .file(&path)
+            })?;
+            if blank && line.start.trim_ascii_start().first() == Some(&b'[') {
                 return Err(Error::new(ErrorKind::Data, "the file is one JSON array")
-                    .line(&path, line.number.into())
+                    .line(&path, line.number)
                     .expected("one JSON object per line")
                     .hint("convert it: jq -c '.[]' old.json > new.jsonl"));
             }
             blank = false;
-            let checked = if line.too_long {
-                Err(Error::new(ErrorKind::Data, "the line is too long")
-                    .line(&path, line.number.into())
-                    .expected(format!("at most {} MiB, one row", MAX_LINE_BYTES >> 20)))
-            } else {
-                TrainingRow::parse(&bytes, &path, line.number.into())
+            let checked = match line.content {
+                Some(bytes) => TrainingRow::parse(bytes, &path, line.number).map(|_| bytes),
+                None => Err(Error::new(ErrorKind::Data, "the line is too long")
+                    .line(&path, line.number)
+                    .expected(format!("at most {} MiB, one row", MAX_LINE_BYTES >> 20))),
             };
             match (checked, on_bad_row) {
-                (Ok(_), _) => self.rows.push(IndexEntry {
+                (Ok(bytes), _) => self.rows.push(IndexEntry {
                     offset: line.offset,
-                    checksum: fnv1a(FNV_START, &bytes),
+                    checksum: fnv1a(FNV_START, bytes),
                     length: bytes.len() as u32, // at most MAX_LINE_BYTES
-                    line: line.number,
+                    line: number,
                 }),
                 (Err(reason), BadRows::Error) => return Err(reason),
                 (Err(reason), BadRows::Skip) => self.skipped.add(&reason),
@@ -202,52 +199,6 @@ impl Skipped {
         if self.reasons.len() < MAX_REASONS {
             self.reasons.push(reason.to_string());
         }
-    }
-}
-
-/// The lines of a file, in memory bounded by [`MAX_LINE_BYTES`].
-struct Lines<R> {
-    reader: R,
-    offset: u64,
-    line: u32,
-}
-
-struct Line {
-    /// Of the first byte that is content.
-    offset: u64,
-    number: u32,
-    too_long: bool,
-}
-
-impl<R: BufRead> Lines<R> {
-    /// Reads the next line into `bytes`, without its end; `None` at the end of the file.
-    fn next(&mut self, path: &Path, bytes: &mut Vec<u8>) -> Result<Option<Line>> {
-        let failed = |e| Error::io("read training data", path, e);
-        bytes.clear();
-        let limit = MAX_LINE_BYTES + 1;
-        let mut read =
-            self.reader.by_ref().take(limit).read_until(b'\n', bytes).map_err(failed)? as u64;
-        if read == 0 {
-            return Ok(None);
-        }
-        let too_long = read == limit && bytes.last() != Some(&b'\n');
-        if too_long {
-            read += self.reader.skip_until(b'\n').map_err(failed)? as u64;
-            bytes.truncate(1);
-        }
-        let mut offset = self.offset;
-        self.offset += read;
-        self.line = self.line.checked_add(1).ok_or_else(|| {
-            Error::new(ErrorKind::Data, "the file has more lines than can be counted").file(path)
-        })?;
-        if bytes.last() == Some(&b'\n') {
-            bytes.pop();
-        }
-        if offset == 0 && bytes.starts_with(BYTE_ORDER_MARK) {
-            bytes.drain(..BYTE_ORDER_MARK.len());
-            offset = BYTE_ORDER_MARK.len() as u64;
-        }
-        Ok(Some(Line { offset, number: self.line, too_long }))
     }
 }
 
@@ -384,6 +335,9 @@ mod tests {
         let dataset = open(&path, BadRows::Skip).unwrap();
         assert_eq!(queries(&dataset), ["a", "b"]);
         assert_eq!(dataset.location(1).unwrap().1, 3);
+        fs::write(&path, format!("[{long}]")).unwrap();
+        let e = open(&path, BadRows::Skip).unwrap_err().to_string();
+        assert!(e.contains("x.jsonl:1: the file is one JSON array"), "{e}");
     }
 
     #[test]
@@ -437,7 +391,7 @@ mod tests {
         fn the_index_equals_reading_all_of_it(
             lines in prop::collection::vec(line(), 0..20), crlf: bool, ended: bool, mark: bool,
         ) {
-            let mut bytes = if mark { BYTE_ORDER_MARK.to_vec() } else { Vec::new() };
+            let mut bytes = if mark { b"\xef\xbb\xbf".to_vec() } else { Vec::new() };
             // So that the file is none that is refused whole.
             let first = row("first").into_bytes();
             let all: Vec<&[u8]> = [first.as_slice()].into_iter().chain(lines.iter().map(Vec::as_slice)).collect();

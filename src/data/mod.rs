@@ -3,10 +3,12 @@
 
 mod batch;
 mod dataset;
+mod prefetch;
 mod row;
 mod sampler;
 
 pub use batch::Batch;
 pub use dataset::{BadRows, Dataset, Skipped};
+pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;
 pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};

@@ -2,12 +2,16 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{Embedder, Similarity};
+use super::{Embedder, Origin, Similarity, TextFile};
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::data::Batch;
+use crate::storage::Fingerprint;
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
+
+/// Its vector stands in an [`Origin`] for all of what computes: device, number format, adapters.
+const PROBE: &str = "A lighthouse keeper counts the ships that pass at night.";
 
 /// Embeds texts with a model: tokenized in parallel, sorted by length, encoded in batches of a token
 /// budget, and put back in their order.
@@ -53,11 +57,53 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
         }
     }
 
-    fn tokenize(&self, role: Role, texts: &[String]) -> Result<Vec<Vec<u32>>> {
-        let (instruction, max_len) = match role {
+    /// What the vectors of a file follow from: where it is the same, so are the bytes, on one kind of
+    /// machine. Reads all weights once.
+    ///
+    /// # Errors
+    /// When the device fails, or the length leaves no room for text.
+    pub fn origin(&self, role: Role, texts: &TextFile) -> Result<Origin> {
+        let (instruction, max_len) = self.instruction_and_length(role);
+        let prompts = self.model.prompts();
+        let (template, affixes) = (prompts.template(), prompts.template().affixes(role));
+        let mut tokenizer = Fingerprint::new();
+        tokenizer.add(&prompts.tokenizer().contents()?);
+        let mut weights = Fingerprint::new();
+        for parameter in self.model.decoder().parameters() {
+            weights.add(parameter.name().as_bytes());
+            weights.add_numbers(&self.model.backend().download(parameter.value())?);
+        }
+        let mut probe = Fingerprint::new();
+        for sequence in self.tokenize(role, &[PROBE.to_owned()])? {
+            let vectors = self.model.encode(&Batch::from_sequences([sequence])?)?;
+            vectors.iter().flatten().for_each(|&x| probe.add_numbers(&[x]));
+        }
+        Ok(Origin::new()
+            .with("program", concat!("llara ", env!("CARGO_PKG_VERSION")))
+            .with("role", role.to_string())
+            .with("max_len", max_len)
+            .with("instruction", instruction)
+            .with("template", template.name.as_str())
+            .with("prefix", affixes.prefix.as_str())
+            .with("suffix", affixes.suffix.as_str())
+            .with("pooled_tokens", template.pooled_tokens)
+            .with("normalized", self.model.options().normalized)
+            .with("batch_tokens", self.batch_tokens)
+            .with_fingerprint("tokenizer", tokenizer)
+            .with_fingerprint("weights", weights)
+            .with_fingerprint("probe", probe)
+            .with_fingerprint("input", texts.fingerprint()))
+    }
+
+    fn instruction_and_length(&self, role: Role) -> (&str, usize) {
+        match role {
             Role::Query => (&self.query_instruction, self.query_max_len),
             Role::Passage => (&self.passage_instruction, self.passage_max_len),
-        };
+        }
+    }
+
+    fn tokenize(&self, role: Role, texts: &[String]) -> Result<Vec<Vec<u32>>> {
+        let (instruction, max_len) = self.instruction_and_length(role);
         let prompts = self.model.prompts();
         if instruction.is_empty() {
             return prompts.encode_all(role, texts, max_len);

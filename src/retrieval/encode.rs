@@ -13,7 +13,7 @@ use crate::{Error, ErrorKind, Result};
 
 /// Texts handed to the encoder at a time: enough to sort by length into full batches, few enough
 /// that memory does not grow with the collection.
-const BLOCK: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+pub const BLOCK_TEXTS: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
 /// What turns texts into embeddings.
 pub trait Embedder {
@@ -39,7 +39,9 @@ pub struct Progress {
 
 /// Embeds every text of a file into a file of embeddings: row i is text i. Memory is bounded.
 ///
-/// `on_progress` is told after every block. On an error the output's place is left as it was.
+/// Texts whose embeddings the output has already are passed over. After every block but the last,
+/// what is there is [kept](VectorWriter::keep), and then `on_progress` is told. On an error the
+/// output's place is left as it was.
 ///
 /// # Errors
 /// [`ErrorKind::Argument`]: the output was made for another shape; otherwise those of the encoder,
@@ -48,7 +50,18 @@ pub fn encode_stream(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
     texts: &TextFile,
+    output: VectorWriter,
+    on_progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    encode_blocks(embedder, (role, texts), output, BLOCK_TEXTS, on_progress)
+}
+
+/// [`encode_stream`] in blocks of any size.
+fn encode_blocks(
+    embedder: &(impl Embedder + ?Sized),
+    (role, texts): (Role, &TextFile),
     mut output: VectorWriter,
+    block: NonZeroUsize,
     on_progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     let expected = (texts.len(), embedder.dimension());
@@ -57,12 +70,15 @@ pub fn encode_stream(
             .expected(format!("{expected:?}"))
             .got(format!("{:?}", (output.rows(), output.cols()))));
     }
-    let mut progress = Progress { role, done: 0, total: texts.len() };
-    for block in texts.chunks(BLOCK)? {
+    let mut progress = Progress { role, done: output.written(), total: texts.len() };
+    for block in texts.chunks(block)?.skip_texts(progress.done)? {
         let block = block?;
         let embeddings = embed_checked(embedder, role, &block)?;
         output.append(embeddings.as_standard_layout().as_slice().unwrap_or_default())?;
         progress.done += block.len();
+        if progress.done < progress.total {
+            output.keep()?;
+        }
         on_progress(progress);
     }
     output.finish()
@@ -105,7 +121,7 @@ fn for_each_block(
     mut take: impl FnMut(usize, Array2<f32>) -> Result<()>,
 ) -> Result<()> {
     let mut progress = Progress { role, done: 0, total: texts.len() };
-    for block in texts.chunks(BLOCK.get()) {
+    for block in texts.chunks(BLOCK_TEXTS.get()) {
         take(progress.done, embed_checked(embedder, role, block)?)?;
         progress.done += block.len();
         on_progress(progress);
@@ -136,7 +152,7 @@ mod tests {
     use ndarray::{ArrayView2, ShapeBuilder};
 
     use super::*;
-    use crate::retrieval::{Qrels, TextTable, read_vectors};
+    use crate::retrieval::{Origin, Qrels, TextTable, read_vectors};
 
     /// Embeds a text as its number and 1, column by column in memory; remembers the block sizes.
     #[derive(Default)]
@@ -186,7 +202,7 @@ mod tests {
     fn rows_follow_the_order_of_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let (input, output) = (dir.path().join("texts.txt"), dir.path().join("v.npy"));
-        let n = BLOCK.get() + 10;
+        let n = BLOCK_TEXTS.get() + 10;
         let texts: String = (0..n).map(|i| format!("{}\n", i * 7 % n)).collect();
         std::fs::write(&input, texts).unwrap();
         let file = TextFile::open(&input).unwrap();
@@ -197,8 +213,56 @@ mod tests {
         let expected =
             Array2::from_shape_fn((n, 2), |(i, j)| if j == 0 { (i * 7 % n) as f32 } else { 1.0 });
         assert_eq!(read_vectors(&output).unwrap(), expected);
-        assert_eq!(seen, [(BLOCK.get(), n), (n, n)]);
-        assert_eq!(*embedder.0.borrow(), [(Role::Passage, BLOCK.get()), (Role::Passage, 10)]);
+        assert_eq!(seen, [(BLOCK_TEXTS.get(), n), (n, n)]);
+        assert_eq!(*embedder.0.borrow(), [(Role::Passage, BLOCK_TEXTS.get()), (Role::Passage, 10)]);
+    }
+
+    /// Embeds as [`Numbers`] does until it has done so many blocks.
+    struct Failing(Numbers, usize);
+
+    impl Embedder for Failing {
+        fn dimension(&self) -> usize {
+            2
+        }
+
+        fn embed(&self, role: Role, texts: &[String]) -> Result<Array2<f32>> {
+            if self.0.0.borrow().len() == self.1 {
+                return Err(Error::new(ErrorKind::Backend, "the device is gone"));
+            }
+            self.0.embed(role, texts)
+        }
+    }
+
+    #[test]
+    fn interrupted_after_any_block_and_resumed_the_file_is_the_same() {
+        const BLOCK: NonZeroUsize = NonZeroUsize::new(3).unwrap();
+        for texts in [1usize, 3, 4, 11, 12] {
+            let dir = tempfile::tempdir().unwrap();
+            let (input, output) = (dir.path().join("texts.txt"), dir.path().join("v.npy"));
+            std::fs::write(&input, (0..texts).map(|i| format!("{i}\n")).collect::<String>())
+                .unwrap();
+            let file = TextFile::open(&input).unwrap();
+            let encode = |embedder: &dyn Embedder, seen: &mut Vec<usize>| {
+                let writer = VectorWriter::resume(&output, texts, 2, Origin::new())?;
+                let mut on_progress = |p: Progress| seen.push(p.done);
+                encode_blocks(embedder, (Role::Query, &file), writer, BLOCK, &mut on_progress)
+            };
+            encode(&Numbers::default(), &mut Vec::new()).unwrap();
+            let whole = std::fs::read(&output).unwrap();
+            std::fs::remove_file(&output).unwrap();
+            for done in 0..texts.div_ceil(BLOCK.get()) {
+                let mut seen = Vec::new();
+                encode(&Failing(Numbers::default(), done), &mut seen).unwrap_err();
+                assert_eq!(VectorWriter::kept(&output).unwrap_or(0), done * BLOCK.get());
+                assert!(!output.exists());
+                encode(&Numbers::default(), &mut seen).unwrap();
+                let ends = (1..).map(|i| (i * BLOCK.get()).min(texts));
+                assert_eq!(seen, ends.take(texts.div_ceil(BLOCK.get())).collect::<Vec<_>>());
+                assert_eq!(std::fs::read(&output).unwrap(), whole);
+                std::fs::remove_file(&output).unwrap();
+                assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+            }
+        }
     }
 
     #[test]
@@ -218,7 +282,7 @@ mod tests {
 
     #[test]
     fn a_collection_is_embedded_searched_and_scored() {
-        let n = BLOCK.get() + 2;
+        let n = BLOCK_TEXTS.get() + 2;
         let mut qrels = Qrels::default();
         qrels.insert("q1", &format!("d{}", n - 1), 1); // the greatest product with a positive query
         qrels.insert("q2", &format!("d{}", n - 2), 1); // the second

@@ -1,25 +1,19 @@
 //! Lines of a UTF-8 text file, numbered, with bounded memory; and the fields of a JSON line.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::storage::{LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
 
-/// Longest line that is read, in bytes. Far above any text worth embedding; a binary file given by
-/// mistake must not fill the memory before it is refused.
-const MAX_LINE_BYTES: u64 = 64 << 20;
-
-/// Reads a text file line by line. A byte-order mark is dropped, and so is the `\r` of a `\r\n`.
+/// Reads a text file line by line, and refuses what is no text.
 pub(super) struct Lines<R = BufReader<File>> {
-    reader: R,
+    reader: LineReader<R>,
     path: PathBuf,
-    number: u64,
-    buffer: Vec<u8>,
-    max_bytes: u64,
 }
 
 impl Lines {
@@ -32,37 +26,24 @@ impl Lines {
 
 impl<R: BufRead> Lines<R> {
     fn new(reader: R, path: &Path) -> Self {
-        let path = path.to_owned();
-        Lines { reader, path, number: 0, buffer: Vec::new(), max_bytes: MAX_LINE_BYTES }
+        Lines { reader: LineReader::new(reader), path: path.to_owned() }
     }
 
     /// The next line without its end, or nothing at the end of the file.
     pub(super) fn next_line(&mut self) -> Result<Option<Line<'_>>> {
-        self.buffer.clear();
-        let read = (&mut self.reader)
-            .take(self.max_bytes + 2) // room for the line's end
-            .read_until(b'\n', &mut self.buffer)
-            .map_err(|e| Error::io("read the file", &self.path, e))?;
-        if read == 0 {
-            return Ok(None);
-        }
-        self.number += 1;
-        let mut bytes = self.buffer.as_slice();
-        bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
-        bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
-        if bytes.len() as u64 > self.max_bytes {
-            return Err(Error::new(ErrorKind::Data, "the line is too long")
-                .line(&self.path, self.number)
-                .expected(format!("at most {} bytes", self.max_bytes))
-                .hint("check that this is a text file with one record per line"));
-        }
-        if self.number == 1 {
-            bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-        }
-        match std::str::from_utf8(bytes) {
-            Ok(text) => Ok(Some(Line { path: &self.path, number: self.number, text })),
+        let path = &self.path;
+        let line = self.reader.next_line().map_err(|e| Error::io("read the file", path, e))?;
+        let Some(line) = line else { return Ok(None) };
+        let content = line.content.ok_or_else(|| {
+            Error::new(ErrorKind::Data, "the line is too long")
+                .line(path, line.number)
+                .expected(format!("at most {} MiB", MAX_LINE_BYTES >> 20))
+                .hint("check that this is a text file with one record per line")
+        })?;
+        match std::str::from_utf8(content) {
+            Ok(text) => Ok(Some(Line { path, number: line.number, text })),
             Err(e) => Err(Error::new(ErrorKind::Data, "the line is not UTF-8")
-                .line(&self.path, self.number)
+                .line(path, line.number)
                 .got(format!("an invalid byte at column {}", e.valid_up_to() + 1))
                 .hint("save the file as UTF-8, uncompressed")),
         }
@@ -214,12 +195,10 @@ mod tests {
     fn bad_bytes_and_endless_lines_are_refused_with_their_line() {
         let error = all(b"fine\nb\xffd\n").unwrap_err().to_string();
         assert!(error.starts_with("f.txt:2: the line is not UTF-8"), "{error}");
-        let mut endless = lines(b"abcdefgh\n");
-        endless.max_bytes = 7;
-        assert!(endless.next_line().err().unwrap().to_string().contains("too long"));
-        let mut just_fits = lines(b"abcdefgh\n");
-        just_fits.max_bytes = 8;
-        assert_eq!(just_fits.next_line().unwrap().unwrap().text, "abcdefgh");
+        let reader = LineReader::with_limit(Cursor::new(&b"abcdefgh\n"[..]), 7);
+        let mut endless = Lines { reader, path: "f.txt".into() };
+        let error = endless.next_line().err().unwrap().to_string();
+        assert!(error.starts_with("f.txt:1: the line is too long"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use super::lines::{Line, Lines, join_title, open_regular};
+use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
 
 /// How a file holds its texts.
@@ -27,6 +28,7 @@ pub struct TextFile {
     path: PathBuf,
     format: TextFormat,
     len: usize,
+    fingerprint: Fingerprint,
 }
 
 impl TextFile {
@@ -42,10 +44,13 @@ impl TextFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let format = detect_format(&path)?;
-        let mut file = TextFile { path, format, len: 0 };
+        let mut file = TextFile { path, format, len: 0, fingerprint: Fingerprint::new() };
         let mut lines = Lines::open(&file.path)?;
         while let Some(line) = lines.next_line()? {
-            file.len += usize::from(file.parse(line)?.is_some());
+            if let Some(text) = file.parse(line)? {
+                file.len += 1;
+                file.fingerprint.add(text.as_bytes());
+            }
         }
         if file.len == 0 {
             return Err(Error::new(ErrorKind::Data, "there is no text in the file").file(file.path));
@@ -57,6 +62,11 @@ impl TextFile {
     #[allow(clippy::len_without_is_empty)] // never empty
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Of all texts in their order, as they were when the file was opened.
+    pub(super) fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 
     /// How the file was read.
@@ -124,6 +134,24 @@ pub struct Chunks<'a> {
 }
 
 impl Chunks<'_> {
+    /// Goes on behind the next `count` texts, or at the end if there are fewer. They are checked all
+    /// the same.
+    ///
+    /// # Errors
+    /// Those of the iterator.
+    pub fn skip_texts(mut self, count: usize) -> Result<Self> {
+        let mut left = count;
+        while left > 0
+            && let Some(lines) = &mut self.lines
+        {
+            match lines.next_line()? {
+                Some(line) => left -= usize::from(self.file.parse(line)?.is_some()),
+                None => self.lines = None,
+            }
+        }
+        Ok(self)
+    }
+
     fn read(&mut self) -> Result<Vec<String>> {
         let mut texts = Vec::new();
         if let Some(lines) = &mut self.lines {
@@ -213,6 +241,35 @@ mod tests {
         assert!(read("a.txt", b"a\nb\xff").unwrap_err().to_string().contains(":2: "));
         assert!(TextFile::open("/no/such/file").is_err());
         assert!(TextFile::open(tempfile::tempdir().unwrap().path()).is_err());
+    }
+
+    #[test]
+    fn texts_are_passed_over_by_their_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        let lines: String = (0..5).map(|i| format!("\n{{\"text\": \"{i}\"}}\n")).collect();
+        std::fs::write(&path, lines).unwrap();
+        let file = TextFile::open(&path).unwrap();
+        for count in 0..8 {
+            let chunks = file.chunks(size(2)).unwrap().skip_texts(count).unwrap();
+            let rest: Vec<String> = chunks.flat_map(Result::unwrap).collect();
+            assert_eq!(rest, (count..5).map(|i| i.to_string()).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn the_fingerprint_is_of_the_texts() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |name: &str, contents: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, contents).unwrap();
+            TextFile::open(&path).unwrap().fingerprint()
+        };
+        let plain = of("a.txt", "one\ntwo\n");
+        assert_eq!(of("b.jsonl", "{\"text\": \"one\"}\n\n{\"text\": \"two\", \"n\": 1}"), plain);
+        for other in ["two\none\n", "one\ntwo\nthree\n", "onet\nwo\n", "one\n"] {
+            assert_ne!(of("c.txt", other), plain, "{other:?}");
+        }
     }
 
     #[test]

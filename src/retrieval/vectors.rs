@@ -1,4 +1,4 @@
-//! Files of embeddings: `.safetensors` and `.npy`, written row by row and read whole.
+//! Files of embeddings, read whole: `.safetensors` and `.npy`.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -8,112 +8,16 @@ use ndarray::Array2;
 use safetensors::Dtype;
 
 use super::lines::{excerpt, open_regular};
-use crate::storage::{OutputFile, SafetensorsFile, safetensors_header};
+use crate::storage::SafetensorsFile;
 use crate::{Error, ErrorKind, Result};
 
 /// The name of the one tensor in a `.safetensors` file of embeddings.
-const TENSOR: &str = "embeddings";
-const NPY_MAGIC: &[u8] = b"\x93NUMPY";
+pub(super) const TENSOR: &str = "embeddings";
+pub(super) const NPY_MAGIC: &[u8] = b"\x93NUMPY";
 /// No file of embeddings has a longer header; safetensors has the same limit.
 const MAX_HEADER: u64 = 100_000_000;
 /// Numbers converted at a time between memory and file.
-const BLOCK: usize = 16 * 1024;
-
-/// Writes an embedding matrix whose size is known, a few rows at a time.
-///
-/// The file is written beside its place and moved there by [`finish`](Self::finish). Dropped
-/// before, it is removed and what was there stays.
-#[derive(Debug)]
-pub struct VectorWriter {
-    file: OutputFile,
-    header_bytes: u64,
-    rows: usize,
-    cols: usize,
-    written: usize,
-}
-
-impl VectorWriter {
-    /// Starts a file of `rows` embeddings of `cols` f32 numbers, as the extension says:
-    /// `.safetensors` (one tensor, `embeddings`) or `.npy` (version 1.0, little endian, C order).
-    ///
-    /// # Errors
-    /// [`ErrorKind::Argument`]: another extension, `cols` 0, or a size beyond 64 bits;
-    /// [`ErrorKind::Io`]: the file cannot be written there.
-    pub fn create(path: impl AsRef<Path>, rows: usize, cols: usize) -> Result<Self> {
-        let path = path.as_ref();
-        let format = Format::of(path)?;
-        let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(size_of::<f32>()));
-        if bytes.is_none() || cols == 0 {
-            return Err(Error::new(ErrorKind::Argument, "embeddings cannot have this shape")
-                .file(path)
-                .got(format!("{rows} rows of {cols}")));
-        }
-        let header = match format {
-            Format::Safetensors => {
-                safetensors_header(path, &[(TENSOR.to_owned(), Dtype::F32, vec![rows, cols])])?
-            }
-            Format::Npy => npy_header(rows, cols),
-        };
-        let mut file = OutputFile::create(path)?;
-        file.write(&header)?;
-        Ok(VectorWriter { header_bytes: file.written(), file, rows, cols, written: 0 })
-    }
-
-    /// The number of embeddings that the file will have.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// The width of each.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Appends whole rows, end to end.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Argument`]: not a multiple of the width, or more rows than announced;
-    /// [`ErrorKind::Numeric`]: a number that is not finite, with its row (nothing of this call is
-    /// written then); [`ErrorKind::Io`]: the write failed.
-    pub fn append(&mut self, values: &[f32]) -> Result<()> {
-        let invalid = |what: &str| Error::new(ErrorKind::Argument, what).file(self.file.path());
-        if !values.len().is_multiple_of(self.cols) {
-            return Err(invalid("the numbers are not whole rows")
-                .expected(format!("a multiple of {}", self.cols))
-                .got(values.len()));
-        }
-        let rows = values.len() / self.cols;
-        if rows > self.rows - self.written {
-            return Err(invalid("there are more rows than were announced")
-                .expected(self.rows)
-                .got(self.written + rows));
-        }
-        require_finite(values, self.cols, self.written, self.file.path())?;
-        let mut bytes = Vec::with_capacity(BLOCK.min(values.len()) * size_of::<f32>());
-        for block in values.chunks(BLOCK) {
-            bytes.clear();
-            bytes.extend(block.iter().flat_map(|value| value.to_le_bytes()));
-            self.file.write(&bytes)?;
-        }
-        self.written += rows;
-        Ok(())
-    }
-
-    /// Completes the file: flushes it to the disk and puts it in its place.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Argument`]: rows are missing; [`ErrorKind::Io`]: the write failed.
-    pub fn finish(self) -> Result<()> {
-        let expected = (self.rows * self.cols * size_of::<f32>()) as u64;
-        if self.written != self.rows || self.file.written() - self.header_bytes != expected {
-            return Err(Error::new(ErrorKind::Argument, "the embeddings are incomplete")
-                .file(self.file.path())
-                .expected(format!("{} rows", self.rows))
-                .got(self.written));
-        }
-        self.file.commit()
-    }
-}
+pub(super) const BLOCK: usize = 16 * 1024;
 
 /// Reads an f32 embedding matrix (n, d) from a `.safetensors` file (its tensor `embeddings`) or
 /// from a `.npy` file.
@@ -156,13 +60,14 @@ fn read_safetensors(path: &Path) -> Result<Array2<f32>> {
         .map_err(|e| damaged("the shape is impossible".to_owned()).because(e))
 }
 
-enum Format {
+/// What the extension says.
+pub(super) enum Format {
     Safetensors,
     Npy,
 }
 
 impl Format {
-    fn of(path: &Path) -> Result<Self> {
+    pub(super) fn of(path: &Path) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         match extension.to_ascii_lowercase().as_str() {
             "safetensors" => Ok(Format::Safetensors),
@@ -172,19 +77,6 @@ impl Format {
                 .expected("a name that ends in .safetensors or .npy")),
         }
     }
-}
-
-/// Magic, version, length (u16, little endian), then a Python dict, padded so that the data is
-/// aligned to 64 and ended by a newline.
-fn npy_header(rows: usize, cols: usize) -> Vec<u8> {
-    let dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {cols}), }}");
-    let before = NPY_MAGIC.len() + 2 + 2;
-    let length = (before + dict.len() + 1).next_multiple_of(64) - before;
-    let mut header = NPY_MAGIC.to_vec();
-    header.extend_from_slice(&[1, 0]);
-    header.extend_from_slice(&(length as u16).to_le_bytes()); // two numbers: some 100 bytes
-    header.extend_from_slice(format!("{dict:<width$}\n", width = length - 1).as_bytes());
-    header
 }
 
 /// Where a matrix lies in its file: the first byte of its numbers and its shape.
@@ -305,7 +197,7 @@ fn parse_npy_dict(text: &str) -> Option<(usize, usize)> {
 }
 
 /// Refuses numbers that are not finite; `values` are whole rows, the first of them row `first`.
-fn require_finite(values: &[f32], cols: usize, first: usize, path: &Path) -> Result<()> {
+pub(super) fn require_finite(values: &[f32], cols: usize, first: usize, path: &Path) -> Result<()> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
         Some(place) => {
@@ -325,6 +217,8 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::retrieval::VectorWriter;
+    use crate::retrieval::vector_writer::npy_header;
 
     const NAMES: [&str; 2] = ["v.safetensors", "v.npy"];
 
@@ -361,38 +255,6 @@ mod tests {
         expected.resize(127, b' ');
         expected.extend_from_slice(b"\n\x00\x00\x80\x3f\x00\x00\x00\xc0");
         assert_eq!(bytes, expected);
-    }
-
-    #[test]
-    fn unfinished_and_wrong_rows_leave_the_target_untouched() {
-        let dir = tempfile::tempdir().unwrap();
-        for name in NAMES {
-            let path = dir.path().join(name);
-            std::fs::write(&path, "old").unwrap();
-            let mut writer = VectorWriter::create(&path, 3, 2).unwrap();
-            assert_eq!(writer.append(&[1.0]).unwrap_err().kind(), ErrorKind::Argument);
-            assert_eq!(writer.append(&[1.0; 8]).unwrap_err().kind(), ErrorKind::Argument);
-            writer.append(&[1.0; 2]).unwrap();
-            let error = writer.append(&[1.0, 1.0, 1.0, f32::NAN]).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Numeric);
-            assert!(error.to_string().contains("embedding 2 "), "{error}");
-            assert_eq!(writer.finish().unwrap_err().kind(), ErrorKind::Argument);
-            assert_eq!(std::fs::read(&path).unwrap(), b"old");
-        }
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), NAMES.len());
-    }
-
-    #[test]
-    fn impossible_requests_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        for name in ["v.csv", "v", ".npy"] {
-            let error = VectorWriter::create(dir.path().join(name), 1, 1).unwrap_err().to_string();
-            assert!(error.contains(".safetensors or .npy"), "{error}");
-        }
-        let path = dir.path().join("v.npy");
-        assert!(VectorWriter::create(&path, 1, 0).is_err());
-        assert!(VectorWriter::create(&path, usize::MAX, 2).is_err());
-        assert!(VectorWriter::create(dir.path().join("no/v.npy"), 1, 1).is_err());
     }
 
     #[test]

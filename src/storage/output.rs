@@ -20,16 +20,7 @@ pub(crate) struct OutputFile {
 impl OutputFile {
     /// Starts writing `path`. Whatever can be known to fail at the end fails here instead.
     pub(crate) fn create(path: &Path) -> Result<Self> {
-        // Through a link, the file behind it is the one to replace.
-        let target = match std::fs::canonicalize(path) {
-            Ok(target) => target,
-            Err(_) => path.to_owned(),
-        };
-        if std::fs::metadata(&target).is_ok_and(|m| !m.is_file()) {
-            return Err(Error::new(ErrorKind::Io, "cannot write: this is not a regular file")
-                .file(path)
-                .hint("give the path of a file; folders, pipes and devices cannot be replaced"));
-        }
+        let target = regular_target(path)?;
         let temp = temporary_sibling(&target)
             .map_err(|e| Error::io("create a file beside this one", path, e))?;
         Ok(OutputFile { writer: BufWriter::with_capacity(1 << 18, temp), target, written: 0 })
@@ -71,6 +62,20 @@ impl OutputFile {
     }
 }
 
+/// The file that writing `path` replaces: through a link, the one behind it. Refuses what is no file.
+pub(super) fn regular_target(path: &Path) -> Result<PathBuf> {
+    let target = match std::fs::canonicalize(path) {
+        Ok(target) => target,
+        Err(_) => path.to_owned(),
+    };
+    if std::fs::metadata(&target).is_ok_and(|m| !m.is_file()) {
+        return Err(Error::new(ErrorKind::Io, "cannot write: this is not a regular file")
+            .file(path)
+            .hint("give the path of a file; folders, pipes and devices cannot be replaced"));
+    }
+    Ok(target)
+}
+
 /// A new file in the folder of `target`, with the permissions that a plain new file would have.
 fn temporary_sibling(target: &Path) -> std::io::Result<NamedTempFile> {
     let mut prefix = std::ffi::OsString::from(".");
@@ -90,8 +95,8 @@ fn folder(target: &Path) -> &Path {
     target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes the rename itself last through a power cut; only Unix can open a folder for that.
-fn sync_folder(target: &Path) -> std::io::Result<()> {
+/// Makes a rename or a removal itself last through a power cut; only Unix can open a folder for that.
+pub(super) fn sync_folder(target: &Path) -> std::io::Result<()> {
     if cfg!(unix) { File::open(folder(target))?.sync_all() } else { Ok(()) }
 }
 

@@ -123,7 +123,7 @@ fn belongs_to_a_model(name: &OsStr) -> bool {
     NAMES.contains(&&*name) || numbers.is_some_and(|(n, of)| is_number(n) && is_number(of))
 }
 
-fn remove_if_there(path: &Path) -> std::io::Result<()> {
+pub(super) fn remove_if_there(path: &Path) -> std::io::Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),

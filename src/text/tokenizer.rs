@@ -1,5 +1,6 @@
 //! A model's tokenizer as Hugging Face writes it: read, extended by special tokens, written back.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
@@ -153,21 +154,22 @@ impl TextTokenizer {
     /// Writing failed.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
-        let serialised;
-        let bytes = match &self.original {
-            Some(original) => original.as_slice(),
-            None => {
-                serialised = self.inner.to_string(true).map_err(|e| {
-                    Error::new(ErrorKind::Tokenizer, "cannot serialise the tokenizer").because(e)
-                })?;
-                serialised.as_bytes()
-            }
-        };
-        write_whole(folder, TOKENIZER_FILE, bytes)?;
+        write_whole(folder, TOKENIZER_FILE, &self.contents()?)?;
         match &self.config {
             Some(config) => write_whole(folder, CONFIG_FILE, config),
             None => Ok(()),
         }
+    }
+
+    /// The bytes of its `tokenizer.json`.
+    pub(crate) fn contents(&self) -> Result<Cow<'_, [u8]>> {
+        if let Some(original) = &self.original {
+            return Ok(Cow::Borrowed(original));
+        }
+        let serialised = self.inner.to_string(true).map_err(|e| {
+            Error::new(ErrorKind::Tokenizer, "cannot serialise the tokenizer").because(e)
+        })?;
+        Ok(Cow::Owned(serialised.into_bytes()))
     }
 
     /// Whether the token is cut out of any text as one id. To be listed in the vocabulary is not

@@ -3,6 +3,7 @@
 //! [`Trainer`] is the loop; [`accumulate_gradients`] is what one batch does to the gradients,
 //! [`AdamW`] and [`Schedule`] turn gradients into new weights, [`RunLog`] is what stays of a run.
 
+mod batches;
 mod config;
 mod optimizer;
 mod run_log;

@@ -1,16 +1,17 @@
 //! The loop.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::batches::{BatchSource, StepBatch};
 use super::config::{RunLength, TrainConfig};
 use super::optimizer::AdamW;
 use super::schedule::Schedule;
 use super::step::accumulate_gradients;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
-use crate::data::{Batch, Dataset, Draw, Sampler, SamplerConfig};
-use crate::text::Role;
+use crate::data::{Dataset, Draw, Prefetched, Sampler, SamplerConfig, prefetch};
 use crate::{Error, ErrorKind, Result};
 
 /// What one step did, or several where the log is not written at every step.
@@ -67,9 +68,9 @@ pub struct Summary {
 /// Trains one model on one dataset.
 pub struct Trainer<'r, B: Backend> {
     model: &'r mut BiEncoderModel<B>,
-    dataset: &'r Dataset,
     config: &'r TrainConfig,
-    sampler: Sampler,
+    /// Shared with the thread that makes batches.
+    batches: Arc<BatchSource<'r>>,
     optimizer: AdamW<B>,
     schedule: Schedule,
     total_steps: u64,
@@ -109,7 +110,9 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let backend = model.backend().clone();
         let optimizer = AdamW::new(&backend, model.decoder_mut(), config.adamw)?;
         model.train();
-        Ok(Trainer { model, dataset, config, sampler, optimizer, schedule, total_steps })
+        let prompts = model.shared_prompts();
+        let batches = Arc::new(BatchSource { dataset, config, sampler, prompts });
+        Ok(Trainer { model, config, batches, optimizer, schedule, total_steps })
     }
 
     /// Steps that the run will make.
@@ -119,14 +122,30 @@ impl<'r, B: Backend> Trainer<'r, B> {
 
     /// Makes all steps. The model in memory is then the trained one; saving it is the caller's.
     ///
+    /// While a step computes, the next one's rows are read and tokenized on another thread.
+    ///
     /// # Errors
     /// When a loss or a gradient norm is not finite (with the step and its rows; the weights stay as
     /// they were before it), when the data changed under the run, or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
+        let batches = Arc::clone(&self.batches);
+        let made_ahead = (0..self.total_steps).map(|step| batches.batch(step));
+        let summary = prefetch(made_ahead, |batches| self.make_steps(batches, observer))?;
+        self.model.eval();
+        Ok(summary)
+    }
+
+    fn make_steps(
+        &mut self,
+        batches: &mut Prefetched<Result<StepBatch>>,
+        observer: &mut dyn Observer,
+    ) -> Result<Summary> {
         let mut summary = Summary { steps: 0, loss: f32::NAN, tokens: 0, elapsed: Duration::ZERO };
         let mut unlogged = Vec::new();
-        for step in 0..self.total_steps {
-            let record = self.step(step)?;
+        // Of a step: to have to wait for a batch is a part of it.
+        let mut start = Instant::now();
+        for batch in batches {
+            let record = self.step(&batch?, start)?;
             summary = Summary {
                 steps: record.step,
                 loss: record.loss,
@@ -143,20 +162,18 @@ impl<'r, B: Backend> Trainer<'r, B> {
             if self.config.saving.every.is_some_and(|every| record.step.is_multiple_of(every)) {
                 observer.on_save(&self.save_on_the_way(record.step)?)?;
             }
+            start = Instant::now();
         }
-        self.model.eval();
         Ok(summary)
     }
 
-    /// Batch, gradients, update. `step` counts from 0.
-    fn step(&mut self, step: u64) -> Result<StepRecord> {
-        let start = Instant::now();
-        let draws = self.sampler.batch(step);
-        let (query, passage) = self.batches(&draws)?;
-        let learning_rate = self.schedule.rate(step);
+    /// Gradients and update. The step began at `start`, when it had to ask for its batch.
+    fn step(&mut self, batch: &StepBatch, start: Instant) -> Result<StepRecord> {
+        let StepBatch { step, draws, query, passage } = batch;
+        let learning_rate = self.schedule.rate(*step);
 
-        self.model.set_dropout(self.config.seed, step);
-        let loss = accumulate_gradients(self.model, &query, &passage, &self.config.chunking)?;
+        self.model.set_dropout(self.config.seed, *step);
+        let loss = accumulate_gradients(self.model, query, passage, &self.config.chunking)?;
         let backend = self.model.backend().clone();
         let clip = self.optimizer.step(&backend, self.model.decoder_mut(), learning_rate)?;
 
@@ -164,12 +181,12 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let loss = backend.download(&loss)?[0];
         let grad_norm = backend.download(&clip)?[0];
         if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(self.diverged(step, &draws, loss, grad_norm));
+            return Err(self.diverged(*step, draws, loss, grad_norm));
         }
         Ok(StepRecord {
             step: step + 1,
             total_steps: self.total_steps,
-            epoch: (step + 1) as f64 / self.sampler.steps_per_epoch() as f64,
+            epoch: (step + 1) as f64 / self.batches.sampler.steps_per_epoch() as f64,
             loss,
             grad_norm,
             learning_rate,
@@ -178,29 +195,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
         })
     }
 
-    /// Queries and passages of the drawn rows: `(B, …)` and `(B·G, …)`, passages in row order, each
-    /// row's positive first.
-    fn batches(&self, draws: &[Draw]) -> Result<(Batch, Batch)> {
-        let mut queries = Vec::with_capacity(draws.len());
-        let mut passages = Vec::with_capacity(draws.len() * self.config.group_size);
-        for draw in draws {
-            let row = self.dataset.row(draw.row)?;
-            let group = self.sampler.group(draw, &row)?;
-            let instruction = group.prompt.unwrap_or(&self.config.query_instruction);
-            queries.push(format!("{instruction}{}", group.query));
-            let instruction = &self.config.passage_instruction;
-            passages.extend(group.passages.iter().map(|passage| format!("{instruction}{passage}")));
-        }
-        Ok((
-            self.model.batch(Role::Query, &queries, self.config.query_max_len)?,
-            self.model.batch(Role::Passage, &passages, self.config.passage_max_len)?,
-        ))
-    }
-
     fn diverged(&self, step: u64, draws: &[Draw], loss: f32, grad_norm: f32) -> Error {
         let rows: Vec<String> = draws
             .iter()
-            .filter_map(|draw| self.dataset.location(draw.row))
+            .filter_map(|draw| self.batches.dataset.location(draw.row))
             .map(|(path, line)| format!("{}:{line}", path.display()))
             .collect();
         Error::new(ErrorKind::Numeric, format!("training diverged at step {}", step + 1))

@@ -28,7 +28,8 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 #[test]
 fn an_adapter_is_trained_used_and_merged() {
     let bench = Bench::new();
-    let run = bench.finetune(&["--lora_rank", "4", "--save_merged_lora_model", "True"]);
+    let run =
+        bench.finetune(&["--use_lora", "--lora_rank", "4", "--save_merged_lora_model", "True"]);
     run.json();
     assert!(run.stderr.contains("adapters of rank 4"), "{}", run.stderr);
     assert!(!bench.at("out/model.safetensors").exists());
@@ -55,7 +56,7 @@ fn an_adapter_is_trained_used_and_merged() {
     // Going on from it: the same targets and rank, and the loss goes on falling.
     fs::rename(bench.at("out"), bench.at("first")).unwrap();
     let first = bench.path("first");
-    let on = bench.finetune(&["--peft_model_path", &first]);
+    let on = bench.finetune(&["--use_lora", "True", "--peft_model_path", &first]);
     on.json();
     assert!(on.stderr.contains("adapters of rank 4"), "{}", on.stderr);
 }
@@ -69,9 +70,9 @@ fn adapter_options_that_make_no_sense_are_refused() {
         (&["--target-modules", "q_proj,w_proj"], "w_proj"),
         (&["--from-peft", "nowhere"], "adapter_config.json"),
         (&["--from-peft", "nowhere", "--lora-rank", "2"], "its own settings"),
-        (&["--use-lora", "--add-special-tokens"], "new tokens cannot be saved"),
+        (&["--add-special-tokens"], "hint: train all weights with --use-lora false"),
     ] {
-        bench.finetune(args).refused(&[part]);
+        bench.finetune(&[&["--use-lora"], args].concat()).refused(&[part]);
         assert!(!bench.at("out").exists());
     }
 }

@@ -103,13 +103,15 @@ impl Bench {
         names
     }
 
-    /// A short training run from `base` into `out`, with `rest` behind it.
+    /// A short training run from `base` into `out`, of all weights unless `rest`, which is put
+    /// behind it, says otherwise.
     pub(crate) fn finetune(&self, rest: &[&str]) -> Outcome {
         let (model, data, out) = (self.path("base"), self.path("train.jsonl"), self.path("out"));
         let mut args = vec!["finetune", "--model", &model, "--train-data", &data];
         args.extend(["--output-dir", &out, "--max-steps", "3", "--sampling", "sequential"]);
         args.extend(["--train-group-size", "2", "--per-device-train-batch-size", "4"]);
         args.extend(["--query-max-len", "64", "--learning-rate", "1e-3", "--logging-steps", "1"]);
+        args.extend(["--use-lora", "false"]);
         args.extend(rest);
         llara(&args)
     }

@@ -9,5 +9,6 @@ mod fixture;
 mod full_disk;
 mod hub;
 mod reference_command;
+mod resumed_encoding;
 mod run_file;
 mod verbs;

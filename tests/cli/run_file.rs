@@ -11,12 +11,13 @@ fn a_file_describes_a_run_and_flags_win() {
         format!(
             "model = {model:?}\ntrain_data = [{data:?}]\noutput-dir = {out:?}\nmax-steps = 5\n\
              query-max-len = 64\ntrain_group_size = 2\nlearning-rate = 1e-3\nnormalized = true\n\
-             per-device-train-batch-size = 2\n"
+             per-device-train-batch-size = 2\nuse-lora = false\n"
         ),
     );
     let file = bench.path("run.toml");
     let result = llara(&["finetune", "--config", &file, "--max_steps", "1"]).json();
     assert_eq!(result["steps"], 1);
+    assert!(bench.at("out/model.safetensors").is_file());
 }
 
 #[test]

@@ -17,12 +17,13 @@ use crate::cli::save_dtype::SavedAs;
 /// Train a model on queries with positives and hard negatives.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Defaults are the reference's. Its other flags are understood too: those that mean nothing here
+Defaults are the reference's, so adapters are trained, and the output folder holds them without the
+model; --use-lora false trains all weights and writes a model. The reference's other flags are understood too: those that mean nothing here
 (--deepspeed, --fp16, --gradient_checkpointing, …) are accepted, each with a line that says what
 stands in its place; those that ask for what is not there (--resume_from_checkpoint, …) are refused by name.
 
 Examples:
-  llara finetune --model base --train-data train.jsonl --output-dir tuned --learning-rate 1e-4
+  llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
   llara finetune --model Qwen/Qwen3-0.6B --template qwen3-embedding --train-data data/ \\
       --output-dir tuned --max-steps 1000 --warmup-ratio 0.1 --save-steps 200 --save-total-limit 2
   llara finetune --config run.toml --seed 7
@@ -32,6 +33,7 @@ run.toml has the same keys without the dashes; what the command line gives wins:
   train-data = [\"a.jsonl\", \"b.jsonl\"]
   output-dir = \"tuned\"
   learning-rate = 1e-4
+  use-lora = false
 
 Prints one JSON object: steps, loss, tokens, tokens_per_second, output_dir.")]
 pub(in crate::cli) struct Args {

@@ -12,11 +12,11 @@ use super::ranges::require;
 #[derive(clap::Args)]
 #[command(next_help_heading = "LoRA")]
 pub(super) struct LoraArgs {
-    /// Train adapters beside frozen weights, and save them as PEFT does; any other option of this
-    /// group asks for it too [default: false, all weights are trained]
+    /// Train adapters beside frozen weights, and save them as PEFT does; false: train all weights
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    use_lora: Option<bool>,
+    use_lora: bool,
     /// Inner size of an adapter [default: 64]
     #[arg(long, value_name = "N")]
     lora_rank: Option<usize>,
@@ -54,7 +54,7 @@ impl LoraArgs {
     /// Whether adapters are turned off beside options that speak of them.
     pub(super) fn are_ignored(&self) -> bool {
         let others = self.are_set() || self.from_peft.is_some() || self.save_merged_lora_model;
-        self.use_lora == Some(false) && others
+        !self.use_lora && others
     }
 
     /// Whether an adapter is described.
@@ -69,14 +69,12 @@ impl LoraArgs {
     /// When options contradict each other or are out of their range.
     pub(super) fn adapter(&self) -> Result<Adapter> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
-        let settings = self.are_set();
-        let asked = settings || self.from_peft.is_some() || self.save_merged_lora_model;
-        if !self.use_lora.unwrap_or(asked) {
+        if !self.use_lora {
             // A LLARA command line may carry settings that it then turns off.
             return Ok(Adapter::None);
         }
         if let Some(dir) = &self.from_peft {
-            if settings {
+            if self.are_set() {
                 return Err(invalid("an adapter that is gone on from has its own settings")
                     .got("--from-peft with other options of adapters")
                     .hint(
@@ -115,5 +113,48 @@ impl LoraArgs {
         )?;
         config.check()?;
         Ok(Adapter::New(config))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    #[command(no_binary_name = true)]
+    struct Only {
+        #[command(flatten)]
+        lora: LoraArgs,
+    }
+
+    fn parse(args: &[&str]) -> LoraArgs {
+        Only::try_parse_from(args).unwrap().lora
+    }
+
+    #[test]
+    fn adapters_are_the_default_as_in_the_reference() {
+        let adapter = |args: &[&str]| parse(args).adapter().unwrap();
+        for args in [&[][..], &["--use-lora"], &["--use-lora", "True"]] {
+            let Adapter::New(config) = adapter(args) else { panic!("{args:?}") };
+            assert_eq!(config, LoraConfig::default());
+            assert_eq!((config.rank, config.alpha, config.dropout), (64, 16.0, 0.1));
+        }
+        assert!(matches!(adapter(&["--from-peft", "dir"]), Adapter::From(_)));
+        assert!(parse(&["--from-peft", "dir", "--lora-rank", "2"]).adapter().is_err());
+    }
+
+    #[test]
+    fn turned_off_nothing_else_about_adapters_counts() {
+        for (args, ignored) in [
+            (&["--use-lora", "false"][..], false),
+            (&["--use-lora=False", "--lora-rank", "0"], true),
+            (&["--use-lora", "0", "--from-peft", "dir", "--save-merged-lora-model"], true),
+        ] {
+            let lora = parse(args);
+            assert!(matches!(lora.adapter(), Ok(Adapter::None)), "{args:?}");
+            assert_eq!(lora.are_ignored(), ignored, "{args:?}");
+        }
+        assert!(!parse(&["--lora-rank", "2"]).are_ignored());
     }
 }

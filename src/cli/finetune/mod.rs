@@ -43,7 +43,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             ErrorKind::Argument,
             "new tokens cannot be saved with an adapter, which leaves their embeddings out",
         )
-        .hint("add the tokens in a run that trains all weights, then train adapters on its model")
+        .hint(
+            "train all weights with --use-lora false, or do that in a first run and train adapters \
+             on its model",
+        )
         .into());
     }
     check_apart(&args, &config.output_dir, &adapter, &model_name)?;
@@ -220,7 +223,7 @@ fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
     let learning: usize = decoder.trainable_parameters().map(size).sum();
     let learning = match model.adapter() {
         Some(lora) => format!("adapters of rank {}, {} parameters", lora.rank, count(learning)),
-        None => "all weights (--use-lora trains adapters instead)".to_owned(),
+        None => "all weights".to_owned(),
     };
     let config = decoder.config();
     let template = model.prompts().template();

@@ -1,0 +1,143 @@
+//! What a loop needs next, made on a thread of its own while the loop works on what it has.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, Builder};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Finished items that wait for the loop. One more may be in the making.
+const WAITING: usize = 1;
+
+/// An item, or the panic that came in its place.
+type Made<T> = Result<T, Box<dyn Any + Send>>;
+
+/// The items that are made ahead, in their order.
+pub(crate) struct Prefetched<T> {
+    receiver: Receiver<Made<T>>,
+}
+
+/// Hands `consume` the items of an iterator that runs ahead of it on another thread.
+///
+/// Order and number of the items are the iterator's. A panic in it reaches the consumer when that
+/// item is asked for, and never if it stops before. When `consume` returns or panics, the iterator
+/// is dropped once the item in the making is done: nothing goes on in the background.
+///
+/// # Errors
+/// Those of `consume`; [`ErrorKind::Backend`] when there is no thread to be had.
+pub(crate) fn prefetch<T: Send, R>(
+    items: impl Iterator<Item = T> + Send,
+    consume: impl FnOnce(&mut Prefetched<T>) -> Result<R>,
+) -> Result<R> {
+    thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(WAITING);
+        Builder::new()
+            .name("llara-prefetch".into())
+            .spawn_scoped(scope, move || make(items, &sender))
+            .map_err(|e| {
+                Error::new(ErrorKind::Backend, "the system gives no thread for the next batch")
+                    .because(e)
+                    .hint("raise the limit on threads or processes (ulimit -u)")
+            })?;
+        // Lives no longer than `consume`: with it goes what a waiting thread sends to.
+        consume(&mut Prefetched { receiver })
+    })
+}
+
+/// Makes items until there is none, one panics, or nobody takes them.
+fn make<T>(mut items: impl Iterator<Item = T>, sender: &SyncSender<Made<T>>) {
+    loop {
+        // Sound to go on from: after a panic the iterator is not asked again.
+        let made = match catch_unwind(AssertUnwindSafe(|| items.next())) {
+            Ok(None) => return,
+            Ok(Some(item)) => Ok(item),
+            Err(panic) => Err(panic),
+        };
+        let last = made.is_err();
+        if sender.send(made).is_err() || last {
+            return;
+        }
+    }
+}
+
+impl<T> Iterator for Prefetched<T> {
+    type Item = T;
+
+    /// Waits for the next item if it is not there yet.
+    ///
+    /// # Panics
+    /// With the iterator's own panic.
+    fn next(&mut self) -> Option<T> {
+        // Closed by the thread once the items are used up.
+        self.receiver.recv().ok()?.map_or_else(|panic| resume_unwind(panic), Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn items_come_in_order_up_to_where_the_loop_stops(count in 0usize..30, taken in 0usize..40) {
+            let asked = AtomicUsize::new(0);
+            let items = (0..count).inspect(|_| { asked.fetch_add(1, Ordering::SeqCst); });
+            let got: Vec<usize> =
+                prefetch(items, |items| Ok(items.take(taken).collect())).unwrap();
+            prop_assert_eq!(got, (0..count.min(taken)).collect::<Vec<_>>());
+            prop_assert!(asked.into_inner() <= taken + WAITING + 1);
+        }
+    }
+
+    #[test]
+    fn the_next_item_is_made_while_the_loop_works() {
+        // Would wait for ever if an item were only begun when it is asked for.
+        let (begun, seen) = std::sync::mpsc::channel();
+        let items = (0..4).inspect(move |&i| begun.send(i).unwrap());
+        prefetch(items, |items| {
+            for item in items {
+                if item < 3 {
+                    while seen.recv().unwrap() != item + 1 {}
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    /// 0, 1 and a panic.
+    fn breaking() -> impl Iterator<Item = i32> + Send {
+        (0..9).map(|i| if i < 2 { i } else { panic!("item {i} is broken") })
+    }
+
+    #[test]
+    fn a_panic_comes_in_its_items_place() {
+        let mut seen = Vec::new();
+        let run = AssertUnwindSafe(|| {
+            prefetch(breaking(), |items| {
+                seen.extend(items);
+                Ok(())
+            })
+        });
+        let panic = catch_unwind(run).unwrap_err();
+        assert_eq!(panic.downcast_ref::<String>().unwrap(), "item 2 is broken");
+        assert_eq!(seen, [0, 1]);
+    }
+
+    #[test]
+    fn an_error_of_the_loop_is_not_hidden_by_a_panic_that_it_never_met() {
+        let failed: Result<()> = prefetch(breaking(), |items| {
+            let first = items.next();
+            // Time for the panic to happen; none of the loop's business.
+            thread::sleep(std::time::Duration::from_millis(20));
+            Err(Error::new(ErrorKind::Numeric, format!("diverged at {first:?}")))
+        });
+        assert!(failed.unwrap_err().to_string().contains("diverged at Some(0)"));
+    }
+}
