@@ -4,7 +4,7 @@
 //! `loss = mean_i (log Σ_j exp s_ij − s_{i,t(i)})`.
 
 use crate::Result;
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Gather, Shape};
 
 /// The loss at a temperature.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,7 +52,7 @@ impl InfoNce {
         backend.scale(&mut ds, factor / self.temperature)?;
         let dq = backend.linear_input_grad(&ds, p, None)?;
         let mut dp = backend.zeros(p.rows(), p.cols())?;
-        backend.linear_weight_grad(&ds, q, &mut dp)?;
+        backend.linear_weight_grad(&ds, q, &mut dp, Gather::Overwrite)?;
         Ok((dq, dp))
     }
 }

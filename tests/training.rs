@@ -86,7 +86,7 @@ fn losses_one_after_the_other(dataset: &Dataset, config: &TrainConfig) -> Vec<f3
     })
     .unwrap();
     let backend = model.backend().clone();
-    let mut optimizer = AdamW::new(&backend, model.decoder(), config.adamw).unwrap();
+    let mut optimizer = AdamW::new(&backend, model.decoder_mut(), config.adamw).unwrap();
     let schedule =
         Schedule::new(config.learning_rate, config.decay, config.warmup, ROWS as u64).unwrap();
     (0..ROWS as u64)

@@ -137,6 +137,15 @@ pub struct DropoutKey {
     pub probability: f32,
 }
 
+/// Whether a gradient is added to what is there or takes its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gather {
+    /// What is there is left over from an earlier step.
+    Overwrite,
+    /// What is there is a part of the same gradient.
+    Add,
+}
+
 /// What an attention must remember for its backward pass.
 pub struct Attended<B: Backend> {
     /// The weighted values. `[rows of q, H · hd]`
@@ -222,12 +231,14 @@ pub trait Backend: Clone + Send + Sync + 'static {
         w: &Self::Tensor,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// Gradient of [`linear`](Backend::linear) by its weight: `dw += dyᵀ · x`. `[out, in]`
+    /// Gradient of [`linear`](Backend::linear) by its weight: `dw = dyᵀ · x`, or `dw += dyᵀ · x` where
+    /// it gathers. `[out, in]`
     fn linear_weight_grad(
         &self,
         dy: &Self::Tensor,
         x: &Self::Tensor,
         dw: &mut Self::Tensor,
+        gather: Gather,
     ) -> Result<()>;
     /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
     fn linear_bias_grad(&self, dy: &Self::Tensor, db: &mut Self::Tensor) -> Result<()>;
@@ -334,9 +345,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     /// Each element of x with probability `1 − p` and divided by it, else zero `(+ onto)`; also its own
     /// gradient. Element `(row, column)` is kept where the Philox4x32-10 generator (Salmon et al.
-    /// 2011) with `key.seed` and the counter `(column / 4, numbers[row], step, module)` draws at least
-    /// `p · 2³²` in place `column % 4`. `numbers` are those of the rows' tokens in the step, so that a
-    /// token meets the same mask in whatever piece of the batch it goes through.
+    /// 2011) with `key.seed` and the counter `(16 · (column / 64) + column % 16, numbers[row], step,
+    /// module)` draws at least `p · 2³²` in word `column / 16 % 4`: sixteen counters side by side make
+    /// a block of 64 columns, their first words, then their second. `numbers` are those of the rows'
+    /// tokens in the step, so that a token meets the same mask in whatever piece of the batch it goes
+    /// through.
     fn dropout(
         &self,
         x: &Self::Tensor,

@@ -45,9 +45,9 @@ impl<B: Backend> Linear<B> {
         onto: Option<B::Tensor>,
     ) -> Result<B::Tensor> {
         let backend = pass.backend;
-        let (weight, dw) = self.weight.value_and_grad(backend)?;
-        if let Some(dw) = dw {
-            backend.linear_weight_grad(dy, x, dw)?;
+        let (weight, dw) = self.weight.value_and_any_grad(backend)?;
+        if let Some((dw, gather)) = dw {
+            backend.linear_weight_grad(dy, x, dw, gather)?;
         }
         let dx = backend.linear_input_grad(dy, weight, onto)?;
         if let Some(bias) = &mut self.bias

@@ -81,15 +81,15 @@ impl<B: Backend> Lora<B> {
     ) -> Result<B::Tensor> {
         let backend = pass.backend;
         let dropped = self.dropped(pass, x)?;
-        let (b, db) = self.b.value_and_grad(backend)?;
-        if let Some(db) = db {
-            backend.linear_weight_grad(dy, &saved.0, db)?;
+        let (b, db) = self.b.value_and_any_grad(backend)?;
+        if let Some((db, gather)) = db {
+            backend.linear_weight_grad(dy, &saved.0, db, gather)?;
         }
         let mut g = backend.linear_input_grad(dy, b, None)?;
         backend.scale(&mut g, self.scale)?;
-        let (a, da) = self.a.value_and_grad(backend)?;
-        if let Some(da) = da {
-            backend.linear_weight_grad(&g, dropped.as_ref().unwrap_or(x), da)?;
+        let (a, da) = self.a.value_and_any_grad(backend)?;
+        if let Some((da, gather)) = da {
+            backend.linear_weight_grad(&g, dropped.as_ref().unwrap_or(x), da, gather)?;
         }
         match pass.dropout.filter(|_| self.dropout > 0.0) {
             Some(dropout) => {

@@ -1,6 +1,6 @@
 //! A trainable matrix: its name in the model's files, its value and its gradient.
 
-use crate::backend::{Backend, Dtype, Shape};
+use crate::backend::{Backend, Dtype, Gather, Shape};
 use crate::{Error, ErrorKind, Result};
 
 /// A weight of the model, with the gradient that backward passes add up in it.
@@ -17,6 +17,10 @@ pub struct Parameter<B: Backend> {
     /// Whether a backward pass has reached this parameter since the gradients were last cleared.
     reached: bool,
 }
+
+/// A value and, where it learns, its gradient and what to do with what stands there.
+pub(crate) type ValueAndGrad<'p, B> =
+    (&'p <B as Backend>::Tensor, Option<(&'p mut <B as Backend>::Tensor, Gather)>);
 
 impl<B: Backend> Parameter<B> {
     pub(crate) fn new(name: String, shape: &[usize], value: B::Tensor) -> Self {
@@ -78,19 +82,25 @@ impl<B: Backend> Parameter<B> {
         &mut self,
         backend: &B,
     ) -> Result<(&B::Tensor, Option<&mut B::Tensor>)> {
+        let (value, grad) = self.value_and_any_grad(backend)?;
+        match grad {
+            Some((grad, Gather::Overwrite)) => {
+                backend.clear(grad)?;
+                Ok((value, Some(grad)))
+            }
+            grad => Ok((value, grad.map(|(grad, _)| grad))),
+        }
+    }
+
+    /// The same for a backward pass that can do without a gradient of zeros to add to.
+    pub(crate) fn value_and_any_grad(&mut self, backend: &B) -> Result<ValueAndGrad<'_, B>> {
         if !self.trainable {
             return Ok((&self.value, None));
         }
-        let grad = match self.grad.take() {
-            Some(grad) if self.reached => grad,
-            Some(mut stale) => {
-                backend.clear(&mut stale)?;
-                stale
-            }
-            None => backend.zeros(self.value.rows(), self.value.cols())?,
-        };
+        let gather = if self.reached { Gather::Add } else { Gather::Overwrite };
+        self.reserve_grad(backend)?;
         self.reached = true;
-        Ok((&self.value, Some(self.grad.insert(grad))))
+        Ok((&self.value, self.grad.as_mut().map(|grad| (grad, gather))))
     }
 
     /// Allocates the gradient, so that it does not come to lie among activations.

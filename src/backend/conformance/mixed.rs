@@ -5,7 +5,9 @@ use super::Case;
 use super::plain::Matrix;
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::{AttentionShape, Backend, DropoutKey, Dtype, Layout, RopeTable, Shape, Turn};
+use crate::backend::{
+    AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable, Shape, Turn,
+};
 
 /// The operations of a training step on bf16 matrices.
 ///
@@ -217,9 +219,12 @@ fn products<B: Backend>(
     }
     suite.case("mixed, linear_weight_grad");
     let (mut got, mut want) = (copy(suite, &w.wide)?, copy(suite, &w.wide)?);
-    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got)?;
-    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want)?;
+    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Gather::Add)?;
+    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Gather::Add)?;
     agree(suite, &what, &got, &want, (Dtype::F32, Bound::sum(n)))?;
+    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Gather::Overwrite)?;
+    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Gather::Overwrite)?;
+    agree(suite, &format!("{what}, overwritten"), &got, &want, (Dtype::F32, Bound::sum(n)))?;
     let (mut got, mut want) = (backend.zeros(1, output)?, backend.zeros(1, output)?);
     backend.linear_bias_grad(&dy.narrow, &mut got)?;
     backend.linear_bias_grad(&dy.wide, &mut want)?;

@@ -130,7 +130,8 @@ fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -
     let numbers = suite.indices(rows, 1000);
     let numbers_on = suite.backend.upload_index(&numbers)?;
     let want = Matrix::from_fn(rows, cols, |row, col| {
-        let draw = plain::philox(&key, (col / 4) as u32, numbers[row])[col % 4];
+        let counter = 16 * (col / 64) + col % 16;
+        let draw = plain::philox(&key, counter as u32, numbers[row])[col / 16 % 4];
         let kept = f64::from(draw) >= f64::from(key.probability) * 2f64.powi(32);
         if kept { x.row(row)[col] / (1.0 - f64::from(key.probability)) } else { 0.0 }
     });

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::element::with_element;
+use super::element::{Element, with_element};
 use super::vector::{rows_per_task, sigmoid, vectorised};
 use super::{Cpu, CpuTensor};
 use crate::backend::Shape;
@@ -22,7 +22,7 @@ pub(super) fn swiglu(cpu: &Cpu, gate: &CpuTensor, up: &CpuTensor) -> CpuTensor {
 }
 
 vectorised! {
-    fn gate_up<T>(y: &mut [T], gate: &[T], up: &[T]) {
+    fn gate_up<T: Element>(y: &mut [T], gate: &[T], up: &[T]) {
         for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
             let gate = gate.single();
             *y = T::rounded(gate * sigmoid(gate) * up.single());
@@ -57,7 +57,7 @@ pub(super) fn swiglu_backward(
 }
 
 vectorised! {
-    fn gate_up_backward<T>(dgate: &mut [T], dup: &mut [T], dy: &[T], gate: &[T], up: &[T]) {
+    fn gate_up_backward<T: Element>(dgate: &mut [T], dup: &mut [T], dy: &[T], gate: &[T], up: &[T]) {
         let grads = dgate.iter_mut().zip(dup).zip(dy);
         for (((dgate, dup), dy), (gate, up)) in grads.zip(gate.iter().zip(up)) {
             let (dy, gate, up) = (dy.single(), gate.single(), up.single());

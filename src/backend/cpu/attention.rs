@@ -147,16 +147,16 @@ fn attend<T: Element>(
     let (shared_out, shared_lse) = (SharedSlice::new(out), SharedSlice::new(log_sum_exp));
     plan.tasks().for_each(|(sequence, kv_head)| {
         let kv_at = kv_head * hd;
-        let (mut scores, mut p, mut tile_out) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut scores, mut lse) = (Vec::new(), Vec::new());
+        let (mut p, mut tile_out) = (Vec::new(), Vec::new());
         for tile in plan.tiles(sequence) {
             let (m, n) = (tile.queries.len(), tile.keys.len());
             for head in kv_head * plan.group()..(kv_head + 1) * plan.group() {
                 plan.products(&tile, (q, head * hd), (k, kv_at), &mut scores);
                 p.resize(m * n, T::rounded(0.0));
-                for (row, visible) in tile.visible.iter().enumerate() {
-                    let span = row * n..(row + 1) * n;
-                    let scores = &mut scores[span.clone()];
-                    let lse = softmax(&mut p[span], scores, visible.clone(), plan.shape.scale);
+                lse.resize(m, 0.0);
+                softmax(&mut p, &mut lse, &mut scores, &tile.visible, plan.shape.scale);
+                for (row, &lse) in lse.iter().enumerate() {
                     let at = (tile.queries.start + row) * heads + head;
                     // SAFETY: this task alone writes the rows of its sequence in its heads.
                     unsafe { shared_lse.slice_mut(at, 1)[0] = lse };
@@ -178,17 +178,34 @@ fn attend<T: Element>(
 }
 
 vectorised! {
-    /// Softmax of the visible scores, which are used up, and zero elsewhere; returns their log-sum-exp.
-    fn softmax<T>(p: &mut [T], scores: &mut [f32], visible: Range<usize>, scale: f32) -> f32 {
-        p[..visible.start].fill(T::rounded(0.0));
-        p[visible.end..].fill(T::rounded(0.0));
-        let scores = &mut scores[visible.clone()];
-        let largest = max(scores) * scale;
-        let sum = exp_scaled_sum(scores, scale, largest);
-        let share = 1.0 / sum;
-        p[visible].iter_mut().zip(scores).for_each(|(p, e)| *p = T::rounded(*e * share));
-        largest + sum.ln()
+    /// Softmax of each row's visible scores, which are used up, and zero elsewhere; and their
+    /// log-sum-exp.
+    fn softmax<T: Element>(
+        p: &mut [T],
+        log_sum_exp: &mut [f32],
+        scores: &mut [f32],
+        visible: &[Range<usize>],
+        scale: f32,
+    ) {
+        let n = scores.len() / visible.len();
+        let rows = p.chunks_exact_mut(n).zip(scores.chunks_exact_mut(n));
+        for ((p, scores), (lse, visible)) in rows.zip(log_sum_exp.iter_mut().zip(visible)) {
+            clear_outside(p, visible);
+            let scores = &mut scores[visible.clone()];
+            let largest = max(scores) * scale;
+            let sum = exp_scaled_sum(scores, scale, largest);
+            let share = 1.0 / sum;
+            let p = p[visible.clone()].iter_mut();
+            p.zip(scores).for_each(|(p, e)| *p = T::rounded(*e * share));
+            *lse = largest + sum.ln();
+        }
     }
+}
+
+#[inline(always)]
+fn clear_outside<T: Element>(row: &mut [T], visible: &Range<usize>) {
+    row[..visible.start].fill(T::rounded(0.0));
+    row[visible.end..].fill(T::rounded(0.0));
 }
 
 /// With `P` the softmax, `dP = dout · vᵀ` and `D = Σ dout∘out` per query:
@@ -253,22 +270,15 @@ fn attend_backward<T: Element>(
                 plan.products(&tile, (dout, q_at), (v, kv_at), &mut dp);
                 p.resize(m * n, T::rounded(0.0));
                 ds.resize(m * n, T::rounded(0.0));
-                for (row, visible) in tile.visible.iter().enumerate() {
-                    let at = tile.queries.start + row;
-                    let of_head = at * q_cols + q_at..at * q_cols + q_at + hd;
-                    let span = row * n..(row + 1) * n;
-                    let row = SoftmaxRow {
-                        scale: plan.shape.scale,
-                        log_sum_exp: log_sum_exp[at * heads + head],
-                        delta: product_sum(&dout[of_head.clone()], &out[of_head]),
-                        visible: visible.clone(),
-                    };
-                    softmax_backward(
-                        (&mut p[span.clone()], &mut ds[span.clone()]),
-                        (&mut scores[span.clone()], &dp[span]),
-                        &row,
-                    );
-                }
+                let softmax = SavedSoftmax {
+                    scale: plan.shape.scale,
+                    log_sum_exp: (&log_sum_exp[tile.queries.start * heads + head..], heads),
+                    out: (&out[tile.queries.start * q_cols + q_at..], q_cols),
+                    dout: (&dout[tile.queries.start * q_cols + q_at..], q_cols),
+                    head_dim: hd,
+                    visible: &tile.visible,
+                };
+                softmax_backward((&mut p, &mut ds), (&mut scores, &dp), &softmax);
                 tile_dq.resize(m * hd, T::rounded(0.0));
                 Gemm::new(T::PRECISION).serial().multiply(
                     ViewMut::new(&mut tile_dq, m, hd),
@@ -299,40 +309,41 @@ fn attend_backward<T: Element>(
     });
 }
 
-vectorised! {
-    fn product_sum<T>(a: &[T], b: &[T]) -> f32 {
-        dot(a, b)
-    }
-}
-
-/// What one query's softmax was.
-struct SoftmaxRow {
+/// What the softmax of a tile's queries was, in one head. Rows are strided: each with its stride.
+struct SavedSoftmax<'a, T> {
     scale: f32,
-    log_sum_exp: f32,
-    /// `Σ dout∘out`
-    delta: f32,
-    visible: Range<usize>,
+    log_sum_exp: (&'a [f32], usize),
+    out: (&'a [T], usize),
+    dout: (&'a [T], usize),
+    head_dim: usize,
+    visible: &'a [Range<usize>],
 }
 
 vectorised! {
     /// From raw scores, which are used up, and `dP`: probabilities p and `dS`, zero where not visible.
-    fn softmax_backward<T>(
+    fn softmax_backward<T: Element>(
         results: (&mut [T], &mut [T]),
         inputs: (&mut [f32], &[f32]),
-        row: &SoftmaxRow,
+        saved: &SavedSoftmax<'_, T>,
     ) {
         let ((p, ds), (scores, dp)) = (results, inputs);
-        let visible = row.visible.clone();
-        for x in [&mut *p, &mut *ds] {
-            x[..visible.start].fill(T::rounded(0.0));
-            x[visible.end..].fill(T::rounded(0.0));
-        }
-        let (scores, dp) = (&mut scores[visible.clone()], &dp[visible.clone()]);
-        exp_scaled_sum(scores, row.scale, row.log_sum_exp);
-        let results = p[visible.clone()].iter_mut().zip(&mut ds[visible]);
-        for ((p, ds), (e, dp)) in results.zip(scores.iter().zip(dp)) {
-            *p = T::rounded(*e);
-            *ds = T::rounded(*e * (dp - row.delta) * row.scale);
+        let n = scores.len() / saved.visible.len();
+        let results = p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n));
+        let inputs = scores.chunks_exact_mut(n).zip(dp.chunks_exact(n));
+        for (row, ((p, ds), (scores, dp))) in results.zip(inputs).enumerate() {
+            let of_row = |(_, stride): (&[T], usize)| row * stride..row * stride + saved.head_dim;
+            let delta = dot(&saved.dout.0[of_row(saved.dout)], &saved.out.0[of_row(saved.out)]);
+            let log_sum_exp = saved.log_sum_exp.0[row * saved.log_sum_exp.1];
+            let visible = saved.visible[row].clone();
+            clear_outside(p, &visible);
+            clear_outside(ds, &visible);
+            let (scores, dp) = (&mut scores[visible.clone()], &dp[visible.clone()]);
+            exp_scaled_sum(scores, saved.scale, log_sum_exp);
+            let results = p[visible.clone()].iter_mut().zip(&mut ds[visible]);
+            for ((p, ds), (e, dp)) in results.zip(scores.iter().zip(dp)) {
+                *p = T::rounded(*e);
+                *ds = T::rounded(*e * (dp - delta) * saved.scale);
+            }
         }
     }
 }

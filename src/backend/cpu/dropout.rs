@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::element::with_element;
+use super::element::{Element, with_element};
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
 use crate::backend::{DropoutKey, Shape};
@@ -49,60 +49,88 @@ struct Rule {
     accumulate: bool,
 }
 
-/// Sixteen generators run side by side, so that the compiler can use vectors of them.
-const GENERATORS: usize = 16;
+/// Counters that are drawn at together; with four words each, a block of 64 columns.
+const COUNTERS: usize = 16;
+const BLOCK: usize = 4 * COUNTERS;
 
 vectorised! {
-    fn drop_row<T>(y: &mut [T], x: &[T], rule: &Rule, number: u32) {
-        let blocks = y.chunks_mut(4 * GENERATORS).zip(x.chunks(4 * GENERATORS));
-        for (block, (y, x)) in blocks.enumerate() {
-            let draws = philox_block(&rule.key, (block * GENERATORS) as u32, number);
-            for (at, (y, x)) in y.iter_mut().zip(x).enumerate() {
-                let kept = draws[at % 4][at / 4] >= rule.threshold;
-                let x = x.single() * if kept { rule.keep } else { 0.0 };
-                *y = T::rounded(if rule.accumulate { y.single() + x } else { x });
+    fn drop_row<T: Element>(y: &mut [T], x: &[T], rule: &Rule, number: u32) {
+        let (y_blocks, y_rest) = y.as_chunks_mut::<BLOCK>();
+        let (x_blocks, x_rest) = x.as_chunks::<BLOCK>();
+        let draws_of = |block: usize| philox_block(&rule.key, (block * COUNTERS) as u32, number);
+        for (block, (y, x)) in y_blocks.iter_mut().zip(x_blocks).enumerate() {
+            let draws = draws_of(block);
+            for i in 0..BLOCK {
+                y[i] = rule.apply(draws[i], x[i], y[i]);
+            }
+        }
+        if !x_rest.is_empty() {
+            let draws = draws_of(x_blocks.len());
+            for ((y, x), draw) in y_rest.iter_mut().zip(x_rest).zip(draws) {
+                *y = rule.apply(draw, *x, *y);
             }
         }
     }
 }
 
-/// Philox4x32-10 for [`GENERATORS`] consecutive counters; `result[i]` holds word i of each.
+impl Rule {
+    #[inline(always)]
+    fn apply<T: Element>(&self, draw: u32, x: T, y: T) -> T {
+        let x = x.single() * if draw >= self.threshold { self.keep } else { 0.0 };
+        T::rounded(if self.accumulate { y.single() + x } else { x })
+    }
+}
+
+/// Philox4x32-10 for [`COUNTERS`] consecutive counters: the first words of all, then the second, ...
+///
+/// Words are kept in 64 bits, for that is what a vector multiplies 32 by 32 bits to; their upper halves
+/// hold what is left over and are never read.
 #[inline(always)]
-fn philox_block(key: &DropoutKey, first: u32, number: u32) -> [[u32; GENERATORS]; 4] {
-    const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+fn philox_block(key: &DropoutKey, first: u32, number: u32) -> [u32; BLOCK] {
+    const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
     const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
-    let mut counter = [
-        std::array::from_fn(|lane| first.wrapping_add(lane as u32)),
-        [number; GENERATORS],
-        [key.step as u32; GENERATORS],
-        [key.module; GENERATORS],
-    ];
+    const LOW: u64 = u32::MAX as u64;
+    let mut a: [u64; COUNTERS] =
+        std::array::from_fn(|lane| u64::from(first.wrapping_add(lane as u32)));
+    let mut b = [u64::from(number); COUNTERS];
+    let mut c = [key.step & LOW; COUNTERS];
+    let mut d = [u64::from(key.module); COUNTERS];
     let mut round_key = [key.seed as u32, (key.seed >> 32) as u32];
     for _ in 0..10 {
-        let [a, b, c, d] = &mut counter;
-        for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
-            let first = u64::from(MULTIPLIERS[0]) * u64::from(*a);
-            let second = u64::from(MULTIPLIERS[1]) * u64::from(*c);
-            (*a, *b) = ((second >> 32) as u32 ^ *b ^ round_key[0], second as u32);
-            (*c, *d) = ((first >> 32) as u32 ^ *d ^ round_key[1], first as u32);
+        let [first_key, second_key] = round_key.map(u64::from);
+        for lane in 0..COUNTERS {
+            let first = (a[lane] & LOW) * MULTIPLIERS[0];
+            let second = (c[lane] & LOW) * MULTIPLIERS[1];
+            (a[lane], b[lane]) = (second >> 32 ^ b[lane] ^ first_key, second);
+            (c[lane], d[lane]) = (first >> 32 ^ d[lane] ^ second_key, first);
         }
         round_key = [round_key[0].wrapping_add(WEYL[0]), round_key[1].wrapping_add(WEYL[1])];
     }
-    counter
+    let mut words = [0; BLOCK];
+    for (words, word) in words.as_chunks_mut::<COUNTERS>().0.iter_mut().zip([a, b, c, d]) {
+        for lane in 0..COUNTERS {
+            words[lane] = word[lane] as u32;
+        }
+    }
+    words
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn first_counter(block: [u32; BLOCK]) -> [u32; 4] {
+        std::array::from_fn(|word| block[word * COUNTERS])
+    }
+
     /// Known answers of Random123, the authors' own implementation.
     #[test]
     fn philox_gives_the_published_numbers() {
         let zeros = DropoutKey { seed: 0, step: 0, module: 0, probability: 0.1 };
-        let words = philox_block(&zeros, 0, 0).map(|word| word[0]);
+        let words = first_counter(philox_block(&zeros, 0, 0));
         assert_eq!(words, [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         let ones = DropoutKey { seed: u64::MAX, step: u64::MAX, module: u32::MAX, ..zeros };
-        let words = philox_block(&ones, u32::MAX, u32::MAX).map(|word| word[0]);
+        let words = first_counter(philox_block(&ones, u32::MAX, u32::MAX));
         assert_eq!(words, [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
     }
 }

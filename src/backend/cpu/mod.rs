@@ -22,9 +22,11 @@ mod vector;
 use std::sync::Arc;
 
 use buffer::CpuTensor;
+use rayon::prelude::*;
 
 use super::{
-    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Layout, RopeTable, Shape, Turn,
+    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
+    Shape, Turn,
 };
 use crate::Result;
 
@@ -72,7 +74,8 @@ impl Backend for Cpu {
     }
 
     fn clear(&self, x: &mut CpuTensor) -> Result<()> {
-        x.bytes_mut().fill(0); // zero in either type
+        // Zero in either type.
+        x.bytes_mut().par_chunks_mut(1 << 20).for_each(|bytes| bytes.fill(0));
         Ok(())
     }
 
@@ -139,8 +142,14 @@ impl Backend for Cpu {
         Ok(products::linear_input_grad(self, dy, w, onto))
     }
 
-    fn linear_weight_grad(&self, dy: &CpuTensor, x: &CpuTensor, dw: &mut CpuTensor) -> Result<()> {
-        products::linear_weight_grad(dy, x, dw);
+    fn linear_weight_grad(
+        &self,
+        dy: &CpuTensor,
+        x: &CpuTensor,
+        dw: &mut CpuTensor,
+        gather: Gather,
+    ) -> Result<()> {
+        products::linear_weight_grad(dy, x, dw, gather);
         Ok(())
     }
 

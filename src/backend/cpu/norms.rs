@@ -35,7 +35,7 @@ pub(super) fn rms_norm(
 }
 
 vectorised! {
-    fn norm_rows<Y, X>(y: &mut [Y], x: &[X], w: &[f32], inv_rms: &mut [f32], eps: f32) {
+    fn norm_rows<Y: Element, X: Element>(y: &mut [Y], x: &[X], w: &[f32], inv_rms: &mut [f32], eps: f32) {
         let group = w.len();
         for ((y, x), inv_rms) in y.chunks_exact_mut(group).zip(x.chunks_exact(group)).zip(inv_rms) {
             let inv = 1.0 / (dot(x, x) / group as f32 + eps).sqrt();
@@ -86,7 +86,7 @@ pub(super) fn rms_norm_backward(
 }
 
 vectorised! {
-    fn norm_rows_backward<X, G>(
+    fn norm_rows_backward<X: Element, G: Element>(
         dx: &mut [X],
         dy: &[G],
         inputs: (&[X], &[f32], &[f32]),

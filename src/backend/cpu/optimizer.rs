@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::CpuTensor;
-use super::element::with_element;
+use super::element::{Element, with_element};
 use super::vector::{dot, rows_per_task, vectorised};
 use crate::backend::{AdamWStep, Shape};
 
@@ -15,7 +15,7 @@ pub(super) fn scale(x: &mut CpuTensor, factor: f32) {
 }
 
 vectorised! {
-    fn scale_all<T>(x: &mut [T], factor: f32) {
+    fn scale_all<T: Element>(x: &mut [T], factor: f32) {
         x.iter_mut().for_each(|x| *x = T::rounded(x.single() * factor));
     }
 }

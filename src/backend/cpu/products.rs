@@ -8,7 +8,7 @@ use super::element::{Element, with_element};
 use super::gemm::{Gemm, Onto, Operand, Output, Precision, View, ViewMut};
 use super::vector::vectorised;
 use super::{Cpu, CpuTensor};
-use crate::backend::{Dtype, Shape};
+use crate::backend::{Dtype, Gather, Shape};
 
 pub(super) fn linear(
     cpu: &Cpu,
@@ -69,12 +69,19 @@ pub(super) fn linear_input_grad(
     dx
 }
 
-pub(super) fn linear_weight_grad(dy: &CpuTensor, x: &CpuTensor, dw: &mut CpuTensor) {
+pub(super) fn linear_weight_grad(
+    dy: &CpuTensor,
+    x: &CpuTensor,
+    dw: &mut CpuTensor,
+    gather: Gather,
+) {
     let (n, output) = dy.shape();
     let input = x.cols();
     assert_eq!(x.rows(), n, "linear_weight_grad: rows");
     assert_eq!(dw.shape(), (output, input), "linear_weight_grad: gradient");
-    product::<f32>(dy).accumulate().multiply(view_mut(dw), operand(dy).t(), operand(x));
+    let product = product::<f32>(dy);
+    let product = if gather == Gather::Add { product.accumulate() } else { product };
+    product.multiply(view_mut(dw), operand(dy).t(), operand(x));
 }
 
 /// Columns that one task sums over all rows; a multiple of the cache line.
@@ -92,7 +99,7 @@ pub(super) fn linear_bias_grad(dy: &CpuTensor, db: &mut CpuTensor) {
 
 vectorised! {
     /// `sum[j] += Σ_rows x[row, columns.start + j]`
-    fn add_columns<T>(x: &[T], cols: usize, columns: Range<usize>, sum: &mut [f32]) {
+    fn add_columns<T: Element>(x: &[T], cols: usize, columns: Range<usize>, sum: &mut [f32]) {
         for row in x.chunks_exact(cols) {
             sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x.single());
         }

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::CpuTensor;
-use super::element::with_element;
+use super::element::{Element, with_element};
 use super::vector::{rows_per_task, vectorised};
 use crate::backend::{Shape, Turn};
 
@@ -34,7 +34,7 @@ pub(super) fn rope(
 }
 
 vectorised! {
-    fn turn_row<T>(row: &mut [T], angles: (&[f32], &[f32]), direction: f32) {
+    fn turn_row<T: Element>(row: &mut [T], angles: (&[f32], &[f32]), direction: f32) {
         let (cos, sin) = angles;
         let half = cos.len();
         for head in row.chunks_exact_mut(2 * half) {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::element::with_element;
+use super::element::{Element, with_element};
 use super::shared::SharedSlice;
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
@@ -46,7 +46,7 @@ pub(super) fn scatter_add_rows(dy: &CpuTensor, rows: &[u32], dx: &mut CpuTensor)
 }
 
 vectorised! {
-    fn add<X, G>(x: &mut [X], more: &[G]) {
+    fn add<X: Element, G: Element>(x: &mut [X], more: &[G]) {
         x.iter_mut().zip(more).for_each(|(x, more)| *x = X::rounded(x.single() + more.single()));
     }
 }
@@ -62,7 +62,7 @@ pub(super) fn cast(cpu: &Cpu, x: &CpuTensor, to: Dtype) -> CpuTensor {
 }
 
 vectorised! {
-    fn convert<Y, X>(y: &mut [Y], x: &[X]) {
+    fn convert<Y: Element, X: Element>(y: &mut [Y], x: &[X]) {
         y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::rounded(x.single()));
     }
 }

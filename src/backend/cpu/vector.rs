@@ -14,33 +14,34 @@ use super::gemm::Unit;
 macro_rules! vectorised {
     (
         $(#[$meta:meta])*
-        fn $name:ident $(<$($type:ident),+>)? ($($arg:ident: $of:ty),* $(,)?) $(-> $to:ty)? $body:block
+        $vis:vis fn $name:ident $(<$($type:ident: $bound:path),+>)?
+        ($($arg:ident: $of:ty),* $(,)?) $(-> $to:ty)? $body:block
     ) => {
         $(#[$meta])*
-        fn $name $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? {
+        $vis fn $name $(<$($type: $bound),+>)? ($($arg: $of),*) $(-> $to)? {
             #[inline(always)]
-            #[allow(clippy::too_many_arguments)]
-            fn plain $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? $body
+            fn plain $(<$($type: $bound),+>)? ($($arg: $of),*) $(-> $to)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-                fn avx512 $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? {
-                    plain($($arg),*)
+                fn avx512 $(<$($type: $bound),+>)? ($($arg: $of),*) $(-> $to)? {
+                    plain $(::<$($type),+>)? ($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2 $(<$($type: $crate::backend::cpu::element::Element),+>)? ($($arg: $of),*) $(-> $to)? {
-                    plain($($arg),*)
+                fn avx2 $(<$($type: $bound),+>)? ($($arg: $of),*) $(-> $to)? {
+                    plain $(::<$($type),+>)? ($($arg),*)
                 }
-                match $crate::backend::cpu::vector::width() {
+                use $crate::backend::cpu::vector::{Width, width};
+                match width() {
                     // SAFETY: `width` found the instructions on this processor.
-                    $crate::backend::cpu::vector::Width::Avx512 => return unsafe { avx512($($arg),*) },
+                    Width::Avx512 => return unsafe { avx512 $(::<$($type),+>)? ($($arg),*) },
                     // SAFETY: as above.
-                    $crate::backend::cpu::vector::Width::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::backend::cpu::vector::Width::Portable => {}
+                    Width::Avx2 => return unsafe { avx2 $(::<$($type),+>)? ($($arg),*) },
+                    Width::Portable => {}
                 }
             }
-            plain($($arg),*)
+            plain $(::<$($type),+>)? ($($arg),*)
         }
     };
 }

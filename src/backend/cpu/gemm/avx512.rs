@@ -20,6 +20,7 @@ const LANES: usize = 16;
 pub(super) unsafe fn single(steps: usize, left: Left, panel: *const u32, tile: &Tile) {
     // SAFETY: the caller's promises are those of the functions called.
     unsafe {
+        prefetch(tile);
         match tile.cols.div_ceil(LANES) {
             1 => write(sums_single::<1>(steps, left, panel), tile),
             2 => write(sums_single::<2>(steps, left, panel), tile),
@@ -37,11 +38,30 @@ pub(super) unsafe fn single(steps: usize, left: Left, panel: *const u32, tile: &
 pub(super) unsafe fn pairs(steps: usize, left: Left, panel: *const u32, tile: &Tile) {
     // SAFETY: the caller's promises are those of the functions called.
     unsafe {
+        prefetch(tile);
         match tile.cols.div_ceil(LANES) {
             1 => write(sums_pairs::<1>(steps, left, panel), tile),
             2 => write(sums_pairs::<2>(steps, left, panel), tile),
             3 => write(sums_pairs::<3>(steps, left, panel), tile),
             _ => write(sums_pairs::<4>(steps, left, panel), tile),
+        }
+    }
+}
+
+/// Asks for what [`write`] will read and write while there are products to compute.
+#[inline]
+fn prefetch(tile: &Tile) {
+    const LINE: usize = 64;
+    for place in [tile.onto, tile.to] {
+        let (start, stride, row) = match place {
+            Place::Nowhere => continue,
+            Place::Single(start, stride) => (start.cast::<i8>(), 4 * stride, 4 * tile.cols),
+            Place::Bf16(start, stride) => (start.cast::<i8>(), 2 * stride, 2 * tile.cols),
+        };
+        for at in (0..tile.rows).flat_map(|i| (0..row).step_by(LINE).map(move |at| i * stride + at))
+        {
+            // SAFETY: a prefetch reads nothing, wherever it points.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at)) };
         }
     }
 }

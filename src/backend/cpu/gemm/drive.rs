@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::cell::Format;
 use super::engine::Engine;
-use super::pack::{group_cells, pack_panel, pack_rows};
+use super::pack::{group_cells, pack_panels, pack_rows};
 use super::packed::PackedB;
 use super::scratch::{Scratch, with_scratch};
 use super::split::{COLUMNS, Costs, Grid, blocks, rows_at_once};
@@ -124,11 +124,7 @@ impl Job<'_> {
                     let cells =
                         scratch.right.cells(columns.len().next_multiple_of(NR) * block.len());
                     if !block.is_empty() {
-                        for (i, panel) in cells.chunks_exact_mut(NR * block.len()).enumerate() {
-                            let first = columns.start + i * NR;
-                            let columns = first..(first + NR).min(columns.end);
-                            pack_panel(&self.engine, right, inner.clone(), columns, panel);
-                        }
+                        pack_panels(&self.engine, right, inner.clone(), columns.clone(), cells);
                     }
                 }
                 let pass = Pass {

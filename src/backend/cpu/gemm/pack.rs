@@ -4,10 +4,7 @@
 //! stream. The left operand is read in place where its rows lie along the inner dimension; otherwise
 //! it becomes groups of six rows, `[step][row]`.
 
-use std::marker::PhantomData;
 use std::ops::Range;
-
-use pulp::{Arch, NullaryFnOnce};
 
 use super::cell::{
     Cells, Element, Format, Pairs, Rounded, Single, cells_across, cells_along, sixteen_cells,
@@ -15,115 +12,127 @@ use super::cell::{
 use super::engine::Engine;
 use super::tile::{Left, MR, NR};
 use super::view::{Operand, View};
+use crate::backend::cpu::vector::vectorised;
 
-/// Runs `$pack` for the types that an operand and a format stand for, compiled for the vector unit.
-///
-/// Not as a closure: the compiler declines to inline a large one, and it is then left behind in the
-/// instructions that every processor has.
+/// Calls `$pack::<T, C>(view, ...)` for the types that an operand and a format stand for.
 macro_rules! with_types {
-    ($operand:expr, $format:expr, $pack:ident { $($field:ident),* }) => {
+    ($operand:expr, $format:expr, $pack:ident($($arg:expr),*)) => {
         match ($operand, $format) {
-            (&Operand::F32(view), Format::Single) => {
-                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Single>, $($field),* })
-            }
-            (&Operand::F32(view), Format::Rounded) => {
-                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Rounded>, $($field),* })
-            }
-            (&Operand::F32(view), Format::Pairs) => {
-                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Pairs>, $($field),* })
-            }
+            (&Operand::F32(view), Format::Single) => $pack::<f32, Single>(view, $($arg),*),
+            (&Operand::F32(view), Format::Rounded) => $pack::<f32, Rounded>(view, $($arg),*),
+            (&Operand::F32(view), Format::Pairs) => $pack::<f32, Pairs>(view, $($arg),*),
             // bf16 has nothing left to round.
             (&Operand::Bf16(view), Format::Single | Format::Rounded) => {
-                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Single>, $($field),* })
+                $pack::<half::bf16, Single>(view, $($arg),*)
             }
-            (&Operand::Bf16(view), Format::Pairs) => {
-                Arch::new().dispatch($pack { view, cells_as: PhantomData::<Pairs>, $($field),* })
-            }
+            (&Operand::Bf16(view), Format::Pairs) => $pack::<half::bf16, Pairs>(view, $($arg),*),
         }
     };
 }
 
-/// Packs up to 64 columns of a right operand `[k, n]` for the elements `inner` of its inner dimension.
-/// Columns past the last are zero up to a multiple of 16, the width of the widest vector.
-pub(super) fn pack_panel(
+/// Packs columns of a right operand `[k, n]` for the elements `inner` of its inner dimension, in panels
+/// of 64 columns. Columns past the last are zero up to a multiple of 16, the width of the widest
+/// vector.
+pub(super) fn pack_panels(
     engine: &Engine,
     right: &Operand<'_>,
     inner: Range<usize>,
     columns: Range<usize>,
-    panel: &mut [u32],
+    panels: &mut [u32],
 ) {
-    with_types!(right, engine.format, PackPanel { engine, inner, columns, panel });
-}
-
-/// The arguments of [`pack_panel`] and the types to pack.
-struct PackPanel<'a, T, C> {
-    view: View<'a, T>,
-    cells_as: PhantomData<C>,
-    engine: &'a Engine,
-    inner: Range<usize>,
-    columns: Range<usize>,
-    panel: &'a mut [u32],
-}
-
-impl<T: Element, C: Cells> NullaryFnOnce for PackPanel<'_, T, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call(self) {
-        if self.view.is_transposed() {
-            self.along();
-        } else {
-            self.across();
-        }
+    let along = right.is_transposed();
+    match along {
+        true => with_types!(right, engine.format, panels_along(engine, inner, columns, panels)),
+        false => with_types!(right, engine.format, panels_across(inner, columns, panels)),
     }
 }
 
-impl<T: Element, C: Cells> PackPanel<'_, T, C> {
-    /// From lines across the inner dimension: one line, or two, become one step.
-    #[inline(always)]
-    fn across(self) {
-        let PackPanel { view, inner, columns, panel, .. } = self;
-        let len = columns.len();
-        for (step, cells) in panel.chunks_exact_mut(NR).enumerate() {
-            let k = inner.start + step * C::GROUP;
-            let pair = Pair::new(&view, k, inner.end, columns.clone());
-            if len == NR {
-                pair.cells::<C>(cells);
-            } else {
-                pair.cells::<C>(&mut cells[..len]);
-                cells[len..len.next_multiple_of(16)].fill(0);
+/// The columns of a panel.
+#[inline(always)]
+fn panel_columns(panel: usize, columns: &Range<usize>) -> Range<usize> {
+    let first = columns.start + panel * NR;
+    first..(first + NR).min(columns.end)
+}
+
+vectorised! {
+    /// From lines across the inner dimension: one line, or two, become one step. A few steps of all
+    /// panels before the next: a line is then read to its end while it is in the cache.
+    fn panels_across<T: Element, C: Cells>(
+        view: View<'_, T>,
+        inner: Range<usize>,
+        columns: Range<usize>,
+        panels: &mut [u32],
+    ) {
+        const STEPS: usize = 8;
+        let steps = inner.len().div_ceil(C::GROUP);
+        for first in (0..steps).step_by(STEPS) {
+            let some = first..(first + STEPS).min(steps);
+            for (i, panel) in panels.chunks_exact_mut(NR * steps).enumerate() {
+                let columns = panel_columns(i, &columns);
+                let len = columns.len();
+                let panel = &mut panel[some.start * NR..some.end * NR];
+                for (step, cells) in some.clone().zip(panel.chunks_exact_mut(NR)) {
+                    let k = inner.start + step * C::GROUP;
+                    let pair = Pair::new(&view, k, inner.end, columns.clone());
+                    if len == NR {
+                        pair.cells::<C>(cells);
+                    } else {
+                        pair.cells::<C>(&mut cells[..len]);
+                        cells[len..len.next_multiple_of(16)].fill(0);
+                    }
+                }
             }
         }
     }
+}
 
+vectorised! {
     /// From lines along the inner dimension: 16 cells of 16 lines at a time.
-    #[inline(always)]
-    fn along(self) {
-        let PackPanel { view, engine, inner, columns, panel, .. } = self;
-        let mut block = [[0; 16]; 16];
-        for first in (0..columns.len()).step_by(16) {
-            let lines: [&[T]; 16] = std::array::from_fn(|i| {
-                let column = columns.start + first + i;
-                let exists = column < columns.end;
-                if exists { view.line(column, inner.start, inner.end) } else { &[] }
-            });
-            for (i, to) in panel.chunks_mut(16 * NR).enumerate() {
-                let from = i * 16 * C::GROUP;
-                for column in 0..16 {
-                    let (line, cells) = (lines[column], &mut block[column]);
-                    if let Some(line) = line.get(from..from + 16 * C::GROUP) {
-                        sixteen_cells::<T, C>(line, cells);
-                    } else {
-                        cells.fill(0);
-                        cells_along::<T, C>(line.get(from..).unwrap_or_default(), cells);
-                    }
-                }
-                if to.len() == 16 * NR {
-                    engine.transpose(&block, &mut to[first..], NR);
+    fn panels_along<T: Element, C: Cells>(
+        view: View<'_, T>,
+        engine: &Engine,
+        inner: Range<usize>,
+        columns: Range<usize>,
+        panels: &mut [u32],
+    ) {
+        let steps = inner.len().div_ceil(C::GROUP);
+        for (i, panel) in panels.chunks_exact_mut(NR * steps).enumerate() {
+            panel_along::<T, C>(view, engine, inner.clone(), panel_columns(i, &columns), panel);
+        }
+    }
+}
+
+#[inline(always)]
+fn panel_along<T: Element, C: Cells>(
+    view: View<'_, T>,
+    engine: &Engine,
+    inner: Range<usize>,
+    columns: Range<usize>,
+    panel: &mut [u32],
+) {
+    let mut block = [[0; 16]; 16];
+    for first in (0..columns.len()).step_by(16) {
+        let lines: [&[T]; 16] = std::array::from_fn(|i| {
+            let column = columns.start + first + i;
+            let exists = column < columns.end;
+            if exists { view.line(column, inner.start, inner.end) } else { &[] }
+        });
+        for (i, to) in panel.chunks_mut(16 * NR).enumerate() {
+            let from = i * 16 * C::GROUP;
+            for column in 0..16 {
+                let (line, cells) = (lines[column], &mut block[column]);
+                if let Some(line) = line.get(from..from + 16 * C::GROUP) {
+                    sixteen_cells::<T, C>(line, cells);
                 } else {
-                    for (step, to) in to.chunks_exact_mut(NR).enumerate() {
-                        (0..16).for_each(|column| to[first + column] = block[column][step]);
-                    }
+                    cells.fill(0);
+                    cells_along::<T, C>(line.get(from..).unwrap_or_default(), cells);
+                }
+            }
+            if to.len() == 16 * NR {
+                engine.transpose(&block, &mut to[first..], NR);
+            } else {
+                for (step, to) in to.chunks_exact_mut(NR).enumerate() {
+                    (0..16).for_each(|column| to[first + column] = block[column][step]);
                 }
             }
         }
@@ -169,46 +178,27 @@ pub(super) fn pack_rows(
 ) -> Left {
     let start = cells.as_ptr().cast();
     let steps = inner.len().div_ceil(engine.format.group());
-    let transposed = match left {
-        Operand::F32(x) => x.is_transposed(),
-        Operand::Bf16(x) => x.is_transposed(),
-    };
+    let across = left.is_transposed();
     if !rows.is_empty() && steps > 0 {
-        with_types!(left, engine.format, PackRows { rows, inner, cells });
+        match across {
+            true => with_types!(left, engine.format, rows_across(rows, inner, cells)),
+            false => with_types!(left, engine.format, rows_along(rows, inner, cells)),
+        }
     }
-    match transposed {
+    match across {
         true => Left { start, row: 4, step: 4 * MR },
         false => Left { start, row: 4 * steps, step: 4 },
     }
 }
 
-/// The arguments of [`pack_rows`] and the types to pack.
-struct PackRows<'a, T, C> {
-    view: View<'a, T>,
-    cells_as: PhantomData<C>,
-    rows: Range<usize>,
-    inner: Range<usize>,
-    cells: &'a mut [u32],
-}
-
-impl<T: Element, C: Cells> NullaryFnOnce for PackRows<'_, T, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call(self) {
-        if self.view.is_transposed() {
-            self.across();
-        } else {
-            self.along();
-        }
-    }
-}
-
-impl<T: Element, C: Cells> PackRows<'_, T, C> {
+vectorised! {
     /// From lines along the inner dimension, which stay lines.
-    #[inline(always)]
-    fn along(self) {
-        let PackRows { view, rows, inner, cells, .. } = self;
+    fn rows_along<T: Element, C: Cells>(
+        view: View<'_, T>,
+        rows: Range<usize>,
+        inner: Range<usize>,
+        cells: &mut [u32],
+    ) {
         let steps = inner.len().div_ceil(C::GROUP);
         for (group, cells) in cells.chunks_exact_mut(group_cells(steps)).enumerate() {
             for (i, cells) in cells.chunks_exact_mut(steps).take(MR).enumerate() {
@@ -221,15 +211,20 @@ impl<T: Element, C: Cells> PackRows<'_, T, C> {
             }
         }
     }
+}
 
+vectorised! {
     /// From lines across the inner dimension: 16 steps of 96 rows are converted, then dealt out to
     /// their groups.
-    #[inline(always)]
-    fn across(self) {
+    fn rows_across<T: Element, C: Cells>(
+        view: View<'_, T>,
+        rows: Range<usize>,
+        inner: Range<usize>,
+        cells: &mut [u32],
+    ) {
         /// A multiple of six and of the vector width.
         const ROWS: usize = 96;
         const STEPS: usize = 16;
-        let PackRows { view, rows, inner, cells, .. } = self;
         let steps = inner.len().div_ceil(C::GROUP);
         let group_len = group_cells(steps);
         // The last write of a line reaches two cells further.

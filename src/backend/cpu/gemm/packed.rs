@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::cell::Format;
 use super::engine::{Engine, Precision, Unit};
-use super::pack::pack_panel;
+use super::pack::pack_panels;
 use super::scratch::CellBuffer;
 use super::split::blocks;
 use super::tile::NR;
@@ -63,7 +63,7 @@ impl PackedB {
             let inner = block.start * group..(block.end * group).min(k);
             cells.par_chunks_exact_mut(block.len() * NR).enumerate().for_each(|(i, panel)| {
                 let columns = i * NR..((i + 1) * NR).min(n);
-                pack_panel(engine, &right, inner.clone(), columns, panel);
+                pack_panels(engine, &right, inner.clone(), columns, panel);
             });
         }
     }

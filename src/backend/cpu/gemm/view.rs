@@ -121,6 +121,13 @@ impl Operand<'_> {
         }
     }
 
+    pub(super) fn is_transposed(&self) -> bool {
+        match self {
+            Operand::F32(x) => x.is_transposed(),
+            Operand::Bf16(x) => x.is_transposed(),
+        }
+    }
+
     /// `(rows, columns)`.
     pub fn shape(&self) -> (usize, usize) {
         match self {
