@@ -45,7 +45,7 @@ impl Forecast {
         let batch = ForeseenBatch::of_run(dataset, &shape.prompts, config, !shape.drops())?;
         // Now, with tokenizer and data in memory.
         let machine = MachineMemory::read();
-        shape.process_bytes = machine.process;
+        shape.process_bytes = machine.process_in_training();
         let asked = args.training.memory_budget;
         let budget = match asked {
             Some(budget) => Some(budget.bytes(machine.total.unwrap_or(u64::MAX))),
