@@ -50,6 +50,34 @@ pub fn resolve_with(
     cache_dir: Option<&Path>,
     on_fetch: &mut dyn FnMut(&str),
 ) -> Result<PathBuf> {
+    resolve_files(model, cache_dir, Files::All, on_fetch)
+}
+
+/// [`resolve_with`] without the weights: the folder has at least `config.json` and `tokenizer.json`.
+///
+/// # Errors
+/// Those of [`resolve`].
+pub fn resolve_outline_with(
+    model: &str,
+    cache_dir: Option<&Path>,
+    on_fetch: &mut dyn FnMut(&str),
+) -> Result<PathBuf> {
+    resolve_files(model, cache_dir, Files::BesideWeights, on_fetch)
+}
+
+/// Which files of a model are wanted.
+#[derive(Clone, Copy, PartialEq)]
+enum Files {
+    All,
+    BesideWeights,
+}
+
+fn resolve_files(
+    model: &str,
+    cache_dir: Option<&Path>,
+    files: Files,
+    on_fetch: &mut dyn FnMut(&str),
+) -> Result<PathBuf> {
     let path = Path::new(model);
     if path.is_dir() {
         return Ok(path.to_owned());
@@ -67,7 +95,7 @@ pub fn resolve_with(
     let cache = Cache::new(cache_folder(cache_dir)?);
     let repo = Repo::model(model.to_owned());
     let cached = cache.repo(repo.clone());
-    if let Some(snapshot) = complete_snapshot(&cached)? {
+    if let Some(snapshot) = complete_snapshot(&cached, files)? {
         return Ok(snapshot);
     }
     // `models/mine` is an id by its form, but beside a folder `models` it is a path with a slip.
@@ -111,14 +139,16 @@ pub fn resolve_with(
     for name in BESIDE_WEIGHTS.into_iter().filter(|&name| listed.contains(name)) {
         fetch(name)?;
     }
-    if listed.contains(SINGLE) {
+    if files == Files::BesideWeights {
+        // Nothing more.
+    } else if listed.contains(SINGLE) {
         fetch(SINGLE)?;
     } else if listed.contains(INDEX) {
         for shard in shards(&fetch(INDEX)?)? {
             fetch(&shard)?;
         }
     }
-    complete_snapshot(&cached)?.ok_or_else(|| {
+    complete_snapshot(&cached, files)?.ok_or_else(|| {
         Error::new(ErrorKind::Io, format!("`{model}` is not a model that can be loaded"))
             .expected(format!("config.json, tokenizer.json, and {SINGLE} or shards"))
             .got(listed.into_iter().collect::<Vec<_>>().join(", "))
@@ -142,11 +172,12 @@ fn fetch(
 }
 
 /// The snapshot folder, once everything without which a model cannot be loaded is in it.
-fn complete_snapshot(cached: &CacheRepo) -> Result<Option<PathBuf>> {
+fn complete_snapshot(cached: &CacheRepo, files: Files) -> Result<Option<PathBuf>> {
     let (Some(config), Some(_)) = (cached.get("config.json"), cached.get("tokenizer.json")) else {
         return Ok(None);
     };
     let weights = match (cached.get(SINGLE), cached.get(INDEX)) {
+        _ if files == Files::BesideWeights => true,
         (Some(_), _) => true,
         (None, Some(index)) => shards(&index)?.iter().all(|shard| cached.get(shard).is_some()),
         (None, None) => false,
@@ -243,15 +274,16 @@ mod tests {
         let index = r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}"#;
         let mut files = vec!["config.json", "tokenizer.json", INDEX, "m-1.safetensors"];
         let (dir, repo) = cache(&files, index);
-        assert_eq!(complete_snapshot(&repo).unwrap(), None);
+        assert_eq!(complete_snapshot(&repo, Files::All).unwrap(), None);
+        assert!(complete_snapshot(&repo, Files::BesideWeights).unwrap().is_some());
         drop(dir);
         files.push("m-2.safetensors");
         let (dir, repo) = cache(&files, index);
         let snapshot = dir.path().join("models--org--name/snapshots/abc");
-        assert_eq!(complete_snapshot(&repo).unwrap(), Some(snapshot.clone()));
+        assert_eq!(complete_snapshot(&repo, Files::All).unwrap(), Some(snapshot.clone()));
         assert_eq!(resolve("org/name", Some(dir.path())).unwrap(), snapshot);
         let (_dir, repo) = cache(&files, r#"{"weight_map": {"a": "../m.safetensors"}}"#);
-        assert!(complete_snapshot(&repo).is_err());
+        assert!(complete_snapshot(&repo, Files::All).is_err());
     }
 
     #[test]

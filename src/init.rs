@@ -70,7 +70,7 @@ pub fn new_model<B: Backend>(
     let mut recipe = Recipe::new(template);
     recipe.query_max_len = recipe.query_max_len.max(room(&prompts, Role::Query)?);
     recipe.passage_max_len = recipe.passage_max_len.max(room(&prompts, Role::Passage)?);
-    let parts = Parts { backend, decoder, folder, prompts, recipe };
+    let parts = Parts { backend, decoder, folder, prompts: prompts.into(), recipe };
     BiEncoderModel::new(parts, BiEncoderOptions::default())
 }
 

@@ -31,7 +31,7 @@ pub mod text;
 pub mod train;
 
 pub use biencoder::{
-    BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Probes, Recipe,
+    BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Outline, Probes, Recipe,
     compute_similarity,
 };
 pub use error::{Error, ErrorKind, Result};

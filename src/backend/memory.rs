@@ -75,6 +75,11 @@ impl Space {
         self.peak
     }
 
+    /// Lets the peak begin anew from where the taken part ends now.
+    pub fn forget_peak(&mut self) {
+        self.peak = self.end;
+    }
+
     fn add_hole(&mut self, offset: usize, length: usize) {
         self.holes.insert(offset, length);
         self.by_length.insert((length, offset));
@@ -111,6 +116,8 @@ mod tests {
         space.put(d, 64);
         space.put(a, 832);
         assert_eq!((space.take(1), space.taken(), space.peak()), (0, 64, 896));
+        space.forget_peak();
+        assert_eq!(space.peak(), 64);
     }
 
     proptest! {

@@ -24,9 +24,11 @@
 pub mod conformance;
 mod cpu;
 mod memory;
+mod tally;
 
 pub use cpu::{Cpu, gemm};
 pub use memory::Space;
+pub use tally::{Tally, TallyTensor};
 
 use serde::{Deserialize, Serialize};
 

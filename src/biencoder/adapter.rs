@@ -33,6 +33,14 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
+    /// Freezes the model and attaches adapters of zeros, for a device that only counts.
+    pub(crate) fn attach_zero_adapter(&mut self, config: &LoraConfig) -> Result<()> {
+        let backend = self.backend.clone();
+        self.decoder.attach_adapters(config, &mut |_, shape| backend.zeros(shape[0], shape[1]))?;
+        self.adapter = Some(config.clone());
+        Ok(())
+    }
+
     /// Freezes the model and attaches the adapter of a PEFT folder.
     ///
     /// # Errors
@@ -193,6 +201,16 @@ const UNSUPPORTED: [&str; 9] = [
     "target_parameters",
     "exclude_modules",
 ];
+
+impl LoraConfig {
+    /// That of a PEFT folder.
+    ///
+    /// # Errors
+    /// When the file is missing or damaged, or the adapter is of a kind that computes something else.
+    pub fn from_peft(dir: &Path) -> Result<Self> {
+        read_config(&dir.join(CONFIG_FILE))
+    }
+}
 
 fn read_config(path: &Path) -> Result<LoraConfig> {
     let text = std::fs::read(path).map_err(|e| {

@@ -1,9 +1,11 @@
 //! Loading a bi-encoder from a model folder, and saving it as one.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe};
 use crate::backend::{Backend, Cpu, Dtype};
+use crate::model::DecoderConfig;
 use crate::model::weights::{ModelFolder, SaveDtype};
 use crate::storage::Staging;
 use crate::text::{PromptEncoder, Template, TextTokenizer};
@@ -65,6 +67,27 @@ impl<'d> Loader<'d> {
         self
     }
 
+    /// Reads all but the weights.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged, or does not fit the others; see [`ErrorKind`].
+    pub fn outline(&self) -> Result<Outline> {
+        if !self.dir.is_dir() {
+            return Err(Error::new(ErrorKind::Io, "there is no such model folder")
+                .file(self.dir)
+                .hint("give a folder as `save_pretrained` writes it"));
+        }
+        let mut decoder = DecoderConfig::from_file(&self.dir.join("config.json"))?;
+        let mut tokenizer = TextTokenizer::from_folder(self.dir)?;
+        if self.add_special_tokens {
+            tokenizer.add_special_tokens(&self.recipe.template.special_tokens())?;
+            decoder.vocab_size = decoder.vocab_size.max(tokenizer.vocab_size());
+        }
+        let template = self.recipe.template.clone();
+        let prompts = PromptEncoder::new(tokenizer, template, decoder.vocab_size)?;
+        Ok(Outline { decoder, prompts: Arc::new(prompts) })
+    }
+
     /// Reads everything.
     ///
     /// # Errors
@@ -74,22 +97,34 @@ impl<'d> Loader<'d> {
         backend: B,
         options: BiEncoderOptions,
     ) -> Result<BiEncoderModel<B>> {
-        if !self.dir.is_dir() {
-            return Err(Error::new(ErrorKind::Io, "there is no such model folder")
-                .file(self.dir)
-                .hint("give a folder as `save_pretrained` writes it"));
-        }
+        let outline = self.outline()?;
+        self.load_weights(outline, backend, options)
+    }
+
+    /// Reads what an [`outline`](Loader::outline) of the same folder lacks.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged, or does not fit the others; see [`ErrorKind`].
+    pub fn load_weights<B: Backend>(
+        self,
+        outline: Outline,
+        backend: B,
+        options: BiEncoderOptions,
+    ) -> Result<BiEncoderModel<B>> {
         let (folder, mut decoder) = ModelFolder::load(&backend, self.dir, self.matrices)?;
-        let mut tokenizer = TextTokenizer::from_folder(self.dir)?;
-        if self.add_special_tokens {
-            tokenizer.add_special_tokens(&self.recipe.template.special_tokens())?;
-            decoder.grow_vocabulary(&backend, tokenizer.vocab_size())?;
-        }
-        let vocab_size = decoder.config().vocab_size;
-        let prompts = PromptEncoder::new(tokenizer, self.recipe.template.clone(), vocab_size)?;
-        let recipe = self.recipe;
+        decoder.grow_vocabulary(&backend, outline.decoder.vocab_size)?;
+        let (prompts, recipe) = (outline.prompts, self.recipe);
         BiEncoderModel::new(Parts { backend, decoder, folder, prompts, recipe }, options)
     }
+}
+
+/// What is known of a model before its weights are read.
+#[derive(Clone)]
+pub struct Outline {
+    /// The decoder's sizes, with the vocabulary that it will have.
+    pub decoder: DecoderConfig,
+    /// Tokenizer and template.
+    pub prompts: Arc<PromptEncoder>,
 }
 
 impl<B: Backend> BiEncoderModel<B> {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use ndarray::Array2;
 
 pub use features::Features;
-pub use folder::Loader;
+pub use folder::{Loader, Outline};
 pub use output::{EncoderOutput, compute_similarity};
 pub use probes::Probes;
 pub use recipe::Recipe;
@@ -120,7 +120,7 @@ pub(crate) struct Parts<B: Backend> {
     pub(crate) backend: B,
     pub(crate) decoder: Decoder<B>,
     pub(crate) folder: ModelFolder,
-    pub(crate) prompts: PromptEncoder,
+    pub(crate) prompts: Arc<PromptEncoder>,
     pub(crate) recipe: Recipe,
 }
 
@@ -145,7 +145,7 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(BiEncoderModel {
             backend,
             decoder,
-            prompts: Arc::new(prompts),
+            prompts,
             recipe,
             options,
             folder,

@@ -34,6 +34,11 @@ impl Compute {
         }
     }
 
+    /// How many threads compute.
+    pub(super) fn threads(&self) -> usize {
+        self.threads.map_or_else(rayon::current_num_threads, usize::from)
+    }
+
     /// The device, once [`check`](Self::check) has passed.
     pub(super) fn start(&self) -> Cpu {
         if let Some(threads) = self.threads {

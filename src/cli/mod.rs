@@ -11,6 +11,7 @@ mod init;
 mod merge;
 mod names;
 mod output_folder;
+mod plan;
 mod progress;
 mod run_file;
 mod save_dtype;
@@ -47,6 +48,9 @@ struct Cli {
 enum Verb {
     Init(init::Args),
     Finetune(Box<finetune::Args>),
+    /// Say what a training run would take, without training: memory, pieces, work, lengths of texts
+    #[command(after_help = plan::AFTER_HELP)]
+    Plan(Box<finetune::Args>),
     Encode(encode::Args),
     Evaluate(evaluate::Args),
     Search(search::Args),
@@ -81,20 +85,27 @@ fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
 }
 
 /// The definition of the command line. Every option takes negative numbers for values, so that one
-/// out of its range is refused as such and not as an unknown option.
+/// out of its range is refused as such and not as an unknown option. A plan has no output.
 fn command() -> clap::Command {
-    Cli::command().mut_subcommands(|verb| {
-        verb.mut_args(|arg| match arg.get_action().takes_values() {
-            true => arg.allow_negative_numbers(true),
-            false => arg,
+    let output = "output_dir";
+    Cli::command()
+        .mut_subcommand("finetune", |verb| {
+            verb.mut_arg(output, |arg| arg.required_unless_present("config"))
         })
-    })
+        .mut_subcommand("plan", |verb| verb.mut_arg(output, |arg| arg.hide(true)))
+        .mut_subcommands(|verb| {
+            verb.mut_args(|arg| match arg.get_action().takes_values() {
+                true => arg.allow_negative_numbers(true),
+                false => arg,
+            })
+        })
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.verb {
         Verb::Init(args) => init::run(&args),
         Verb::Finetune(args) => finetune::run(*args),
+        Verb::Plan(args) => plan::run(&args),
         Verb::Encode(args) => encode::run(&args),
         Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Search(args) => search::run(&args),

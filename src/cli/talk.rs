@@ -44,9 +44,41 @@ pub(super) fn counted(n: usize, thing: &str) -> String {
     format!("{} {thing}{}", count(n), if n == 1 { "" } else { "s" })
 }
 
+/// An amount of memory, to three digits.
+pub(super) fn bytes(n: u64) -> String {
+    let (unit, name) = match n {
+        n if n >= 1 << 30 => (1u64 << 30, "GiB"),
+        n if n >= 1 << 20 => (1 << 20, "MiB"),
+        n if n >= 1 << 10 => (1 << 10, "KiB"),
+        _ => return format!("{n} B"),
+    };
+    three_digits(n as f64 / unit as f64) + " " + name
+}
+
+/// A number of operations, to three digits.
+pub(super) fn operations(n: u64) -> String {
+    let units = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")];
+    let unit = units.into_iter().find(|(unit, _)| n as f64 >= *unit);
+    let (unit, prefix) = unit.unwrap_or((1.0, ""));
+    format!("{} {prefix}FLOP", three_digits(n as f64 / unit))
+}
+
+fn three_digits(x: f64) -> String {
+    let decimals = if x < 9.995 { 2 } else { usize::from(x < 99.95) };
+    format!("{x:.decimals$}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amounts_have_three_digits() {
+        let texts = [0, 1023, 1 << 20, 12_900_000, 3 << 29, 700 << 30].map(bytes);
+        assert_eq!(texts, ["0 B", "1023 B", "1.00 MiB", "12.3 MiB", "1.50 GiB", "700 GiB"]);
+        assert_eq!(bytes((99.97 * f64::from(1 << 20)) as u64), "100 MiB");
+        assert_eq!(operations(2_345_600_000_000), "2.35 TFLOP");
+    }
 
     #[test]
     fn thousands_are_apart() {

@@ -194,6 +194,20 @@ impl TrainedModel {
 /// easily taken for models.
 pub(super) fn find(model: &str, cache_dir: Option<&Path>, adapter_option: &str) -> Result<PathBuf> {
     let dir = hub::resolve_with(model, cache_dir, &mut |file| say!("fetching {file} of {model}"))?;
+    refuse_adapter(dir, adapter_option)
+}
+
+/// The same without the weights, where the model is fetched.
+pub(super) fn find_outline(
+    model: &str,
+    cache_dir: Option<&Path>,
+    adapter_option: &str,
+) -> Result<PathBuf> {
+    let say_so = &mut |file: &str| say!("fetching {file} of {model}");
+    refuse_adapter(hub::resolve_outline_with(model, cache_dir, say_so)?, adapter_option)
+}
+
+fn refuse_adapter(dir: PathBuf, adapter_option: &str) -> Result<PathBuf> {
     if dir.join("adapter_config.json").is_file() && !dir.join("config.json").is_file() {
         return Err(Error::new(ErrorKind::Argument, "this is an adapter, not a model")
             .file(&dir)

@@ -227,6 +227,11 @@ impl<B: Backend> Decoder<B> {
         self.parameters_mut().for_each(Parameter::clear_grad);
     }
 
+    /// Gives the memory of all gradients back.
+    pub fn drop_gradients(&mut self) {
+        self.parameters_mut().for_each(Parameter::drop_grad);
+    }
+
     /// Replaces the token embeddings by a table with more rows. `[vocab_size, d]`
     pub(crate) fn replace_embeddings(&mut self, vocab_size: usize, table: B::Tensor) {
         self.config.vocab_size = vocab_size;

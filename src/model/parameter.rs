@@ -111,6 +111,12 @@ impl<B: Backend> Parameter<B> {
         Ok(())
     }
 
+    /// Gives the gradient's memory back.
+    pub(crate) fn drop_grad(&mut self) {
+        self.grad = None;
+        self.reached = false;
+    }
+
     /// Stores the value as bf16.
     pub(crate) fn round(&mut self, backend: &B) -> Result<()> {
         if self.value.dtype() == Dtype::Bf16 {

@@ -1,11 +1,13 @@
 //! Training: from rows to trained weights.
 //!
 //! [`Trainer`] is the loop; [`accumulate_gradients`] is what one batch does to the gradients,
-//! [`AdamW`] and [`Schedule`] turn gradients into new weights, [`RunLog`] is what stays of a run.
+//! [`AdamW`] and [`Schedule`] turn gradients into new weights, [`RunLog`] is what stays of a run;
+//! [`plan`] tells beforehand what all of it will take.
 
 mod batches;
 mod config;
 mod optimizer;
+pub mod plan;
 mod run_log;
 mod schedule;
 mod step;

@@ -40,7 +40,7 @@ impl Default for Chunking {
 
 impl Chunking {
     /// The sequences of each chunk.
-    fn chunks(&self, batch: &Batch) -> Vec<Range<usize>> {
+    pub(super) fn chunks(&self, batch: &Batch) -> Vec<Range<usize>> {
         let mut chunks = Vec::new();
         let (mut start, mut tokens) = (0, 0);
         for (at, sequence) in batch.sequences().enumerate() {

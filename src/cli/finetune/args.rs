@@ -7,6 +7,7 @@ use clap::{ArgAction, ValueEnum};
 use llara::BiEncoderOptions;
 use llara::backend::Dtype;
 use llara::data::{BadRows, Sampling};
+use llara::train::plan::{Cut, MemoryBudget};
 use llara::train::{AdamWConfig, Chunking, Decay, RunLength, Saving, TrainConfig, Warmup};
 
 use super::lora_args::LoraArgs;
@@ -145,10 +146,13 @@ pub(super) struct TrainingArgs {
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) negatives_cross_device: bool,
-    /// Tokens of a batch that go through the model at a time: less memory for one more forward pass,
-    /// the same gradient [default: the whole batch]
-    #[arg(long, value_name = "N")]
-    pub(super) chunk_tokens: Option<usize>,
+    /// Tokens of a batch that go through the model at a time: less memory for more work, the same
+    /// gradient; auto: the whole batch where it fits in memory, else what costs least
+    #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = chunk_tokens)]
+    pub(super) chunk_tokens: ChunkTokens,
+    /// Memory that the process may take, such as 8GiB, 800MB or 50% [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = memory_budget)]
+    pub(super) memory_budget: Option<MemoryBudget>,
     /// Sequences of a batch that go through the model at a time; −1: all
     #[arg(long, value_name = "N", default_value_t = -1)]
     pub(super) sub_batch_size: i64,
@@ -200,7 +204,7 @@ pub(super) struct OptimizerArgs {
 #[command(next_help_heading = "Output")]
 pub(super) struct OutputArgs {
     /// Folder for the model and the log; new or empty
-    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    #[arg(long, value_name = "DIR")] // required, except of `llara plan`; see `cli::command`
     pub(super) output_dir: Option<PathBuf>,
     /// Replace the model and the log of an earlier run in the output folder
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
@@ -253,15 +257,47 @@ fn whole_steps(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Size of the pieces of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ChunkTokens {
+    /// As memory allows.
+    Auto,
+    /// So many tokens at most.
+    Tokens(usize),
+}
+
+fn chunk_tokens(text: &str) -> Result<ChunkTokens, String> {
+    match (text, text.parse()) {
+        ("auto", _) => Ok(ChunkTokens::Auto),
+        (_, Ok(tokens)) => Ok(ChunkTokens::Tokens(tokens)),
+        _ => Err("a number of tokens, or auto".into()),
+    }
+}
+
+fn memory_budget(text: &str) -> Result<MemoryBudget, String> {
+    text.parse().map_err(|_| "such as 8GiB, 8GB, 800MB, or 50% of the machine's memory".into())
+}
+
 impl TrainingArgs {
-    /// Everything in one pass unless a bound was given; then nothing is kept between the passes.
-    fn chunking(&self) -> Chunking {
-        let max_tokens = self.chunk_tokens.unwrap_or(usize::MAX);
+    /// What of the pieces of a batch is given, and what may be chosen. Nothing of pieces whose size
+    /// is given is kept between the passes, unless a budget says how much may be.
+    pub(super) fn cut(&self) -> Cut {
         let sequences = usize::try_from(self.sub_batch_size).ok().filter(|&n| n > 0);
         let max_sequences = sequences.unwrap_or(usize::MAX);
-        let whole = max_tokens == usize::MAX && max_sequences == usize::MAX;
-        let kept_tokens = if whole { usize::MAX } else { 0 };
-        Chunking { max_tokens, max_sequences, kept_tokens, ..Chunking::default() }
+        let pieces = |max_tokens| Chunking {
+            max_tokens,
+            max_sequences,
+            kept_tokens: 0,
+            ..Chunking::default()
+        };
+        match (self.chunk_tokens, sequences) {
+            (ChunkTokens::Auto, None) => Cut::Free,
+            (ChunkTokens::Auto, Some(_)) => Cut::Fixed(pieces(usize::MAX)),
+            (ChunkTokens::Tokens(tokens), None) if self.memory_budget.is_some() => {
+                Cut::Size(pieces(tokens))
+            }
+            (ChunkTokens::Tokens(tokens), _) => Cut::Fixed(pieces(tokens)),
+        }
     }
 }
 
@@ -314,7 +350,7 @@ impl Args {
             },
             query_instruction: data.query_instruction_for_retrieval.clone(),
             passage_instruction: data.passage_instruction_for_retrieval.clone(),
-            chunking: training.chunking(),
+            chunking: Chunking::default(), // chosen once the data is known
             logging_steps: self.output.logging_steps,
             saving: Saving {
                 every: Some(self.output.save_steps).filter(|&steps| steps > 0),
@@ -373,6 +409,25 @@ mod tests {
         let args = ["--model", "m", "--train-data", "d", "--output-dir", "o"];
         let options = Only::try_parse_from(args).unwrap().args.model_options();
         assert_eq!(options, BiEncoderOptions::default());
+    }
+
+    #[test]
+    fn pieces_are_chosen_unless_they_are_given() {
+        let cut = |rest: &[&str]| {
+            let required = ["--model", "m", "--train-data", "d", "--output-dir", "o"];
+            let all = required.iter().chain(rest);
+            Only::try_parse_from(all).unwrap().args.training.cut()
+        };
+        let pieces = Chunking { kept_tokens: 0, ..Chunking::default() };
+        let tokens = Chunking { max_tokens: 512, ..pieces };
+        assert_eq!(cut(&[]), Cut::Free);
+        assert_eq!(cut(&["--memory-budget", "4GiB"]), Cut::Free);
+        assert_eq!(cut(&["--chunk-tokens", "512"]), Cut::Fixed(tokens));
+        let budget = ["--chunk-tokens", "512", "--memory-budget", "50%"];
+        assert_eq!(cut(&budget), Cut::Size(tokens));
+        let two = Chunking { max_sequences: 2, ..pieces };
+        assert_eq!(cut(&["--sub-batch-size", "2", "--memory-budget", "1GB"]), Cut::Fixed(two));
+        assert!(chunk_tokens("many").is_err() && memory_budget("a lot").is_err());
     }
 
     #[test]

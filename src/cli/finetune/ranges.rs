@@ -5,7 +5,7 @@ use std::fmt::Display;
 
 use llara::{Error, ErrorKind, Result};
 
-use super::args::Args;
+use super::args::{Args, ChunkTokens};
 
 /// Refuses `option` with `value` unless it `fits`.
 ///
@@ -59,10 +59,10 @@ pub(super) fn check(args: &Args) -> Result<()> {
         "a positive number, such as 0.02",
     )?;
     require(
-        training.chunk_tokens != Some(0),
+        training.chunk_tokens != ChunkTokens::Tokens(0),
         ("--chunk-tokens", 0),
         "no token would go through the model",
-        "1 or more, such as 4096; without the option a batch goes through whole",
+        "1 or more, such as 4096, or auto",
     )?;
     require(
         args.output.logging_steps > 0,

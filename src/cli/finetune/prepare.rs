@@ -1,0 +1,206 @@
+//! A run as far as it is known before the weights are read: settings, data, sizes, tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use clap::error::ErrorKind as Usage;
+use llara::data::{Dataset, Sampler, SamplerConfig};
+use llara::model::LoraConfig;
+use llara::text::Template;
+use llara::train::TrainConfig;
+use llara::{BiEncoderModel, Error, ErrorKind, Loader, Outline, Role, backend::Cpu};
+
+use super::Args;
+use super::lora_args::Adapter;
+use super::ranges;
+use super::trainer_flags::OwnSettings;
+use crate::cli::talk::say;
+use crate::cli::{output_folder, trained_model};
+
+/// What a run is prepared for.
+pub(in crate::cli) enum Wanted {
+    /// All of it, and where the run will be saved.
+    Run(PathBuf),
+    /// No weights, and nothing is saved.
+    Plan,
+}
+
+/// What is known before the weights are read.
+pub(in crate::cli) struct Prepared {
+    pub(in crate::cli) model_name: String,
+    pub(in crate::cli) config: TrainConfig,
+    pub(super) adapter: Adapter,
+    pub(in crate::cli) dataset: Dataset,
+    /// The model's folder.
+    dir: PathBuf,
+    template: Option<Template>,
+    pub(in crate::cli) outline: Outline,
+}
+
+impl Prepared {
+    /// Checks what the command line alone tells to be wrong, then the data, then the model's
+    /// configuration and tokenizer.
+    pub(in crate::cli) fn new(args: &Args, wanted: Wanted) -> anyhow::Result<Self> {
+        let model_name = required(args)?;
+        let own = OwnSettings {
+            model: &model_name,
+            save_steps: args.output.save_steps,
+            seed: args.training.seed,
+        };
+        for line in args.trainer_flags.check(&own)? {
+            say!("note: {line}");
+        }
+        args.compute.check()?;
+        ranges::check(args)?;
+        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
+        let adapter = args.lora.adapter()?;
+        if !matches!(adapter, Adapter::None) && args.model.add_special_tokens {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                "new tokens cannot be saved with an adapter, which leaves their embeddings out",
+            )
+            .hint(
+                "train all weights with --use-lora false, or do that in a first run and train \
+                 adapters on its model",
+            )
+            .into());
+        }
+        let config = match &wanted {
+            Wanted::Run(output_dir) => {
+                check_apart(args, output_dir, &adapter, &model_name)?;
+                output_folder::check(output_dir, args.output.overwrite_output_dir)?;
+                args.train_config(output_dir.clone())
+            }
+            Wanted::Plan => args.train_config(PathBuf::new()),
+        };
+        let dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
+        check_sampling(&config, &dataset)?;
+
+        let cache = args.model.cache_dir.as_deref();
+        let dir = match wanted {
+            Wanted::Run(_) => trained_model::find(&model_name, cache, "--from-peft")?,
+            Wanted::Plan => trained_model::find_outline(&model_name, cache, "--from-peft")?,
+        };
+        let outline = loader(args, &dir, template.as_ref())?.outline()?;
+        for (role, option, max_len) in [
+            (Role::Query, "--query-max-len", config.query_max_len),
+            (Role::Passage, "--passage-max-len", config.passage_max_len),
+        ] {
+            let checked = outline.prompts.check_max_len(role, max_len);
+            checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
+        }
+        check_vocabulary(&config, &dataset, &outline)?;
+        Ok(Prepared { model_name, config, adapter, dataset, dir, template, outline })
+    }
+
+    /// The adapter's settings, if there is one.
+    pub(super) fn lora(&self) -> llara::Result<Option<LoraConfig>> {
+        Ok(match &self.adapter {
+            Adapter::None => None,
+            Adapter::New(lora) => Some(lora.clone()),
+            Adapter::From(dir) => Some(LoraConfig::from_peft(dir)?),
+        })
+    }
+
+    /// Reads the weights and attaches the adapter.
+    pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<Cpu>> {
+        let mut loader = loader(args, &self.dir, self.template.as_ref())?;
+        let precision = args.precision();
+        if !matches!(self.adapter, Adapter::None) {
+            loader = loader.matrices(precision);
+        }
+        let (cpu, options) = (args.compute.start(), args.model_options());
+        let mut model = loader.load_weights(self.outline.clone(), cpu, options)?;
+        match &self.adapter {
+            Adapter::None => {}
+            Adapter::New(lora) => model.attach_new_adapter(lora, self.config.seed)?,
+            Adapter::From(dir) => model.attach_adapter(dir)?,
+        }
+        model.set_precision(precision)?;
+        Ok(model)
+    }
+}
+
+fn loader<'d>(
+    args: &Args,
+    dir: &'d Path,
+    template: Option<&Template>,
+) -> llara::Result<Loader<'d>> {
+    let loader = Loader::new(dir)?.add_special_tokens(args.model.add_special_tokens);
+    Ok(match template {
+        Some(template) => loader.template(template.clone()),
+        None => loader,
+    })
+}
+
+/// A usage error for an option that a command line or a run file must give.
+pub(super) fn missing(option: &str) -> clap::Error {
+    let text = format!("{option} is given neither on the command line nor in the run file\n");
+    clap::Error::raw(Usage::MissingRequiredArgument, text)
+}
+
+/// The model's name.
+fn required(args: &Args) -> Result<String, clap::Error> {
+    if args.data.train_data.is_empty() {
+        return Err(missing("--train-data"));
+    }
+    args.model.model.clone().ok_or_else(|| missing("--model"))
+}
+
+/// Refuses an output folder whose filling would harm what the run reads.
+fn check_apart(
+    args: &Args,
+    output_dir: &Path,
+    adapter: &Adapter,
+    model: &str,
+) -> llara::Result<()> {
+    let mut read = vec![("the model", Path::new(model))];
+    if let Adapter::From(dir) = adapter {
+        read.push(("the adapter", dir));
+    }
+    read.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
+    output_folder::check_apart(output_dir, &read)
+}
+
+/// What the trainer would refuse as well, before a large model is read for it.
+fn check_sampling(config: &TrainConfig, dataset: &Dataset) -> llara::Result<()> {
+    Sampler::new(SamplerConfig {
+        seed: config.seed,
+        sampling: config.sampling,
+        rows: dataset.len(),
+        batch_size: config.batch_size,
+        group_size: config.group_size,
+        drop_last: config.drop_last,
+    })
+    .map(drop)
+}
+
+/// Refuses data with tokens that the model has no embedding for. A tokenizer that fits in the model's
+/// vocabulary cannot give any; only where it does not must every text be looked at.
+fn check_vocabulary(
+    config: &TrainConfig,
+    dataset: &Dataset,
+    outline: &Outline,
+) -> llara::Result<()> {
+    let prompts = &outline.prompts;
+    if prompts.tokenizer().vocab_size() <= outline.decoder.vocab_size {
+        return Ok(());
+    }
+    (0..dataset.len()).try_for_each(|index| {
+        let row = dataset.row(index)?;
+        let instruction = row.prompt.as_ref().unwrap_or(&config.query_instruction);
+        let query = [format!("{instruction}{}", row.query)];
+        let instruction = &config.passage_instruction;
+        let passages: Vec<String> =
+            row.pos.iter().chain(&row.neg).map(|text| format!("{instruction}{text}")).collect();
+        let check = |role, texts: &[String], max_len| {
+            prompts.encode_all(role, texts, max_len).map(drop).map_err(|e| {
+                match dataset.location(index) {
+                    Some((path, line)) => e.line(path, line),
+                    None => e,
+                }
+            })
+        };
+        check(Role::Query, &query, config.query_max_len)?;
+        check(Role::Passage, &passages, config.passage_max_len)
+    })
+}

@@ -1,0 +1,87 @@
+//! `llara plan`: what a training run would take, from its data, the model's configuration and the
+//! tokenizer alone.
+
+mod picture;
+
+use llara::train::plan::TextLengths;
+use serde_json::json;
+
+use super::finetune::{self, Forecast, Prepared, Wanted};
+use super::talk::{count, counted, print, say};
+
+/// Texts whose lengths are measured.
+const TEXTS: usize = 10_000;
+
+pub(super) const AFTER_HELP: &str = "\
+Takes the options of `llara finetune`; nothing is trained, no weight is read, nothing is written.
+
+Examples:
+  llara plan --model base --train-data train.jsonl
+  llara plan --model Qwen/Qwen3-0.6B --template qwen3-embedding --train-data data/ \\
+      --use-lora --per-device-train-batch-size 64 --memory-budget 12GiB
+  llara plan --config run.toml --memory-budget 50%
+
+Prints one JSON object: memory by part in bytes, chunks, work of a step, lengths of texts,
+whether it fits.";
+
+pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
+    let prepared = Prepared::new(args, Wanted::Plan)?;
+    let forecast = Forecast::new(args, &prepared)?;
+    let prompts = &prepared.outline.prompts;
+    let lengths = TextLengths::sample(&prepared.dataset, prompts, &prepared.config, TEXTS)?;
+
+    for line in picture::lengths(&lengths) {
+        say!("{line}");
+    }
+    say!("");
+    for line in picture::memory(&forecast.plan) {
+        say!("{line}");
+    }
+    say!("");
+    let batch = &forecast.batch;
+    let config = &prepared.outline.decoder;
+    say!(
+        "model     {}: {}, hidden {}, vocabulary {}",
+        prepared.model_name,
+        counted(config.num_hidden_layers, "layer"),
+        config.hidden_size,
+        count(config.vocab_size)
+    );
+    say!(
+        "batch     {} and {}, {} tokens to encode; the largest to be expected of {}, {} looked at",
+        if batch.query.len() == 1 {
+            "1 query".into()
+        } else {
+            count(batch.query.len()) + " queries"
+        },
+        counted(batch.passage.len(), "passage"),
+        count(forecast.plan.chunks.tokens),
+        counted(batch.steps as usize, "step"),
+        count(batch.looked_at as usize)
+    );
+    say!("work      {} a step", forecast.work());
+    for line in forecast.lines() {
+        say!("{line}");
+    }
+    let refusal = forecast.refusal(&prepared)?;
+    if let Some(refusal) = &refusal {
+        say!("finetune would refuse: {refusal}");
+    }
+
+    let [query, passage] = lengths.map(|lengths| lengths.summary());
+    Ok(print(json!({
+        "peak_bytes": forecast.plan.peak_bytes(),
+        "peak_phase": forecast.plan.peak_phase(),
+        "budget_bytes": forecast.budget,
+        "fits": forecast.fits(),
+        "refused": refusal.is_some(),
+        "plan": forecast.plan,
+        "batch": {
+            "queries": batch.query.len(),
+            "passages": batch.passage.len(),
+            "steps": batch.steps,
+            "looked_at": batch.looked_at,
+        },
+        "lengths": { "query": query, "passage": passage },
+    }))?)
+}

@@ -1,0 +1,92 @@
+//! Bars of text: memory by part, lengths of texts.
+
+use llara::train::plan::{Histogram, Plan, TextLengths};
+
+use crate::cli::talk::{bytes, count};
+
+/// Characters of the longest bar.
+const WIDTH: usize = 40;
+
+/// Ranges of length that are told apart.
+const BINS: usize = 12;
+
+/// One line a part, with a bar for its share; then what is not the step's.
+pub(super) fn memory(plan: &Plan) -> Vec<String> {
+    let total = plan.training.total();
+    let row = |name: &str, part: u64, bar: String| format!("{name:<14}{:>10}  {bar}", bytes(part));
+    let mut lines: Vec<String> = plan
+        .training
+        .named()
+        .into_iter()
+        .filter(|&(_, part)| part > 0)
+        .map(|(name, part)| row(name, part, bar(part as f64, total as f64)))
+        .collect();
+    lines.push(row("a step", total, String::new()));
+    lines.push(row("loading", plan.loading_bytes, "of the process, while weights are read".into()));
+    let saving = "while the trained model is saved and read again";
+    lines.push(row("saving", plan.saving_bytes, saving.into()));
+    lines
+}
+
+/// A histogram of each role, with what it is cut to.
+pub(super) fn lengths(roles: &[TextLengths]) -> Vec<String> {
+    roles.iter().flat_map(histogram).collect()
+}
+
+fn histogram(texts: &TextLengths) -> Vec<String> {
+    let summary = texts.summary();
+    let name = match texts.role {
+        llara::Role::Query => "queries",
+        llara::Role::Passage => "passages",
+    };
+    let mut lines = vec![format!(
+        "{name}: tokens of {} texts, template included: mean {:.0}, half up to {}, 90 % up to {}, \
+         99 % up to {}, longest {}",
+        count(summary.texts),
+        summary.mean,
+        count(summary.p50),
+        count(summary.p90),
+        count(summary.p99),
+        count(summary.max),
+    )];
+    let Histogram { first, width, counts } = texts.histogram(BINS);
+    let most = counts.iter().copied().max().unwrap_or(0);
+    let last = counts.len() - 1;
+    for (bin, &texts) in counts.iter().enumerate() {
+        let (from, to) = (first + bin * width, first + (bin + 1) * width - 1);
+        let range = if bin == last { format!("{from} …") } else { format!("{from} – {to}") };
+        // What is longer than all bins is cut after the last.
+        let after = bin == last || summary.max_len <= to;
+        let is_cut = (bin == 0 || summary.max_len >= from) && after;
+        let mark = match is_cut {
+            true => format!("  ← cut at {}: {:.1} %", summary.max_len, 100.0 * summary.cut_share),
+            false => String::new(),
+        };
+        let bar = bar(texts as f64, most as f64);
+        lines.push(format!("{range:>14}  {:>7}  {bar}{mark}", count(texts)));
+    }
+    lines
+}
+
+/// A bar for a share of the whole, to an eighth of a character.
+fn bar(part: f64, whole: f64) -> String {
+    const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
+    if whole <= 0.0 || part <= 0.0 {
+        return String::new();
+    }
+    let eighths = ((part / whole).min(1.0) * (8 * WIDTH) as f64).ceil() as usize;
+    "█".repeat(eighths / 8) + EIGHTHS[eighths % 8]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bars_are_in_proportion_and_nothing_is_nothing() {
+        assert_eq!(bar(1.0, 1.0).chars().count(), WIDTH);
+        assert_eq!(bar(0.5, 1.0), "█".repeat(WIDTH / 2));
+        assert_eq!(bar(1e-9, 1.0), "▏");
+        assert_eq!((bar(0.0, 1.0), bar(1.0, 0.0)), (String::new(), String::new()));
+    }
+}

@@ -1,0 +1,135 @@
+//! How much memory the machine has, and how much of it this process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Of memory that is free, the share that is left alone: other programs want some too.
+const LEFT_FREE: f64 = 0.1;
+
+/// What a process of this program has before it reads weights, where the system does not tell.
+const PROCESS_BYTES: u64 = 64 << 20;
+
+/// What a process grows by once it trains, besides tensors and workspace: pages of the program that
+/// were not touched before, threads, the next batch, the log. Measured on Linux: 10 to 12 MiB.
+const GROWTH_BYTES: u64 = 12 << 20;
+
+/// Memory in bytes; `None` where the system does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineMemory {
+    /// Of the machine, or of the group of processes that this one is limited with.
+    pub total: Option<u64>,
+    /// What could be had now besides what this process has.
+    pub available: Option<u64>,
+    /// What this process has.
+    pub process: u64,
+}
+
+impl MachineMemory {
+    /// As it is now. On Linux from `/proc` and the control groups' limits.
+    pub fn read() -> Self {
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let groups = groups();
+        let least = |machine: Option<u64>, of_group: fn(&Group) -> u64| {
+            machine.into_iter().chain(groups.iter().map(of_group)).min()
+        };
+        MachineMemory {
+            total: least(kibibytes(&meminfo, "MemTotal:"), |group| group.limit),
+            available: least(kibibytes(&meminfo, "MemAvailable:"), Group::available),
+            process: kibibytes(&status, "VmRSS:").unwrap_or(PROCESS_BYTES),
+        }
+    }
+
+    /// What this process will have besides weights, what goes with them, and workspace.
+    pub fn process_in_training(&self) -> u64 {
+        self.process + GROWTH_BYTES
+    }
+
+    /// What this process may grow to if most of the memory that is free becomes its own.
+    pub fn within_reach(&self) -> Option<u64> {
+        let free = self.available? as f64 * (1.0 - LEFT_FREE);
+        Some(self.process + free as u64)
+    }
+}
+
+/// The value of a line such as `MemTotal:  16316412 kB`, in bytes.
+fn kibibytes(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// A control group with a limit.
+struct Group {
+    limit: u64,
+    used: u64,
+}
+
+impl Group {
+    fn available(&self) -> u64 {
+        self.limit.saturating_sub(self.used)
+    }
+
+    /// Of version 2 or of version 1, as its files are called.
+    fn read(dir: &Path) -> Option<Self> {
+        let number = |name: &str| fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok();
+        let first = |names: [&str; 2]| names.into_iter().find_map(number);
+        let limit = first(["memory.max", "memory.limit_in_bytes"])?;
+        let used: u64 = first(["memory.current", "memory.usage_in_bytes"])?;
+        // Files that were read count as used until somebody else wants the memory.
+        let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+        let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file "));
+        let cached = cached.and_then(|n| n.trim().parse().ok()).unwrap_or(0);
+        Some(Group { limit, used: used.saturating_sub(cached) })
+    }
+}
+
+/// This process's control groups and those that they are in, as far as they have limits.
+fn groups() -> Vec<Group> {
+    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let mut dirs = Vec::new();
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let root = match controllers {
+            "" => "/sys/fs/cgroup",
+            c if c.split(',').any(|c| c == "memory") => "/sys/fs/cgroup/memory",
+            _ => continue,
+        };
+        let path = PathBuf::from(root).join(path.trim_start_matches('/'));
+        dirs.extend(path.ancestors().take_while(|dir| dir.starts_with(root)).map(Path::to_owned));
+    }
+    dirs.iter().filter_map(|dir| Group::read(dir)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_proc_are_read() {
+        let text = "MemTotal:       16316412 kB\nMemFree: 5 kB\nHugePages_Total:       0\n";
+        assert_eq!(kibibytes(text, "MemTotal:"), Some(16_316_412 * 1024));
+        assert_eq!(kibibytes(text, "HugePages_Total:"), None);
+        assert_eq!(kibibytes(text, "MemAvailable:"), None);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn this_process_fits_in_this_machine() {
+        let memory = MachineMemory::read();
+        assert!(memory.process > 1 << 20);
+        assert!(memory.total.unwrap() >= memory.process);
+        assert!(memory.within_reach().unwrap() >= memory.process);
+    }
+
+    #[test]
+    fn a_group_without_a_limit_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("memory.max"), "max\n").unwrap();
+        fs::write(dir.path().join("memory.current"), "700\n").unwrap();
+        assert!(Group::read(dir.path()).is_none());
+        fs::write(dir.path().join("memory.max"), "1000\n").unwrap();
+        fs::write(dir.path().join("memory.stat"), "anon 400\ninactive_file 300\n").unwrap();
+        assert_eq!(Group::read(dir.path()).unwrap().available(), 600);
+    }
+}

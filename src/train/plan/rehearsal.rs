@@ -1,0 +1,213 @@
+//! A step run on the device that counts.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::batch::ForeseenBatch;
+use super::work::needed_flops;
+use super::{Chunks, Parts, Plan, Work};
+use crate::backend::{Backend, Dtype, Tally};
+use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
+use crate::data::Batch;
+use crate::model::weights::ModelFolder;
+use crate::model::{Decoder, DecoderConfig, LoraConfig};
+use crate::text::PromptEncoder;
+use crate::train::optimizer::{AdamW, AdamWConfig};
+use crate::train::step::{Chunking, accumulate_gradients};
+use crate::{Error, ErrorKind, Result};
+
+/// What memory and work depend on besides the batch.
+#[derive(Clone)]
+pub struct RunShape {
+    /// The decoder's sizes.
+    pub decoder: DecoderConfig,
+    /// Tokenizer and template.
+    pub prompts: Arc<PromptEncoder>,
+    /// Adapters, if they are what learns.
+    pub lora: Option<LoraConfig>,
+    /// Type of activations, and of matrices that do not learn.
+    pub precision: Dtype,
+    /// How vectors are made.
+    pub options: BiEncoderOptions,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Memory that the process has before the weights are read, in bytes.
+    pub process_bytes: u64,
+}
+
+impl RunShape {
+    /// Whether equal sequences of a batch differ, so that each must be encoded.
+    pub fn drops(&self) -> bool {
+        self.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0)
+    }
+}
+
+/// A model and its optimizer on the device that counts.
+pub struct Rehearsal {
+    shape: RunShape,
+    tally: Tally,
+    model: BiEncoderModel<Tally>,
+    optimizer: AdamW<Tally>,
+    weights: usize,
+    gradients: usize,
+    moments: usize,
+    /// Highest end of tensors while weights were read.
+    loading: usize,
+    /// The same while the trained model is saved and read again.
+    saving: usize,
+}
+
+/// What one step took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Counted {
+    /// Highest end of tensors.
+    pub(super) peak: usize,
+    pub(super) flops: u64,
+}
+
+impl Rehearsal {
+    /// Loads a model of this shape, as far as memory is concerned, and makes its optimizer's state.
+    ///
+    /// # Errors
+    /// When the shape is impossible.
+    pub fn new(shape: RunShape) -> Result<Self> {
+        let saving = {
+            let tally = Tally::new();
+            let trained = load(&tally, &shape)?;
+            let reloaded = load(&tally, &shape)?;
+            drop((trained, reloaded));
+            tally.peak()
+        };
+        let tally = Tally::new();
+        let mut model = load(&tally, &shape)?;
+        let (weights, loading) = (tally.taken(), tally.peak());
+        let optimizer = AdamW::new(&tally, model.decoder_mut(), AdamWConfig::default())?;
+        let moments = (tally.taken() - weights) / 3 * 2;
+        let gradients = tally.taken() - weights - moments;
+        Ok(Rehearsal {
+            shape,
+            tally,
+            model,
+            optimizer,
+            weights,
+            gradients,
+            moments,
+            loading,
+            saving,
+        })
+    }
+
+    /// The shape that it was made from.
+    pub fn shape(&self) -> &RunShape {
+        &self.shape
+    }
+
+    /// What a run takes whose batches are like `batch` and go through in pieces of `chunking`.
+    ///
+    /// # Errors
+    /// When the batch is impossible.
+    pub fn plan(&mut self, batch: &ForeseenBatch, chunking: Chunking) -> Result<Plan> {
+        let counted = self.step(batch, &chunking)?;
+        let encoded = self.encoded(batch, &chunking)?;
+        let pieces = chunking.chunks(&encoded);
+        let end_of = |piece: &std::ops::Range<usize>| encoded.offsets()[piece.end] as usize;
+        let kept: Vec<_> =
+            pieces.iter().take_while(|piece| end_of(piece) <= chunking.kept_tokens).collect();
+        let kept_tokens = kept.last().map_or(0, |piece| end_of(piece));
+        let size = |piece: &std::ops::Range<usize>| {
+            end_of(piece) - encoded.offsets()[piece.start] as usize
+        };
+        let host = self.host_bytes();
+        let process = self.shape.process_bytes;
+        let workspace =
+            Tally::workspace(self.shape.threads, encoded.longest(), self.shape.decoder.head_dim)
+                as u64;
+        let fixed = self.weights + self.gradients + self.moments;
+        let lengths: Vec<usize> = encoded.sequences().map(<[u32]>::len).collect();
+        let pooled = self.shape.prompts.template().pooled_tokens;
+        Ok(Plan {
+            training: Parts {
+                weights: self.weights as u64,
+                packed_copies: 0,
+                gradients: self.gradients as u64,
+                optimizer: self.moments as u64,
+                activations: counted.peak.saturating_sub(fixed) as u64,
+                workspace,
+                process,
+            },
+            loading_bytes: process + self.loading as u64 + host,
+            saving_bytes: process + self.saving as u64 + host,
+            chunks: Chunks {
+                chunking,
+                count: pieces.len(),
+                kept: kept.len(),
+                largest_tokens: pieces.iter().map(size).max().unwrap_or(0),
+                tokens: encoded.tokens(),
+                recomputed_share: 1.0 - kept_tokens as f64 / encoded.tokens().max(1) as f64,
+            },
+            work: Work {
+                needed_flops: needed_flops(
+                    &self.shape.decoder,
+                    self.shape.lora.as_ref(),
+                    pooled,
+                    &lengths,
+                ),
+                done_flops: counted.flops,
+            },
+        })
+    }
+
+    /// One step, update included.
+    pub(super) fn step(&mut self, batch: &ForeseenBatch, chunking: &Chunking) -> Result<Counted> {
+        self.model.set_dropout(0, 0);
+        self.tally.forget_peak();
+        let before = self.tally.flops();
+        let (query, passage) = (&batch.query, &batch.passage);
+        drop(accumulate_gradients(&mut self.model, query, passage, chunking)?);
+        drop(self.optimizer.step(&self.tally, self.model.decoder_mut(), 0.0)?);
+        Ok(Counted { peak: self.tally.peak(), flops: self.tally.flops() - before })
+    }
+
+    /// The sequences that a step encodes, as it numbers them.
+    pub(super) fn encoded(&self, batch: &ForeseenBatch, chunking: &Chunking) -> Result<Batch> {
+        let (query, passage) = (&batch.query, &batch.passage);
+        let both = Batch::from_sequences(query.sequences().chain(passage.sequences()))?;
+        let once = chunking.equal_once && !self.shape.drops();
+        Ok(if once { both.distinct().0 } else { both })
+    }
+
+    /// The largest tensor in a file's bytes and as f32, while it is read or written.
+    fn host_bytes(&self) -> u64 {
+        let elements = |p: &crate::model::Parameter<Tally>| p.shape().iter().product::<usize>();
+        self.model.decoder().parameters().map(elements).max().unwrap_or(0) as u64 * 8
+    }
+}
+
+/// A model as it is loaded: frozen matrices in the run's precision, then adapters.
+fn load(tally: &Tally, shape: &RunShape) -> Result<BiEncoderModel<Tally>> {
+    let matrices = if shape.lora.is_some() { shape.precision } else { Dtype::F32 };
+    let decoder = Decoder::build(shape.decoder.clone(), &mut |_, sizes| match *sizes {
+        [rows, cols] if matrices == Dtype::Bf16 => {
+            tally.cast(&tally.zeros(rows, cols)?, Dtype::Bf16)
+        }
+        [rows, cols] => tally.zeros(rows, cols),
+        [cols] => tally.zeros(1, cols),
+        _ => Err(Error::new(ErrorKind::Weights, "a parameter is neither a matrix nor a vector")),
+    })?;
+    let parts = ModelParts {
+        backend: tally.clone(),
+        decoder,
+        folder: ModelFolder::new(Value::Null),
+        prompts: Arc::clone(&shape.prompts),
+        recipe: Recipe::new(shape.prompts.template().clone()),
+    };
+    // Several processes hold what one holds, but for the gathered vectors.
+    let options = BiEncoderOptions { negatives_cross_device: false, ..shape.options };
+    let mut model = BiEncoderModel::new(parts, options)?;
+    if let Some(lora) = &shape.lora {
+        model.attach_zero_adapter(lora)?;
+    }
+    model.set_precision(shape.precision)?;
+    Ok(model)
+}

@@ -1,0 +1,98 @@
+//! `llara plan`, and what `finetune` says and refuses before it begins.
+
+use std::fs;
+
+use crate::fixture::{Bench, Outcome, llara};
+
+fn plan(bench: &Bench, rest: &[&str]) -> Outcome {
+    let (model, data) = (bench.path("base"), bench.path("train.jsonl"));
+    let mut args = vec!["plan", "--model", &model, "--train-data", &data, "--max-steps", "3"];
+    args.extend(["--train-group-size", "2", "--per-device-train-batch-size", "4"]);
+    args.extend(["--query-max-len", "64"]);
+    args.extend(rest);
+    llara(&args)
+}
+
+#[test]
+fn a_plan_needs_no_weights_and_writes_nothing() {
+    let bench = Bench::new();
+    fs::remove_file(bench.at("base/model.safetensors")).unwrap();
+    let before = bench.names("");
+    let planned = plan(&bench, &["--use-lora", "false"]);
+    let json = planned.json();
+    assert_eq!(bench.names(""), before);
+    let bytes = |path: &str| json.pointer(path).and_then(|n| n.as_u64()).unwrap();
+    let weights = bytes("/plan/training/weights");
+    assert!(weights > 0);
+    // Each tensor begins at a cache line, so small ones may differ by that.
+    assert!(bytes("/plan/training/gradients").abs_diff(weights) < 1 << 12);
+    assert!(bytes("/plan/training/optimizer").abs_diff(2 * weights) < 1 << 12);
+    assert!(bytes("/plan/work/done_flops") >= bytes("/plan/work/needed_flops"));
+    assert!(bytes("/peak_bytes") > 4 * weights);
+    assert_eq!((bytes("/plan/chunks/count"), bytes("/batch/queries")), (1, 4));
+    assert_eq!((bytes("/lengths/query/texts"), bytes("/lengths/passage/texts")), (12, 36));
+    assert_eq!((&json["fits"], &json["refused"]), (&true.into(), &false.into()));
+    for part in ["queries: tokens of 12 texts", "passages: tokens of 36", "█", "one pass over"] {
+        assert!(planned.stderr.contains(part), "no {part:?} in: {}", planned.stderr);
+    }
+    for part in ["weights", "optimizer", "saving", "← cut at 128: 0.0 %", "within reach", "needed"]
+    {
+        assert!(planned.stderr.contains(part), "no {part:?} in: {}", planned.stderr);
+    }
+    assert_eq!(llara(&["plan", "--train-data", "x"]).code, Some(2));
+}
+
+#[test]
+fn a_budget_makes_pieces_and_a_run_of_them_learns_the_same() {
+    let bench = Bench::new();
+    let whole = bench.finetune(&[]);
+    assert!(whole.stderr.contains("pieces    one pass"), "{}", whole.stderr);
+    let loss = whole.json()["loss"].as_f64().unwrap();
+    fs::remove_dir_all(bench.at("out")).unwrap();
+
+    let json = plan(&bench, &[]).json();
+    let bytes = |path: &str| json.pointer(path).and_then(|n| n.as_u64()).unwrap();
+    // Less than it would like by half of what the batch takes.
+    let budget = bytes("/peak_bytes") - bytes("/plan/training/activations") / 2;
+    let budget = budget.to_string();
+    let args = ["--memory-budget", &budget];
+    let pieces = plan(&bench, &args);
+    let json = pieces.json();
+    assert!(json["plan"]["chunks"]["count"].as_u64().unwrap() > 1, "{}", pieces.stderr);
+    let run = bench.finetune(&args);
+    assert!(run.stderr.contains("chunks of at most"), "{}", run.stderr);
+    let difference = (run.json()["loss"].as_f64().unwrap() - loss).abs();
+    assert!(difference < 1e-4 * loss, "{difference}");
+}
+
+#[test]
+fn a_run_that_cannot_fit_is_refused_with_what_would() {
+    let bench = Bench::new();
+    let (data, larger) = (bench.path("train.jsonl"), bench.path("larger"));
+    let init = ["init", "--preset", "small", "--vocab-size", "400", "--train-data", &data];
+    llara(&[&init[..], &["--output-dir", &larger]].concat()).json();
+    fs::remove_dir_all(bench.at("base")).unwrap();
+    fs::rename(bench.at("larger"), bench.at("base")).unwrap();
+
+    let json = plan(&bench, &["--use-lora", "false"]).json();
+    let bytes = |path: &str| json.pointer(path).and_then(|n| n.as_u64()).unwrap();
+    // Moments of all weights do not fit, adapters and their moments do.
+    let budget = bytes("/peak_bytes")
+        - bytes("/plan/training/activations")
+        - bytes("/plan/training/optimizer") / 2;
+    let budget = budget.to_string();
+    let args = ["--use-lora", "false", "--memory-budget", &budget];
+    let refused = bench.finetune(&args);
+    refused.refused(&["does not fit in", "weights", "optimizer", "in the smallest pieces"]);
+    assert!(refused.stderr.contains("--use-lora true takes"), "{}", refused.stderr);
+    assert!(!bench.at("out").exists());
+    let planned = plan(&bench, &args);
+    assert_eq!(planned.json()["refused"], true);
+    assert!(planned.stderr.contains("finetune would refuse"), "{}", planned.stderr);
+    let parts = ["does not fit in 1.00 MiB", "smaller model or a machine with more memory"];
+    bench.finetune(&["--memory-budget", "1MiB"]).refused(&parts);
+    bench.finetune(&["--memory-budget", "1MiB", "--sub-batch-size", "2"]).refused(&["does not"]);
+    for args in [["--memory-budget", "some"], ["--chunk-tokens", "few"]] {
+        assert_eq!(plan(&bench, &args).code, Some(2));
+    }
+}

@@ -1,0 +1,194 @@
+//! The plan agrees with what is counted by hand, keeps its budget, and grows as it should.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
+use std::path::PathBuf;
+
+use llara::backend::Dtype;
+use llara::data::Batch;
+use llara::model::{DecoderConfig, LoraConfig};
+use llara::train::Chunking;
+use llara::train::plan::{Cut, ForeseenBatch, Plan, Rehearsal, RunShape};
+use llara::{BiEncoderOptions, Loader};
+
+/// The fixture's tokenizer with a model large enough for activations to matter.
+fn shape() -> RunShape {
+    let fixture = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-gqa");
+    let outline = Loader::new(&fixture).unwrap().outline().unwrap();
+    let decoder = DecoderConfig {
+        hidden_size: 128,
+        intermediate_size: 320,
+        num_hidden_layers: 4,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 32,
+        windows: vec![None; 4],
+        ..outline.decoder
+    };
+    RunShape {
+        decoder,
+        prompts: outline.prompts,
+        lora: None,
+        precision: Dtype::F32,
+        options: BiEncoderOptions::default(),
+        threads: 2,
+        process_bytes: 1 << 20,
+    }
+}
+
+/// All sequences different, lengths uneven.
+fn batch(rows: usize, group: usize) -> ForeseenBatch {
+    let sequence = |i: usize, length: usize| {
+        (0..length).map(|at| ((i * 31 + at * 7) % 350 + 1) as u32).collect::<Vec<_>>()
+    };
+    let sequences = |count: usize, first: usize, length: usize| {
+        Batch::from_sequences((0..count).map(|i| sequence(first + i, length + i % 5))).unwrap()
+    };
+    ForeseenBatch {
+        query: sequences(rows, 0, 20),
+        passage: sequences(rows * group, 1000, 50),
+        steps: 1,
+        looked_at: 1,
+    }
+}
+
+fn lengths(batch: &ForeseenBatch) -> Vec<usize> {
+    batch.query.sequences().chain(batch.passage.sequences()).map(<[u32]>::len).collect()
+}
+
+fn one_pass(shape: RunShape, batch: &ForeseenBatch) -> Plan {
+    Rehearsal::new(shape).unwrap().plan(batch, Chunking::default()).unwrap()
+}
+
+/// `2 · heads · head_dim` for each pair that attention looks at: scores, computed again backward.
+fn scores_again(config: &DecoderConfig, lengths: &[usize], pooled: usize) -> usize {
+    let all: usize = lengths.iter().map(|n| n * (n + 1) / 2).sum();
+    let unpooled: usize =
+        lengths.iter().map(|n| n.saturating_sub(pooled)).map(|n| n * (n + 1) / 2).sum();
+    let pairs = config.num_hidden_layers * all - unpooled;
+    2 * config.num_attention_heads * config.head_dim * pairs
+}
+
+#[test]
+fn what_is_needed_is_what_is_done_less_what_is_done_twice() {
+    let (shape, batch) = (shape(), batch(3, 4));
+    let (config, pooled) = (shape.decoder.clone(), shape.prompts.template().pooled_tokens);
+    let work = one_pass(shape, &batch).work;
+    let loss = 3 * 2 * 3 * 12 * config.hidden_size;
+    let again = scores_again(&config, &lengths(&batch), pooled);
+    assert_eq!(work.done_flops, work.needed_flops + (loss + again) as u64);
+}
+
+#[test]
+fn adapters_need_no_gradient_of_the_first_input_and_of_frozen_weights() {
+    let lora = LoraConfig { rank: 8, dropout: 0.0, ..LoraConfig::default() };
+    let (shape, batch) = (RunShape { lora: Some(lora), ..shape() }, batch(3, 4));
+    let (config, pooled) = (shape.decoder.clone(), shape.prompts.template().pooled_tokens);
+    let work = one_pass(shape, &batch).work;
+    let tokens: usize = lengths(&batch).iter().sum();
+    let d = config.hidden_size;
+    let kv = config.num_key_value_heads * config.head_dim;
+    // What reaches the first block's input: through three frozen matrices and their adapters.
+    let first: usize = [d, kv, kv].iter().map(|out| tokens * (2 * d * out + 2 * 8 * d)).sum();
+    let loss = 3 * 2 * 3 * 12 * d;
+    let again = scores_again(&config, &lengths(&batch), pooled);
+    assert_eq!(work.done_flops, work.needed_flops + (first + loss + again) as u64);
+}
+
+#[test]
+fn persistent_memory_is_that_of_the_parameters() {
+    let shape = shape();
+    let c = &shape.decoder;
+    let (d, kv) = (c.hidden_size, c.num_key_value_heads * c.head_dim);
+    let block = 2 * d * d + 2 * d * kv + 3 * d * c.intermediate_size + 2 * d;
+    let parameters = (c.num_hidden_layers * block + c.vocab_size * d + d) as u64;
+    let plan = one_pass(shape.clone(), &batch(2, 2));
+    let parts = plan.training;
+    assert_eq!(parts.weights, 4 * parameters);
+    assert_eq!((parts.gradients, parts.optimizer), (4 * parameters, 8 * parameters));
+    assert_eq!(parts.total(), parts.named().iter().map(|(_, part)| part).sum::<u64>());
+
+    let lora = LoraConfig { rank: 4, dropout: 0.0, ..LoraConfig::default() };
+    let frozen = one_pass(RunShape { lora: Some(lora), ..shape.clone() }, &batch(2, 2)).training;
+    assert!(frozen.gradients < parts.gradients / 5);
+    // The saved model lies beside the trained one; a step of full training has more than that.
+    assert!(plan.saving_bytes > (1 << 20) + 2 * parts.weights);
+    assert!(plan.saving_bytes < parts.total());
+    assert_eq!(plan.peak_phase(), "training");
+    let half = one_pass(RunShape { precision: Dtype::Bf16, ..shape }, &batch(2, 2)).training;
+    assert_eq!(half.weights, parts.weights);
+    assert!(half.activations < parts.activations * 3 / 4);
+}
+
+#[test]
+fn a_second_forward_pass_is_what_chunks_cost() {
+    let (shape, batch) = (shape(), batch(4, 3));
+    let mut rehearsal = Rehearsal::new(shape).unwrap();
+    let whole = rehearsal.plan(&batch, Chunking::default()).unwrap();
+    let pieces = Chunking { max_tokens: 200, kept_tokens: 0, ..Chunking::default() };
+    let plan = rehearsal.plan(&batch, pieces).unwrap();
+    assert!(plan.chunks.count > 2 && plan.chunks.largest_tokens <= 200 && plan.chunks.kept == 0);
+    assert!((plan.chunks.recomputed_share - 1.0).abs() < 1e-9);
+    let forward = (plan.work.done_flops - whole.work.done_flops) as f64;
+    let share = forward / whole.work.done_flops as f64;
+    assert!((0.3..0.34).contains(&share), "{share}");
+    assert!(plan.training.activations < whole.training.activations / 2);
+
+    let half = Chunking { kept_tokens: plan.chunks.tokens / 2, ..pieces };
+    let kept = rehearsal.plan(&batch, half).unwrap();
+    assert!(kept.chunks.kept > 0 && kept.chunks.recomputed_share < 0.8);
+    assert!(kept.work.done_flops < plan.work.done_flops);
+    // The same rehearsal twice gives the same.
+    assert_eq!(rehearsal.plan(&batch, half).unwrap(), kept);
+}
+
+#[test]
+fn one_pass_where_it_fits_and_less_work_with_more_memory() {
+    let (shape, batch) = (shape(), batch(8, 4));
+    let mut rehearsal = Rehearsal::new(shape).unwrap();
+    let whole = rehearsal.plan(&batch, Chunking::default()).unwrap();
+    let peak = whole.peak_bytes();
+    let chosen = rehearsal.choose(&batch, Cut::Free, peak).unwrap();
+    assert_eq!((chosen.chunks.count, chosen.chunks.recomputed_share), (1, 0.0));
+    assert_eq!(chosen.training, whole.training);
+
+    let mut work = u64::MAX;
+    for budget in [60, 70, 80, 90, 99].map(|percent| peak * percent / 100) {
+        let plan = rehearsal.choose(&batch, Cut::Free, budget).unwrap();
+        assert!(plan.peak_bytes() <= budget, "{} of {budget}", plan.peak_bytes());
+        assert!(plan.chunks.count > 1 && plan.work.done_flops <= work);
+        work = plan.work.done_flops;
+    }
+    let given = Chunking { max_tokens: 100, kept_tokens: 0, ..Chunking::default() };
+    let kept = rehearsal.choose(&batch, Cut::Size(given), peak * 9 / 10).unwrap();
+    assert!(kept.chunks.kept > 0 && kept.chunks.largest_tokens <= 100);
+    let fixed = rehearsal.choose(&batch, Cut::Fixed(given), peak * 9 / 10).unwrap();
+    assert_eq!(fixed.chunks.chunking, given);
+}
+
+#[test]
+fn memory_is_flat_while_the_batch_grows() {
+    let mut rehearsal = Rehearsal::new(shape()).unwrap();
+    let small = batch(8, 4);
+    let budget = rehearsal.plan(&small, Chunking::default()).unwrap().peak_bytes();
+    let mut recomputed = -1.0;
+    for rows in [8, 16, 32, 64, 128] {
+        let plan = rehearsal.choose(&batch(rows, 4), Cut::Free, budget).unwrap();
+        assert!(plan.peak_bytes() <= budget, "{rows}: {} of {budget}", plan.peak_bytes());
+        assert!(plan.peak_bytes() > budget * 8 / 10, "{rows}: memory is left unused");
+        assert!(plan.chunks.recomputed_share > recomputed);
+        recomputed = plan.chunks.recomputed_share;
+    }
+}
+
+#[test]
+fn where_nothing_fits_the_least_is_told() {
+    let mut rehearsal = Rehearsal::new(shape()).unwrap();
+    let batch = batch(4, 2);
+    let plan = rehearsal.choose(&batch, Cut::Free, 1 << 20).unwrap();
+    assert!(plan.peak_bytes() > 1 << 20);
+    assert!(plan.chunks.count > 1 && plan.chunks.kept == 0);
+    let least = Chunking { max_tokens: 1, kept_tokens: 0, ..Chunking::default() };
+    let fixed = rehearsal.plan(&batch, least).unwrap();
+    assert!(plan.training.total() <= fixed.training.total());
+}
