@@ -7,8 +7,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
-    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Layout, RopeTable, Shape,
-    Space, Turn,
+    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
+    Shape, Space, Turn,
 };
 use crate::Result;
 
@@ -216,6 +216,7 @@ impl Backend for Tally {
         dy: &TallyTensor,
         x: &TallyTensor,
         dw: &mut TallyTensor,
+        _gather: Gather,
     ) -> Result<()> {
         assert_eq!(dw.shape(), (dy.cols, x.cols), "linear_weight_grad: gradient");
         self.count_product(dy.cols, dy.rows, x.cols);
