@@ -32,7 +32,7 @@ pub mod train;
 
 pub use biencoder::{
     BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Outline, Probes, Recipe,
-    compute_similarity,
+    Shortcuts, compute_similarity,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use text::Role;

@@ -9,7 +9,7 @@ use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
 use llara::model::Parameter;
 use llara::train::{Chunking, accumulate_gradients};
-use llara::{BiEncoderModel, BiEncoderOptions, Role};
+use llara::{BiEncoderModel, BiEncoderOptions, Role, Shortcuts};
 use ndarray::{Array2, ArrayView1};
 
 const FAMILIES: [&str; 6] = ["llama-mha", "llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3"];
@@ -150,21 +150,19 @@ struct Way {
     chunking: Chunking,
     /// Adapters with dropout, rather than all weights.
     adapter: bool,
-    last_block_at_pooled_rows: bool,
+    shortcuts: Shortcuts,
     precision: Dtype,
 }
 
-const PLAIN: Chunking = Chunking {
-    max_tokens: usize::MAX,
-    max_sequences: usize::MAX,
-    kept_tokens: usize::MAX,
-    equal_once: false,
-};
+const NO_SHORTCUTS: Shortcuts = Shortcuts { last_layer_at_pooled: false, equal_once: false };
+
+const PLAIN: Chunking =
+    Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX };
 
 /// Every gradient of a batch in which one passage stands twice.
 fn gradients(way: Way) -> Vec<(String, Vec<f32>)> {
-    let mut model = model("mistral", BiEncoderOptions::default());
-    model.decoder_mut().set_last_block_at_pooled_rows(way.last_block_at_pooled_rows);
+    let options = BiEncoderOptions { shortcuts: way.shortcuts, ..Default::default() };
+    let mut model = model("mistral", options);
     if way.adapter {
         // PEFT's own adapter, whose B is not zero, with dropout put into its configuration.
         let from = fixture("mistral").join("lora");
@@ -203,9 +201,9 @@ fn agree(one: Way, other: Way, bound: f32) {
 #[test]
 fn gradients_do_not_depend_on_the_chunks() {
     for adapter in [false, true] {
-        for last_block_at_pooled_rows in [false, true] {
-            let precision = Dtype::F32;
-            let way = |chunking| Way { chunking, adapter, last_block_at_pooled_rows, precision };
+        for last_layer_at_pooled in [false, true] {
+            let shortcuts = Shortcuts { last_layer_at_pooled, ..NO_SHORTCUTS };
+            let way = |chunking| Way { chunking, adapter, shortcuts, precision: Dtype::F32 };
             for chunking in [
                 Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN },
                 Chunking { max_tokens: 50, kept_tokens: 0, ..PLAIN },
@@ -220,8 +218,8 @@ fn gradients_do_not_depend_on_the_chunks() {
 #[test]
 fn gradients_in_bf16_do_not_depend_on_the_chunks_either() {
     for adapter in [false, true] {
-        let (last_block_at_pooled_rows, precision) = (true, Dtype::Bf16);
-        let way = |chunking| Way { chunking, adapter, last_block_at_pooled_rows, precision };
+        let shortcuts = Shortcuts { equal_once: false, ..Shortcuts::default() };
+        let way = |chunking| Way { chunking, adapter, shortcuts, precision: Dtype::Bf16 };
         // The same vectors and the same gradients of activations; only sums over chunks differ, in f32.
         let chunking = Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN };
         agree(way(PLAIN), way(chunking), 1e-6);
@@ -232,9 +230,11 @@ fn gradients_in_bf16_do_not_depend_on_the_chunks_either() {
 #[test]
 fn work_that_is_not_done_changes_nothing() {
     for adapter in [false, true] {
-        let (last_block_at_pooled_rows, precision) = (false, Dtype::F32);
-        let plain = Way { chunking: PLAIN, adapter, last_block_at_pooled_rows, precision };
-        agree(plain, Way { chunking: Chunking { equal_once: true, ..PLAIN }, ..plain }, 5e-6);
-        agree(plain, Way { last_block_at_pooled_rows: true, ..plain }, 5e-6);
+        let (chunking, precision) = (PLAIN, Dtype::F32);
+        let way = |shortcuts| Way { chunking, adapter, shortcuts, precision };
+        let equal_once = Shortcuts { equal_once: true, ..NO_SHORTCUTS };
+        agree(way(NO_SHORTCUTS), way(equal_once), 5e-6);
+        let last_layer_at_pooled = Shortcuts { last_layer_at_pooled: true, ..NO_SHORTCUTS };
+        agree(way(NO_SHORTCUTS), way(last_layer_at_pooled), 5e-6);
     }
 }

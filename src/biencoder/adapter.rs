@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::recipe::RECIPE_FILE;
-use super::{BiEncoderModel, Loader, Probes};
+use super::{BiEncoderModel, Probes};
 use crate::backend::Backend;
 use crate::model::{LoraConfig, PROJECTIONS, Parameter};
 use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging};
@@ -88,23 +88,20 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Saves the adapter alone, as PEFT does, with the recipe beside it; then loads it again onto the
-    /// model that it was trained on and compares probe vectors, which stay in the folder.
+    /// Saves the adapter alone, as PEFT does, with the recipe beside it; then loads it again onto this
+    /// model's frozen weights and compares probe vectors, which stay in the folder.
     ///
     /// # Errors
     /// When no adapter is attached, a file cannot be written, or the vectors differ.
-    pub fn save_adapter(&self, dir: &Path) -> Result<()> {
+    pub fn save_adapter(&mut self, dir: &Path) -> Result<()> {
         let staging = self.stage_adapter(dir)?;
-        if let Some(base) = self.folder.source() {
-            let probes = Probes::take(self)?;
-            let loader = Loader::new(base)?.with_recipe(self.recipe.clone());
-            let loader = loader.matrices(self.precision());
-            let mut reloaded = loader.load(self.backend.clone(), self.options)?;
-            reloaded.attach_adapter(staging.path())?;
-            reloaded.set_precision(self.precision())?;
-            probes.check(&reloaded).map_err(|e| e.file(dir))?;
-            probes.write(&staging)?;
-        }
+        let probes = Probes::take(self)?;
+        let (config, trained) = (self.adapter.take(), self.decoder.detach_adapters());
+        let same = self.attach_adapter(staging.path()).and_then(|()| probes.check(self));
+        self.decoder.put_back_adapters(trained);
+        self.adapter = config;
+        same.map_err(|e| e.file(dir))?;
+        probes.write(&staging)?;
         staging.commit()
     }
 

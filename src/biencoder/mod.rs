@@ -39,6 +39,23 @@ pub struct BiEncoderOptions {
     pub temperature: f32,
     /// Sequences encoded at a time; `None`: all of a batch at once. The result is the same.
     pub sub_batch_size: Option<usize>,
+    /// Work that is left undone.
+    pub shortcuts: Shortcuts,
+}
+
+/// Work that no result depends on beyond rounding. All of it is left undone unless turned off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shortcuts {
+    /// The last layer computes no more than keys and values but at the pooled positions.
+    pub last_layer_at_pooled: bool,
+    /// Equal sequences of a training batch are encoded once; never where dropout tells them apart.
+    pub equal_once: bool,
+}
+
+impl Default for Shortcuts {
+    fn default() -> Self {
+        Shortcuts { last_layer_at_pooled: true, equal_once: true }
+    }
 }
 
 impl Default for BiEncoderOptions {
@@ -48,6 +65,7 @@ impl Default for BiEncoderOptions {
             negatives_cross_device: false,
             temperature: 0.02,
             sub_batch_size: None,
+            shortcuts: Shortcuts::default(),
         }
     }
 }
@@ -138,7 +156,8 @@ impl<B: Backend> BiEncoderModel<B> {
     /// A model in evaluation mode, in a process of its own.
     pub(crate) fn new(parts: Parts<B>, options: BiEncoderOptions) -> Result<Self> {
         options.check(1)?;
-        let Parts { backend, decoder, folder, prompts, mut recipe } = parts;
+        let Parts { backend, mut decoder, folder, prompts, mut recipe } = parts;
+        decoder.set_last_block_at_pooled_rows(options.shortcuts.last_layer_at_pooled);
         recipe.normalized = options.normalized;
         let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
         let mode = Mode::Eval;

@@ -115,6 +115,18 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
+    /// Takes all adapters off, to be [put back](Decoder::put_back_adapters).
+    pub(crate) fn detach_adapters(&mut self) -> Vec<Option<Lora<B>>> {
+        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
+        projections.map(|(_, linear)| linear.lora.take()).collect()
+    }
+
+    /// Puts adapters in the place of those that there are.
+    pub(crate) fn put_back_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
+        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
+        projections.zip(adapters).for_each(|((_, linear), adapter)| linear.lora = adapter);
+    }
+
     /// The adapters' matrices; all parameters that learn, where adapters are attached.
     pub fn adapter_parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
         self.parameters().filter(|p| NAMES.iter().any(|name| p.name().ends_with(name)))

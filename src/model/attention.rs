@@ -71,15 +71,16 @@ impl<B: Backend> Attention<B> {
         Ok((y, SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] }))
     }
 
-    /// Gradient by x alone `[T, d]`, from dy `[R, d]`; the residual's is dy itself.
+    /// Gradient by x alone `[T, d]`, from dy `[R, d]`, or `None` where it is not `needed`; the residual's
+    /// is dy itself.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,
         dy: &B::Tensor,
-        x: &B::Tensor,
+        (x, needed): (&B::Tensor, bool),
         asking: &Asking<'_, B>,
         saved: SavedAttention<B>,
-    ) -> Result<B::Tensor> {
+    ) -> Result<Option<B::Tensor>> {
         let SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] } = saved;
         let dout = self.o.backward(asking.pass, dy, &attended.out, saved_o, None)?;
         let (dq, dk, dv) = pass.backend.attention_backward(
@@ -92,16 +93,22 @@ impl<B: Backend> Attention<B> {
             &pass.rows.layout,
             &self.shape,
         )?;
-        let (linear_q, norm_q) = (&mut self.q, self.q_norm.as_mut());
-        let dx = heads_backward(pass, (&mut self.k, self.k_norm.as_mut()), dk, x, k, None)?;
+        let dq = heads_backward(asking.pass, self.q_norm.as_mut(), dq, &q)?;
+        let dk = heads_backward(pass, self.k_norm.as_mut(), dk, &k)?;
+        if !needed {
+            self.q.backward_weights(asking.pass, &dq, asking.x, q.linear)?;
+            self.k.backward_weights(pass, &dk, x, k.linear)?;
+            self.v.backward_weights(pass, &dv, x, saved_v)?;
+            return Ok(None);
+        }
+        let dx = self.k.backward(pass, &dk, x, k.linear, None)?;
         let mut dx = self.v.backward(pass, &dv, x, saved_v, Some(dx))?;
         match asking.among {
-            None => heads_backward(pass, (linear_q, norm_q), dq, x, q, Some(dx)),
+            None => self.q.backward(pass, &dq, x, q.linear, Some(dx)).map(Some),
             Some(rows) => {
-                let from_queries =
-                    heads_backward(asking.pass, (linear_q, norm_q), dq, asking.x, q, None)?;
+                let from_queries = self.q.backward(asking.pass, &dq, asking.x, q.linear, None)?;
                 pass.backend.scatter_add_rows(&from_queries, rows, &mut dx)?;
-                Ok(dx)
+                Ok(Some(dx))
             }
         }
     }
@@ -139,18 +146,18 @@ fn heads_forward<B: Backend>(
     Ok(Heads { rotated, normed, linear })
 }
 
-/// From the gradient by rotated heads to the gradient by x (+ onto).
+/// From the gradient by rotated heads to that by their projection.
 fn heads_backward<B: Backend>(
     pass: &Pass<'_, B>,
-    (projection, norm): (&mut Linear<B>, Option<&mut RmsNorm<B>>),
+    norm: Option<&mut RmsNorm<B>>,
     mut grad: B::Tensor,
-    x: &B::Tensor,
-    saved: Heads<B>,
-    onto: Option<B::Tensor>,
+    saved: &Heads<B>,
 ) -> Result<B::Tensor> {
     pass.backend.rope(&mut grad, &pass.rows.layout.positions, pass.rope, Turn::Backward)?;
-    if let (Some(norm), Some((projected, saved))) = (norm, &saved.normed) {
-        grad = norm.backward(pass.backend, &grad, projected, saved, None)?;
+    match (norm, &saved.normed) {
+        (Some(norm), Some((projected, saved))) => {
+            norm.backward(pass.backend, &grad, projected, saved, None)
+        }
+        _ => Ok(grad),
     }
-    projection.backward(pass, &grad, x, saved.linear, onto)
 }

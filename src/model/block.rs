@@ -64,14 +64,15 @@ impl<B: Backend> Block<B> {
     }
 
     /// Each residual passes its gradient on unchanged, so the norm's is added to it. dy `[R, d]`,
-    /// result `[T, d]`.
+    /// result `[T, d]`, or `None` where nothing below this layer learns.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,
         dy: B::Tensor,
         saved: SavedBlock<B>,
         wanted: Option<&Wanted<'_, B>>,
-    ) -> Result<B::Tensor> {
+        below_learns: bool,
+    ) -> Result<Option<B::Tensor>> {
         let backend = pass.backend;
         let at = wanted.map_or(pass, |w| w.pass);
         let to = pass.activations;
@@ -84,8 +85,11 @@ impl<B: Backend> Block<B> {
         let asking = ask(pass, &normed, picked.as_ref(), wanted);
         let dnormed = {
             let dmiddle = pass.activation(&dmiddle)?;
-            self.attention.backward(pass, &dmiddle, &normed, &asking, saved.attention)?
+            let needed = below_learns || self.input_norm.weight.is_trainable();
+            let x = (&normed, needed);
+            self.attention.backward(pass, &dmiddle, x, &asking, saved.attention)?
         };
+        let Some(dnormed) = dnormed else { return Ok(None) };
         let dresidual = match wanted {
             None => dmiddle,
             Some(wanted) => {
@@ -94,7 +98,8 @@ impl<B: Backend> Block<B> {
                 all
             }
         };
-        self.input_norm.backward(backend, &dnormed, &saved.x, &norm, Some(dresidual))
+        let dx = self.input_norm.backward(backend, &dnormed, &saved.x, &norm, Some(dresidual))?;
+        Ok(below_learns.then_some(dx))
     }
 
     /// The projections, each with the name that adapters are asked for.

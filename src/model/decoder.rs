@@ -150,9 +150,14 @@ impl<B: Backend> Decoder<B> {
             backend.scatter_add_rows(&dx, &input.pooled_rows, &mut all)?;
             dx = all;
         }
+        let table_learns = self.embed_tokens.is_trainable();
         for (layer, saved) in saved.blocks.into_iter().enumerate().rev() {
             let wanted = self.ends_at_pooled_rows(layer).then_some(&wanted);
-            dx = self.blocks[layer].backward(&pass, dx, saved, wanted)?;
+            let below_learns = layer > 0 || table_learns;
+            match self.blocks[layer].backward(&pass, dx, saved, wanted, below_learns)? {
+                Some(below) => dx = below,
+                None => return Ok(()),
+            }
         }
         if let (_, Some(dtable)) = self.embed_tokens.value_and_grad(backend)? {
             backend.scatter_add_rows(&dx, &input.ids, dtable)?;

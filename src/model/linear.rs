@@ -35,7 +35,7 @@ impl<B: Backend> Linear<B> {
         }
     }
 
-    /// `dW += dyᵀ · x`, `db += Σ dy` where they learn; returns `dx = dy · W (+ onto)`.
+    /// [`backward_weights`](Self::backward_weights); returns `dx = dy · W (+ onto)`.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,
@@ -44,20 +44,35 @@ impl<B: Backend> Linear<B> {
         saved: SavedLinear<B>,
         onto: Option<B::Tensor>,
     ) -> Result<B::Tensor> {
+        let dhidden = self.backward_weights(pass, dy, x, saved)?;
+        let dx = pass.backend.linear_input_grad(dy, self.weight.value(), onto)?;
+        match (&self.lora, dhidden) {
+            (Some(lora), Some(dhidden)) => lora.backward_input(pass, &dhidden, dx),
+            _ => Ok(dx),
+        }
+    }
+
+    /// `dW += dyᵀ · x`, `db += Σ dy` where they learn; returns the gradient within the adapter, if there
+    /// is one. All of the backward pass where nothing below learns.
+    pub(crate) fn backward_weights(
+        &mut self,
+        pass: &Pass<'_, B>,
+        dy: &B::Tensor,
+        x: &B::Tensor,
+        saved: SavedLinear<B>,
+    ) -> Result<Option<B::Tensor>> {
         let backend = pass.backend;
-        let (weight, dw) = self.weight.value_and_any_grad(backend)?;
-        if let Some((dw, gather)) = dw {
+        if let (_, Some((dw, gather))) = self.weight.value_and_any_grad(backend)? {
             backend.linear_weight_grad(dy, x, dw, gather)?;
         }
-        let dx = backend.linear_input_grad(dy, weight, onto)?;
         if let Some(bias) = &mut self.bias
             && let (_, Some(db)) = bias.value_and_grad(backend)?
         {
             backend.linear_bias_grad(dy, db)?;
         }
         match (&mut self.lora, saved.0) {
-            (Some(lora), Some(saved)) => lora.backward(pass, dy, x, saved, dx),
-            _ => Ok(dx),
+            (Some(lora), Some(saved)) => lora.backward_weights(pass, dy, x, saved).map(Some),
+            _ => Ok(None),
         }
     }
 

@@ -69,15 +69,13 @@ impl<B: Backend> Lora<B> {
         Ok((y, SavedLora(hidden)))
     }
 
-    /// With `g = scale · dy · B`: `dB += dyᵀ · hidden`, `dA += gᵀ · drop(x)`; adds
-    /// `drop(g · A)` to dx.
-    pub(crate) fn backward(
+    /// With `g = scale · dy · B`: `dB += dyᵀ · hidden`, `dA += gᵀ · drop(x)`; returns g `[T, r]`.
+    pub(crate) fn backward_weights(
         &mut self,
         pass: &Pass<'_, B>,
         dy: &B::Tensor,
         x: &B::Tensor,
         saved: SavedLora<B>,
-        dx: B::Tensor,
     ) -> Result<B::Tensor> {
         let backend = pass.backend;
         let dropped = self.dropped(pass, x)?;
@@ -87,17 +85,27 @@ impl<B: Backend> Lora<B> {
         }
         let mut g = backend.linear_input_grad(dy, b, None)?;
         backend.scale(&mut g, self.scale)?;
-        let (a, da) = self.a.value_and_any_grad(backend)?;
-        if let Some((da, gather)) = da {
+        if let (_, Some((da, gather))) = self.a.value_and_any_grad(backend)? {
             backend.linear_weight_grad(&g, dropped.as_ref().unwrap_or(x), da, gather)?;
         }
+        Ok(g)
+    }
+
+    /// Adds `drop(g · A)` to dx.
+    pub(crate) fn backward_input(
+        &self,
+        pass: &Pass<'_, B>,
+        g: &B::Tensor,
+        dx: B::Tensor,
+    ) -> Result<B::Tensor> {
+        let (backend, a) = (pass.backend, self.a.value());
         match pass.dropout.filter(|_| self.dropout > 0.0) {
             Some(dropout) => {
-                let dinput = backend.linear_input_grad(&g, a, None)?;
+                let dinput = backend.linear_input_grad(g, a, None)?;
                 let key = dropout.key(self.module, self.dropout);
                 backend.dropout(&dinput, &pass.rows.numbers, &key, Some(dx))
             }
-            None => backend.linear_input_grad(&g, a, Some(dx)),
+            None => backend.linear_input_grad(g, a, Some(dx)),
         }
     }
 

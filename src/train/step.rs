@@ -22,19 +22,12 @@ pub struct Chunking {
     /// Tokens whose activations may wait for their backward pass; those of other chunks are computed
     /// twice.
     pub kept_tokens: usize,
-    /// Whether equal sequences are encoded once; never where dropout would tell them apart.
-    pub equal_once: bool,
 }
 
 impl Default for Chunking {
     /// One pass over everything.
     fn default() -> Self {
-        Chunking {
-            max_tokens: usize::MAX,
-            max_sequences: usize::MAX,
-            kept_tokens: usize::MAX,
-            equal_once: true,
-        }
+        Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX }
     }
 }
 
@@ -77,7 +70,7 @@ pub fn accumulate_gradients<B: Backend>(
     let backend = model.backend().clone();
     let both = Batch::from_sequences(query.sequences().chain(passage.sequences()))?;
     // Equal texts have equal vectors, unless something random stands between.
-    let (both, places) = match chunking.equal_once && !model.drops() {
+    let (both, places) = match model.options().shortcuts.equal_once && !model.drops() {
         true => both.distinct(),
         false => both.with_places(),
     };

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, ValueEnum};
-use llara::BiEncoderOptions;
 use llara::backend::Dtype;
 use llara::data::{BadRows, Sampling};
 use llara::train::plan::{Cut, MemoryBudget};
 use llara::train::{AdamWConfig, Chunking, Decay, RunLength, Saving, TrainConfig, Warmup};
+use llara::{BiEncoderOptions, Shortcuts};
 
 use super::lora_args::LoraArgs;
 use super::trainer_flags::TrainerFlags;
@@ -156,6 +156,17 @@ pub(super) struct TrainingArgs {
     /// Sequences of a batch that go through the model at a time; −1: all
     #[arg(long, value_name = "N", default_value_t = -1)]
     pub(super) sub_batch_size: i64,
+    /// Compute the last layer, but for keys and values, at the pooled positions alone: the same result
+    /// for less work
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "true", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) last_layer_at_pooled: bool,
+    /// Encode equal texts of a batch once, where no dropout tells them apart
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "true", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) equal_once: bool,
     /// The reference's name for --dtype bf16
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set, hide = true)]
@@ -372,6 +383,10 @@ impl Args {
             negatives_cross_device: self.training.negatives_cross_device,
             temperature: self.training.temperature,
             sub_batch_size: None,
+            shortcuts: Shortcuts {
+                last_layer_at_pooled: self.training.last_layer_at_pooled,
+                equal_once: self.training.equal_once,
+            },
         }
     }
 }

@@ -25,8 +25,7 @@ pub(in crate::cli) struct Forecast {
 }
 
 /// A piece of one sequence, nothing kept: the least memory that there is a way for.
-const SMALLEST: Chunking =
-    Chunking { max_tokens: 1, max_sequences: 1, kept_tokens: 0, equal_once: true };
+const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_tokens: 0 };
 
 impl Forecast {
     /// Looks at the data and rehearses a step of the largest batch that is to be expected.
@@ -42,7 +41,8 @@ impl Forecast {
             process_bytes: 0,
         };
         let Prepared { dataset, config, .. } = prepared;
-        let batch = ForeseenBatch::of_run(dataset, &shape.prompts, config, !shape.drops())?;
+        let batch =
+            ForeseenBatch::of_run(dataset, &shape.prompts, config, shape.encodes_equal_once())?;
         // Now, with tokenizer and data in memory.
         let machine = MachineMemory::read();
         shape.process_bytes = machine.process_in_training();

@@ -61,7 +61,7 @@ impl Rehearsal {
 
     fn cheapest(&mut self, batch: &ForeseenBatch, budget: u64) -> Result<Plan> {
         let whole = Chunking::default();
-        let tokens = self.encoded(batch, &whole)?.tokens();
+        let tokens = self.encoded(batch)?.tokens();
         // A batch that turns out larger than any that was foreseen goes in two pieces.
         let one_pass =
             self.plan(batch, Chunking { max_tokens: tokens, kept_tokens: tokens, ..whole })?;
@@ -93,7 +93,7 @@ impl Rehearsal {
         chunking: Chunking,
         budget: u64,
     ) -> Result<Plan> {
-        let encoded = self.encoded(batch, &chunking)?;
+        let encoded = self.encoded(batch)?;
         let ends: Vec<usize> = std::iter::once(0)
             .chain(chunking.chunks(&encoded).iter().map(|c| encoded.offsets()[c.end] as usize))
             .collect();

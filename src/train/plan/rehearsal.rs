@@ -37,9 +37,10 @@ pub struct RunShape {
 }
 
 impl RunShape {
-    /// Whether equal sequences of a batch differ, so that each must be encoded.
-    pub fn drops(&self) -> bool {
-        self.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0)
+    /// Whether equal sequences of a batch are encoded once.
+    pub fn encodes_equal_once(&self) -> bool {
+        let drops = self.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
+        self.options.shortcuts.equal_once && !drops
     }
 }
 
@@ -74,9 +75,16 @@ impl Rehearsal {
     pub fn new(shape: RunShape) -> Result<Self> {
         let saving = {
             let tally = Tally::new();
-            let trained = load(&tally, &shape)?;
-            let reloaded = load(&tally, &shape)?;
-            drop((trained, reloaded));
+            let mut trained = load(&tally, &shape)?;
+            match &shape.lora {
+                // The saved adapter is checked on the weights that it was trained on.
+                Some(lora) => {
+                    let adapters = trained.decoder_mut().detach_adapters();
+                    trained.attach_zero_adapter(lora)?;
+                    drop(adapters);
+                }
+                None => drop(load(&tally, &shape)?),
+            }
             tally.peak()
         };
         let tally = Tally::new();
@@ -109,7 +117,7 @@ impl Rehearsal {
     /// When the batch is impossible.
     pub fn plan(&mut self, batch: &ForeseenBatch, chunking: Chunking) -> Result<Plan> {
         let counted = self.step(batch, &chunking)?;
-        let encoded = self.encoded(batch, &chunking)?;
+        let encoded = self.encoded(batch)?;
         let pieces = chunking.chunks(&encoded);
         let end_of = |piece: &std::ops::Range<usize>| encoded.offsets()[piece.end] as usize;
         let kept: Vec<_> =
@@ -170,10 +178,10 @@ impl Rehearsal {
     }
 
     /// The sequences that a step encodes, as it numbers them.
-    pub(super) fn encoded(&self, batch: &ForeseenBatch, chunking: &Chunking) -> Result<Batch> {
+    pub(super) fn encoded(&self, batch: &ForeseenBatch) -> Result<Batch> {
         let (query, passage) = (&batch.query, &batch.passage);
         let both = Batch::from_sequences(query.sequences().chain(passage.sequences()))?;
-        let once = chunking.equal_once && !self.shape.drops();
+        let once = self.shape.encodes_equal_once();
         Ok(if once { both.distinct().0 } else { both })
     }
 
