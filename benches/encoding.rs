@@ -35,10 +35,10 @@ fn main() -> Result<()> {
         }
         let texts = TOKENS / length;
         let batch = shape.batch(vec![length; texts])?;
-        let seconds = timing::medians([&mut || single.encode(&batch).map(drop), &mut || {
+        let times = timing::in_turn([&mut || single.encode(&batch).map(drop), &mut || {
             half.encode(&batch).map(drop)
         }])?;
-        let [f32s, bf16s] = seconds.map(|seconds| TOKENS as f64 / seconds);
+        let [f32s, bf16s] = times.map(|times| TOKENS as f64 / times.median);
         println!("{length:6} {texts:7} {f32s:14.0} {bf16s:14.0} {:15.2}×", bf16s / f32s);
     }
     Ok(())

@@ -174,7 +174,7 @@ fn measure(point: Point) -> Result<Cost> {
         chunk => Chunking { max_tokens: chunk, kept_tokens: chunk, ..Chunking::default() },
     };
     let mut training = Training::new(model, (query, passage), chunking)?;
-    let seconds = timing::median(|| training.step())?;
+    let seconds = timing::time(|| training.step())?.median;
     Ok(Cost { tokens: training.tokens() as f64, seconds, peak_megabytes: peak_megabytes() })
 }
 

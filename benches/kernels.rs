@@ -41,7 +41,7 @@ struct Kernels<'a> {
 
 fn main() -> Result<()> {
     let Some(cases) = Cases::from_args() else { return Ok(()) };
-    println!("kernel                           ms      rate");
+    println!("kernel                           ms      rate   fastest");
     for precision in [Dtype::F32, Dtype::Bf16] {
         let kernels = Kernels { cases: &cases, cpu: Cpu::new(), precision };
         kernels.rows()?;
@@ -58,13 +58,14 @@ impl Kernels<'_> {
         if !self.cases.include(&name) {
             return Ok(());
         }
-        let seconds = timing::median(run)?;
+        let times = timing::time(run)?;
         let (amount, unit) = match work {
             Work::Bytes(bytes) => (bytes, "GB/s"),
             Work::Flops(flops) => (flops, "GFLOP/s"),
         };
-        let rate = amount as f64 / seconds / 1e9;
-        println!("{name:25} {:9.3} {rate:9.1} {unit}", seconds * 1e3);
+        let [median, fastest] =
+            [times.median, times.fastest].map(|seconds| amount as f64 / seconds / 1e9);
+        println!("{name:25} {:9.3} {median:9.1} {fastest:9.1} {unit}", times.median * 1e3);
         Ok(())
     }
 

@@ -71,7 +71,7 @@ fn rates(form: Form, dims: Dims) -> Result<[f64; 5]> {
     let [rounded, rounded_packed] = &mut halves;
     let gradient = matches!(form, Form::WeightGrad);
 
-    let seconds = timing::medians([
+    let times = timing::in_turn([
         &mut || {
             by_the_gemm_crate(form, dims, &mut by_crate, &a, &b);
             Ok(())
@@ -88,7 +88,7 @@ fn rates(form: Form, dims: Dims) -> Result<[f64; 5]> {
         },
     ])?;
     let flops = 2.0 * m as f64 * n as f64 * k as f64;
-    Ok(seconds.map(|seconds| flops / seconds / 1e9))
+    Ok(times.map(|times| flops / times.median / 1e9))
 }
 
 /// Operands of type T as a linear layer has them: transposed where the form says so.

@@ -1,4 +1,4 @@
-//! Timing for the benches: warm-up, medians of runs that take turns.
+//! Timing for the benches: warm-up, then runs that take turns, their median and the fastest.
 
 #![allow(dead_code, reason = "a bench uses what it needs")]
 
@@ -47,16 +47,23 @@ fn load() -> String {
     }
 }
 
-/// Median seconds of one piece of work. The first run does not count.
-pub(crate) fn median<T>(mut work: impl FnMut() -> Result<T>) -> Result<f64> {
+/// Seconds of the runs of one piece of work. Where the two lie far apart, the machine was busy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) median: f64,
+    pub(crate) fastest: f64,
+}
+
+/// Times one piece of work. The first run does not count.
+pub(crate) fn time<T>(mut work: impl FnMut() -> Result<T>) -> Result<Times> {
     let mut work = || work().map(|result| drop(black_box(result)));
-    medians([&mut work]).map(|[median]| median)
+    in_turn([&mut work]).map(|[times]| times)
 }
 
 /// The same for contestants, which take turns: what else the machine does falls on all alike.
-pub(crate) fn medians<const N: usize>(
+pub(crate) fn in_turn<const N: usize>(
     mut contestants: [&mut dyn FnMut() -> Result<()>; N],
-) -> Result<[f64; N]> {
+) -> Result<[Times; N]> {
     let mut seconds = [const { Vec::new() }; N];
     contestants.iter_mut().try_for_each(|work| work())?;
     let begin = Instant::now();
@@ -72,6 +79,6 @@ pub(crate) fn medians<const N: usize>(
     }
     Ok(seconds.map(|mut seconds| {
         seconds.sort_by(f64::total_cmp);
-        seconds[seconds.len() / 2]
+        Times { median: seconds[seconds.len() / 2], fastest: seconds[0] }
     }))
 }
