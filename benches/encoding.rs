@@ -34,7 +34,7 @@ fn main() -> Result<()> {
             continue;
         }
         let texts = TOKENS / length;
-        let batch = shape.batch(vec![length; texts])?;
+        let batch = shape.batch(1, vec![length; texts])?;
         let times = timing::in_turn([&mut || single.encode(&batch).map(drop), &mut || {
             half.encode(&batch).map(drop)
         }])?;

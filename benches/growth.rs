@@ -19,8 +19,8 @@ use random_model::ModelShape;
 use timing::Cases;
 use training::Training;
 
-/// One query and three passages, so many times.
-const GROUP: usize = 4;
+/// Passages of a query.
+const PASSAGES: usize = 3;
 /// The environment variable that makes this program measure one point and print it.
 const POINT: &str = "LLARA_GROWTH_POINT";
 
@@ -166,9 +166,8 @@ fn measure(point: Point) -> Result<Cost> {
     };
     let mut model = shape.model()?;
     model.set_precision(if point.bf16 { Dtype::Bf16 } else { Dtype::F32 })?;
-    let query = shape.batch(vec![point.length; point.groups])?;
-    let passage = shape.batch(vec![point.length; point.groups * GROUP])?;
-    let passage = passage.slice(point.groups..point.groups * GROUP); // what follows the queries' tokens
+    let query = shape.batch(1, vec![point.length; point.groups])?;
+    let passage = shape.batch(2, vec![point.length; point.groups * PASSAGES])?;
     let chunking = match point.chunk {
         0 => Chunking::default(),
         chunk => Chunking { max_tokens: chunk, kept_tokens: chunk, ..Chunking::default() },

@@ -52,7 +52,7 @@ fn training(precision: Dtype, lora: bool) -> Result<Training> {
         model.attach_new_adapter(&LoraConfig::default(), 3)?;
     }
     model.set_precision(precision)?;
-    let query = shape.batch([64; 4])?;
-    let passage = shape.batch((0..4 * 8).map(|i| 40 + i * 37 % 120))?;
+    let query = shape.batch(1, [64; 4])?;
+    let passage = shape.batch(2, (0..4 * 8).map(|i| 40 + i * 37 % 120))?;
     Training::new(model, (query, passage), Chunking::default())
 }

@@ -54,9 +54,13 @@ impl ModelShape {
         Ok(model)
     }
 
-    /// Sequences of these lengths, of tokens that this shape knows.
-    pub(crate) fn batch(self, lengths: impl IntoIterator<Item = usize>) -> Result<Batch> {
-        let mut generator = ChaCha8Rng::seed_from_u64(2);
+    /// Sequences of these lengths, of tokens that this shape knows; others for another seed.
+    pub(crate) fn batch(
+        self,
+        seed: u64,
+        lengths: impl IntoIterator<Item = usize>,
+    ) -> Result<Batch> {
+        let mut generator = ChaCha8Rng::seed_from_u64(seed);
         let mut token = || generator.random_range(0..self.vocab_size as u32);
         Batch::from_sequences(
             lengths.into_iter().map(|length| (0..length).map(|_| token()).collect::<Vec<_>>()),
