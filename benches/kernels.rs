@@ -1,0 +1,206 @@
+//! Every fused kernel of the backend on the shapes of a training step: time, and the rate at which it
+//! goes through memory or through operations.
+//!
+//! `cargo bench --bench kernels -- [FILTER…]`. Types are those of a training step: in bf16 the residual
+//! stream and what learns stay f32. Bytes are those that an operation must read and write, each once;
+//! operations of attention are the products of the positions that see each other.
+
+mod timing;
+
+use llara::Result;
+use llara::backend::{
+    AdamWStep, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout, RopeTable, Turn,
+};
+
+use timing::Cases;
+
+type Tensor = <Cpu as Backend>::Tensor;
+
+/// Lengths of the sequences: as many tokens as a step of `bench/compare` has.
+const SEQUENCES: [usize; 24] = [143; 24];
+const TOKENS: usize = 24 * 143;
+const HIDDEN: usize = 576;
+const INTERMEDIATE: usize = 1536;
+const VOCABULARY: usize = 8192;
+const SHAPE: AttentionShape =
+    AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, window: None, scale: 0.125 };
+
+/// What one run of a kernel does.
+#[derive(Clone, Copy)]
+enum Work {
+    Bytes(usize),
+    Flops(usize),
+}
+
+/// Times kernels in one precision.
+struct Kernels<'a> {
+    cases: &'a Cases,
+    cpu: Cpu,
+    precision: Dtype,
+}
+
+fn main() -> Result<()> {
+    let Some(cases) = Cases::from_args() else { return Ok(()) };
+    println!("kernel                           ms      rate   fastest");
+    for precision in [Dtype::F32, Dtype::Bf16] {
+        let kernels = Kernels { cases: &cases, cpu: Cpu::new(), precision };
+        kernels.rows()?;
+        kernels.norms()?;
+        kernels.attention()?;
+        kernels.pointwise()?;
+    }
+    Kernels { cases: &cases, cpu: Cpu::new(), precision: Dtype::F32 }.objective()
+}
+
+impl Kernels<'_> {
+    fn time<T>(&self, name: &str, work: Work, run: impl FnMut() -> Result<T>) -> Result<()> {
+        let name = format!("{name} {}", self.precision);
+        if !self.cases.include(&name) {
+            return Ok(());
+        }
+        let times = timing::time(run)?;
+        let (amount, unit) = match work {
+            Work::Bytes(bytes) => (bytes, "GB/s"),
+            Work::Flops(flops) => (flops, "GFLOP/s"),
+        };
+        let [median, fastest] =
+            [times.median, times.fastest].map(|seconds| amount as f64 / seconds / 1e9);
+        println!("{name:25} {:9.3} {median:9.1} {fastest:9.1} {unit}", times.median * 1e3);
+        Ok(())
+    }
+
+    /// Numbers between -1 and 1 in the precision.
+    fn values(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        self.cpu.cast(&self.singles(rows, cols)?, self.precision)
+    }
+
+    /// The same in f32.
+    fn singles(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        let value = |i: u32| (i.wrapping_mul(0x9e37_79b9) >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        self.cpu.upload(&(0..(rows * cols) as u32).map(value).collect::<Vec<_>>(), rows, cols)
+    }
+
+    /// Bytes of an element.
+    fn element(&self) -> usize {
+        self.precision.bytes()
+    }
+
+    fn rows(&self) -> Result<()> {
+        let (cpu, elements) = (&self.cpu, TOKENS * HIDDEN);
+        let table = self.values(VOCABULARY, HIDDEN)?;
+        let ids: Vec<u32> =
+            (0..TOKENS as u32).map(|i| i.wrapping_mul(2_654_435_761) % 8192).collect();
+        let ids = cpu.upload_index(&ids)?;
+        let both = Work::Bytes(2 * self.element() * elements);
+        self.time("gather_rows", both, || cpu.gather_rows(&table, &ids))?;
+        let (dy, mut dtable) = (self.values(TOKENS, HIDDEN)?, cpu.zeros(VOCABULARY, HIDDEN)?);
+        let scattered = Work::Bytes((self.element() + 2 * 4) * elements);
+        self.time("scatter_add_rows", scattered, || cpu.scatter_add_rows(&dy, &ids, &mut dtable))?;
+        let other = if self.precision == Dtype::F32 { Dtype::Bf16 } else { Dtype::F32 };
+        let cast = Work::Bytes((4 + 2) * elements);
+        self.time("cast from", cast, || cpu.cast(&dy, other))
+    }
+
+    fn norms(&self) -> Result<()> {
+        let (cpu, elements) = (&self.cpu, TOKENS * HIDDEN);
+        let (x, dy, w) = (
+            self.singles(TOKENS, HIDDEN)?,
+            self.values(TOKENS, HIDDEN)?,
+            cpu.upload(&[1.0; HIDDEN], 1, HIDDEN)?,
+        );
+        let forward = Work::Bytes((4 + self.element()) * elements);
+        self.time("rms_norm", forward, || cpu.rms_norm(&x, &w, 1e-6, self.precision))?;
+        let (_, inv_rms) = cpu.rms_norm(&x, &w, 1e-6, self.precision)?;
+        // Onto the gradient of the residual stream, which is read and written in place.
+        let (mut dw, mut dx) = (cpu.zeros(1, HIDDEN)?, Some(cpu.zeros(TOKENS, HIDDEN)?));
+        let backward = Work::Bytes((self.element() + 3 * 4) * elements);
+        self.time("rms_norm_backward", backward, || {
+            dx = Some(cpu.rms_norm_backward(&dy, &x, &w, &inv_rms, Some(&mut dw), dx.take())?);
+            Ok(())
+        })
+    }
+
+    fn attention(&self) -> Result<()> {
+        let cpu = &self.cpu;
+        let kv = SHAPE.kv_heads * SHAPE.head_dim;
+        let mut q = self.values(TOKENS, HIDDEN)?;
+        let (k, v, dout) =
+            (self.values(TOKENS, kv)?, self.values(TOKENS, kv)?, self.values(TOKENS, HIDDEN)?);
+        let longest = SEQUENCES.into_iter().max().unwrap_or(0);
+        let offsets = SEQUENCES.iter().scan(0, |end, length| {
+            *end += *length as u32;
+            Some(*end)
+        });
+        let offsets: Vec<u32> = std::iter::once(0).chain(offsets).collect();
+        let positions: Vec<u32> = SEQUENCES.iter().flat_map(|length| 0..*length as u32).collect();
+        let layout = Layout {
+            offsets: cpu.upload_index(&offsets)?,
+            positions: cpu.upload_index(&positions)?,
+            sequences: SEQUENCES.len(),
+            rows: TOKENS,
+            longest,
+        };
+
+        let half = SHAPE.head_dim / 2;
+        let angles = (0..longest * half).map(|i| (i / half) as f32 / (1 + i % half) as f32);
+        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
+        let table = RopeTable {
+            cos: cpu.upload(&cos, longest, half)?,
+            sin: cpu.upload(&sin, longest, half)?,
+        };
+        let in_place = Work::Bytes(2 * self.element() * TOKENS * HIDDEN);
+        self.time("rope", in_place, || cpu.rope(&mut q, &layout.positions, &table, Turn::Forward))?;
+
+        let pairs: usize = SEQUENCES.iter().map(|length| length * (length + 1) / 2).sum();
+        let product = 2 * pairs * SHAPE.heads * SHAPE.head_dim;
+        let forward = || cpu.attention(&q, &k, &v, &layout, &layout, &SHAPE);
+        self.time("attention", Work::Flops(2 * product), forward)?;
+        // Four gradients of products; that the scores are computed again is not counted.
+        let attended = forward()?;
+        self.time("attention_backward", Work::Flops(4 * product), || {
+            cpu.attention_backward(&dout, &q, &k, &v, &attended, &layout, &layout, &SHAPE)
+        })
+    }
+
+    fn pointwise(&self) -> Result<()> {
+        let cpu = &self.cpu;
+        let wide = || self.values(TOKENS, INTERMEDIATE);
+        let (gate, up, dy) = (wide()?, wide()?, wide()?);
+        let matrices = |count| Work::Bytes(count * self.element() * TOKENS * INTERMEDIATE);
+        self.time("swiglu", matrices(3), || cpu.swiglu(&gate, &up))?;
+        self.time("swiglu_backward", matrices(5), || cpu.swiglu_backward(&dy, &gate, &up))?;
+        let numbers = cpu.upload_index(&(0..TOKENS as u32).collect::<Vec<_>>())?;
+        let key = DropoutKey { seed: 42, step: 1, module: 1, probability: 0.1 };
+        self.time("dropout", matrices(2), || cpu.dropout(&gate, &numbers, &key, None))
+    }
+
+    /// What is f32 in either precision.
+    fn objective(&self) -> Result<()> {
+        let cpu = &self.cpu;
+        let (queries, passages) = (512, 4096);
+        let scores = self.singles(queries, passages)?;
+        let targets = cpu.upload_index(&(0..queries as u32).map(|i| i * 8).collect::<Vec<_>>())?;
+        let read_and_written = Work::Bytes(2 * 4 * queries * passages);
+        self.time("cross_entropy", read_and_written, || cpu.cross_entropy(&scores, &targets))?;
+
+        let matrix = || self.singles(VOCABULARY, HIDDEN);
+        let elements = VOCABULARY * HIDDEN;
+        let (mut param, grad, mut first, mut second) =
+            (matrix()?, matrix()?, cpu.zeros(VOCABULARY, HIDDEN)?, cpu.zeros(VOCABULARY, HIDDEN)?);
+        let mut sum = cpu.zeros(1, 1)?;
+        let read = Work::Bytes(4 * elements);
+        self.time("add_sum_of_squares", read, || cpu.add_sum_of_squares(&grad, &mut sum))?;
+        let clip = cpu.clip_factor(&sum, Some(1.0))?;
+        let update = AdamWStep {
+            learning_rate: 1e-5,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            step: 1,
+        };
+        self.time("adamw", Work::Bytes(7 * 4 * elements), || {
+            cpu.adamw(&mut param, &grad, (&mut first, &mut second), &clip, &update)
+        })
+    }
+}

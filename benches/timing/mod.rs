@@ -1,0 +1,84 @@
+//! Timing for the benches: warm-up, then runs that take turns, their median and the fastest.
+
+#![allow(dead_code, reason = "a bench uses what it needs")]
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use llara::Result;
+use llara::backend::gemm::Unit;
+
+/// Runs that count, at least and at most, and how long a case goes on between the two.
+const FEWEST_RUNS: usize = 3;
+const MOST_RUNS: usize = 101;
+const TIME: Duration = Duration::from_millis(500);
+
+/// Which cases were asked for: `cargo bench --bench NAME -- FILTER…` runs those whose names hold one
+/// of the filters; all, without one.
+pub(crate) struct Cases {
+    filters: Vec<String>,
+}
+
+impl Cases {
+    /// From the command line; says on the first line what computes. `None` where it is not
+    /// `cargo bench` that started the program: `cargo test --all-targets` should not wait for it.
+    pub(crate) fn from_args() -> Option<Cases> {
+        let (flags, filters): (Vec<_>, _) =
+            std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
+        if !flags.iter().any(|flag| flag == "--bench") {
+            return None;
+        }
+        println!("{} threads, {:?}{}", rayon::current_num_threads(), Unit::best(), load());
+        Some(Cases { filters })
+    }
+
+    /// Whether the case of this name is to run.
+    pub(crate) fn include(&self, name: &str) -> bool {
+        self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter))
+    }
+}
+
+/// What else the machine was doing, where it says so: numbers of a busy one are not to be quoted.
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    match text.split_whitespace().next().and_then(|load| load.parse::<f32>().ok()) {
+        Some(load) if load > 0.5 => format!(", BUSY: load {load:.1} at the start"),
+        _ => String::new(),
+    }
+}
+
+/// Seconds of the runs of one piece of work. Where the two lie far apart, the machine was busy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) median: f64,
+    pub(crate) fastest: f64,
+}
+
+/// Times one piece of work. The first run does not count.
+pub(crate) fn time<T>(mut work: impl FnMut() -> Result<T>) -> Result<Times> {
+    let mut work = || work().map(|result| drop(black_box(result)));
+    in_turn([&mut work]).map(|[times]| times)
+}
+
+/// The same for contestants, which take turns: what else the machine does falls on all alike.
+pub(crate) fn in_turn<const N: usize>(
+    mut contestants: [&mut dyn FnMut() -> Result<()>; N],
+) -> Result<[Times; N]> {
+    let mut seconds = [const { Vec::new() }; N];
+    contestants.iter_mut().try_for_each(|work| work())?;
+    let begin = Instant::now();
+    for run in 0..MOST_RUNS {
+        if run >= FEWEST_RUNS && begin.elapsed() > TIME * N as u32 {
+            break;
+        }
+        for (work, seconds) in contestants.iter_mut().zip(&mut seconds) {
+            let start = Instant::now();
+            work()?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(seconds.map(|mut seconds| {
+        seconds.sort_by(f64::total_cmp);
+        Times { median: seconds[seconds.len() / 2], fastest: seconds[0] }
+    }))
+}

@@ -1,0 +1,47 @@
+//! One training step, over and over: what `llara finetune` does between reading texts and logging.
+
+use llara::backend::{Backend, Cpu};
+use llara::data::Batch;
+use llara::train::{AdamW, AdamWConfig, Chunking, accumulate_gradients};
+use llara::{BiEncoderModel, Result};
+
+/// A model, its optimizer, and the batch that it meets in every step.
+pub(crate) struct Training {
+    model: BiEncoderModel<Cpu>,
+    optimizer: AdamW<Cpu>,
+    query: Batch,
+    passage: Batch,
+    chunking: Chunking,
+    steps: u64,
+}
+
+impl Training {
+    /// With fresh moments.
+    pub(crate) fn new(
+        mut model: BiEncoderModel<Cpu>,
+        (query, passage): (Batch, Batch),
+        chunking: Chunking,
+    ) -> Result<Self> {
+        let backend = model.backend().clone();
+        let optimizer = AdamW::new(&backend, model.decoder_mut(), AdamWConfig::default())?;
+        model.train();
+        Ok(Training { model, optimizer, query, passage, chunking, steps: 0 })
+    }
+
+    /// Tokens of a step.
+    pub(crate) fn tokens(&self) -> usize {
+        self.query.tokens() + self.passage.tokens()
+    }
+
+    /// Forward, backward, update; the loss. The update is computed in full, at a learning rate of 0: every
+    /// step is then the same work, where a model that has learned its batch would have gradients of zero.
+    pub(crate) fn step(&mut self) -> Result<f32> {
+        let backend = self.model.backend().clone();
+        self.model.set_dropout(42, self.steps);
+        self.steps += 1;
+        let loss =
+            accumulate_gradients(&mut self.model, &self.query, &self.passage, &self.chunking)?;
+        self.optimizer.step(&backend, self.model.decoder_mut(), 0.0)?;
+        Ok(backend.download(&loss)?[0])
+    }
+}
