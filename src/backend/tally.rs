@@ -77,8 +77,8 @@ impl Tally {
     /// of a sequence of `longest` tokens.
     pub fn workspace(threads: usize, longest: usize, head_dim: usize) -> usize {
         const PACKED: usize = 5 << 19;
-        const QUERIES_OF_A_TILE: usize = 64;
-        let tile = 2 * QUERIES_OF_A_TILE * (longest + head_dim);
+        const ROWS_OF_A_TILE: usize = 72;
+        let tile = 4 * ROWS_OF_A_TILE * (longest + head_dim);
         threads * (PACKED + 4 * (tile + 2 * longest * head_dim))
     }
 

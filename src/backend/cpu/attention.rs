@@ -16,8 +16,9 @@ use super::vector::{dot, exp_scaled_sum, max, vectorised};
 use super::{Cpu, CpuTensor};
 use crate::backend::{Attended, AttentionShape, Layout, Shape};
 
-/// Queries whose scores are held at once.
-const QUERY_TILE: usize = 64;
+/// Rows of a tile, over all heads that share keys: enough to make a product worth its packing, few
+/// enough that little is computed which no query sees. A multiple of a kernel's six rows.
+const TILE_ROWS: usize = 72;
 
 /// A tile of queries of one sequence and the keys that any of them sees.
 struct Tile {
@@ -66,8 +67,9 @@ impl Plan<'_> {
         let offsets = &self.queries.offsets;
         let (start, end) = (offsets[sequence] as usize, offsets[sequence + 1] as usize);
         let first_key = self.key_rows(sequence).start;
-        (start..end).step_by(QUERY_TILE).map(move |first| {
-            let queries = first..(first + QUERY_TILE).min(end);
+        let at_once = (TILE_ROWS / self.group()).max(1);
+        (start..end).step_by(at_once).map(move |first| {
+            let queries = first..(first + at_once).min(end);
             let positions = &self.queries.positions[queries.clone()];
             let lowest = |position: u32| match self.shape.window {
                 Some(window) => (position as usize + 1).saturating_sub(window),
@@ -86,33 +88,70 @@ impl Plan<'_> {
         })
     }
 
-    /// `a · bᵀ` for the tile's rows of a query-side matrix a and a key-side matrix b, each with its
-    /// head's first column: raw scores from q and k, `dP` from dout and v. `[queries, keys]`, f32
-    fn products<T: Element>(
-        &self,
-        tile: &Tile,
-        (a, a_at): (&[T], usize),
-        (b, b_at): (&[T], usize),
-        out: &mut Vec<f32>,
-    ) {
-        let (m, n) = (tile.queries.len(), tile.keys.len());
-        out.resize(m * n, 0.0);
-        let a = self.query_rows(tile, a, a_at);
-        let b = self.key_rows_of(tile, b, b_at);
-        Gemm::new(T::PRECISION).serial().multiply(ViewMut::new(out, m, n), a, b.t());
+    /// The tile's rows of a query-side matrix, head under head: `[group · queries, hd]`. What shares keys
+    /// then takes one product, and a larger one.
+    fn stack<T: Element>(&self, tile: &Tile, kv_head: usize, x: &[T], stacked: &mut Vec<T>) {
+        stacked.clear();
+        for head in self.query_heads(kv_head) {
+            for row in tile.queries.clone() {
+                stacked.extend_from_slice(&x[self.span(row, head)]);
+            }
+        }
     }
 
-    /// One head of the tile's rows of a query-side matrix. `[queries, hd]`
-    fn query_rows<'x, T: Element>(&self, tile: &Tile, x: &'x [T], at: usize) -> Operand<'x> {
-        let (stride, shape) = (self.q_cols(), (tile.queries.len(), self.shape.head_dim));
-        T::operand(View::strided(&x[tile.queries.start * stride + at..], shape, stride))
+    /// The opposite of [`stack`](Self::stack).
+    ///
+    /// # Safety
+    /// Nobody else may have these rows of these heads.
+    unsafe fn unstack<T: Element>(
+        &self,
+        tile: &Tile,
+        kv_head: usize,
+        stacked: &[T],
+        x: &SharedSlice<'_, T>,
+    ) {
+        let mut rows = stacked.chunks_exact(self.shape.head_dim);
+        for head in self.query_heads(kv_head) {
+            for (row, from) in tile.queries.clone().zip(&mut rows) {
+                let span = self.span(row, head);
+                // SAFETY: the caller's promise.
+                unsafe { x.slice_mut(span.start, span.len()) }.copy_from_slice(from);
+            }
+        }
+    }
+
+    fn query_heads(&self, kv_head: usize) -> Range<usize> {
+        kv_head * self.group()..(kv_head + 1) * self.group()
+    }
+
+    /// The elements of one row and head of a query-side matrix.
+    fn span(&self, row: usize, head: usize) -> Range<usize> {
+        let start = row * self.q_cols() + head * self.shape.head_dim;
+        start..start + self.shape.head_dim
     }
 
     /// One head of the tile's rows of a key-side matrix. `[keys, hd]`
-    fn key_rows_of<'x, T: Element>(&self, tile: &Tile, x: &'x [T], at: usize) -> Operand<'x> {
-        let (stride, shape) = (self.kv_cols(), (tile.keys.len(), self.shape.head_dim));
-        T::operand(View::strided(&x[tile.keys.start * stride + at..], shape, stride))
+    fn keys_of<'x, T: Element>(&self, tile: &Tile, kv_head: usize, x: &'x [T]) -> Operand<'x> {
+        let (hd, stride) = (self.shape.head_dim, self.kv_cols());
+        let x = &x[tile.keys.start * stride + kv_head * hd..];
+        T::operand(View::strided(x, (tile.keys.len(), hd), stride))
     }
+}
+
+/// `out = a · b` within a task, which has one thread.
+fn multiply<T: Element, O: Element>(
+    out: &mut Vec<O>,
+    (m, n): (usize, usize),
+    a: Operand<'_>,
+    b: Operand<'_>,
+) {
+    out.resize(m * n, O::rounded(0.0));
+    Gemm::new(T::PRECISION).serial().multiply(ViewMut::new(out, m, n), a, b);
+}
+
+/// All of a buffer as a row-major operand.
+fn matrix<T: Element>(x: &[T], cols: usize) -> Operand<'_> {
+    T::operand(View::new(x, x.len() / cols.max(1), cols))
 }
 
 pub(super) fn attention(
@@ -143,34 +182,28 @@ fn attend<T: Element>(
     out: &mut [T],
     log_sum_exp: &mut [f32],
 ) {
-    let (heads, hd, q_cols) = (plan.shape.heads, plan.shape.head_dim, plan.q_cols());
+    let (heads, hd) = (plan.shape.heads, plan.shape.head_dim);
     let (shared_out, shared_lse) = (SharedSlice::new(out), SharedSlice::new(log_sum_exp));
     plan.tasks().for_each(|(sequence, kv_head)| {
-        let kv_at = kv_head * hd;
+        let (mut tile_q, mut tile_out, mut p) = (Vec::new(), Vec::new(), Vec::new());
         let (mut scores, mut lse) = (Vec::new(), Vec::new());
-        let (mut p, mut tile_out) = (Vec::new(), Vec::new());
         for tile in plan.tiles(sequence) {
-            let (m, n) = (tile.queries.len(), tile.keys.len());
-            for head in kv_head * plan.group()..(kv_head + 1) * plan.group() {
-                plan.products(&tile, (q, head * hd), (k, kv_at), &mut scores);
-                p.resize(m * n, T::rounded(0.0));
-                lse.resize(m, 0.0);
-                softmax(&mut p, &mut lse, &mut scores, &tile.visible, plan.shape.scale);
-                for (row, &lse) in lse.iter().enumerate() {
-                    let at = (tile.queries.start + row) * heads + head;
-                    // SAFETY: this task alone writes the rows of its sequence in its heads.
-                    unsafe { shared_lse.slice_mut(at, 1)[0] = lse };
-                }
-                tile_out.resize(m * hd, T::rounded(0.0));
-                Gemm::new(T::PRECISION).serial().multiply(
-                    ViewMut::new(&mut tile_out, m, hd),
-                    T::operand(View::new(&p, m, n)),
-                    plan.key_rows_of(&tile, v, kv_at),
-                );
-                for (row, from) in tile_out.chunks_exact(hd).enumerate() {
-                    let at = (tile.queries.start + row) * q_cols + head * hd;
+            let (m, n) = (plan.group() * tile.queries.len(), tile.keys.len());
+            plan.stack(&tile, kv_head, q, &mut tile_q);
+            let keys = plan.keys_of(&tile, kv_head, k);
+            multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
+            p.resize(m * n, T::rounded(0.0));
+            lse.resize(m, 0.0);
+            softmax(&mut p, &mut lse, &mut scores, &tile.visible, plan.shape.scale);
+            let values = plan.keys_of(&tile, kv_head, v);
+            multiply::<T, T>(&mut tile_out, (m, hd), matrix(&p, n), values);
+            // SAFETY: this task alone has the rows of its sequence in its heads.
+            unsafe { plan.unstack(&tile, kv_head, &tile_out, &shared_out) };
+            let mut lse = lse.iter();
+            for head in plan.query_heads(kv_head) {
+                for (row, &lse) in tile.queries.clone().zip(&mut lse) {
                     // SAFETY: as above.
-                    unsafe { shared_out.slice_mut(at, hd) }.copy_from_slice(from);
+                    unsafe { shared_lse.slice_mut(row * heads + head, 1)[0] = lse };
                 }
             }
         }
@@ -187,8 +220,9 @@ vectorised! {
         visible: &[Range<usize>],
         scale: f32,
     ) {
-        let n = scores.len() / visible.len();
+        let n = scores.len() / log_sum_exp.len();
         let rows = p.chunks_exact_mut(n).zip(scores.chunks_exact_mut(n));
+        let visible = visible.iter().cycle(); // the same queries in every head
         for ((p, scores), (lse, visible)) in rows.zip(log_sum_exp.iter_mut().zip(visible)) {
             clear_outside(p, visible);
             let scores = &mut scores[visible.clone()];
@@ -250,72 +284,68 @@ fn attend_backward<T: Element>(
     (dq, dk, dv): (&mut [T], &mut [T], &mut [T]),
 ) {
     let &Forward { inputs: (q, k, v), out, log_sum_exp, dout } = forward;
-    let (heads, hd) = (plan.shape.heads, plan.shape.head_dim);
-    let (q_cols, kv_cols) = (plan.q_cols(), plan.kv_cols());
+    let (heads, hd, kv_cols) = (plan.shape.heads, plan.shape.head_dim, plan.kv_cols());
     let [shared_dq, shared_dk, shared_dv] = [dq, dk, dv].map(SharedSlice::new);
     plan.tasks().for_each(|(sequence, kv_head)| {
-        let kv_at = kv_head * hd;
         let key_rows = plan.key_rows(sequence);
-        // Summed over tiles and heads in f32.
+        // Summed over tiles in f32.
         let mut task_dk = vec![0.0f32; key_rows.len() * hd];
         let mut task_dv = vec![0.0f32; key_rows.len() * hd];
+        let [mut tile_q, mut tile_out, mut tile_dout, mut tile_dq] = [(); 4].map(|()| Vec::new());
         let (mut scores, mut dp) = (Vec::new(), Vec::new());
-        let (mut p, mut ds, mut tile_dq) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut p, mut ds, mut lse) = (Vec::new(), Vec::new(), Vec::new());
         for tile in plan.tiles(sequence) {
-            let (m, n) = (tile.queries.len(), tile.keys.len());
-            let local_keys = (tile.keys.start - key_rows.start) * hd;
-            for head in kv_head * plan.group()..(kv_head + 1) * plan.group() {
-                let q_at = head * hd;
-                plan.products(&tile, (q, q_at), (k, kv_at), &mut scores);
-                plan.products(&tile, (dout, q_at), (v, kv_at), &mut dp);
-                p.resize(m * n, T::rounded(0.0));
-                ds.resize(m * n, T::rounded(0.0));
-                let softmax = SavedSoftmax {
-                    scale: plan.shape.scale,
-                    log_sum_exp: (&log_sum_exp[tile.queries.start * heads + head..], heads),
-                    out: (&out[tile.queries.start * q_cols + q_at..], q_cols),
-                    dout: (&dout[tile.queries.start * q_cols + q_at..], q_cols),
-                    head_dim: hd,
-                    visible: &tile.visible,
-                };
-                softmax_backward((&mut p, &mut ds), (&mut scores, &dp), &softmax);
-                tile_dq.resize(m * hd, T::rounded(0.0));
-                Gemm::new(T::PRECISION).serial().multiply(
-                    ViewMut::new(&mut tile_dq, m, hd),
-                    T::operand(View::new(&ds, m, n)),
-                    plan.key_rows_of(&tile, k, kv_at),
-                );
-                for (row, from) in tile_dq.chunks_exact(hd).enumerate() {
-                    let at = (tile.queries.start + row) * q_cols + q_at;
-                    // SAFETY: this task alone writes the rows of its sequence in its heads.
-                    unsafe { shared_dq.slice_mut(at, hd) }.copy_from_slice(from);
-                }
-                for (weights, rows, grad) in [(&ds, q, &mut task_dk), (&p, dout, &mut task_dv)] {
-                    Gemm::new(T::PRECISION).serial().accumulate().multiply(
-                        ViewMut::new(&mut grad[local_keys..], n, hd),
-                        T::operand(View::new(weights, m, n).t()),
-                        plan.query_rows(&tile, rows, q_at),
-                    );
-                }
+            let (m, n) = (plan.group() * tile.queries.len(), tile.keys.len());
+            plan.stack(&tile, kv_head, q, &mut tile_q);
+            plan.stack(&tile, kv_head, out, &mut tile_out);
+            plan.stack(&tile, kv_head, dout, &mut tile_dout);
+            lse.clear();
+            for head in plan.query_heads(kv_head) {
+                lse.extend(tile.queries.clone().map(|row| log_sum_exp[row * heads + head]));
+            }
+            let keys = plan.keys_of(&tile, kv_head, k);
+            let values = plan.keys_of(&tile, kv_head, v);
+            multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
+            multiply::<T, f32>(&mut dp, (m, n), matrix(&tile_dout, hd), values.t());
+            p.resize(m * n, T::rounded(0.0));
+            ds.resize(m * n, T::rounded(0.0));
+            let saved = SavedSoftmax {
+                scale: plan.shape.scale,
+                log_sum_exp: &lse,
+                out: &tile_out,
+                dout: &tile_dout,
+                visible: &tile.visible,
+            };
+            softmax_backward((&mut p, &mut ds), (&mut scores, &dp), &saved);
+            multiply::<T, T>(&mut tile_dq, (m, hd), matrix(&ds, n), keys);
+            // SAFETY: this task alone has the rows of its sequence in its heads.
+            unsafe { plan.unstack(&tile, kv_head, &tile_dq, &shared_dq) };
+            let at = (tile.keys.start - key_rows.start) * hd;
+            for (weights, rows, grad) in
+                [(&ds, &tile_q, &mut task_dk), (&p, &tile_dout, &mut task_dv)]
+            {
+                let out = ViewMut::new(&mut grad[at..], n, hd);
+                let product = Gemm::new(T::PRECISION).serial().accumulate();
+                product.multiply(out, matrix(weights, n).t(), matrix(rows, hd));
             }
         }
         for (grad, shared) in [(&task_dk, &shared_dk), (&task_dv, &shared_dv)] {
             for (row, from) in key_rows.clone().zip(grad.chunks_exact(hd)) {
-                // SAFETY: as above.
-                let to = unsafe { shared.slice_mut(row * kv_cols + kv_at, hd) };
+                // SAFETY: this task alone has the keys of its sequence in its head.
+                let to = unsafe { shared.slice_mut(row * kv_cols + kv_head * hd, hd) };
                 to.iter_mut().zip(from).for_each(|(to, from)| *to = T::rounded(*from));
             }
         }
     });
 }
 
-/// What the softmax of a tile's queries was, in one head. Rows are strided: each with its stride.
+/// What the softmax of a tile's stacked queries was.
 struct SavedSoftmax<'a, T> {
     scale: f32,
-    log_sum_exp: (&'a [f32], usize),
-    out: (&'a [T], usize),
-    dout: (&'a [T], usize),
-    head_dim: usize,
+    log_sum_exp: &'a [f32],
+    /// `[group · queries, hd]`
+    out: &'a [T],
+    dout: &'a [T],
     visible: &'a [Range<usize>],
 }
 
@@ -327,18 +357,18 @@ vectorised! {
         saved: &SavedSoftmax<'_, T>,
     ) {
         let ((p, ds), (scores, dp)) = (results, inputs);
-        let n = scores.len() / saved.visible.len();
+        let m = saved.log_sum_exp.len();
+        let (n, hd) = (scores.len() / m, saved.out.len() / m);
         let results = p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n));
         let inputs = scores.chunks_exact_mut(n).zip(dp.chunks_exact(n));
         for (row, ((p, ds), (scores, dp))) in results.zip(inputs).enumerate() {
-            let of_row = |(_, stride): (&[T], usize)| row * stride..row * stride + saved.head_dim;
-            let delta = dot(&saved.dout.0[of_row(saved.dout)], &saved.out.0[of_row(saved.out)]);
-            let log_sum_exp = saved.log_sum_exp.0[row * saved.log_sum_exp.1];
-            let visible = saved.visible[row].clone();
+            let of_row = row * hd..(row + 1) * hd;
+            let delta = dot(&saved.dout[of_row.clone()], &saved.out[of_row]);
+            let visible = saved.visible[row % saved.visible.len()].clone();
             clear_outside(p, &visible);
             clear_outside(ds, &visible);
             let (scores, dp) = (&mut scores[visible.clone()], &dp[visible.clone()]);
-            exp_scaled_sum(scores, saved.scale, log_sum_exp);
+            exp_scaled_sum(scores, saved.scale, saved.log_sum_exp[row]);
             let results = p[visible.clone()].iter_mut().zip(&mut ds[visible]);
             for ((p, ds), (e, dp)) in results.zip(scores.iter().zip(dp)) {
                 *p = T::rounded(*e);

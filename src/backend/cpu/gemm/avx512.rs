@@ -189,8 +189,11 @@ fn round(x: __m512) -> __m256i {
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn transpose(from: &[[u32; 16]; 16], to: &mut [u32], stride: usize) {
     assert!(to.len() >= 15 * stride + 16);
-    // SAFETY: each row is 64 bytes.
-    let rows = from.each_ref().map(|row| unsafe { _mm512_loadu_si512(row.as_ptr().cast()) });
+    let mut rows = [_mm512_setzero_si512(); 16];
+    for r in 0..16 {
+        // SAFETY: each row is 64 bytes.
+        rows[r] = unsafe { _mm512_loadu_si512(from[r].as_ptr().cast()) };
+    }
     // Four rows to lanes: `lanes[4 g + j]` holds columns j, 4 + j, 8 + j, 12 + j of rows 4 g...
     let mut lanes = rows;
     for g in (0..16).step_by(4) {
