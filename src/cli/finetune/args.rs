@@ -295,12 +295,7 @@ impl TrainingArgs {
     pub(super) fn cut(&self) -> Cut {
         let sequences = usize::try_from(self.sub_batch_size).ok().filter(|&n| n > 0);
         let max_sequences = sequences.unwrap_or(usize::MAX);
-        let pieces = |max_tokens| Chunking {
-            max_tokens,
-            max_sequences,
-            kept_tokens: 0,
-            ..Chunking::default()
-        };
+        let pieces = |max_tokens| Chunking { max_tokens, max_sequences, kept_tokens: 0 };
         match (self.chunk_tokens, sequences) {
             (ChunkTokens::Auto, None) => Cut::Free,
             (ChunkTokens::Auto, Some(_)) => Cut::Fixed(pieces(usize::MAX)),
