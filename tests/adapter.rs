@@ -77,6 +77,9 @@ fn saved_merged_and_loaded_it_gives_the_same_vectors() {
     let expected = vectors(&trained);
     let dir = tempfile::tempdir().unwrap();
     trained.save_adapter(&dir.path().join("adapter")).unwrap();
+    let saved = std::fs::read_to_string(dir.path().join("adapter/adapter_config.json")).unwrap();
+    assert!(saved.contains("\"lora_dropout\": 0.1,"), "{saved}");
+    assert_eq!(vectors(&trained), expected, "saving changed the model");
 
     let mut loaded = model();
     loaded.attach_adapter(&dir.path().join("adapter")).unwrap();

@@ -155,6 +155,8 @@ impl<B: Backend> BiEncoderModel<B> {
 }
 
 fn config_json(config: &LoraConfig, base: Option<String>) -> Value {
+    // As it was given: 0.1 and not the nearest f32's sixteen digits.
+    let dropout: f64 = config.dropout.to_string().parse().unwrap_or(config.dropout.into());
     json!({
         "base_model_name_or_path": base,
         "bias": "none",
@@ -162,7 +164,7 @@ fn config_json(config: &LoraConfig, base: Option<String>) -> Value {
         "inference_mode": true,
         "init_lora_weights": true,
         "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+        "lora_dropout": dropout,
         "peft_type": "LORA",
         "r": config.rank,
         "target_modules": config.target_modules,

@@ -91,10 +91,10 @@ fn multiplies_bf16() -> bool {
 /// Which path computes, honestly.
 pub(super) fn describe(precision: Dtype) -> &'static str {
     match precision {
-        Dtype::F32 => "f32",
-        Dtype::Bf16 if multiplies_bf16() => "bf16, products by vdpbf16ps with f32 sums",
+        Dtype::F32 => "computes in f32",
+        Dtype::Bf16 if multiplies_bf16() => "computes in bf16, products by vdpbf16ps with f32 sums",
         Dtype::Bf16 => {
-            "bf16, products in f32 of rounded numbers, for this processor has none of bf16: \
+            "computes in bf16, products in f32 of rounded numbers, for this processor has none of bf16: \
              less memory, but no faster than --dtype f32"
         }
     }
