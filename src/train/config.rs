@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
 use super::step::Chunking;
-use crate::data::Sampling;
+use crate::Result;
+use crate::data::{Sampler, SamplerConfig, Sampling};
 use crate::model::weights::SaveDtype;
 
 /// When a run ends.
@@ -70,6 +71,21 @@ pub struct TrainConfig {
 }
 
 impl TrainConfig {
+    /// What draws the batches of all `processes` from data of so many rows.
+    ///
+    /// # Errors
+    /// When a setting is out of its range.
+    pub fn sampler(&self, rows: usize, processes: usize) -> Result<Sampler> {
+        Sampler::new(SamplerConfig {
+            seed: self.seed,
+            sampling: self.sampling,
+            rows,
+            batch_size: self.batch_size * processes,
+            group_size: self.group_size,
+            drop_last: self.drop_last,
+        })
+    }
+
     /// The reference's settings.
     pub fn new(output_dir: impl Into<PathBuf>) -> Self {
         TrainConfig {

@@ -11,7 +11,7 @@ use super::schedule::Schedule;
 use super::step::accumulate_gradients;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
-use crate::data::{Dataset, Draw, Prefetched, Sampler, SamplerConfig, prefetch};
+use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::{Error, ErrorKind, Result};
 
 /// What one step did, or several where the log is not written at every step.
@@ -86,15 +86,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         dataset: &'r Dataset,
         config: &'r TrainConfig,
     ) -> Result<Self> {
-        let processes = model.collective().size();
-        let sampler = Sampler::new(SamplerConfig {
-            seed: config.seed,
-            sampling: config.sampling,
-            rows: dataset.len(),
-            batch_size: config.batch_size * processes,
-            group_size: config.group_size,
-            drop_last: config.drop_last,
-        })?;
+        let sampler = config.sampler(dataset.len(), model.collective().size())?;
         let total_steps = total_steps(config.length, sampler.steps_per_epoch())?;
         let schedule =
             Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
-use llara::data::{Dataset, Sampler, SamplerConfig};
+use llara::data::Dataset;
 use llara::model::LoraConfig;
 use llara::text::Template;
 use llara::train::TrainConfig;
@@ -73,7 +73,7 @@ impl Prepared {
             Wanted::Plan => args.train_config(PathBuf::new()),
         };
         let dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
-        check_sampling(&config, &dataset)?;
+        config.sampler(dataset.len(), 1)?; // what it refuses, before a large model is read
 
         let cache = args.model.cache_dir.as_deref();
         let dir = match wanted {
@@ -159,19 +159,6 @@ fn check_apart(
     }
     read.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
     output_folder::check_apart(output_dir, &read)
-}
-
-/// What the trainer would refuse as well, before a large model is read for it.
-fn check_sampling(config: &TrainConfig, dataset: &Dataset) -> llara::Result<()> {
-    Sampler::new(SamplerConfig {
-        seed: config.seed,
-        sampling: config.sampling,
-        rows: dataset.len(),
-        batch_size: config.batch_size,
-        group_size: config.group_size,
-        drop_last: config.drop_last,
-    })
-    .map(drop)
 }
 
 /// Refuses data with tokens that the model has no embedding for. A tokenizer that fits in the model's

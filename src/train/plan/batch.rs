@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::data::{Batch, Dataset, Sampler, SamplerConfig};
+use crate::data::{Batch, Dataset};
 use crate::text::PromptEncoder;
 use crate::train::batches::{BatchSource, StepBatch};
 use crate::train::config::{RunLength, TrainConfig};
@@ -51,14 +51,7 @@ impl ForeseenBatch {
         config: &TrainConfig,
         equal_once: bool,
     ) -> Result<Self> {
-        let sampler = Sampler::new(SamplerConfig {
-            seed: config.seed,
-            sampling: config.sampling,
-            rows: dataset.len(),
-            batch_size: config.batch_size,
-            group_size: config.group_size,
-            drop_last: config.drop_last,
-        })?;
+        let sampler = config.sampler(dataset.len(), 1)?;
         let steps = match config.length {
             RunLength::Steps(steps) => steps,
             RunLength::Epochs(epochs) => (epochs * sampler.steps_per_epoch() as f64).ceil() as u64,
