@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
     AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
-    Shape, Space, Turn,
+    Shape, Space, Turn, cpu,
 };
 use crate::Result;
 
@@ -77,8 +77,7 @@ impl Tally {
     /// of a sequence of `longest` tokens.
     pub fn workspace(threads: usize, longest: usize, head_dim: usize) -> usize {
         const PACKED: usize = 5 << 19;
-        const ROWS_OF_A_TILE: usize = 72;
-        let tile = 4 * ROWS_OF_A_TILE * (longest + head_dim);
+        let tile = 4 * cpu::TILE_ROWS * (longest + head_dim);
         threads * (PACKED + 4 * (tile + 2 * longest * head_dim))
     }
 
@@ -275,9 +274,8 @@ impl Backend for Tally {
         onto: Option<TallyTensor>,
     ) -> Result<TallyTensor> {
         let dx = onto.unwrap_or_else(|| self.like(x));
-        // Each task sums the weight's gradient over rows of so many elements.
-        const TASK_ELEMENTS: usize = 1 << 14;
-        let tasks = (x.rows * x.cols / w.cols).div_ceil((TASK_ELEMENTS / w.cols).max(1));
+        // Each task sums the weight's gradient over its rows.
+        let tasks = (x.rows * x.cols / w.cols).div_ceil(cpu::rows_per_task(w.cols));
         drop(self.zeros(tasks, w.cols)?);
         Ok(dx)
     }

@@ -38,10 +38,8 @@ impl BatchSource<'_> {
         for draw in &draws {
             let row = self.dataset.row(draw.row)?;
             let group = self.sampler.group(draw, &row)?;
-            let instruction = group.prompt.unwrap_or(&self.config.query_instruction);
-            queries.push(format!("{instruction}{}", group.query));
-            let instruction = &self.config.passage_instruction;
-            passages.extend(group.passages.iter().map(|passage| format!("{instruction}{passage}")));
+            queries.push(self.config.query_text(group.prompt, group.query));
+            passages.extend(group.passages.iter().map(|text| self.config.passage_text(text)));
         }
         Ok(StepBatch {
             step,

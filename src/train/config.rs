@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
 use super::step::Chunking;
-use crate::Result;
 use crate::data::{Sampler, SamplerConfig, Sampling};
 use crate::model::weights::SaveDtype;
+use crate::{Error, ErrorKind, Result};
 
 /// When a run ends.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -16,6 +16,24 @@ pub enum RunLength {
     Epochs(f64),
     /// After so many steps.
     Steps(u64),
+}
+
+impl RunLength {
+    /// Steps of a run whose epochs have so many.
+    ///
+    /// # Errors
+    /// When there would be none.
+    pub fn steps(self, steps_per_epoch: u64) -> Result<u64> {
+        match self {
+            RunLength::Steps(steps) if steps > 0 => Ok(steps),
+            RunLength::Epochs(epochs) if epochs.is_finite() && epochs > 0.0 => {
+                Ok((epochs * steps_per_epoch as f64).ceil() as u64)
+            }
+            other => Err(Error::new(ErrorKind::Argument, "a run of no steps")
+                .expected("a positive number of steps or epochs")
+                .got(format!("{other:?}"))),
+        }
+    }
 }
 
 /// What is saved while a run goes on, besides the model at its end.
@@ -84,6 +102,16 @@ impl TrainConfig {
             group_size: self.group_size,
             drop_last: self.drop_last,
         })
+    }
+
+    /// A query behind its row's own `prompt`, or the instruction for all.
+    pub fn query_text(&self, prompt: Option<&str>, query: &str) -> String {
+        format!("{}{query}", prompt.unwrap_or(&self.query_instruction))
+    }
+
+    /// A passage behind the instruction for all.
+    pub fn passage_text(&self, passage: &str) -> String {
+        format!("{}{passage}", self.passage_instruction)
     }
 
     /// The reference's settings.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batches::{BatchSource, StepBatch};
-use super::config::{RunLength, TrainConfig};
+use super::config::TrainConfig;
 use super::optimizer::AdamW;
 use super::schedule::Schedule;
 use super::step::accumulate_gradients;
@@ -87,7 +87,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         config: &'r TrainConfig,
     ) -> Result<Self> {
         let sampler = config.sampler(dataset.len(), model.collective().size())?;
-        let total_steps = total_steps(config.length, sampler.steps_per_epoch())?;
+        let total_steps = config.length.steps(sampler.steps_per_epoch())?;
         let schedule =
             Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;
         if config.logging_steps == 0 || config.saving.every == Some(0) {
@@ -217,18 +217,6 @@ impl<'r, B: Backend> Trainer<'r, B> {
             }
         }
         Ok(folder)
-    }
-}
-
-fn total_steps(length: RunLength, steps_per_epoch: u64) -> Result<u64> {
-    match length {
-        RunLength::Steps(steps) if steps > 0 => Ok(steps),
-        RunLength::Epochs(epochs) if epochs.is_finite() && epochs > 0.0 => {
-            Ok((epochs * steps_per_epoch as f64).ceil() as u64)
-        }
-        other => Err(Error::new(ErrorKind::Argument, "a run of no steps")
-            .expected("a positive number of steps or epochs")
-            .got(format!("{other:?}"))),
     }
 }
 

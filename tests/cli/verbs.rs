@@ -39,6 +39,15 @@ fn a_run_leaves_a_model_a_log_and_events() {
 }
 
 #[test]
+fn threads_are_started_once_and_as_many_as_asked_for() {
+    let bench = Bench::new();
+    let run = bench.finetune(&["--max-steps", "1", "--threads", "1"]);
+    run.json();
+    assert!(run.stderr.contains("CPU, 1 thread,"), "{}", run.stderr);
+    assert!(!run.stderr.contains("note: --threads"), "{}", run.stderr);
+}
+
+#[test]
 fn models_on_the_way_are_kept_up_to_the_limit() {
     let bench = Bench::new();
     bench.finetune(&["--save-steps", "1", "--save-total-limit", "2"]).json();

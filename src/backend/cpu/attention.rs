@@ -18,7 +18,7 @@ use crate::backend::{Attended, AttentionShape, Layout, Shape};
 
 /// Rows of a tile, over all heads that share keys: enough to make a product worth its packing, few
 /// enough that little is computed which no query sees. A multiple of a kernel's six rows.
-const TILE_ROWS: usize = 72;
+pub(in crate::backend) const TILE_ROWS: usize = 72;
 
 /// A tile of queries of one sequence and the keys that any of them sees.
 struct Tile {

@@ -21,6 +21,9 @@ mod vector;
 
 use std::sync::Arc;
 
+pub(super) use attention::TILE_ROWS;
+pub(super) use vector::rows_per_task;
+
 use buffer::CpuTensor;
 use rayon::prelude::*;
 

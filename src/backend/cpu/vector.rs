@@ -85,7 +85,7 @@ pub(super) fn unit() -> &'static str {
 const TASK_ELEMENTS: usize = 1 << 14;
 
 /// Rows of `cols` elements that one parallel task handles.
-pub(super) fn rows_per_task(cols: usize) -> usize {
+pub(in crate::backend) fn rows_per_task(cols: usize) -> usize {
     (TASK_ELEMENTS / cols.max(1)).max(1)
 }
 

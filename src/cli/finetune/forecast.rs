@@ -30,7 +30,6 @@ const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_toke
 impl Forecast {
     /// Looks at the data and rehearses a step of the largest batch that is to be expected.
     pub(in crate::cli) fn new(args: &Args, prepared: &Prepared) -> Result<Self> {
-        args.compute.start();
         let mut shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
             prompts: prepared.outline.prompts.clone(),

@@ -34,6 +34,7 @@ pub(in crate::cli) struct Prepared {
     dir: PathBuf,
     template: Option<Template>,
     pub(in crate::cli) outline: Outline,
+    cpu: Cpu,
 }
 
 impl Prepared {
@@ -51,6 +52,8 @@ impl Prepared {
         }
         args.compute.check()?;
         ranges::check(args)?;
+        // Once and first: data and tokenizer are read by its threads too.
+        let cpu = args.compute.start();
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
         if !matches!(adapter, Adapter::None) && args.model.add_special_tokens {
@@ -89,7 +92,7 @@ impl Prepared {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, template, outline })
+        Ok(Prepared { model_name, config, adapter, dataset, dir, template, outline, cpu })
     }
 
     /// The adapter's settings, if there is one.
@@ -108,7 +111,7 @@ impl Prepared {
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
         }
-        let (cpu, options) = (args.compute.start(), args.model_options());
+        let (cpu, options) = (self.cpu.clone(), args.model_options());
         let mut model = loader.load_weights(self.outline.clone(), cpu, options)?;
         match &self.adapter {
             Adapter::None => {}
@@ -174,11 +177,9 @@ fn check_vocabulary(
     }
     (0..dataset.len()).try_for_each(|index| {
         let row = dataset.row(index)?;
-        let instruction = row.prompt.as_ref().unwrap_or(&config.query_instruction);
-        let query = [format!("{instruction}{}", row.query)];
-        let instruction = &config.passage_instruction;
+        let query = [config.query_text(row.prompt.as_deref(), &row.query)];
         let passages: Vec<String> =
-            row.pos.iter().chain(&row.neg).map(|text| format!("{instruction}{text}")).collect();
+            row.pos.iter().chain(&row.neg).map(|text| config.passage_text(text)).collect();
         let check = |role, texts: &[String], max_len| {
             prompts.encode_all(role, texts, max_len).map(drop).map_err(|e| {
                 match dataset.location(index) {

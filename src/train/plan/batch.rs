@@ -6,7 +6,7 @@ use crate::Result;
 use crate::data::{Batch, Dataset};
 use crate::text::PromptEncoder;
 use crate::train::batches::{BatchSource, StepBatch};
-use crate::train::config::{RunLength, TrainConfig};
+use crate::train::config::TrainConfig;
 
 /// Batches of a run that are looked at, spread over it.
 const STEPS: u64 = 32;
@@ -52,11 +52,7 @@ impl ForeseenBatch {
         equal_once: bool,
     ) -> Result<Self> {
         let sampler = config.sampler(dataset.len(), 1)?;
-        let steps = match config.length {
-            RunLength::Steps(steps) => steps,
-            RunLength::Epochs(epochs) => (epochs * sampler.steps_per_epoch() as f64).ceil() as u64,
-        }
-        .max(1);
+        let steps = config.length.steps(sampler.steps_per_epoch())?;
         let texts = config.batch_size.min(dataset.len()).max(1) * (1 + config.group_size);
         let batches = BatchSource { dataset, config, sampler, prompts: Arc::clone(prompts) };
         let look = |step| -> Result<Seen> {

@@ -66,11 +66,9 @@ impl TextLengths {
         let rows = (texts / (1 + first.pos.len() + first.neg.len())).clamp(1, dataset.len());
         for i in 0..rows {
             let row = dataset.row((i as u128 * dataset.len() as u128 / rows as u128) as usize)?;
-            let instruction = row.prompt.as_ref().unwrap_or(&config.query_instruction);
-            queries.push(format!("{instruction}{}", row.query));
-            let instruction = &config.passage_instruction;
+            queries.push(config.query_text(row.prompt.as_deref(), &row.query));
             let of_row = row.pos.iter().chain(&row.neg);
-            passages.extend(of_row.map(|passage| format!("{instruction}{passage}")));
+            passages.extend(of_row.map(|passage| config.passage_text(passage)));
             if queries.len() + passages.len() >= texts {
                 break;
             }
