@@ -22,4 +22,4 @@ golden dir rows count length:
 
 # Make the tests' fixtures anew; needs Python with torch, transformers and peft.
 fixtures:
-    python tests/fixtures/generate.py
+    python crates/llara/tests/fixtures/generate.py

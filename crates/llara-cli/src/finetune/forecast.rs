@@ -9,14 +9,14 @@ use llara::train::plan::{Cut, ForeseenBatch, MachineMemory, Plan, Rehearsal, Run
 use llara::{Error, ErrorKind, Result, Role};
 
 use super::{Args, Prepared};
-use crate::cli::talk::{bytes, count, counted, operations};
+use crate::talk::{bytes, count, counted, operations};
 
 /// A plan, what it was made for, and the memory that there is.
-pub(in crate::cli) struct Forecast {
-    pub(in crate::cli) plan: Plan,
-    pub(in crate::cli) batch: ForeseenBatch,
+pub(crate) struct Forecast {
+    pub(crate) plan: Plan,
+    pub(crate) batch: ForeseenBatch,
     /// What the plan was to stay within, in bytes; `None`: nobody knows.
-    pub(in crate::cli) budget: Option<u64>,
+    pub(crate) budget: Option<u64>,
     /// Whether the budget was asked for, or is what happens to be free.
     asked: bool,
     machine: MachineMemory,
@@ -29,7 +29,7 @@ const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_toke
 
 impl Forecast {
     /// Looks at the data and rehearses a step of the largest batch that is to be expected.
-    pub(in crate::cli) fn new(args: &Args, prepared: &Prepared) -> Result<Self> {
+    pub(crate) fn new(args: &Args, prepared: &Prepared) -> Result<Self> {
         let mut shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
             prompts: prepared.outline.prompts.clone(),
@@ -57,12 +57,12 @@ impl Forecast {
     }
 
     /// Whether the run stays within its budget.
-    pub(in crate::cli) fn fits(&self) -> bool {
+    pub(crate) fn fits(&self) -> bool {
         self.budget.is_none_or(|budget| self.plan.peak_bytes() <= budget)
     }
 
     /// The plan in a few words: memory, pieces.
-    pub(in crate::cli) fn lines(&self) -> Vec<String> {
+    pub(crate) fn lines(&self) -> Vec<String> {
         let plan = &self.plan;
         let of = match (self.budget, self.asked) {
             (Some(budget), true) => format!(" of {}", bytes(budget)),
@@ -84,7 +84,7 @@ impl Forecast {
     }
 
     /// How the batch goes through the model.
-    pub(in crate::cli) fn pieces(&self) -> String {
+    pub(crate) fn pieces(&self) -> String {
         let chunks = &self.plan.chunks;
         if chunks.count == 1 && chunks.recomputed_share == 0.0 {
             return format!("one pass over {} tokens", count(chunks.tokens));
@@ -116,7 +116,7 @@ impl Forecast {
     }
 
     /// Why the run would be refused, with what would help.
-    pub(in crate::cli) fn refusal(&self, prepared: &Prepared) -> Result<Option<Error>> {
+    pub(crate) fn refusal(&self, prepared: &Prepared) -> Result<Option<Error>> {
         let limit = if self.asked { self.budget } else { self.machine.total };
         let Some(limit) = limit.filter(|&limit| self.plan.peak_bytes() > limit) else {
             return Ok(None);
@@ -194,7 +194,7 @@ impl Forecast {
     }
 
     /// Work of a step in words.
-    pub(in crate::cli) fn work(&self) -> String {
+    pub(crate) fn work(&self) -> String {
         let work = self.plan.work;
         format!(
             "{} needed, {} done ({:.2} ×)",

@@ -9,7 +9,7 @@ use crate::storage::{LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
 
 /// What to do with a row that is malformed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BadRows {
     /// Refuse the data, naming the row.
     Error,

@@ -2,7 +2,7 @@
 
 use llara::train::plan::{Histogram, Plan, TextLengths};
 
-use crate::cli::talk::{bytes, count};
+use crate::talk::{bytes, count};
 
 /// Characters of the longest bar.
 const WIDTH: usize = 40;

@@ -39,5 +39,5 @@ pub use text::Role;
 
 /// The code in the README, held to compile.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
+#[doc = include_str!("../../../README.md")]
 struct Readme;

@@ -33,7 +33,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     input: PathBuf,
     /// Which side of the bi-encoder the texts are on: query or passage
-    #[arg(long, value_name = "ROLE", value_enum, hide_possible_values = true)]
+    #[arg(long, value_name = "ROLE", value_parser = crate::values::role(), hide_possible_values = true)]
     #[arg(help_heading = "Data")]
     role: Role,
     /// Vectors: .safetensors (tensor `embeddings`) or .npy; f32, (n, d)

@@ -18,6 +18,7 @@ mod save_dtype;
 mod search;
 mod talk;
 mod trained_model;
+mod values;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -57,8 +58,12 @@ enum Verb {
     Merge(merge::Args),
 }
 
+fn main() -> ExitCode {
+    execute(std::env::args_os().collect())
+}
+
 /// Runs the command line `args`, the program's name first.
-pub(crate) fn main(args: Vec<OsString>) -> ExitCode {
+fn execute(args: Vec<OsString>) -> ExitCode {
     let error = match parse(args).and_then(run) {
         Ok(()) => return ExitCode::SUCCESS,
         Err(error) => error,

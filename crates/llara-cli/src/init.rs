@@ -42,7 +42,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "PATH", num_args = 1.., required = true, help_heading = "Data")]
     train_data: Vec<PathBuf>,
     /// What to do with a malformed row: error (refuse the data) or skip (leave it out and count it)
-    #[arg(long, value_name = "ACTION", value_enum, default_value_t = BadRows::Error)]
+    #[arg(long, value_name = "ACTION", value_parser = crate::values::bad_rows(), default_value = "error")]
     #[arg(hide_possible_values = true, help_heading = "Data")]
     on_bad_row: BadRows,
     /// Folder for the model; new or empty

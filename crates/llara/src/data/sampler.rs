@@ -11,7 +11,7 @@ use super::TrainingRow;
 use crate::{Error, ErrorKind, Result};
 
 /// How rows and passages are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Sampling {
     /// Each epoch visits every row once, in an order of its own; passages are drawn.

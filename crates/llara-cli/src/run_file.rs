@@ -138,7 +138,7 @@ mod tests {
         std::fs::write(&path, file).unwrap();
         let mut args = vec!["llara", "finetune", "--config", path.to_str().unwrap()];
         args.extend(given);
-        let command = crate::cli::command();
+        let command = crate::command();
         let matches = command.clone().try_get_matches_from(&args).unwrap();
         let count = args.len();
         let args = args.into_iter().map(OsString::from).collect();

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 
 /// One line on standard error.
 macro_rules! say {
-    ($($part:tt)*) => { $crate::cli::talk::line(format_args!($($part)*)) };
+    ($($part:tt)*) => { $crate::talk::line(format_args!($($part)*)) };
 }
 pub(super) use say;
 

@@ -12,8 +12,8 @@ use llara::{BiEncoderOptions, Shortcuts};
 
 use super::lora_args::LoraArgs;
 use super::trainer_flags::TrainerFlags;
-use crate::cli::compute::{Compute, Precision};
-use crate::cli::save_dtype::SavedAs;
+use crate::compute::{Compute, Precision};
+use crate::save_dtype::SavedAs;
 
 /// Train a model on queries with positives and hard negatives.
 #[derive(clap::Args)]
@@ -37,7 +37,7 @@ run.toml has the same keys without the dashes; what the command line gives wins:
   use-lora = false
 
 Prints one JSON object: steps, loss, tokens, tokens_per_second, output_dir.")]
-pub(in crate::cli) struct Args {
+pub(crate) struct Args {
     /// TOML file with any of these options; those of the command line win
     #[arg(long, value_name = "FILE")]
     #[arg(help_heading = "Model")]
@@ -96,7 +96,7 @@ pub(super) struct DataArgs {
     #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "config")]
     pub(super) train_data: Vec<PathBuf>,
     /// What to do with a malformed row: error (refuse the data) or skip (leave it out and count it)
-    #[arg(long, value_name = "ACTION", value_enum, default_value_t = BadRows::Error)]
+    #[arg(long, value_name = "ACTION", value_parser = crate::values::bad_rows(), default_value = "error")]
     #[arg(hide_possible_values = true)]
     pub(super) on_bad_row: BadRows,
     /// Passages of a query: 1 positive and N − 1 hard negatives
@@ -116,7 +116,7 @@ pub(super) struct DataArgs {
     pub(super) passage_instruction_for_retrieval: String,
     /// How rows are drawn: random (shuffled, with random passages) or sequential (in file order,
     /// with the first passages, over and over)
-    #[arg(long, value_name = "HOW", value_enum, default_value_t = Sampling::Random)]
+    #[arg(long, value_name = "HOW", value_parser = crate::values::sampling(), default_value = "random")]
     #[arg(hide_possible_values = true)]
     pub(super) sampling: Sampling,
     /// Leave out the last, shorter batch of an epoch

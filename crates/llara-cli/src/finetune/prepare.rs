@@ -13,11 +13,11 @@ use super::Args;
 use super::lora_args::Adapter;
 use super::ranges;
 use super::trainer_flags::OwnSettings;
-use crate::cli::talk::say;
-use crate::cli::{output_folder, trained_model};
+use crate::talk::say;
+use crate::{output_folder, trained_model};
 
 /// What a run is prepared for.
-pub(in crate::cli) enum Wanted {
+pub(crate) enum Wanted {
     /// All of it, and where the run will be saved.
     Run(PathBuf),
     /// No weights, and nothing is saved.
@@ -25,22 +25,22 @@ pub(in crate::cli) enum Wanted {
 }
 
 /// What is known before the weights are read.
-pub(in crate::cli) struct Prepared {
-    pub(in crate::cli) model_name: String,
-    pub(in crate::cli) config: TrainConfig,
+pub(crate) struct Prepared {
+    pub(crate) model_name: String,
+    pub(crate) config: TrainConfig,
     pub(super) adapter: Adapter,
-    pub(in crate::cli) dataset: Dataset,
+    pub(crate) dataset: Dataset,
     /// The model's folder.
     dir: PathBuf,
     template: Option<Template>,
-    pub(in crate::cli) outline: Outline,
+    pub(crate) outline: Outline,
     cpu: Cpu,
 }
 
 impl Prepared {
     /// Checks what the command line alone tells to be wrong, then the data, then the model's
     /// configuration and tokenizer.
-    pub(in crate::cli) fn new(args: &Args, wanted: Wanted) -> anyhow::Result<Self> {
+    pub(crate) fn new(args: &Args, wanted: Wanted) -> anyhow::Result<Self> {
         let model_name = required(args)?;
         let own = OwnSettings {
             model: &model_name,

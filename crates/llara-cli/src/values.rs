@@ -1,0 +1,48 @@
+//! The values that options take for choices of the library, with their help texts.
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use llara::Role;
+use llara::data::{BadRows, Sampling};
+
+/// A parser that accepts the names of `choices`: `(name, help, value)`.
+fn one_of<T: Copy + Send + Sync + 'static>(
+    choices: &'static [(&'static str, &'static str, T)],
+) -> impl TypedValueParser<Value = T> {
+    let names = choices.iter().map(|(name, help, _)| PossibleValue::new(*name).help(*help));
+    PossibleValuesParser::new(names).try_map(move |given| {
+        let choice = choices.iter().find(|(name, ..)| *name == given);
+        choice.map(|(.., value)| *value).ok_or("not one of the possible values")
+    })
+}
+
+/// `query` or `passage`.
+pub(super) fn role() -> impl TypedValueParser<Value = Role> {
+    one_of(&[
+        ("query", "A text to search with", Role::Query),
+        ("passage", "A text to be found", Role::Passage),
+    ])
+}
+
+/// `random` or `sequential`.
+pub(super) fn sampling() -> impl TypedValueParser<Value = Sampling> {
+    one_of(&[
+        (
+            "random",
+            "Each epoch visits every row once, in a shuffled order; passages are drawn at random",
+            Sampling::Random,
+        ),
+        (
+            "sequential",
+            "Rows in file order, continuing from the start at the end of the data; always the first passages",
+            Sampling::Sequential,
+        ),
+    ])
+}
+
+/// `error` or `skip`.
+pub(super) fn bad_rows() -> impl TypedValueParser<Value = BadRows> {
+    one_of(&[
+        ("error", "Refuse the data and name the row", BadRows::Error),
+        ("skip", "Leave the row out and count it", BadRows::Skip),
+    ])
+}
