@@ -40,9 +40,11 @@ fn sets() -> Vec<Golden> {
         let [dir, rows, row_count, passage_max_len] = parts[..] else {
             panic!("LLARA_GOLDEN=dir:rows:count:length");
         };
+        // Tests run in their package's folder; paths are relative to the workspace, as one types them.
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         sets.push(Golden {
-            dir: dir.into(),
-            rows: rows.into(),
+            dir: workspace.join(dir),
+            rows: workspace.join(rows),
             row_count: row_count.parse().unwrap(),
             passage_max_len: passage_max_len.parse().unwrap(),
         });
@@ -115,11 +117,16 @@ fn padded(golden: &BTreeMap<String, (Vec<usize>, Vec<f64>)>, side: &str) -> Batc
     Batch::from_padded(view(&ids), view(&mask)).unwrap()
 }
 
+/// Largest absolute value; NaN if any is NaN, which `f64::max` would pass over.
+fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().fold(0.0, |largest, x| if x.abs() <= largest { largest } else { x.abs() })
+}
+
 /// Largest absolute difference.
 fn max_difference<'a>(got: impl IntoIterator<Item = &'a f32>, want: &[f64]) -> f64 {
     let got: Vec<f64> = got.into_iter().map(|&x| f64::from(x)).collect();
     assert_eq!(got.len(), want.len());
-    got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+    largest(got.iter().zip(want).map(|(a, b)| a - b))
 }
 
 /// Norm of the difference over the norm of what is wanted.
@@ -156,7 +163,7 @@ fn representations_scores_and_loss() {
             let want = |name: &str| golden[&format!("{kind}.{name}")].1.as_slice();
             let at = |name: &str| format!("{} {kind}.{name}", dir.display());
             let scale = |v: &[f64]| {
-                if normalized { 1.0 } else { v.iter().fold(0.0f64, |m, x| m.max(x.abs())) }
+                if normalized { 1.0 } else { largest(v.iter().copied()) }
             };
 
             let eval = model.forward(Some(&query), Some(&passage)).unwrap();
@@ -172,9 +179,9 @@ fn representations_scores_and_loss() {
                 let difference = max_difference(got, want(name)) / scale(want(name));
                 within(&at(name), difference, 1e-5);
             }
-            let largest = want("scores").iter().fold(0.0f64, |m, x| m.max(x.abs()));
+            let scale = largest(want("scores").iter().copied());
             let scores = max_difference(train.scores.as_ref().unwrap(), want("scores"));
-            within(&at("scores"), scores / largest, 1e-5);
+            within(&at("scores"), scores / scale, 1e-5);
             let loss = want("loss")[0];
             let difference = (f64::from(train.loss.unwrap()) - loss).abs() / loss;
             within(&at("loss"), difference, 1e-5);

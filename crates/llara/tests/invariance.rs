@@ -36,10 +36,13 @@ fn encode(model: &BiEncoderModel, texts: &[&str]) -> Array2<f32> {
     model.encode(&batch).unwrap().unwrap()
 }
 
+/// Asserts finite numbers with equal bits.
 #[track_caller]
 fn same(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) {
-    let difference = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(difference <= 1e-6, "{difference:e}");
+    assert_eq!(a.len(), b.len());
+    for (at, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!(a.is_finite() && a.to_bits() == b.to_bits(), "feature {at}: {a:e} and {b:e}");
+    }
 }
 
 fn in_both_precisions<const N: usize>(families: [&str; N]) -> impl Iterator<Item = (&str, Dtype)> {

@@ -15,7 +15,7 @@ mod tensorboard;
 mod trainer;
 
 pub use config::{RunLength, Saving, TrainConfig};
-pub use optimizer::{AdamW, AdamWConfig};
+pub use optimizer::{AdamW, AdamWConfig, is_decayed};
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
 pub use step::{Chunking, accumulate_gradients};

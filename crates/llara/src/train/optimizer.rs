@@ -13,7 +13,7 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay, on every parameter.
+    /// Decoupled weight decay, on every parameter but norms and biases ([`is_decayed`]).
     pub weight_decay: f64,
     /// Largest global norm of the gradients; `None`: not clipped.
     pub max_grad_norm: Option<f32>,
@@ -61,6 +61,16 @@ impl AdamWConfig {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether weight decay applies to a parameter of this name: to all but norms and biases, as in
+/// `transformers.Trainer.get_decay_parameter_names` (names that contain `bias`, `layernorm` or
+/// `rmsnorm`, or a part that is `norm` or ends in `_norm`).
+pub fn is_decayed(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let is_norm = |part: &str| part == "norm" || part.ends_with("_norm");
+    !["bias", "layernorm", "rmsnorm"].iter().any(|word| name.contains(word))
+        && !name.split('.').any(is_norm)
 }
 
 /// AdamW (Loshchilov and Hutter 2019): the moments of every parameter, and how many steps were made.
@@ -119,10 +129,41 @@ impl<B: Backend> AdamW<B> {
         for (parameter, (first, second)) in
             decoder.trainable_parameters_mut().zip(&mut self.moments)
         {
+            let weight_decay =
+                if is_decayed(parameter.name()) { update.weight_decay } else { 0.0 };
+            let update = AdamWStep { weight_decay, ..update };
             let (value, grad) = parameter.value_mut_and_grad()?;
             backend.adamw(value, grad, (first, second), &clip, &update)?;
         }
         decoder.clear_gradients();
         Ok(clip)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_decayed;
+
+    #[test]
+    fn norms_and_biases_are_not_decayed() {
+        for name in [
+            "layers.0.input_layernorm.weight",
+            "layers.1.post_attention_layernorm.weight",
+            "layers.0.self_attn.q_norm.weight",
+            "layers.0.self_attn.k_norm.weight",
+            "layers.0.self_attn.q_proj.bias",
+            "norm.weight",
+            "model.norm.weight",
+        ] {
+            assert!(!is_decayed(name), "{name}");
+        }
+        for name in [
+            "embed_tokens.weight",
+            "layers.0.self_attn.q_proj.weight",
+            "layers.0.mlp.down_proj.weight",
+            "layers.0.self_attn.q_proj.lora_A.weight",
+        ] {
+            assert!(is_decayed(name), "{name}");
+        }
     }
 }

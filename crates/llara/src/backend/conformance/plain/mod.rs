@@ -70,7 +70,8 @@ impl Matrix {
 
     /// The largest magnitude of an element.
     pub(super) fn largest(&self) -> f64 {
-        self.data.iter().fold(0.0, |largest, x| largest.max(x.abs()))
+        // Unlike f64::max, this keeps a NaN.
+        self.data.iter().fold(0.0, |m, x| if x.abs() <= m { m } else { x.abs() })
     }
 }
 
