@@ -9,7 +9,7 @@ mod timing;
 
 use llara::Result;
 use llara::backend::{
-    AdamWStep, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout, RopeTable, Turn,
+    AdamWStep, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout, RopeTable, TokenIds, Turn,
 };
 
 use timing::Cases;
@@ -169,9 +169,10 @@ impl Kernels<'_> {
         let matrices = |count| Work::Bytes(count * self.element() * TOKENS * INTERMEDIATE);
         self.time("swiglu", matrices(3), || cpu.swiglu(&gate, &up))?;
         self.time("swiglu_backward", matrices(5), || cpu.swiglu_backward(&dy, &gate, &up))?;
-        let numbers = cpu.upload_index(&(0..TOKENS as u32).collect::<Vec<_>>())?;
+        let indices = cpu.upload_index(&(0..TOKENS as u32).collect::<Vec<_>>())?;
+        let tokens = || TokenIds { sequences: &indices, positions: &indices };
         let key = DropoutKey { seed: 42, step: 1, module: 1, probability: 0.1 };
-        self.time("dropout", matrices(2), || cpu.dropout(&gate, &numbers, &key, None))
+        self.time("dropout", matrices(2), || cpu.dropout(&gate, tokens(), &key, None))
     }
 
     /// What is f32 in either precision.

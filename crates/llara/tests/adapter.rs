@@ -3,12 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod batch_gradients;
+
 use std::fs;
 use std::path::PathBuf;
 
+use batch_gradients::batch_gradients;
 use llara::backend::Backend;
-use llara::model::LoraConfig;
-use llara::train::{AdamW, AdamWConfig, Chunking, accumulate_gradients};
+use llara::model::{Dropout, LoraConfig};
+use llara::train::{AdamW, AdamWConfig, Chunking};
 use llara::{BiEncoderModel, BiEncoderOptions, Role};
 
 fn model() -> BiEncoderModel {
@@ -33,13 +36,17 @@ fn vectors(model: &BiEncoderModel) -> Vec<f32> {
     model.encode(&batch).unwrap().unwrap().into_iter().collect()
 }
 
-fn step(model: &mut BiEncoderModel, optimizer: &mut AdamW<llara::backend::Cpu>) -> f32 {
+fn step(
+    model: &mut BiEncoderModel,
+    optimizer: &mut AdamW<llara::backend::Cpu>,
+    dropout: Option<Dropout>,
+) -> f32 {
     let query = model.batch(Role::Query, &QUERIES, 48).unwrap();
     let passage = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
-    let loss = accumulate_gradients(model, &query, &passage, &Chunking::default()).unwrap();
+    let loss = batch_gradients(model, (&query, &passage), &Chunking::default(), dropout).unwrap();
     let backend = model.backend().clone();
     optimizer.step(&backend, model.decoder_mut(), 1e-2).unwrap();
-    backend.download(&loss).unwrap()[0]
+    loss
 }
 
 #[test]
@@ -56,7 +63,7 @@ fn training_changes_the_adapter_and_nothing_else() {
 
     let backend = model.backend().clone();
     let mut optimizer = AdamW::new(&backend, model.decoder_mut(), AdamWConfig::default()).unwrap();
-    let losses: Vec<f32> = (0..8).map(|_| step(&mut model, &mut optimizer)).collect();
+    let losses: Vec<f32> = (0..8).map(|_| step(&mut model, &mut optimizer, None)).collect();
     assert!(losses[7] < losses[0], "{losses:?}");
     let changed = vectors(&model).iter().zip(&before).any(|(a, b)| (a - b).abs() > 1e-3);
     assert!(changed, "training changed nothing");
@@ -71,8 +78,7 @@ fn saved_merged_and_loaded_it_gives_the_same_vectors() {
     let mut optimizer =
         AdamW::new(&backend, trained.decoder_mut(), AdamWConfig::default()).unwrap();
     for at in 0..3 {
-        trained.set_dropout(1, at);
-        step(&mut trained, &mut optimizer);
+        step(&mut trained, &mut optimizer, Some(Dropout { seed: 1, step: at }));
     }
     let expected = vectors(&trained);
     let dir = tempfile::tempdir().unwrap();
@@ -99,10 +105,10 @@ fn dropout_repeats_itself_and_differs_from_step_to_step() {
     let gradients = |step: u64| -> Vec<u32> {
         let mut model = model();
         model.attach_new_adapter(&config(0.5), 7).unwrap();
-        model.set_dropout(3, step);
+        let dropout = Some(Dropout { seed: 3, step });
         let query = model.batch(Role::Query, &QUERIES, 48).unwrap();
         let passage = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
-        accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
+        batch_gradients(&mut model, (&query, &passage), &Chunking::default(), dropout).unwrap();
         let backend = model.backend();
         let grads = model.decoder().trainable_parameters();
         grads.flat_map(|p| backend.download(p.grad().unwrap()).unwrap()).map(f32::to_bits).collect()

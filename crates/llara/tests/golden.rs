@@ -7,12 +7,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod batch_gradients;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use batch_gradients::batch_gradients;
 use llara::backend::Backend;
 use llara::data::{BadRows, Batch, Dataset, Sampler, SamplerConfig, Sampling};
-use llara::train::{AdamW, AdamWConfig, Chunking, accumulate_gradients};
+use llara::train::{AdamW, AdamWConfig, Chunking};
 use llara::{BiEncoderModel, BiEncoderOptions, Role};
 use ndarray::ArrayView2;
 use safetensors::SafeTensors;
@@ -195,7 +198,7 @@ fn every_gradient() {
         let golden = tensors(&dir.join("golden.safetensors"));
         let mut model = model(dir, true);
         let (query, passage) = (padded(&golden, "query"), padded(&golden, "passage"));
-        accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
+        batch_gradients(&mut model, (&query, &passage), &Chunking::default(), None).unwrap();
         let mut seen = 0;
         for parameter in model.decoder().parameters() {
             let grad = model.backend().download(parameter.grad().unwrap()).unwrap();
@@ -221,10 +224,10 @@ fn adamw_steps() {
         assert_eq!(shape[1], 2);
         for (step, want) in steps.chunks_exact(2).enumerate() {
             let (query, passage) = texts_of_step(set, &model, step as u64);
-            let loss =
-                accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
+            let loss = batch_gradients(&mut model, (&query, &passage), &Chunking::default(), None)
+                .unwrap();
             let clip = optimizer.step(&backend, model.decoder_mut(), 1e-3).unwrap();
-            let loss = f64::from(backend.download(&loss).unwrap()[0]);
+            let loss = f64::from(loss);
             let norm = f64::from(backend.download(&clip).unwrap()[0]);
             let at = |what| format!("{} step {step} {what}", dir.display());
             within(&at("loss"), (loss - want[0]).abs() / want[0], 5e-5);
@@ -258,7 +261,7 @@ fn adapters() {
         let want = golden["loss"].1[0];
         within(&at("loss"), (f64::from(output.loss.unwrap()) - want).abs() / want, 1e-5);
 
-        accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
+        batch_gradients(&mut model, (&query, &passage), &Chunking::default(), None).unwrap();
         let mut seen = 0;
         for parameter in model.decoder().trainable_parameters() {
             let grad = model.backend().download(parameter.grad().unwrap()).unwrap();

@@ -3,12 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod batch_gradients;
+
 use std::path::PathBuf;
 
+use batch_gradients::batch_gradients;
 use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
-use llara::model::Parameter;
-use llara::train::{Chunking, accumulate_gradients};
+use llara::model::{Dropout, Parameter};
+use llara::train::Chunking;
 use llara::{BiEncoderModel, BiEncoderOptions, Role, Shortcuts};
 use ndarray::{Array2, ArrayView1};
 
@@ -110,7 +113,7 @@ fn the_same_bits_on_any_number_of_threads() {
             model.set_precision(precision).unwrap();
             let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
             let passage = model.batch(Role::Passage, &TEXTS[1..], 96).unwrap();
-            accumulate_gradients(&mut model, &query, &passage, &Chunking::default()).unwrap();
+            batch_gradients(&mut model, (&query, &passage), &Chunking::default(), None).unwrap();
             let backend = model.backend();
             let grads = model.decoder().parameters().map(|p| backend.download(p.grad().unwrap()));
             grads.flat_map(Result::unwrap).map(f32::to_bits).collect()
@@ -130,7 +133,7 @@ fn bf16_gives_nearly_the_vectors_and_the_gradient_of_f32() {
             model.set_precision(precision).unwrap();
             let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
             let passage = model.batch(Role::Passage, &TEXTS[1..], 96).unwrap();
-            accumulate_gradients(&mut model, &query, &passage, &PLAIN).unwrap();
+            batch_gradients(&mut model, (&query, &passage), &PLAIN, None).unwrap();
             let download =
                 |p: &Parameter<Cpu>| model.backend().download(p.grad().unwrap()).unwrap();
             let gradient: Vec<f32> = model.decoder().parameters().flat_map(download).collect();
@@ -177,13 +180,13 @@ fn gradients(way: Way) -> Vec<(String, Vec<f32>)> {
         assert_ne!(config, dropped);
         std::fs::write(dir.path().join("adapter_config.json"), dropped).unwrap();
         model.attach_adapter(dir.path()).unwrap();
-        model.set_dropout(11, 3);
     }
     model.set_precision(way.precision).unwrap();
+    let dropout = way.adapter.then_some(Dropout { seed: 11, step: 3 });
     let query = model.batch(Role::Query, &TEXTS[..2], 64).unwrap();
     let passages = [TEXTS[1], TEXTS[2], TEXTS[3], TEXTS[2]];
     let passage = model.batch(Role::Passage, &passages, 96).unwrap();
-    accumulate_gradients(&mut model, &query, &passage, &way.chunking).unwrap();
+    batch_gradients(&mut model, (&query, &passage), &way.chunking, dropout).unwrap();
     let download = |p: &Parameter<Cpu>| model.backend().download(p.grad().unwrap()).unwrap();
     let learning = model.decoder().trainable_parameters();
     learning.map(|p| (p.name().to_owned(), download(p))).collect()

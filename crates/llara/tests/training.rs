@@ -2,15 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+mod batch_gradients;
+
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use llara::backend::Backend;
+use batch_gradients::batch_gradients;
 use llara::data::{BadRows, Dataset, Sampler, SamplerConfig, Sampling};
-use llara::train::{
-    AdamW, Observer, RunLength, Schedule, StepRecord, TrainConfig, Trainer, accumulate_gradients,
-};
+use llara::train::{AdamW, Observer, RunLength, Schedule, StepRecord, TrainConfig, Trainer};
 use llara::{BiEncoderModel, BiEncoderOptions, Result, Role};
 
 const ROWS: usize = 9;
@@ -101,9 +101,9 @@ fn losses_one_after_the_other(dataset: &Dataset, config: &TrainConfig) -> Vec<f3
             let query = model.batch(Role::Query, &queries, config.query_max_len).unwrap();
             let passage = model.batch(Role::Passage, &passages, config.passage_max_len).unwrap();
             let loss =
-                accumulate_gradients(&mut model, &query, &passage, &config.chunking).unwrap();
+                batch_gradients(&mut model, (&query, &passage), &config.chunking, None).unwrap();
             optimizer.step(&backend, model.decoder_mut(), schedule.rate(step)).unwrap();
-            backend.download(&loss).unwrap()[0]
+            loss
         })
         .collect()
 }

@@ -1,8 +1,12 @@
 //! One training step, over and over: what `llara finetune` does between reading texts and logging.
 
+use std::sync::Arc;
+
 use llara::backend::{Backend, Cpu};
 use llara::data::Batch;
-use llara::train::{AdamW, AdamWConfig, Chunking, accumulate_gradients};
+use llara::dist::Solo;
+use llara::model::{Dropout, LoraConfig};
+use llara::train::{AdamW, AdamWConfig, Chunking, StepInput, accumulate_gradients};
 use llara::{BiEncoderModel, Result};
 
 /// A model, its optimizer, and the batch that it meets in every step.
@@ -37,10 +41,12 @@ impl Training {
     /// step is then the same work, where a model that has learned its batch would have gradients of zero.
     pub(crate) fn step(&mut self) -> Result<f32> {
         let backend = self.model.backend().clone();
-        self.model.set_dropout(42, self.steps);
+        let has_dropout = self.model.adapter().is_some_and(LoraConfig::has_dropout);
+        let dropout = has_dropout.then_some(Dropout { seed: 42, step: self.steps });
         self.steps += 1;
-        let loss =
-            accumulate_gradients(&mut self.model, &self.query, &self.passage, &self.chunking)?;
+        let input = StepInput::from_batches(&self.query, &self.passage, true, dropout)?;
+        let objective = self.model.objective(Arc::new(Solo))?;
+        let loss = accumulate_gradients(&mut self.model, &objective, &input, &self.chunking)?;
         self.optimizer.step(&backend, self.model.decoder_mut(), 0.0)?;
         Ok(backend.download(&loss)?[0])
     }

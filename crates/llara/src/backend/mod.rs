@@ -139,6 +139,15 @@ pub struct DropoutKey {
     pub probability: f32,
 }
 
+/// Which token each row of a matrix belongs to. The same token has the same identity in whatever
+/// chunk, process or order it is computed. Both `[rows]`.
+pub struct TokenIds<'i, B: Backend> {
+    /// Number of the row's sequence among all sequences of the step, over all processes.
+    pub sequences: &'i B::Index,
+    /// Position of the row in its sequence.
+    pub positions: &'i B::Index,
+}
+
 /// Whether a gradient is added to what is there or takes its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gather {
@@ -183,6 +192,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     /// What runs the kernels, in words for the log.
     fn description(&self) -> String;
+
+    /// Whether calls return before the device has finished, so that a caller should ask for the next
+    /// step before it reads the results of this one.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
 
     // ---- Buffers ------------------------------------------------------------------------------
 
@@ -347,15 +362,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     /// Each element of x with probability `1 − p` and divided by it, else zero `(+ onto)`; also its own
     /// gradient. Element `(row, column)` is kept where the Philox4x32-10 generator (Salmon et al.
-    /// 2011) with `key.seed` and the counter `(16 · (column / 64) + column % 16, numbers[row], step,
-    /// module)` draws at least `p · 2³²` in word `column / 16 % 4`: sixteen counters side by side make
-    /// a block of 64 columns, their first words, then their second. `numbers` are those of the rows'
-    /// tokens in the step, so that a token meets the same mask in whatever piece of the batch it goes
-    /// through.
+    /// 2011) with `key.seed` and the counter `(module · 2¹⁶ + 16 · (column / 64) + column % 16,
+    /// tokens.sequences[row], tokens.positions[row], step)` draws at least `p · 2³²` in word
+    /// `column / 16 % 4`: sixteen counters side by side make a block of 64 columns, their first words,
+    /// then their second. So a token has the same mask in whatever chunk or process it is computed.
+    /// At most 2¹⁶ modules and 2¹⁸ columns.
     fn dropout(
         &self,
         x: &Self::Tensor,
-        numbers: &Self::Index,
+        tokens: TokenIds<'_, Self>,
         key: &DropoutKey,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
     AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
-    Shape, Space, Turn, cpu,
+    Shape, Space, TokenIds, Turn, cpu,
 };
 use crate::Result;
 
@@ -346,7 +346,7 @@ impl Backend for Tally {
     fn dropout(
         &self,
         x: &TallyTensor,
-        _numbers: &Vec<u32>,
+        _tokens: TokenIds<'_, Self>,
         _key: &DropoutKey,
         onto: Option<TallyTensor>,
     ) -> Result<TallyTensor> {

@@ -18,9 +18,9 @@ pub use probes::Probes;
 pub use recipe::Recipe;
 
 use crate::backend::{Backend, Cpu, Dtype, Shape};
-use crate::data::Batch;
+use crate::data::{Batch, BatchView, positives};
 use crate::dist::{Collective, Solo};
-use crate::loss::InfoNce;
+use crate::loss::{Contrastive, Embeddings, InfoNce};
 use crate::model::weights::ModelFolder;
 use crate::model::{
     Decoder, Dropout, Input, LoraConfig, SavedDecoder, mean_pool, mean_pool_backward,
@@ -125,10 +125,7 @@ pub struct BiEncoderModel<B: Backend = Cpu> {
     recipe: Recipe,
     options: BiEncoderOptions,
     folder: ModelFolder,
-    collective: Arc<dyn Collective<B>>,
     mode: Mode,
-    /// What adapters drop in the next training pass; `None`: nothing.
-    dropout: Option<Dropout>,
     /// The adapters that are attached, if any.
     adapter: Option<LoraConfig>,
 }
@@ -142,10 +139,10 @@ pub(crate) struct Parts<B: Backend> {
     pub(crate) recipe: Recipe,
 }
 
-/// The vectors of one batch with what their backward pass needs.
+/// The embeddings of some sequences, with what their backward pass needs.
 pub(crate) struct Encoding<B: Backend> {
     /// `[S, d]`
-    pub(crate) reps: B::Tensor,
+    pub(crate) embeddings: B::Tensor,
     input: Input<B>,
     decoder: SavedDecoder<B>,
     /// Reciprocal lengths before normalisation. `[S, 1]`
@@ -159,7 +156,6 @@ impl<B: Backend> BiEncoderModel<B> {
         let Parts { backend, mut decoder, folder, prompts, mut recipe } = parts;
         decoder.set_last_block_at_pooled_rows(options.shortcuts.last_layer_at_pooled);
         recipe.normalized = options.normalized;
-        let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
         let mode = Mode::Eval;
         Ok(BiEncoderModel {
             backend,
@@ -168,9 +164,7 @@ impl<B: Backend> BiEncoderModel<B> {
             recipe,
             options,
             folder,
-            collective,
             mode,
-            dropout: None,
             adapter: None,
         })
     }
@@ -233,11 +227,6 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Draws the adapters' dropout of the following training passes for a step of a run.
-    pub fn set_dropout(&mut self, seed: u64, step: u64) {
-        self.dropout = Some(Dropout { seed, step });
-    }
-
     /// Computes activations and their gradients in `precision`. In bf16, matrices that do not learn are
     /// stored in bf16 as well, for good; whatever learns stays f32.
     pub fn set_precision(&mut self, precision: Dtype) -> Result<()> {
@@ -261,10 +250,6 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Width of a vector, `d`.
     pub fn dimension(&self) -> usize {
         self.decoder.config().hidden_size
-    }
-
-    pub(crate) fn collective(&self) -> &dyn Collective<B> {
-        self.collective.as_ref()
     }
 
     /// Texts in their template, cut to `max_len` tokens, as a batch.
@@ -314,12 +299,13 @@ impl<B: Backend> BiEncoderModel<B> {
             scores: None,
         };
         let (Some(q), Some(p)) = (q, p) else { return Ok(out) };
-        let targets = self.targets(q.rows(), p.rows())?;
+        let positives = positives(q.rows(), p.rows())?;
         match self.mode {
             Mode::Eval => out.scores = Some(host(&self.backend.linear(&q, &p, None, None)?)?),
             Mode::Train => {
-                let p = self.gather_passages(p)?;
-                let scored = self.info_nce().forward(&self.backend, &q, &p, &targets)?;
+                let embeddings = Embeddings { queries: q, passages: p };
+                let objective = self.objective(Arc::new(Solo))?;
+                let scored = objective.score(&self.backend, embeddings, &positives)?;
                 out.scores = Some(host(&scored.scores)?);
                 out.loss = self.backend.download(&scored.loss)?.first().copied();
             }
@@ -327,36 +313,15 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(out)
     }
 
-    /// The columns of the positives of this process's queries among the gathered passages.
-    pub(crate) fn targets(&self, queries: usize, passages: usize) -> Result<B::Index> {
-        if queries == 0 || !passages.is_multiple_of(queries) {
-            return Err(Error::new(ErrorKind::Argument, "passages cannot be grouped by query")
-                .expected("as many passages for every query")
-                .got(format!("{queries} queries and {passages} passages")));
-        }
-        let group = passages / queries;
-        let first =
-            if self.options.negatives_cross_device { self.collective.rank() * passages } else { 0 };
-        let targets: Vec<u32> = (0..queries).map(|i| (first + i * group) as u32).collect();
-        self.backend.upload_index(&targets)
-    }
-
-    /// The passages that queries are scored against: this process's, or those of all.
-    pub(crate) fn gather_passages(&self, p: B::Tensor) -> Result<B::Tensor> {
-        if self.options.negatives_cross_device { self.collective.all_gather(p) } else { Ok(p) }
-    }
-
-    /// The gradient of gathered passages, back to the process that made them.
-    pub(crate) fn scatter_passage_grads(&self, dp: B::Tensor) -> Result<B::Tensor> {
-        if self.options.negatives_cross_device {
-            self.collective.reduce_scatter(dp)
-        } else {
-            Ok(dp)
-        }
-    }
-
-    pub(crate) fn info_nce(&self) -> InfoNce {
-        InfoNce { temperature: self.options.effective_temperature() }
+    /// The training objective that the options describe, for a run on the processes of `collective`.
+    ///
+    /// # Errors
+    /// When cross-device negatives are asked for and there is one process.
+    pub fn objective(&self, collective: Arc<dyn Collective<B>>) -> Result<Contrastive<B>> {
+        self.options.check(collective.size())?;
+        let info_nce = InfoNce { temperature: self.options.effective_temperature() };
+        let negatives_cross_device = self.options.negatives_cross_device;
+        Ok(Contrastive { info_nce, negatives_cross_device, collective })
     }
 
     /// Vectors of one batch, nothing kept for a backward pass. `[S, d]`
@@ -365,65 +330,64 @@ impl<B: Backend> BiEncoderModel<B> {
         let parts = (0..batch.len())
             .step_by(piece)
             .map(|start| batch.slice(start..(start + piece).min(batch.len())))
-            .map(|piece| self.encode_piece(&piece))
+            .map(|piece| self.encode_training(piece, &vec![0; piece.len()], None))
             .collect::<Result<Vec<_>>>()?;
         self.backend.concat_rows(&parts.iter().collect::<Vec<_>>())
     }
 
-    /// Whether a training pass drops parts of adapters' inputs, so that equal texts differ.
-    pub(crate) fn drops(&self) -> bool {
-        self.dropout.is_some() && self.adapter.as_ref().is_some_and(|lora| lora.dropout > 0.0)
-    }
-
-    fn encode_piece(&self, batch: &Batch) -> Result<B::Tensor> {
-        self.encode_input(&self.input(batch, 0)?, None)
-    }
-
-    /// Vectors of a piece of a training batch that begins at `first_token` of the step, nothing kept.
-    pub(crate) fn encode_training(&self, batch: &Batch, first_token: u32) -> Result<B::Tensor> {
-        self.encode_input(&self.input(batch, first_token)?, self.dropout)
-    }
-
-    fn encode_input(&self, input: &Input<B>, dropout: Option<Dropout>) -> Result<B::Tensor> {
-        let hidden = self.decoder.forward(&self.backend, input, dropout)?;
-        let pooled = mean_pool(&self.backend, &hidden, input)?;
+    /// Embeddings of some sequences of a training batch, nothing kept for a backward pass.
+    /// `sequence_numbers` are their numbers in the whole step. `[S, d]`
+    pub(crate) fn encode_training(
+        &self,
+        batch: BatchView<'_>,
+        sequence_numbers: &[u32],
+        dropout: Option<Dropout>,
+    ) -> Result<B::Tensor> {
+        let input = self.input(batch, sequence_numbers)?;
+        let hidden = self.decoder.forward(&self.backend, &input, dropout)?;
+        let pooled = mean_pool(&self.backend, &hidden, &input)?;
         if self.options.normalized { Ok(self.backend.normalize(&pooled)?.0) } else { Ok(pooled) }
     }
 
-    /// Vectors of one batch, with what [`backward`](Self::backward) needs.
-    pub(crate) fn encode_saving(&self, batch: &Batch, first_token: u32) -> Result<Encoding<B>> {
-        let input = self.input(batch, first_token)?;
-        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input, self.dropout)?;
+    /// [`encode_training`](Self::encode_training), with what [`backward`](Self::backward) needs.
+    pub(crate) fn encode_saving(
+        &self,
+        batch: BatchView<'_>,
+        sequence_numbers: &[u32],
+        dropout: Option<Dropout>,
+    ) -> Result<Encoding<B>> {
+        let input = self.input(batch, sequence_numbers)?;
+        let (hidden, decoder) = self.decoder.forward_saving(&self.backend, &input, dropout)?;
         let pooled = mean_pool(&self.backend, &hidden, &input)?;
-        let (reps, inv_norm) = if self.options.normalized {
-            let (reps, inv_norm) = self.backend.normalize(&pooled)?;
-            (reps, Some(inv_norm))
+        let (embeddings, inv_norm) = if self.options.normalized {
+            let (embeddings, inv_norm) = self.backend.normalize(&pooled)?;
+            (embeddings, Some(inv_norm))
         } else {
             (pooled, None)
         };
-        Ok(Encoding { reps, input, decoder, inv_norm })
+        Ok(Encoding { embeddings, input, decoder, inv_norm })
     }
 
-    /// Adds every parameter's gradient, from the gradient by the vectors `[S, d]`.
-    pub(crate) fn backward(&mut self, encoding: Encoding<B>, dreps: B::Tensor) -> Result<()> {
-        let Encoding { reps, input, decoder, inv_norm } = encoding;
+    /// Adds every parameter's gradient, from the gradient by the embeddings `[S, d]`.
+    pub(crate) fn backward(&mut self, encoding: Encoding<B>, gradient: B::Tensor) -> Result<()> {
+        let Encoding { embeddings, input, decoder, inv_norm } = encoding;
         let dpooled = match inv_norm {
-            Some(inv_norm) => self.backend.normalize_backward(&dreps, &reps, &inv_norm)?,
-            None => dreps,
+            Some(inv_norm) => self.backend.normalize_backward(&gradient, &embeddings, &inv_norm)?,
+            None => gradient,
         };
         let dhidden = mean_pool_backward(&self.backend, &dpooled, &input)?;
         self.decoder.backward(&self.backend, &input, &dhidden, decoder)
     }
 
-    fn input(&self, batch: &Batch, first_token: u32) -> Result<Input<B>> {
+    fn input(&self, batch: BatchView<'_>, sequence_numbers: &[u32]) -> Result<Input<B>> {
         let vocab_size = self.decoder.config().vocab_size;
-        if let Some(id) = batch.max_id().filter(|&id| id as usize >= vocab_size) {
+        if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= vocab_size) {
             return Err(Error::new(ErrorKind::Data, "a token id is beyond the model's vocabulary")
                 .expected(format!("ids below {vocab_size}"))
                 .got(id)
                 .hint("the tokenizer and the weights must come from the same model"));
         }
         let pooled_tokens = self.prompts.template().pooled_tokens;
-        Input::new(&self.backend, batch, pooled_tokens, first_token)
+        Input::new(&self.backend, batch, pooled_tokens, sequence_numbers)
     }
 }

@@ -1,5 +1,6 @@
 //! The one batch type: the token ids of all sequences end to end. No padding exists anywhere.
 
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 
 use ndarray::ArrayView2;
@@ -137,39 +138,44 @@ impl Batch {
         self.ids.iter().copied().max()
     }
 
-    /// Each different sequence once, in order of first appearance, and for every sequence its place
-    /// among them.
-    pub fn distinct(&self) -> (Batch, Vec<u32>) {
+    /// Packs each different sequence once, in order of first appearance. Returns the batch and, for
+    /// every sequence given, its index in the batch.
+    ///
+    /// # Errors
+    /// As for [`Batch::from_sequences`].
+    pub fn deduplicated<'s>(
+        sequences: impl IntoIterator<Item = &'s [u32]>,
+    ) -> Result<(Batch, Vec<u32>)> {
         let mut seen = std::collections::HashMap::new();
-        let mut distinct = Batch { ids: Vec::new(), offsets: vec![0] };
-        let places = self.sequences().map(|sequence| {
-            *seen.entry(sequence).or_insert_with(|| {
-                distinct.ids.extend_from_slice(sequence);
-                distinct.offsets.push(distinct.ids.len() as u32);
-                distinct.len() as u32 - 1
-            })
-        });
-        let places = places.collect();
-        (distinct, places)
+        let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
+        let mut places = Vec::new();
+        for sequence in sequences {
+            let place = match seen.entry(sequence) {
+                Entry::Occupied(place) => *place.get(),
+                Entry::Vacant(place) => {
+                    batch.ids.extend_from_slice(sequence);
+                    batch.close_sequence()?;
+                    *place.insert(batch.len() as u32 - 1)
+                }
+            };
+            places.push(place);
+        }
+        Ok((batch, places))
     }
 
-    /// The batch as it is, with every sequence at its own place.
-    pub fn with_places(self) -> (Batch, Vec<u32>) {
-        let places = (0..self.len() as u32).collect();
-        (self, places)
+    /// All sequences, without a copy.
+    pub fn view(&self) -> BatchView<'_> {
+        BatchView { ids: &self.ids, offsets: &self.offsets }
     }
 
-    /// The sequences of a range, as a batch of their own.
+    /// The sequences of a range, without a copy.
     ///
     /// # Panics
     /// Like any slice, if the range ends beyond [`Batch::len`] or before it starts.
-    pub fn slice(&self, sequences: Range<usize>) -> Batch {
+    pub fn slice(&self, sequences: Range<usize>) -> BatchView<'_> {
         let offsets = &self.offsets[sequences.start..=sequences.end];
         let (first, last) = (offsets[0], offsets[offsets.len() - 1]);
-        Batch {
-            ids: self.ids[first as usize..last as usize].to_vec(),
-            offsets: offsets.iter().map(|offset| offset - first).collect(),
-        }
+        BatchView { ids: &self.ids[first as usize..last as usize], offsets }
     }
 
     /// Makes the ids since the last offset a sequence.
@@ -187,6 +193,57 @@ impl Batch {
         }
         self.offsets.push(end);
         Ok(())
+    }
+}
+
+/// The index of each query's positive, the first of its group of passages.
+///
+/// # Errors
+/// When there is no query, or the passages cannot be shared equally among the queries.
+pub(crate) fn positives(queries: usize, passages: usize) -> Result<Vec<u32>> {
+    if queries == 0 || passages == 0 || !passages.is_multiple_of(queries) {
+        return Err(Error::new(ErrorKind::Argument, "passages cannot be grouped by query")
+            .expected("the same number of passages for every query, at least one")
+            .got(format!("{queries} queries and {passages} passages")));
+    }
+    let group = passages / queries;
+    Ok((0..queries).map(|query| (query * group) as u32).collect())
+}
+
+/// Some consecutive sequences of a [`Batch`].
+#[derive(Debug, Clone, Copy)]
+pub struct BatchView<'b> {
+    /// Token ids of these sequences, `[tokens]`.
+    ids: &'b [u32],
+    /// Boundaries in the ids of the whole batch, `[sequences + 1]`.
+    offsets: &'b [u32],
+}
+
+impl<'b> BatchView<'b> {
+    /// All token ids, `[tokens]`.
+    pub fn ids(&self) -> &'b [u32] {
+        self.ids
+    }
+
+    /// How many sequences.
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Whether there is no sequence.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where each sequence begins and ends in [`ids`](Self::ids).
+    pub fn bounds(&self) -> impl Iterator<Item = Range<u32>> {
+        let first = self.offsets[0];
+        self.offsets.windows(2).map(move |w| w[0] - first..w[1] - first)
+    }
+
+    /// Tokens of the longest sequence; 0 if there is none.
+    pub fn longest(&self) -> usize {
+        self.offsets.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0)
     }
 }
 
@@ -257,7 +314,11 @@ mod tests {
             let end = cut.0.max(cut.1).min(batch.len());
             let start = cut.0.min(cut.1).min(end);
             let expected = Batch::from_sequences(&sequences[start..end]).unwrap();
-            prop_assert_eq!(batch.slice(start..end), expected);
+            let view = batch.slice(start..end);
+            prop_assert_eq!(view.ids(), expected.ids());
+            let ends: Vec<u32> = view.bounds().map(|bounds| bounds.end).collect();
+            prop_assert_eq!(&ends, &expected.offsets()[1..]);
+            prop_assert_eq!((view.len(), view.longest()), (expected.len(), expected.longest()));
         }
 
         #[test]
@@ -279,12 +340,11 @@ mod tests {
     }
 
     #[test]
-    fn distinct_sequences_stand_once_and_are_found_again() {
+    fn equal_sequences_are_packed_once() {
         let batch =
             Batch::from_sequences([vec![1, 2], vec![3], vec![1, 2], vec![1], vec![3]]).unwrap();
-        let (distinct, places) = batch.distinct();
+        let (distinct, places) = Batch::deduplicated(batch.sequences()).unwrap();
         assert_eq!(distinct, Batch::from_sequences([vec![1, 2], vec![3], vec![1]]).unwrap());
         assert_eq!(places, [0, 1, 0, 2, 1]);
-        assert_eq!(batch.clone().with_places(), (batch, vec![0, 1, 2, 3, 4]));
     }
 }

@@ -7,7 +7,8 @@ mod prefetch;
 mod row;
 mod sampler;
 
-pub use batch::Batch;
+pub(crate) use batch::positives;
+pub use batch::{Batch, BatchView};
 pub use dataset::{BadRows, Dataset, Skipped};
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;

@@ -1,9 +1,11 @@
 //! A packed batch on the device, with the rows that pooling will read.
 
+use std::ops::Range;
+
 use super::pass::Rows;
 use crate::Result;
 use crate::backend::{Backend, Layout};
-use crate::data::Batch;
+use crate::data::BatchView;
 
 /// Token ids of `S` sequences end to end, where they begin, and which rows are pooled.
 pub struct Input<B: Backend> {
@@ -19,35 +21,61 @@ pub struct Input<B: Backend> {
 
 impl<B: Backend> Input<B> {
     /// Uploads `batch`; the last `pooled_tokens` tokens of each sequence (all, if it has fewer) are
-    /// pooled. `first_token` is the number of its first token among all tokens of the step, where the
-    /// batch is a piece of a larger one.
-    pub fn new(backend: &B, batch: &Batch, pooled_tokens: usize, first_token: u32) -> Result<Self> {
-        let all: Vec<u32> = (0..batch.tokens() as u32).collect();
-        let mut pooled = Vec::with_capacity(batch.len() * pooled_tokens);
-        let mut pooled_offsets = vec![0];
-        for bounds in batch.offsets().windows(2) {
-            let length = (bounds[1] - bounds[0]) as usize;
-            pooled.extend(bounds[1] - pooled_tokens.min(length) as u32..bounds[1]);
-            pooled_offsets.push(pooled.len() as u32);
+    /// pooled. `sequence_numbers` are the numbers of the sequences in the whole step.
+    pub fn new(
+        backend: &B,
+        batch: BatchView<'_>,
+        pooled_tokens: usize,
+        sequence_numbers: &[u32],
+    ) -> Result<Self> {
+        let mut all = HostRows::default();
+        let mut pooled = HostRows::default();
+        let mut pooled_rows = Vec::with_capacity(batch.len() * pooled_tokens);
+        for (bounds, &number) in batch.bounds().zip(sequence_numbers) {
+            let length = bounds.end - bounds.start;
+            let first_pooled = length.saturating_sub(pooled_tokens as u32);
+            pooled_rows.extend(bounds.start + first_pooled..bounds.end);
+            pooled.push(number, first_pooled..length);
+            all.push(number, 0..length);
         }
-        let positions = batch.positions();
-        let rows = |rows: &[u32], offsets: &[u32]| -> Result<Rows<B>> {
-            let positions: Vec<u32> = rows.iter().map(|&row| positions[row as usize]).collect();
-            let numbers: Vec<u32> = rows.iter().map(|row| first_token.wrapping_add(*row)).collect();
-            let layout = Layout {
-                offsets: backend.upload_index(offsets)?,
-                positions: backend.upload_index(&positions)?,
-                sequences: batch.len(),
-                rows: rows.len(),
-                longest: batch.longest(),
-            };
-            Ok(Rows { layout, numbers: backend.upload_index(&numbers)? })
-        };
         Ok(Input {
             ids: backend.upload_index(batch.ids())?,
-            all: rows(&all, batch.offsets())?,
-            pooled: rows(&pooled, &pooled_offsets)?,
-            pooled_rows: backend.upload_index(&pooled)?,
+            all: all.upload(backend, batch.longest())?,
+            pooled: pooled.upload(backend, batch.longest())?,
+            pooled_rows: backend.upload_index(&pooled_rows)?,
         })
+    }
+}
+
+/// [`Rows`] before they are uploaded.
+struct HostRows {
+    offsets: Vec<u32>,
+    positions: Vec<u32>,
+    sequences: Vec<u32>,
+}
+
+impl Default for HostRows {
+    fn default() -> Self {
+        HostRows { offsets: vec![0], positions: Vec::new(), sequences: Vec::new() }
+    }
+}
+
+impl HostRows {
+    /// Some positions of the next sequence.
+    fn push(&mut self, sequence: u32, positions: Range<u32>) {
+        self.sequences.extend(positions.clone().map(|_| sequence));
+        self.positions.extend(positions);
+        self.offsets.push(self.positions.len() as u32);
+    }
+
+    fn upload<B: Backend>(&self, backend: &B, longest: usize) -> Result<Rows<B>> {
+        let layout = Layout {
+            offsets: backend.upload_index(&self.offsets)?,
+            positions: backend.upload_index(&self.positions)?,
+            sequences: self.offsets.len() - 1,
+            rows: self.positions.len(),
+            longest,
+        };
+        Ok(Rows { layout, sequences: backend.upload_index(&self.sequences)? })
     }
 }

@@ -34,6 +34,11 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// Whether training draws random numbers, so that equal texts get different embeddings.
+    pub fn has_dropout(&self) -> bool {
+        self.dropout > 0.0
+    }
+
     /// `alpha / rank`
     pub fn scale(&self) -> f32 {
         (self.alpha / self.rank as f64) as f32
@@ -103,7 +108,7 @@ impl<B: Backend> Lora<B> {
             Some(dropout) => {
                 let dinput = backend.linear_input_grad(g, a, None)?;
                 let key = dropout.key(self.module, self.dropout);
-                backend.dropout(&dinput, &pass.rows.numbers, &key, Some(dx))
+                backend.dropout(&dinput, pass.rows.tokens(), &key, Some(dx))
             }
             None => backend.linear_input_grad(g, a, Some(dx)),
         }
@@ -114,7 +119,7 @@ impl<B: Backend> Lora<B> {
         let dropout = pass.dropout.filter(|_| self.dropout > 0.0);
         let drop = |dropout: super::pass::Dropout| {
             let key = dropout.key(self.module, self.dropout);
-            pass.backend.dropout(x, &pass.rows.numbers, &key, None)
+            pass.backend.dropout(x, pass.rows.tokens(), &key, None)
         };
         dropout.map(drop).transpose()
     }

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 
 use crate::Result;
-use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, Shape};
+use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, Shape, TokenIds};
 
 /// The device, the rows that go through, their angles, the type of activations, and what adapters drop
 /// of their input.
@@ -45,8 +45,8 @@ impl<B: Backend> Deref for Activation<'_, B> {
 /// Some or all tokens of a packed batch: the rows of a matrix.
 pub(crate) struct Rows<B: Backend> {
     pub(crate) layout: Layout<B>,
-    /// The tokens' numbers among all tokens of the step, which dropout goes by. `[rows]`
-    pub(crate) numbers: B::Index,
+    /// The number of each row's sequence in the whole step; dropout is keyed by it. `[rows]`
+    pub(crate) sequences: B::Index,
 }
 
 /// The draw of a step's dropout.
@@ -56,6 +56,13 @@ pub struct Dropout {
     pub seed: u64,
     /// Number of the step.
     pub step: u64,
+}
+
+impl<B: Backend> Rows<B> {
+    /// What dropout identifies rows by.
+    pub(crate) fn tokens(&self) -> TokenIds<'_, B> {
+        TokenIds { sequences: &self.sequences, positions: &self.layout.positions }
+    }
 }
 
 impl Dropout {

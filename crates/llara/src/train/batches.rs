@@ -1,57 +1,69 @@
-//! The batch of each step: rows drawn, read and tokenized.
+//! The input of each step: rows drawn, read, tokenized and packed.
 
 use std::sync::Arc;
 
 use super::config::TrainConfig;
+use super::step_input::StepInput;
 use crate::Result;
-use crate::data::{Batch, Dataset, Draw, Sampler};
+use crate::data::{Dataset, Draw, Sampler};
+use crate::model::Dropout;
 use crate::text::{PromptEncoder, Role};
 
-/// What one step trains on.
-pub(super) struct StepBatch {
-    /// From 0.
-    pub(super) step: u64,
-    /// The rows that it was made from.
-    pub(super) draws: Vec<Draw>,
-    /// `(B, …)`
-    pub(super) query: Batch,
-    /// `(B·G, …)`: in row order, each row's positive first.
-    pub(super) passage: Batch,
+/// The token ids of the texts of one step.
+pub(super) struct Tokenized {
+    /// The rows that the texts come from.
+    pub(super) rows: Vec<Draw>,
+    /// `B` queries.
+    pub(super) queries: Vec<Vec<u32>>,
+    /// `B·G` passages: in row order, each row's positive first.
+    pub(super) passages: Vec<Vec<u32>>,
 }
 
-/// Makes the batch of any step, whatever was made before, without the model: a thread of its own
-/// can do it while the model computes.
+/// Makes the input of any step, independently of other steps and without the model, so that another
+/// thread can do it while the model computes.
 pub(super) struct BatchSource<'r> {
     pub(super) dataset: &'r Dataset,
     pub(super) config: &'r TrainConfig,
     pub(super) sampler: Sampler,
     pub(super) prompts: Arc<PromptEncoder>,
+    /// Whether equal sequences are encoded once.
+    pub(super) deduplicate: bool,
+    /// Whether the model has adapters with dropout.
+    pub(super) has_dropout: bool,
 }
 
 impl BatchSource<'_> {
+    /// The input of a step, counted from 0.
+    ///
     /// # Errors
     /// When a row is no longer what was checked, or a text is refused by the tokenizer.
-    pub(super) fn batch(&self, step: u64) -> Result<StepBatch> {
-        let draws = self.sampler.batch(step);
-        let mut queries = Vec::with_capacity(draws.len());
-        let mut passages = Vec::with_capacity(draws.len() * self.config.group_size);
-        for draw in &draws {
+    pub(super) fn input(&self, step: u64) -> Result<StepInput> {
+        let Tokenized { rows, queries, passages } = self.tokenized(step)?;
+        let dropout = self.has_dropout.then_some(Dropout { seed: self.config.seed, step });
+        let input = StepInput::new(queries, passages, self.deduplicate, dropout)?;
+        Ok(StepInput { rows, ..input })
+    }
+
+    /// The token ids of the texts of a step, counted from 0.
+    ///
+    /// # Errors
+    /// As for [`input`](Self::input).
+    pub(super) fn tokenized(&self, step: u64) -> Result<Tokenized> {
+        let rows = self.sampler.batch(step);
+        let mut queries = Vec::with_capacity(rows.len());
+        let mut passages = Vec::with_capacity(rows.len() * self.config.group_size);
+        for draw in &rows {
             let row = self.dataset.row(draw.row)?;
             let group = self.sampler.group(draw, &row)?;
             queries.push(self.config.query_text(group.prompt, group.query));
             passages.extend(group.passages.iter().map(|text| self.config.passage_text(text)));
         }
-        Ok(StepBatch {
-            step,
-            draws,
-            query: self.tokenize(Role::Query, &queries, self.config.query_max_len)?,
-            passage: self.tokenize(Role::Passage, &passages, self.config.passage_max_len)?,
+        // On all threads: a GPU leaves them idle, and on a CPU this work has to be done anyway.
+        let (query_len, passage_len) = (self.config.query_max_len, self.config.passage_max_len);
+        Ok(Tokenized {
+            rows,
+            queries: self.prompts.encode_all(Role::Query, &queries, query_len)?,
+            passages: self.prompts.encode_all(Role::Passage, &passages, passage_len)?,
         })
-    }
-
-    /// On all threads: where a device computes they are idle, and where they compute themselves it is
-    /// no more work than it would be between two steps.
-    fn tokenize(&self, role: Role, texts: &[String], max_len: usize) -> Result<Batch> {
-        Batch::from_sequences(self.prompts.encode_all(role, texts, max_len)?)
     }
 }

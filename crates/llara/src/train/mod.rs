@@ -11,6 +11,7 @@ pub mod plan;
 mod run_log;
 mod schedule;
 mod step;
+mod step_input;
 mod tensorboard;
 mod trainer;
 
@@ -19,5 +20,6 @@ pub use optimizer::{AdamW, AdamWConfig, is_decayed};
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
 pub use step::{Chunking, accumulate_gradients};
+pub use step_input::StepInput;
 pub use tensorboard::EventWriter;
 pub use trainer::{Observer, StepRecord, Summary, Trainer};

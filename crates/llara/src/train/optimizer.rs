@@ -129,8 +129,7 @@ impl<B: Backend> AdamW<B> {
         for (parameter, (first, second)) in
             decoder.trainable_parameters_mut().zip(&mut self.moments)
         {
-            let weight_decay =
-                if is_decayed(parameter.name()) { update.weight_decay } else { 0.0 };
+            let weight_decay = if is_decayed(parameter.name()) { update.weight_decay } else { 0.0 };
             let update = AdamWStep { weight_decay, ..update };
             let (value, grad) = parameter.value_mut_and_grad()?;
             backend.adamw(value, grad, (first, second), &clip, &update)?;

@@ -1,9 +1,9 @@
 //! What one batch does to the gradients, in bounded memory.
 //!
-//! Exact gradient caching (Gao et al. 2021): the batch is encoded in chunks of which only the vectors
-//! are kept; the loss is taken over all of them; then each chunk goes forward again, this time keeping
-//! its activations, and backward from the cached gradient of its vectors. The sum is the gradient of
-//! the whole batch, whatever the chunks. A chunk whose activations may be kept goes forward once.
+//! Exact gradient caching (Gao et al. 2021): the batch is encoded in chunks of which only the embeddings
+//! are kept; the loss is computed over all of them; then each chunk runs forward again, this time keeping
+//! its activations, and backward from the cached gradient of its embeddings. The sum is the gradient of
+//! the whole batch, whatever the chunks. A chunk whose activations fit the limit runs forward once.
 
 use std::ops::Range;
 
@@ -11,6 +11,9 @@ use crate::Result;
 use crate::backend::{Backend, Shape};
 use crate::biencoder::{BiEncoderModel, Encoding};
 use crate::data::Batch;
+use crate::loss::{Embeddings, LossAndGradient, Objective};
+
+use super::step_input::StepInput;
 
 /// How a batch is cut, and how much of it is kept between the forward and the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,102 +54,76 @@ impl Chunking {
 }
 
 /// A chunk between the two passes.
-enum Waiting<B: Backend> {
+enum Chunk<B: Backend> {
     Kept(Encoding<B>),
     Recomputed,
 }
 
-/// Adds the gradient of the loss of one batch to the model's parameters; returns the loss `[1, 1]`,
-/// on the device. `passage` holds, query by query, a positive and its hard negatives.
+/// Adds the gradient of the objective on one batch to the model's parameters; returns the loss
+/// `[1, 1]`, on the device.
 ///
 /// # Errors
-/// When the passages are not a multiple of the queries, or a token id is beyond the vocabulary.
+/// When a token id is beyond the vocabulary, or an operation of the device or the process group fails.
 pub fn accumulate_gradients<B: Backend>(
     model: &mut BiEncoderModel<B>,
-    query: &Batch,
-    passage: &Batch,
+    objective: &dyn Objective<B>,
+    input: &StepInput,
     chunking: &Chunking,
 ) -> Result<B::Tensor> {
     let backend = model.backend().clone();
-    let both = Batch::from_sequences(query.sequences().chain(passage.sequences()))?;
-    // Equal texts have equal vectors, unless something random stands between.
-    let (both, places) = match model.options().shortcuts.equal_once && !model.drops() {
-        true => both.distinct(),
-        false => both.with_places(),
+    let chunks = chunking.chunks(&input.batch);
+    let (encoded, states) = encode_chunks(model, input, &chunks, chunking.kept_tokens)?;
+    let queries = backend.upload_index(&input.queries)?;
+    let passages = backend.upload_index(&input.passages)?;
+    let embeddings = Embeddings {
+        queries: backend.gather_rows(&encoded, &queries)?,
+        passages: backend.gather_rows(&encoded, &passages)?,
     };
-    let places = backend.upload_index(&places)?;
-    let chunks = chunking.chunks(&both);
-
-    let (reps, waiting) = encode_chunks(model, &both, &chunks, chunking.kept_tokens)?;
-    let all_reps = backend.gather_rows(&reps, &places)?;
-    let (loss, all_dreps) = loss_of_vectors(model, &all_reps, query.len(), passage.len())?;
-    let mut dreps = backend.zeros(both.len(), reps.cols())?;
-    backend.scatter_add_rows(&all_dreps, &places, &mut dreps)?;
-    for (chunk, waiting) in chunks.into_iter().zip(waiting) {
-        let dreps = backend.slice_rows(&dreps, chunk.start, chunk.len())?;
-        let encoding = match waiting {
-            Waiting::Kept(encoding) => encoding,
-            Waiting::Recomputed => {
-                let first_token = both.offsets()[chunk.start];
-                model.encode_saving(&both.slice(chunk), first_token)?
+    let LossAndGradient { loss, dqueries, dpassages } =
+        objective.loss_and_gradient(&backend, embeddings, &input.positives)?;
+    let mut gradient = backend.zeros(encoded.rows(), encoded.cols())?;
+    backend.scatter_add_rows(&dqueries, &queries, &mut gradient)?;
+    backend.scatter_add_rows(&dpassages, &passages, &mut gradient)?;
+    drop((encoded, dqueries, dpassages));
+    for (chunk, state) in chunks.into_iter().zip(states) {
+        let gradient = backend.slice_rows(&gradient, chunk.start, chunk.len())?;
+        let encoding = match state {
+            Chunk::Kept(encoding) => encoding,
+            Chunk::Recomputed => {
+                let numbers = &input.sequence_numbers[chunk.clone()];
+                model.encode_saving(input.batch.slice(chunk), numbers, input.dropout)?
             }
         };
-        model.backward(encoding, dreps)?;
+        model.backward(encoding, gradient)?;
     }
     Ok(loss)
 }
 
-/// The vectors of all chunks `[S, d]`, and what waits for the backward pass. The first chunks are the
-/// kept ones: their memory is free again before the others are recomputed.
+/// The embeddings of all chunks `[S, d]`, and what each keeps for its backward pass. The first chunks
+/// are the kept ones: their memory is free again before the others are recomputed.
 fn encode_chunks<B: Backend>(
     model: &BiEncoderModel<B>,
-    batch: &Batch,
+    input: &StepInput,
     chunks: &[Range<usize>],
     kept_tokens: usize,
-) -> Result<(B::Tensor, Vec<Waiting<B>>)> {
+) -> Result<(B::Tensor, Vec<Chunk<B>>)> {
     let backend = model.backend();
-    let mut reps = Vec::with_capacity(chunks.len());
-    let mut waiting = Vec::with_capacity(chunks.len());
+    let batch = &input.batch;
+    let mut embeddings = Vec::with_capacity(chunks.len());
+    let mut states = Vec::with_capacity(chunks.len());
     for chunk in chunks {
-        let first_token = batch.offsets()[chunk.start];
-        let piece = batch.slice(chunk.clone());
+        let sequences = batch.slice(chunk.clone());
+        let numbers = &input.sequence_numbers[chunk.clone()];
         if batch.offsets()[chunk.end] as usize <= kept_tokens {
-            let encoding = model.encode_saving(&piece, first_token)?;
-            reps.push(backend.slice_rows(&encoding.reps, 0, chunk.len())?);
-            waiting.push(Waiting::Kept(encoding));
+            let encoding = model.encode_saving(sequences, numbers, input.dropout)?;
+            embeddings.push(backend.slice_rows(&encoding.embeddings, 0, chunk.len())?);
+            states.push(Chunk::Kept(encoding));
         } else {
-            reps.push(model.encode_training(&piece, first_token)?);
-            waiting.push(Waiting::Recomputed);
+            embeddings.push(model.encode_training(sequences, numbers, input.dropout)?);
+            states.push(Chunk::Recomputed);
         }
     }
-    Ok((backend.concat_rows(&reps.iter().collect::<Vec<_>>())?, waiting))
-}
-
-/// Loss `[1, 1]` and its gradient by all vectors `[S, d]`, queries first.
-fn loss_of_vectors<B: Backend>(
-    model: &BiEncoderModel<B>,
-    reps: &B::Tensor,
-    queries: usize,
-    passages: usize,
-) -> Result<(B::Tensor, B::Tensor)> {
-    let backend = model.backend();
-    let targets = model.targets(queries, passages)?;
-    let q = backend.slice_rows(reps, 0, queries)?;
-    let p = model.gather_passages(backend.slice_rows(reps, queries, passages)?)?;
-    let info_nce = model.info_nce();
-    let scored = info_nce.forward(backend, &q, &p, &targets)?;
-    let loss = backend.slice_rows(&scored.loss, 0, 1)?;
-    let factor = gradient_factor(model.collective().size());
-    let (dq, dp) = info_nce.backward(backend, &q, &p, scored, factor)?;
-    let dp = model.scatter_passage_grads(dp)?;
-    debug_assert_eq!(dp.rows(), passages);
-    Ok((loss, backend.concat_rows(&[&dq, &dp])?))
-}
-
-/// What turns the gradient of this process's loss into its part of the global loss, which is the mean
-/// over processes: the parts then add up to the gradient that one process would have computed.
-fn gradient_factor(processes: usize) -> f32 {
-    1.0 / processes as f32
+    Ok((backend.concat_rows(&embeddings.iter().collect::<Vec<_>>())?, states))
 }
 
 #[cfg(test)]

@@ -4,14 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::batches::{BatchSource, StepBatch};
+use super::batches::BatchSource;
 use super::config::TrainConfig;
 use super::optimizer::AdamW;
 use super::schedule::Schedule;
 use super::step::accumulate_gradients;
+use super::step_input::StepInput;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
+use crate::dist::{Collective, Solo};
+use crate::loss::Objective;
+use crate::model::LoraConfig;
 use crate::{Error, ErrorKind, Result};
 
 /// What one step did, or several where the log is not written at every step.
@@ -71,9 +75,21 @@ pub struct Trainer<'r, B: Backend> {
     config: &'r TrainConfig,
     /// Shared with the thread that makes batches.
     batches: Arc<BatchSource<'r>>,
+    objective: Box<dyn Objective<B>>,
     optimizer: AdamW<B>,
     schedule: Schedule,
     total_steps: u64,
+}
+
+/// A step that was asked of the device and whose results were not read yet.
+struct PendingStep<B: Backend> {
+    /// Everything but loss and gradient norm.
+    record: StepRecord,
+    rows: Vec<Draw>,
+    /// `[1, 1]`
+    loss: B::Tensor,
+    /// `[norm, factor]`, `[1, 2]`
+    clip: B::Tensor,
 }
 
 impl<'r, B: Backend> Trainer<'r, B> {
@@ -86,7 +102,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         dataset: &'r Dataset,
         config: &'r TrainConfig,
     ) -> Result<Self> {
-        let sampler = config.sampler(dataset.len(), model.collective().size())?;
+        let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
+        let sampler = config.sampler(dataset.len(), collective.size())?;
         let total_steps = config.length.steps(sampler.steps_per_epoch())?;
         let schedule =
             Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;
@@ -103,8 +120,16 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let optimizer = AdamW::new(&backend, model.decoder_mut(), config.adamw)?;
         model.train();
         let prompts = model.shared_prompts();
-        let batches = Arc::new(BatchSource { dataset, config, sampler, prompts });
-        Ok(Trainer { model, config, batches, optimizer, schedule, total_steps })
+        let objective = Box::new(model.objective(collective)?);
+        let batches = Arc::new(BatchSource {
+            dataset,
+            config,
+            sampler,
+            prompts,
+            deduplicate: model.options().shortcuts.equal_once,
+            has_dropout: model.adapter().is_some_and(LoraConfig::has_dropout),
+        });
+        Ok(Trainer { model, config, batches, objective, optimizer, schedule, total_steps })
     }
 
     /// Steps that the run will make.
@@ -117,74 +142,80 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// While a step computes, the next one's rows are read and tokenized on another thread.
     ///
     /// # Errors
-    /// When a loss or a gradient norm is not finite (with the step and its rows; the weights stay as
-    /// they were before it), when the data changed under the run, or when saving fails.
+    /// When a loss or a gradient norm is not finite (with the step and its rows; that step changes no
+    /// weight, and nothing is saved after it), when the data changed under the run, or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         let batches = Arc::clone(&self.batches);
-        let made_ahead = (0..self.total_steps).map(|step| batches.batch(step));
-        let summary = prefetch(made_ahead, |batches| self.make_steps(batches, observer))?;
+        let inputs = (0..self.total_steps).map(|step| batches.input(step));
+        let summary = prefetch(inputs, |inputs| self.make_steps(inputs, observer))?;
         self.model.eval();
         Ok(summary)
     }
 
     fn make_steps(
         &mut self,
-        batches: &mut Prefetched<Result<StepBatch>>,
+        inputs: &mut Prefetched<Result<StepInput>>,
         observer: &mut dyn Observer,
     ) -> Result<Summary> {
-        let mut summary = Summary { steps: 0, loss: f32::NAN, tokens: 0, elapsed: Duration::ZERO };
-        let mut unlogged = Vec::new();
-        // Of a step: to have to wait for a batch is a part of it.
+        let mut progress = Progress::new(self.config.logging_steps, self.total_steps);
+        let mut pending: Option<PendingStep<B>> = None;
+        // A step's time includes waiting for its input.
         let mut start = Instant::now();
-        for batch in batches {
-            let record = self.step(&batch?, start)?;
-            summary = Summary {
-                steps: record.step,
-                loss: record.loss,
-                tokens: summary.tokens + record.tokens,
-                elapsed: summary.elapsed + record.elapsed,
-            };
-            observer.on_step(&record)?;
-            unlogged.push(record);
-            let last = record.step == self.total_steps;
-            if record.step.is_multiple_of(self.config.logging_steps) || last {
-                observer.on_log(&joined(&unlogged, record))?;
-                unlogged.clear();
+        for (step, input) in (0..self.total_steps).zip(inputs) {
+            let next = self.start_step(step, input?)?;
+            // An asynchronous device gets its next step before the results of this one are read, so
+            // that it never waits for the host.
+            if let Some(previous) = pending.replace(next) {
+                progress.report(self.read(previous, &mut start)?, observer)?;
             }
-            if self.config.saving.every.is_some_and(|every| record.step.is_multiple_of(every)) {
-                observer.on_save(&self.save_on_the_way(record.step)?)?;
+            let saves =
+                self.config.saving.every.is_some_and(|every| (step + 1).is_multiple_of(every));
+            // Nothing is saved of a run that has diverged.
+            let read_now = saves || !self.model.backend().is_asynchronous();
+            if read_now && let Some(last) = pending.take() {
+                progress.report(self.read(last, &mut start)?, observer)?;
             }
-            start = Instant::now();
+            if saves {
+                observer.on_save(&self.save_on_the_way(step + 1)?)?;
+                start = Instant::now();
+            }
         }
-        Ok(summary)
+        if let Some(last) = pending {
+            progress.report(self.read(last, &mut start)?, observer)?;
+        }
+        Ok(progress.summary)
     }
 
-    /// Gradients and update. The step began at `start`, when it had to ask for its batch.
-    fn step(&mut self, batch: &StepBatch, start: Instant) -> Result<StepRecord> {
-        let StepBatch { step, draws, query, passage } = batch;
-        let learning_rate = self.schedule.rate(*step);
-
-        self.model.set_dropout(self.config.seed, *step);
-        let loss = accumulate_gradients(self.model, query, passage, &self.config.chunking)?;
+    /// Asks the device for gradients and update of a step, counted from 0.
+    fn start_step(&mut self, step: u64, input: StepInput) -> Result<PendingStep<B>> {
+        let learning_rate = self.schedule.rate(step);
+        let chunking = &self.config.chunking;
+        let loss = accumulate_gradients(self.model, self.objective.as_ref(), &input, chunking)?;
         let backend = self.model.backend().clone();
         let clip = self.optimizer.step(&backend, self.model.decoder_mut(), learning_rate)?;
-
-        // The only reads from the device, after everything has been asked of it.
-        let loss = backend.download(&loss)?[0];
-        let grad_norm = backend.download(&clip)?[0];
-        if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(self.diverged(*step, draws, loss, grad_norm));
-        }
-        Ok(StepRecord {
+        let record = StepRecord {
             step: step + 1,
             total_steps: self.total_steps,
             epoch: (step + 1) as f64 / self.batches.sampler.steps_per_epoch() as f64,
-            loss,
-            grad_norm,
+            loss: f32::NAN,
+            grad_norm: f32::NAN,
             learning_rate,
-            tokens: (query.tokens() + passage.tokens()) as u64,
-            elapsed: start.elapsed(),
-        })
+            tokens: input.tokens as u64,
+            elapsed: Duration::ZERO,
+        };
+        Ok(PendingStep { record, rows: input.rows, loss, clip })
+    }
+
+    /// Reads what a step has computed. Its time is that since `start`, which becomes now.
+    fn read(&self, step: PendingStep<B>, start: &mut Instant) -> Result<StepRecord> {
+        let backend = self.model.backend();
+        let loss = backend.download(&step.loss)?[0];
+        let grad_norm = backend.download(&step.clip)?[0];
+        if !(loss.is_finite() && grad_norm.is_finite()) {
+            return Err(self.diverged(step.record.step - 1, &step.rows, loss, grad_norm));
+        }
+        let elapsed = std::mem::replace(start, Instant::now()).elapsed();
+        Ok(StepRecord { loss, grad_norm, elapsed, ..step.record })
     }
 
     fn diverged(&self, step: u64, draws: &[Draw], loss: f32, grad_norm: f32) -> Error {
@@ -217,6 +248,37 @@ impl<'r, B: Backend> Trainer<'r, B> {
             }
         }
         Ok(folder)
+    }
+}
+
+/// What a run has done so far, and the steps that its log does not have yet.
+struct Progress {
+    logging_steps: u64,
+    total_steps: u64,
+    summary: Summary,
+    unlogged: Vec<StepRecord>,
+}
+
+impl Progress {
+    fn new(logging_steps: u64, total_steps: u64) -> Self {
+        let summary = Summary { steps: 0, loss: f32::NAN, tokens: 0, elapsed: Duration::ZERO };
+        Progress { logging_steps, total_steps, summary, unlogged: Vec::new() }
+    }
+
+    fn report(&mut self, record: StepRecord, observer: &mut dyn Observer) -> Result<()> {
+        self.summary = Summary {
+            steps: record.step,
+            loss: record.loss,
+            tokens: self.summary.tokens + record.tokens,
+            elapsed: self.summary.elapsed + record.elapsed,
+        };
+        observer.on_step(&record)?;
+        self.unlogged.push(record);
+        if record.step.is_multiple_of(self.logging_steps) || record.step == self.total_steps {
+            observer.on_log(&joined(&self.unlogged, record))?;
+            self.unlogged.clear();
+        }
+        Ok(())
     }
 }
 

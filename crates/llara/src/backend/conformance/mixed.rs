@@ -6,7 +6,7 @@ use super::plain::Matrix;
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{
-    AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable, Shape, Turn,
+    AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable, Shape, TokenIds, Turn,
 };
 
 /// The operations of a training step on bf16 matrices.
@@ -131,16 +131,18 @@ fn swiglu<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) ->
 fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
     let what = format!("[{rows}, {cols}]");
     let (x, onto) = (random(suite, rows, cols)?, random(suite, rows, cols)?);
-    let numbers = suite.indices(rows, 5000);
-    let numbers = suite.backend.upload_index(&numbers)?;
+    let (sequences, positions) = (suite.indices(rows, 5000), suite.indices(rows, 100));
+    let sequences = suite.backend.upload_index(&sequences)?;
+    let positions = suite.backend.upload_index(&positions)?;
+    let tokens = || TokenIds { sequences: &sequences, positions: &positions };
     let key = DropoutKey { seed: 3, step: 5, module: 7, probability: 0.3 };
     let backend = suite.backend;
     let bound = (Dtype::Bf16, roundings(1.0));
     suite.case("mixed, dropout");
     for with_onto in [false, true] {
         let onto_of = |onto| if with_onto { copy(suite, onto).map(Some) } else { Ok(None) };
-        let got = backend.dropout(&x.narrow, &numbers, &key, onto_of(&onto.narrow)?)?;
-        let want = backend.dropout(&x.wide, &numbers, &key, onto_of(&onto.wide)?)?;
+        let got = backend.dropout(&x.narrow, tokens(), &key, onto_of(&onto.narrow)?)?;
+        let want = backend.dropout(&x.wide, tokens(), &key, onto_of(&onto.wide)?)?;
         agree(suite, &format!("{what}, onto {with_onto}"), &got, &want, bound)?;
     }
     Ok(())

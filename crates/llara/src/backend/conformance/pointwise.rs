@@ -4,7 +4,7 @@ use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::{Backend, DropoutKey, RopeTable, Turn};
+use crate::backend::{Backend, DropoutKey, RopeTable, TokenIds, Turn};
 
 /// `rope`, `swiglu` and their gradients, `scale` and `dropout`.
 ///
@@ -127,18 +127,21 @@ fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -
     let key = DropoutKey { seed: 0x1234_5678_9abc_def0, step: 7, module: 3, probability: 0.3 };
     let x = suite.random(rows, cols);
     let onto = suite.random(rows, cols);
-    let numbers = suite.indices(rows, 1000);
-    let numbers_on = suite.backend.upload_index(&numbers)?;
+    let (sequences, positions) = (suite.indices(rows, 1000), suite.indices(rows, 5000));
+    let sequences_on = suite.backend.upload_index(&sequences)?;
+    let positions_on = suite.backend.upload_index(&positions)?;
+    let tokens = || TokenIds { sequences: &sequences_on, positions: &positions_on };
     let want = Matrix::from_fn(rows, cols, |row, col| {
         let counter = 16 * (col / 64) + col % 16;
-        let draw = plain::philox(&key, counter as u32, numbers[row])[col / 16 % 4];
+        let draw =
+            plain::philox(&key, counter as u32, (sequences[row], positions[row]))[col / 16 % 4];
         let kept = f64::from(draw) >= f64::from(key.probability) * 2f64.powi(32);
         if kept { x.row(row)[col] / (1.0 - f64::from(key.probability)) } else { 0.0 }
     });
     let what = format!("{rows} x {cols}");
-    let y = suite.backend.dropout(&suite.tensor(&x)?, &numbers_on, &key, None)?;
+    let y = suite.backend.dropout(&suite.tensor(&x)?, tokens(), &key, None)?;
     suite.case("dropout").check(&what, &y, &want, Bound::roundings(4.0))?;
     let onto_on = suite.tensor(&onto)?;
-    let y = suite.backend.dropout(&suite.tensor(&x)?, &numbers_on, &key, Some(onto_on))?;
+    let y = suite.backend.dropout(&suite.tensor(&x)?, tokens(), &key, Some(onto_on))?;
     suite.case("dropout, onto").check(&what, &y, &want.plus(&onto), Bound::roundings(4.0))
 }

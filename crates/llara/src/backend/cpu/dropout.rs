@@ -5,12 +5,12 @@ use rayon::prelude::*;
 use super::element::{Element, with_element};
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
-use crate::backend::{DropoutKey, Shape};
+use crate::backend::{DropoutKey, Shape, TokenIds};
 
 pub(super) fn dropout(
     cpu: &Cpu,
     x: &CpuTensor,
-    numbers: &[u32],
+    tokens: TokenIds<'_, Cpu>,
     key: &DropoutKey,
     onto: Option<CpuTensor>,
 ) -> CpuTensor {
@@ -18,7 +18,9 @@ pub(super) fn dropout(
     let accumulate = onto.is_some();
     let mut y = onto.unwrap_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()));
     assert_eq!(y.shape(), x.shape(), "dropout: onto");
-    assert_eq!(numbers.len(), rows, "dropout: rows");
+    let TokenIds { sequences, positions } = tokens;
+    assert_eq!((sequences.len(), positions.len()), (rows, rows), "dropout: rows");
+    assert!(key.module < 1 << 16 && cols <= 1 << 18, "dropout: modules or columns");
     let threshold = (f64::from(key.probability) * 4_294_967_296.0) as u32;
     let keep = 1.0 / (1.0 - key.probability);
     let task = rows_per_task(cols);
@@ -27,11 +29,11 @@ pub(super) fn dropout(
         y.elements_mut::<T>()
             .par_chunks_mut(task * cols)
             .zip(x.elements::<T>().par_chunks(task * cols))
-            .zip(numbers.par_chunks(task))
-            .for_each(|((y, x), numbers)| {
+            .zip(sequences.par_chunks(task).zip(positions.par_chunks(task)))
+            .for_each(|((y, x), (sequences, positions))| {
                 let rows = y.chunks_exact_mut(cols).zip(x.chunks_exact(cols));
-                for ((y, x), &number) in rows.zip(numbers) {
-                    drop_row(y, x, &rule, number);
+                for ((y, x), token) in rows.zip(sequences.iter().zip(positions)) {
+                    drop_row(y, x, &rule, (*token.0, *token.1));
                 }
             });
     });
@@ -54,10 +56,10 @@ const COUNTERS: usize = 16;
 const BLOCK: usize = 4 * COUNTERS;
 
 vectorised! {
-    fn drop_row<T: Element>(y: &mut [T], x: &[T], rule: &Rule, number: u32) {
+    fn drop_row<T: Element>(y: &mut [T], x: &[T], rule: &Rule, token: (u32, u32)) {
         let (y_blocks, y_rest) = y.as_chunks_mut::<BLOCK>();
         let (x_blocks, x_rest) = x.as_chunks::<BLOCK>();
-        let draws_of = |block: usize| philox_block(&rule.key, (block * COUNTERS) as u32, number);
+        let draws_of = |block: usize| philox_block(&rule.key, (block * COUNTERS) as u32, token);
         for (block, (y, x)) in y_blocks.iter_mut().zip(x_blocks).enumerate() {
             let draws = draws_of(block);
             for i in 0..BLOCK {
@@ -86,15 +88,15 @@ impl Rule {
 /// Words are kept in 64 bits, for that is what a vector multiplies 32 by 32 bits to; their upper halves
 /// hold what is left over and are never read.
 #[inline(always)]
-fn philox_block(key: &DropoutKey, first: u32, number: u32) -> [u32; BLOCK] {
+fn philox_block(key: &DropoutKey, first: u32, (sequence, position): (u32, u32)) -> [u32; BLOCK] {
     const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
     const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
     const LOW: u64 = u32::MAX as u64;
     let mut a: [u64; COUNTERS] =
-        std::array::from_fn(|lane| u64::from(first.wrapping_add(lane as u32)));
-    let mut b = [u64::from(number); COUNTERS];
-    let mut c = [key.step & LOW; COUNTERS];
-    let mut d = [u64::from(key.module); COUNTERS];
+        std::array::from_fn(|lane| u64::from(key.module << 16 | (first + lane as u32)));
+    let mut b = [u64::from(sequence); COUNTERS];
+    let mut c = [u64::from(position); COUNTERS];
+    let mut d = [key.step & LOW; COUNTERS];
     let mut round_key = [key.seed as u32, (key.seed >> 32) as u32];
     for _ in 0..10 {
         let [first_key, second_key] = round_key.map(u64::from);
@@ -127,10 +129,12 @@ mod tests {
     #[test]
     fn philox_gives_the_published_numbers() {
         let zeros = DropoutKey { seed: 0, step: 0, module: 0, probability: 0.1 };
-        let words = first_counter(philox_block(&zeros, 0, 0));
+        let words = first_counter(philox_block(&zeros, 0, (0, 0)));
         assert_eq!(words, [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        let ones = DropoutKey { seed: u64::MAX, step: u64::MAX, module: u32::MAX, ..zeros };
-        let words = first_counter(philox_block(&ones, u32::MAX, u32::MAX));
+        let ones = DropoutKey { seed: u64::MAX, step: u64::MAX, module: 0xffff, ..zeros };
+        let block = philox_block(&ones, 0xfff0, (u32::MAX, u32::MAX));
+        // The last of the sixteen counters has all bits set.
+        let words: [u32; 4] = std::array::from_fn(|word| block[word * COUNTERS + COUNTERS - 1]);
         assert_eq!(words, [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
     }
 }

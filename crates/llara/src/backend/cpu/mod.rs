@@ -29,7 +29,7 @@ use rayon::prelude::*;
 
 use super::{
     AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
-    Shape, Turn,
+    Shape, TokenIds, Turn,
 };
 use crate::Result;
 
@@ -271,11 +271,11 @@ impl Backend for Cpu {
     fn dropout(
         &self,
         x: &CpuTensor,
-        numbers: &Vec<u32>,
+        tokens: TokenIds<'_, Self>,
         key: &DropoutKey,
         onto: Option<CpuTensor>,
     ) -> Result<CpuTensor> {
-        Ok(dropout::dropout(self, x, numbers, key, onto))
+        Ok(dropout::dropout(self, x, tokens, key, onto))
     }
 
     fn scale(&self, x: &mut CpuTensor, factor: f32) -> Result<()> {

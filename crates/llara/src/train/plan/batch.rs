@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::data::{Batch, Dataset};
 use crate::text::PromptEncoder;
-use crate::train::batches::{BatchSource, StepBatch};
+use crate::train::batches::{BatchSource, Tokenized};
 use crate::train::config::TrainConfig;
 
 /// Batches of a run that are looked at, spread over it.
@@ -54,9 +54,18 @@ impl ForeseenBatch {
         let sampler = config.sampler(dataset.len(), 1)?;
         let steps = config.length.steps(sampler.steps_per_epoch())?;
         let texts = config.batch_size.min(dataset.len()).max(1) * (1 + config.group_size);
-        let batches = BatchSource { dataset, config, sampler, prompts: Arc::clone(prompts) };
+        let batches = BatchSource {
+            dataset,
+            config,
+            sampler,
+            prompts: Arc::clone(prompts),
+            deduplicate: equal_once,
+            has_dropout: false,
+        };
         let look = |step| -> Result<Seen> {
-            let StepBatch { query, passage, .. } = batches.batch(step)?;
+            let Tokenized { queries, passages, .. } = batches.tokenized(step)?;
+            let query = Batch::from_sequences(queries)?;
+            let passage = Batch::from_sequences(passages)?;
             let encoded = encoded_tokens(&query, &passage, equal_once)?;
             Ok(Seen { query, passage, encoded })
         };
@@ -102,8 +111,8 @@ fn encoded_tokens(query: &Batch, passage: &Batch, equal_once: bool) -> Result<us
     if !equal_once {
         return Ok(query.tokens() + passage.tokens());
     }
-    let both = Batch::from_sequences(query.sequences().chain(passage.sequences()))?;
-    Ok(both.distinct().0.tokens())
+    let both = query.sequences().chain(passage.sequences());
+    Ok(Batch::deduplicated(both)?.0.tokens())
 }
 
 /// Tokens of each row, its query and its passages.

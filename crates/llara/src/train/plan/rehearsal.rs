@@ -10,11 +10,13 @@ use super::{Chunks, Parts, Plan, Work};
 use crate::backend::{Backend, Dtype, Tally};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
+use crate::dist::Solo;
 use crate::model::weights::ModelFolder;
-use crate::model::{Decoder, DecoderConfig, LoraConfig};
+use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig};
 use crate::text::PromptEncoder;
 use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::step::{Chunking, accumulate_gradients};
+use crate::train::step_input::StepInput;
 use crate::{Error, ErrorKind, Result};
 
 /// What memory and work depend on besides the batch.
@@ -39,8 +41,11 @@ pub struct RunShape {
 impl RunShape {
     /// Whether equal sequences of a batch are encoded once.
     pub fn encodes_equal_once(&self) -> bool {
-        let drops = self.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
-        self.options.shortcuts.equal_once && !drops
+        self.options.shortcuts.equal_once && !self.has_dropout()
+    }
+
+    fn has_dropout(&self) -> bool {
+        self.lora.as_ref().is_some_and(LoraConfig::has_dropout)
     }
 }
 
@@ -168,21 +173,24 @@ impl Rehearsal {
 
     /// One step, update included.
     pub(super) fn step(&mut self, batch: &ForeseenBatch, chunking: &Chunking) -> Result<Counted> {
-        self.model.set_dropout(0, 0);
+        let input = self.input(batch)?;
+        let objective = self.model.objective(Arc::new(Solo))?;
         self.tally.forget_peak();
         let before = self.tally.flops();
-        let (query, passage) = (&batch.query, &batch.passage);
-        drop(accumulate_gradients(&mut self.model, query, passage, chunking)?);
+        drop(accumulate_gradients(&mut self.model, &objective, &input, chunking)?);
         drop(self.optimizer.step(&self.tally, self.model.decoder_mut(), 0.0)?);
         Ok(Counted { peak: self.tally.peak(), flops: self.tally.flops() - before })
     }
 
-    /// The sequences that a step encodes, as it numbers them.
+    /// The sequences that a step encodes, in their order.
     pub(super) fn encoded(&self, batch: &ForeseenBatch) -> Result<Batch> {
-        let (query, passage) = (&batch.query, &batch.passage);
-        let both = Batch::from_sequences(query.sequences().chain(passage.sequences()))?;
-        let once = self.shape.encodes_equal_once();
-        Ok(if once { both.distinct().0 } else { both })
+        Ok(self.input(batch)?.batch)
+    }
+
+    fn input(&self, batch: &ForeseenBatch) -> Result<StepInput> {
+        let dropout = self.shape.has_dropout().then_some(Dropout { seed: 0, step: 0 });
+        let deduplicate = self.shape.options.shortcuts.equal_once;
+        StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
     }
 
     /// The largest tensor in a file's bytes and as f32, while it is read or written.

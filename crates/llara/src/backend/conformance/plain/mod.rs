@@ -267,9 +267,9 @@ impl AdamW {
     }
 }
 
-/// Philox4x32-10 (Salmon et al. 2011), one counter at a time.
-pub(super) fn philox(key: &DropoutKey, block: u32, number: u32) -> [u32; 4] {
-    let mut counter = [block, number, key.step as u32, key.module];
+/// Philox4x32-10 (Salmon et al. 2011), one counter at a time, for a token: its sequence and position.
+pub(super) fn philox(key: &DropoutKey, block: u32, (sequence, position): (u32, u32)) -> [u32; 4] {
+    let mut counter = [key.module << 16 | block, sequence, position, key.step as u32];
     let mut round_key = [key.seed as u32, (key.seed >> 32) as u32];
     for _ in 0..10 {
         let [a, b, c, d] = counter;

@@ -13,14 +13,14 @@ pub struct InfoNce {
     pub temperature: f32,
 }
 
-/// Scores and loss of one batch, with the gradient that [`InfoNce::backward`] goes on from.
+/// Scores and loss of one batch, with the gradient that [`InfoNce::backward`] starts from.
 pub struct Scored<B: Backend> {
     /// `q · pᵀ / temperature`. `[n, m]`
     pub scores: B::Tensor,
     /// Mean cross entropy. `[1, 1]`
     pub loss: B::Tensor,
     /// Gradient of the loss by the scores. `[n, m]`
-    dscores: B::Tensor,
+    pub(super) dscores: B::Tensor,
 }
 
 impl InfoNce {
@@ -38,21 +38,20 @@ impl InfoNce {
         Ok(Scored { scores, loss, dscores })
     }
 
-    /// Gradients of `factor · loss` by q and p: `dq = ds · p`, `dp = dsᵀ · q`, with
-    /// `ds = dscores · factor / temperature`.
+    /// Gradients of `factor · loss` by q and p, from the gradient of the loss by the scores:
+    /// `dq = ds · p`, `dp = dsᵀ · q`, with `ds = dscores · factor / temperature`.
     pub fn backward<B: Backend>(
         &self,
         backend: &B,
         q: &B::Tensor,
         p: &B::Tensor,
-        scored: Scored<B>,
+        mut dscores: B::Tensor,
         factor: f32,
     ) -> Result<(B::Tensor, B::Tensor)> {
-        let mut ds = scored.dscores;
-        backend.scale(&mut ds, factor / self.temperature)?;
-        let dq = backend.linear_input_grad(&ds, p, None)?;
+        backend.scale(&mut dscores, factor / self.temperature)?;
+        let dq = backend.linear_input_grad(&dscores, p, None)?;
         let mut dp = backend.zeros(p.rows(), p.cols())?;
-        backend.linear_weight_grad(&ds, q, &mut dp, Gather::Overwrite)?;
+        backend.linear_weight_grad(&dscores, q, &mut dp, Gather::Overwrite)?;
         Ok((dq, dp))
     }
 }

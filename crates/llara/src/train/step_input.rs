@@ -1,0 +1,115 @@
+//! Everything that one step reads from the host, made ahead of the step on another thread.
+
+use crate::Result;
+use crate::data::{Batch, Draw, positives};
+use crate::model::Dropout;
+
+/// One process's share of the batch of one step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepInput {
+    /// The rows that it was made from; empty where it was not made from a dataset.
+    pub rows: Vec<Draw>,
+    /// The sequences to encode: queries first, then passages. Equal ones are packed once, unless
+    /// dropout makes them different.
+    pub batch: Batch,
+    /// Number of each sequence of `batch` in the whole step; dropout is keyed by it.
+    pub sequence_numbers: Vec<u32>,
+    /// Where each query is in `batch`. `[B]`
+    pub queries: Vec<u32>,
+    /// Where each passage is in `batch`: query by query, the positive first. `[B·G]`
+    pub passages: Vec<u32>,
+    /// For each query, its positive among the passages. `[B]`
+    pub positives: Vec<u32>,
+    /// Tokens of all queries and passages, equal ones counted each time.
+    pub tokens: usize,
+    /// What the adapters' dropout draws; `None`: nothing is dropped.
+    pub dropout: Option<Dropout>,
+}
+
+impl StepInput {
+    /// Packs the token ids of queries and of their passages, query by query. `deduplicate` packs
+    /// equal sequences once where there is no dropout.
+    ///
+    /// # Errors
+    /// When the passages are not a positive multiple of the queries, or a sequence is empty.
+    pub fn new<Q, P>(
+        queries: Q,
+        passages: P,
+        deduplicate: bool,
+        dropout: Option<Dropout>,
+    ) -> Result<Self>
+    where
+        Q: IntoIterator<Item: AsRef<[u32]>>,
+        P: IntoIterator<Item: AsRef<[u32]>>,
+    {
+        let queries: Vec<_> = queries.into_iter().collect();
+        let passages: Vec<_> = passages.into_iter().collect();
+        let positives = positives(queries.len(), passages.len())?;
+        let all = || queries.iter().map(AsRef::as_ref).chain(passages.iter().map(AsRef::as_ref));
+        let tokens = all().map(<[u32]>::len).sum();
+        let (batch, mut places) = match deduplicate && dropout.is_none() {
+            true => Batch::deduplicated(all())?,
+            false => {
+                let batch = Batch::from_sequences(all())?;
+                let places = (0..batch.len() as u32).collect();
+                (batch, places)
+            }
+        };
+        let passages = places.split_off(queries.len());
+        Ok(StepInput {
+            rows: Vec::new(),
+            sequence_numbers: (0..batch.len() as u32).collect(),
+            batch,
+            queries: places,
+            passages,
+            positives,
+            tokens,
+            dropout,
+        })
+    }
+
+    /// [`StepInput::new`] from two packed batches.
+    ///
+    /// # Errors
+    /// As for [`StepInput::new`].
+    pub fn from_batches(
+        query: &Batch,
+        passage: &Batch,
+        deduplicate: bool,
+        dropout: Option<Dropout>,
+    ) -> Result<Self> {
+        Self::new(query.sequences(), passage.sequences(), deduplicate, dropout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn equal_sequences_are_packed_once_unless_dropout_makes_them_different() {
+        let (queries, passages) =
+            ([vec![1u32, 2], vec![3]], [vec![3u32], vec![4, 5], vec![1, 2], vec![6]]);
+        let input = StepInput::new(&queries, &passages, true, None).unwrap();
+        assert_eq!(
+            input.batch,
+            Batch::from_sequences([vec![1, 2], vec![3], vec![4, 5], vec![6]]).unwrap()
+        );
+        assert_eq!((&input.queries[..], &input.passages[..]), (&[0, 1][..], &[1, 2, 0, 3][..]));
+        assert_eq!((&input.positives[..], input.tokens), (&[0, 2][..], 9));
+        let dropout = Some(Dropout { seed: 1, step: 2 });
+        let input = StepInput::new(&queries, &passages, true, dropout).unwrap();
+        assert_eq!((input.batch.len(), &input.passages[..]), (6, &[2, 3, 4, 5][..]));
+        assert_eq!(input.sequence_numbers, [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn groups_that_differ_are_refused() {
+        for (queries, passages) in [(2, 3), (0, 0), (0, 4), (2, 0)] {
+            let sequences = |n: usize| vec![vec![1u32]; n];
+            let result = StepInput::new(sequences(queries), sequences(passages), true, None);
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::Argument);
+        }
+    }
+}
