@@ -4,15 +4,15 @@
 //! from hard negatives and from the other passages of the batch. The recipe is LLARA's (Llama2Vec): a
 //! prompt that ends in special tokens, whose last hidden states are averaged.
 //!
-//! Start with [`BiEncoderModel`]; `examples/first_steps.rs` goes once around. In reading order:
+//! Start with [`BiEncoderModel`]; `examples/first_steps.rs` uses most of it. In reading order:
 //!
 //! 1. [`text`]: texts to token ids, with a template around them;
 //! 2. [`data`]: training rows to one packed batch;
-//! 3. [`backend`]: everything that a device must do, and the CPU that does it;
+//! 3. [`backend`]: the operations of a device, and their implementation on the CPU;
 //! 4. [`model`]: the decoder, forward and backward written out, and its files;
-//! 5. [`loss`]: InfoNCE and its gradient;
-//! 6. [`dist`]: what processes of one run say to each other;
-//! 7. [`BiEncoderModel`]: all of that behind `encode`, `forward` and `save`;
+//! 5. [`loss`]: the training objective and its gradient;
+//! 6. [`dist`]: collective communication between processes;
+//! 7. [`BiEncoderModel`]: the model with `encode`, `forward` and `save`;
 //! 8. [`train`]: gradients, optimizer, schedule, the loop;
 //! 9. [`retrieval`]: encoding collections, exact search, trec_eval's metrics.
 
@@ -37,7 +37,7 @@ pub use biencoder::{
 pub use error::{Error, ErrorKind, Result};
 pub use text::Role;
 
-/// The code in the README, held to compile.
+/// Compiles the code in the README.
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;

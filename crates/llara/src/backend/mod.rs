@@ -1,25 +1,25 @@
-//! The narrow waist: everything that a device must do for a model to be trained on it.
+//! The operations that a device must provide for a model to be trained on it.
 //!
 //! A backend owns its memory: [`Backend::Tensor`] and [`Backend::Index`] are opaque, and nothing
-//! above this module reads an element of one inside a training step. What a step produces for
-//! people (a loss, a norm) stays on the device until [`Backend::download`] asks for it.
+//! above this module reads an element of one inside a training step. The loss and the gradient norm
+//! of a step stay on the device until [`Backend::download`] is called.
 //!
 //! Every matrix is row-major `[rows, cols]`. `T` is the number of tokens in a packed batch,
 //! `S` the number of its sequences, `d` the hidden size, `H` and `KV` the query and key/value
-//! heads, `hd` the head size. Shapes that do not fit are mistakes of the caller and panic; what a
-//! user can cause (no memory, a lost device) is an [`Error`](crate::Error).
+//! heads, `hd` the head size. Shapes that do not match are programming errors and panic; what a
+//! user can cause (out of memory, a lost device) is an [`Error`](crate::Error).
 //!
 //! Elements are f32, or bf16 where a model computes in mixed precision: then activations and their
-//! gradients are bf16; the residual stream and its gradient, the vectors, the loss, whatever learns,
-//! its gradient and its moments stay f32. What an operation reads it widens, what it sums it sums in
-//! f32, and it rounds once, where it writes. A result has the type of the input it is the like of;
-//! where that is not plain, the operation says so.
+//! gradients are bf16; the residual stream and its gradient, the embeddings, the loss, trainable
+//! parameters, their gradients and their moments stay f32. An operation converts its inputs to f32,
+//! accumulates in f32, and rounds once, when it stores the result. The output has the dtype of the
+//! first input unless the operation says otherwise.
 //!
-//! Backward functions take `onto: Option<Tensor>`: a gradient that has already reached the same
-//! input another way (a residual, a second projection). It is consumed, added to and returned.
+//! Backward functions take `onto: Option<Tensor>`: a gradient of the same input from another path
+//! (a residual connection, a second projection). It is consumed, added to and returned.
 //!
-//! [`conformance`] runs one body of checks on any backend: a new device implements this page and
-//! passes that suite.
+//! [`conformance`] runs the same checks on any backend: a new device implements [`Backend`] and passes
+//! that suite.
 
 pub mod conformance;
 mod cpu;
@@ -34,14 +34,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 
-/// The type of a matrix's elements.
+/// The dtype of a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// Single precision, 4 bytes.
     #[default]
     F32,
-    /// bfloat16: f32 with 8 bits of mantissa instead of 24, 2 bytes.
+    /// bfloat16: the exponent of f32 with 8 bits of precision instead of 24, 2 bytes.
     Bf16,
 }
 
@@ -78,9 +78,9 @@ pub trait Shape {
     }
 }
 
-/// Which rows belong to which sequence, and where in it they stand.
+/// Which sequence each row belongs to, and its position there.
 ///
-/// Usually all tokens of a packed batch; for the queries of an attention it may be some of them.
+/// Usually all tokens of a packed batch; the queries of an attention may be some of them.
 pub struct Layout<B: Backend> {
     /// Rows of sequence `s` are `offsets[s]..offsets[s + 1]`. `[S + 1]`
     pub offsets: B::Index,
@@ -102,12 +102,12 @@ pub struct RopeTable<B: Backend> {
     pub sin: B::Tensor,
 }
 
-/// Which way [`Backend::rope`] turns.
+/// The direction of [`Backend::rope`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {
     /// The rotation of the forward pass.
     Forward,
-    /// Its inverse, which is also its transpose: the backward pass.
+    /// The inverse rotation, which is its transpose: the backward pass.
     Backward,
 }
 
@@ -126,7 +126,8 @@ pub struct AttentionShape {
     pub scale: f32,
 }
 
-/// Which draw of a dropout: the same key gives the same mask on every device, in every replay.
+/// Selects the mask of a dropout: the same key gives the same mask on every device and in every
+/// recomputation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DropoutKey {
     /// Seed of the run.
@@ -135,7 +136,7 @@ pub struct DropoutKey {
     pub step: u64,
     /// Number of the module within the model.
     pub module: u32,
-    /// Share of elements that become zero, below 1.
+    /// Probability that an element becomes zero, below 1.
     pub probability: f32,
 }
 
@@ -148,16 +149,16 @@ pub struct TokenIds<'i, B: Backend> {
     pub positions: &'i B::Index,
 }
 
-/// Whether a gradient is added to what is there or takes its place.
+/// Whether a gradient is added to the buffer or overwrites it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gather {
-    /// What is there is left over from an earlier step.
+    /// The buffer holds values of an earlier step.
     Overwrite,
-    /// What is there is a part of the same gradient.
+    /// The buffer holds a part of the same gradient.
     Add,
 }
 
-/// What an attention must remember for its backward pass.
+/// The output of an attention, with what its backward pass needs.
 pub struct Attended<B: Backend> {
     /// The weighted values. `[rows of q, H · hd]`
     pub out: B::Tensor,
@@ -183,7 +184,7 @@ pub struct AdamWStep {
     pub step: u64,
 }
 
-/// A device: its buffers and the operations of an embedding model on them.
+/// A device: its buffers, and the operations of an embedding model on them.
 pub trait Backend: Clone + Send + Sync + 'static {
     /// A row-major matrix of f32 or bf16.
     type Tensor: Shape + Send + Sync;
@@ -213,19 +214,19 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
     /// Rows `start..start + count` of `x`.
     fn slice_rows(&self, x: &Self::Tensor, start: usize, count: usize) -> Result<Self::Tensor>;
-    /// The rows of all `parts`, end to end.
+    /// The rows of all `parts`, concatenated.
     fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor>;
 
-    /// `x` in another type, bf16 rounded to nearest, ties to even.
+    /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
     fn cast(&self, x: &Self::Tensor, to: Dtype) -> Result<Self::Tensor>;
 
     // ---- Products -----------------------------------------------------------------------------
     //
-    // Precision is that of the left operand, x or dy: where it is bf16, so is the other one before
-    // it is multiplied. Weights may be of either type, biases and gradients of weights are f32.
+    // The precision is that of the left operand, x or dy: if it is bf16, the other operand is rounded
+    // to bf16 before it is multiplied. Weights have either dtype; biases and weight gradients are f32.
 
     /// `x · wᵀ (+ bias) (+ residual)`: x `[n, in]`, w `[out, in]`, bias `[1, out]`, residual and
-    /// result `[n, out]`. The result has the type of the residual, or of x.
+    /// result `[n, out]`. The result has the dtype of the residual, or of x.
     fn linear(
         &self,
         x: &Self::Tensor,
@@ -233,14 +234,14 @@ pub trait Backend: Clone + Send + Sync + 'static {
         bias: Option<&Self::Tensor>,
         residual: Option<&Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// `onto + x · wᵀ`, in place of onto. `[n, out]`
+    /// `onto + x · wᵀ`, written over onto. `[n, out]`
     fn linear_onto(
         &self,
         x: &Self::Tensor,
         w: &Self::Tensor,
         onto: Self::Tensor,
     ) -> Result<Self::Tensor>;
-    /// Gradient of [`linear`](Backend::linear) by its input: `dy · w (+ onto)`, of the type of onto,
+    /// Gradient of [`linear`](Backend::linear) by its input: `dy · w (+ onto)`, in the dtype of onto,
     /// or of dy. `[n, in]`
     fn linear_input_grad(
         &self,
@@ -248,8 +249,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
         w: &Self::Tensor,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// Gradient of [`linear`](Backend::linear) by its weight: `dw = dyᵀ · x`, or `dw += dyᵀ · x` where
-    /// it gathers. `[out, in]`
+    /// Gradient of [`linear`](Backend::linear) by its weight: `dw = dyᵀ · x`, or `dw += dyᵀ · x`.
+    /// `[out, in]`
     fn linear_weight_grad(
         &self,
         dy: &Self::Tensor,
@@ -284,7 +285,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     // ---- Norms --------------------------------------------------------------------------------
 
     /// `y = x / rms(x) · w` with `rms = sqrt(mean(x²) + eps)`, over each group of `w.cols()` columns
-    /// (a whole row, or one head of it). w `[1, g]`, f32. Returns y in the type `to`, and `1 / rms`
+    /// (a whole row, or one head of it). w `[1, g]`, f32. Returns y in the dtype `to`, and `1 / rms`
     /// `[n, cols / g]`, f32.
     fn rms_norm(
         &self,
@@ -294,7 +295,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         to: Dtype,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
     /// Gradients of [`rms_norm`](Backend::rms_norm), with `x̂ = x · inv_rms`:
-    /// `dx = inv_rms · (dy∘w − x̂ · mean(dy∘w∘x̂)) (+ onto)`, of the type of x, and
+    /// `dx = inv_rms · (dy∘w − x̂ · mean(dy∘w∘x̂)) (+ onto)`, in the dtype of x, and
     /// `dw += Σ_rows dy∘x̂`.
     fn rms_norm_backward(
         &self,
@@ -317,8 +318,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     // ---- Attention and MLP --------------------------------------------------------------------
 
-    /// Rotary embedding in place (Su et al. 2021): in each head, features `i` and `i + hd/2` turn by
-    /// the angle of the row's position.
+    /// Rotary embedding in place (Su et al. 2021): in each head, features `i` and `i + hd/2` are rotated
+    /// by the angle of the row's position.
     fn rope(
         &self,
         x: &mut Self::Tensor,
@@ -388,11 +389,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
     ) -> Result<(Self::Tensor, Self::Tensor)>;
     /// `sum[0] += Σ x²`. sum `[1, 1]`
     fn add_sum_of_squares(&self, x: &Self::Tensor, sum: &mut Self::Tensor) -> Result<()>;
-    /// From a sum of squares, the norm and the factor that brings it down to `max_norm`:
+    /// From a sum of squares, the norm and the factor that clips it to `max_norm`:
     /// `[norm, min(1, max_norm / (norm + 1e-6))]`, or factor 1 without a limit. `[1, 2]`
     fn clip_factor(&self, sum: &Self::Tensor, max_norm: Option<f32>) -> Result<Self::Tensor>;
     /// One AdamW update of `param` with `grad · clip[1]`; does nothing when `clip[0]` is not finite,
-    /// so that a failed step leaves the weights as they were.
+    /// so that a failed step does not change the weights.
     fn adamw(
         &self,
         param: &mut Self::Tensor,

@@ -1,4 +1,4 @@
-//! What a loop needs next, made on a thread of its own while the loop works on what it has.
+//! Prefetching: the next item of an iterator is produced on another thread while the current one is used.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -7,13 +7,13 @@ use std::thread::{self, Builder};
 
 use crate::{Error, ErrorKind, Result};
 
-/// Finished items that wait for the loop. One more may be in the making.
+/// Finished items in the queue. One more may be in production.
 const WAITING: usize = 1;
 
-/// An item, or the panic that came in its place.
+/// An item, or the panic of the iterator.
 type Made<T> = Result<T, Box<dyn Any + Send>>;
 
-/// The items that are made ahead, in their order.
+/// The prefetched items, in order.
 pub(crate) struct Prefetched<T> {
     receiver: Receiver<Made<T>>,
 }

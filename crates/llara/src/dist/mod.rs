@@ -1,6 +1,6 @@
-//! What processes of one training run say to each other.
+//! Collective communication between the processes of a training run.
 //!
-//! Every rank calls the same operations in the same order. One process is a group of size 1 through
+//! Every rank calls the same operations in the same order. One process is a group of size 1 and runs
 //! the same code ([`Solo`]).
 
 mod solo;
@@ -24,6 +24,6 @@ pub trait Collective<B: Backend>: Send + Sync {
     fn all_reduce(&self, x: &mut B::Tensor) -> Result<()>;
     /// Rank 0's values, in place.
     fn broadcast(&self, x: &mut B::Tensor) -> Result<()>;
-    /// Waits until every rank is here.
+    /// Waits until every rank has called it.
     fn barrier(&self) -> Result<()>;
 }

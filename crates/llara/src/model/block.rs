@@ -1,4 +1,4 @@
-//! One decoder layer: attention and MLP, each behind a norm and around a residual.
+//! One decoder layer: attention and MLP, each with a norm before it and a residual connection.
 
 use super::attention::{Asking, Attention, SavedAttention};
 use super::linear::Linear;
@@ -17,9 +17,9 @@ pub(crate) struct Block<B: Backend> {
     pub(crate) mlp: Mlp<B>,
 }
 
-/// What the backward pass of a layer needs. Tensors are `[T, d]` up to the attention and `[R, d]` from
-/// it on; R is T where the layer runs at all positions. The residual stream is f32. What a norm gave is not kept: to compute it
-/// again costs one pass over memory that keeping it would cost as well.
+/// What the backward pass of a layer needs. Tensors are `[T, d]` before the attention and `[R, d]` after
+/// it; R is T where the layer runs at all positions. The residual stream is f32. Outputs of norms are
+/// not kept: recomputing one reads as much memory as storing it would.
 pub(crate) struct SavedBlock<B: Backend> {
     /// Residual stream at the layer's entry.
     x: B::Tensor,
@@ -63,8 +63,8 @@ impl<B: Backend> Block<B> {
         Ok((y, SavedBlock { x, attention, middle, mlp }))
     }
 
-    /// Each residual passes its gradient on unchanged, so the norm's is added to it. dy `[R, d]`,
-    /// result `[T, d]`, or `None` where nothing below this layer learns.
+    /// The gradient passes a residual connection unchanged, so the norm's gradient is added to it. dy
+    /// `[R, d]`, result `[T, d]`, or `None` if no parameter below this layer is trainable.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,

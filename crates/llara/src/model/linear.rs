@@ -1,4 +1,4 @@
-//! A linear layer: `y = x · Wᵀ (+ b)`, with an adapter beside it where one is attached.
+//! A linear layer: `y = x · Wᵀ (+ b)`, with an optional adapter.
 
 use super::lora::{Lora, SavedLora};
 use super::parameter::Parameter;
@@ -52,8 +52,8 @@ impl<B: Backend> Linear<B> {
         }
     }
 
-    /// `dW += dyᵀ · x`, `db += Σ dy` where they learn; returns the gradient within the adapter, if there
-    /// is one. All of the backward pass where nothing below learns.
+    /// `dW += dyᵀ · x`, `db += Σ dy` if trainable; returns the gradient inside the adapter, if there is
+    /// one. This is the whole backward pass if no parameter below is trainable.
     pub(crate) fn backward_weights(
         &mut self,
         pass: &Pass<'_, B>,

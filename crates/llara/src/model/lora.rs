@@ -1,24 +1,24 @@
-//! Low-rank adapters (Hu et al. 2021): a frozen weight and a small product that learns beside it.
+//! Low-rank adapters (Hu et al. 2021): a frozen weight plus a trainable low-rank product.
 
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
 use crate::backend::Backend;
 
-/// Which projections get an adapter, and what kind. The defaults are the reference's.
+/// Which projections get an adapter, and its settings. The defaults are the reference's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
     /// Inner size of the product, `r`.
     pub rank: usize,
     /// The product is multiplied by `alpha / rank`.
     pub alpha: f64,
-    /// Share of the adapter's input that is dropped in training.
+    /// Dropout probability of the adapter's input in training.
     pub dropout: f32,
     /// Names of projections, such as `q_proj`.
     pub target_modules: Vec<String>,
 }
 
-/// The projections of a layer, by the names that adapters are asked for.
+/// The projections of a layer, as adapter configurations name them.
 pub const PROJECTIONS: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
@@ -114,7 +114,7 @@ impl<B: Backend> Lora<B> {
         }
     }
 
-    /// The input with this step's share of zeros; `None` where nothing is dropped.
+    /// The input after dropout; `None` if there is no dropout.
     fn dropped(&self, pass: &Pass<'_, B>, x: &B::Tensor) -> Result<Option<B::Tensor>> {
         let dropout = pass.dropout.filter(|_| self.dropout > 0.0);
         let drop = |dropout: super::pass::Dropout| {

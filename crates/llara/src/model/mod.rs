@@ -1,7 +1,7 @@
-//! One decoder for Llama, Mistral, Qwen2 and Qwen3: the families differ in data, not in code.
+//! One decoder for Llama, Mistral, Qwen2 and Qwen3: a family is configuration, not code.
 //!
-//! Each layer keeps its forward and backward side by side, with the formula; what a backward needs
-//! is a struct that can be read. Only [`weights`] touches files.
+//! Each layer has its forward and backward next to each other, with the formula; what the backward needs
+//! is a struct. Only [`weights`] reads and writes files.
 
 mod adapter;
 mod attention;

@@ -16,7 +16,7 @@ pub(crate) struct SavedNorm<B: Backend> {
 }
 
 impl<B: Backend> RmsNorm<B> {
-    /// `y = x / rms(x) · w`, in the type `to`.
+    /// `y = x / rms(x) · w`, in the dtype `to`.
     pub(crate) fn forward(
         &self,
         backend: &B,

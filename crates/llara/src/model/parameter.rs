@@ -3,14 +3,14 @@
 use crate::backend::{Backend, Dtype, Gather, Shape};
 use crate::{Error, ErrorKind, Result};
 
-/// A weight of the model, with the gradient that backward passes add up in it.
+/// A weight of the model and its gradient, which backward passes accumulate.
 pub struct Parameter<B: Backend> {
     name: String,
     /// As in the file: `[out, in]` of a matrix, `[n]` of a vector.
     shape: Vec<usize>,
     /// `[out, in]`, or `[1, n]` for a vector.
     value: B::Tensor,
-    /// Whether it learns. A frozen parameter has no gradient and no optimizer state.
+    /// A frozen parameter has no gradient and no optimizer state.
     trainable: bool,
     /// Allocated once, before the first step where there is an optimizer.
     grad: Option<B::Tensor>,
@@ -18,7 +18,7 @@ pub struct Parameter<B: Backend> {
     reached: bool,
 }
 
-/// A value and, where it learns, its gradient and what to do with what stands there.
+/// A value and, if it is trainable, its gradient and whether to add to it or overwrite it.
 pub(crate) type ValueAndGrad<'p, B> =
     (&'p <B as Backend>::Tensor, Option<(&'p mut <B as Backend>::Tensor, Gather)>);
 
@@ -34,12 +34,12 @@ impl<B: Backend> Parameter<B> {
         }
     }
 
-    /// Whether it learns.
+    /// Whether it is trained.
     pub fn is_trainable(&self) -> bool {
         self.trainable
     }
 
-    /// Stops it from learning.
+    /// Makes it not trainable.
     pub(crate) fn freeze(&mut self) {
         self.trainable = false;
         self.grad = None;
@@ -63,8 +63,8 @@ impl<B: Backend> Parameter<B> {
     /// The gradient summed since it was last cleared, shaped as the value.
     ///
     /// # Errors
-    /// When no backward pass has reached this parameter: a part of the model that does not learn is
-    /// a mistake, never a silence.
+    /// When no backward pass has reached this parameter: a part of the model that is not trained by
+    /// mistake must not go unnoticed.
     pub fn grad(&self) -> Result<&B::Tensor> {
         match &self.grad {
             Some(grad) if self.reached => Ok(grad),
@@ -77,7 +77,7 @@ impl<B: Backend> Parameter<B> {
         }
     }
 
-    /// The value to read and, where it learns, the gradient to add to, for a backward pass.
+    /// The value to read and, if trainable, the gradient to add to, for a backward pass.
     pub(crate) fn value_and_grad(
         &mut self,
         backend: &B,
@@ -92,7 +92,7 @@ impl<B: Backend> Parameter<B> {
         }
     }
 
-    /// The same for a backward pass that can do without a gradient of zeros to add to.
+    /// The same for a backward pass that can overwrite the gradient.
     pub(crate) fn value_and_any_grad(&mut self, backend: &B) -> Result<ValueAndGrad<'_, B>> {
         if !self.trainable {
             return Ok((&self.value, None));
@@ -111,7 +111,7 @@ impl<B: Backend> Parameter<B> {
         Ok(())
     }
 
-    /// Gives the gradient's memory back.
+    /// Frees the gradient's memory.
     pub(crate) fn drop_grad(&mut self) {
         self.grad = None;
         self.reached = false;
@@ -135,7 +135,7 @@ impl<B: Backend> Parameter<B> {
         }
     }
 
-    /// Forgets the gradient; the next backward pass starts from zero.
+    /// Marks the gradient as zero for the next backward pass.
     pub(crate) fn clear_grad(&mut self) {
         self.reached = false;
     }

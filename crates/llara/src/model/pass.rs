@@ -1,12 +1,12 @@
-//! What every layer of one pass through the model has in common.
+//! The arguments that every layer of one forward or backward pass shares.
 
 use std::ops::Deref;
 
 use crate::Result;
 use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, Shape, TokenIds};
 
-/// The device, the rows that go through, their angles, the type of activations, and what adapters drop
-/// of their input.
+/// The device, the rows of the batch, their rotary angles, the dtype of activations, and the dropout of
+/// adapters.
 pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) backend: &'a B,
     pub(crate) rows: &'a Rows<B>,
@@ -16,7 +16,7 @@ pub(crate) struct Pass<'a, B: Backend> {
 }
 
 impl<B: Backend> Pass<'_, B> {
-    /// `x` as products take it: rounded where the pass computes in bf16.
+    /// `x` in the dtype of the activations.
     pub(crate) fn activation<'t>(&self, x: &'t B::Tensor) -> Result<Activation<'t, B>> {
         match x.dtype() == self.activations {
             true => Ok(Activation::Same(x)),
@@ -25,7 +25,7 @@ impl<B: Backend> Pass<'_, B> {
     }
 }
 
-/// A matrix, or its copy in the type of the activations.
+/// A matrix, or its copy in the dtype of the activations.
 pub(crate) enum Activation<'t, B: Backend> {
     Same(&'t B::Tensor),
     Rounded(B::Tensor),
@@ -49,7 +49,7 @@ pub(crate) struct Rows<B: Backend> {
     pub(crate) sequences: B::Index,
 }
 
-/// The draw of a step's dropout.
+/// The random state of a step's dropout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dropout {
     /// Seed of the run.

@@ -1,4 +1,4 @@
-//! From hidden states to one vector a sequence: the mean over its pooled tokens.
+//! From hidden states to one embedding per sequence: the mean over its pooled tokens.
 
 use super::input::Input;
 use crate::Result;

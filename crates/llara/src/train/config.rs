@@ -12,9 +12,9 @@ use crate::{Error, ErrorKind, Result};
 /// When a run ends.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RunLength {
-    /// After the data was gone through so often; 0.5 is half of it.
+    /// After this many epochs; 0.5 is half of the data.
     Epochs(f64),
-    /// After so many steps.
+    /// After this many steps.
     Steps(u64),
 }
 
@@ -80,7 +80,7 @@ pub struct TrainConfig {
     pub query_instruction: String,
     /// Put in front of every passage.
     pub passage_instruction: String,
-    /// In what pieces a batch goes through the model.
+    /// How a batch is split into chunks.
     pub chunking: Chunking,
     /// Steps between two lines of the log.
     pub logging_steps: u64,

@@ -1,8 +1,7 @@
 //! Training: from rows to trained weights.
 //!
-//! [`Trainer`] is the loop; [`accumulate_gradients`] is what one batch does to the gradients,
-//! [`AdamW`] and [`Schedule`] turn gradients into new weights, [`RunLog`] is what stays of a run;
-//! [`plan`] tells beforehand what all of it will take.
+//! [`Trainer`] is the loop; [`accumulate_gradients`] computes the gradients of one batch, [`AdamW`] and
+//! [`Schedule`] update the weights, [`RunLog`] records the run; [`plan`] predicts its memory and work.
 
 mod batches;
 mod config;

@@ -73,16 +73,16 @@ pub fn is_decayed(name: &str) -> bool {
         && !name.split('.').any(is_norm)
 }
 
-/// AdamW (Loshchilov and Hutter 2019): the moments of every parameter, and how many steps were made.
+/// AdamW (Loshchilov and Hutter 2019): the moments of every trainable parameter and the step count.
 pub struct AdamW<B: Backend> {
     config: AdamWConfig,
     steps: u64,
-    /// First and second moments, in the order of the parameters that learn.
+    /// First and second moments, in the order of the trainable parameters.
     moments: Vec<(B::Tensor, B::Tensor)>,
 }
 
 impl<B: Backend> AdamW<B> {
-    /// Moments of zero for every parameter of `decoder` that learns, and memory for their gradients.
+    /// Zero moments for every trainable parameter of `decoder`, and memory for the gradients.
     ///
     /// # Errors
     /// When a setting is out of its range, or the device has no memory left.
@@ -99,7 +99,7 @@ impl<B: Backend> AdamW<B> {
         Ok(AdamW { config, steps: 0, moments })
     }
 
-    /// One update from the gradients in `decoder`, which are then forgotten.
+    /// One update from the gradients in `decoder`, which are then cleared.
     ///
     /// Returns `[norm, factor]` `[1, 2]` on the device: the global norm before clipping and what the
     /// gradients were multiplied by. When the norm is not finite the weights stay as they were.

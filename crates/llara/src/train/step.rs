@@ -1,4 +1,4 @@
-//! What one batch does to the gradients, in bounded memory.
+//! The gradients of one batch, in bounded memory.
 //!
 //! Exact gradient caching (Gao et al. 2021): the batch is encoded in chunks of which only the embeddings
 //! are kept; the loss is computed over all of them; then each chunk runs forward again, this time keeping
@@ -15,15 +15,15 @@ use crate::loss::{Embeddings, LossAndGradient, Objective};
 
 use super::step_input::StepInput;
 
-/// How a batch is cut, and how much of it is kept between the forward and the backward pass.
+/// How a batch is split into chunks, and how many chunks keep their activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunking {
-    /// Tokens in a chunk, at most; a longer sequence is a chunk of its own.
+    /// Maximum number of tokens in a chunk; a longer sequence is a chunk of its own.
     pub max_tokens: usize,
-    /// Sequences in a chunk, at most.
+    /// Maximum number of sequences in a chunk.
     pub max_sequences: usize,
-    /// Tokens whose activations may wait for their backward pass; those of other chunks are computed
-    /// twice.
+    /// Maximum number of tokens whose activations are kept for the backward pass; those of other chunks
+    /// are recomputed.
     pub kept_tokens: usize,
 }
 

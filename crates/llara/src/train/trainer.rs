@@ -18,14 +18,14 @@ use crate::loss::Objective;
 use crate::model::LoraConfig;
 use crate::{Error, ErrorKind, Result};
 
-/// What one step did, or several where the log is not written at every step.
+/// The results of one step, or of several where not every step is logged.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepRecord {
     /// Number of the last of these steps, from 1.
     pub step: u64,
     /// Steps of the whole run.
     pub total_steps: u64,
-    /// How often the data was gone through.
+    /// Epoch, with its fraction.
     pub epoch: f64,
     /// Mean loss of these steps, before their updates.
     pub loss: f32,
@@ -40,19 +40,19 @@ pub struct StepRecord {
 }
 
 impl StepRecord {
-    /// Tokens through forward, backward and update in a second.
+    /// Tokens per second through forward, backward and update.
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.elapsed.as_secs_f64().max(1e-9)
     }
 }
 
-/// Told what happens during a run.
+/// Receives the events of a run.
 pub trait Observer {
     /// After every step.
     fn on_step(&mut self, record: &StepRecord) -> Result<()>;
     /// When a record for the log is due: the steps since the last one.
     fn on_log(&mut self, record: &StepRecord) -> Result<()>;
-    /// After a model was saved on the way.
+    /// After a checkpoint was saved.
     fn on_save(&mut self, folder: &Path) -> Result<()>;
 }
 
