@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::element::{Element, with_element};
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::{DropoutKey, Shape};
 
 pub(super) fn dropout(
@@ -13,10 +14,10 @@ pub(super) fn dropout(
     numbers: &[u32],
     key: &DropoutKey,
     onto: Option<CpuTensor>,
-) -> CpuTensor {
+) -> Result<CpuTensor> {
     let (rows, cols) = x.shape();
     let accumulate = onto.is_some();
-    let mut y = onto.unwrap_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()));
+    let mut y = onto.map_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()), Ok)?;
     assert_eq!(y.shape(), x.shape(), "dropout: onto");
     assert_eq!(numbers.len(), rows, "dropout: rows");
     let threshold = (f64::from(key.probability) * 4_294_967_296.0) as u32;
@@ -35,7 +36,7 @@ pub(super) fn dropout(
                 }
             });
     });
-    y
+    Ok(y)
 }
 
 /// What is dropped, and what becomes of the rest.

@@ -3,27 +3,21 @@
 
 use half::bf16;
 
-use super::gemm::{Operand, Output, Precision, View};
 use crate::backend::Dtype;
 
 /// The type of a matrix's elements, for kernels that are compiled once for each.
-pub(super) trait Element: Output + 'static {
+pub(super) trait Element: Copy + Send + Sync + 'static {
     const DTYPE: Dtype;
-    /// How products with a left operand of this type round.
-    const PRECISION: Precision;
     /// The number itself.
     fn single(self) -> f32;
     /// The nearest bf16, ties to even, in the low half.
     fn bf16_bits(self) -> u32;
     /// The nearest element, ties to even.
     fn rounded(x: f32) -> Self;
-    /// As an operand of a product.
-    fn operand(view: View<'_, Self>) -> Operand<'_>;
 }
 
 impl Element for f32 {
     const DTYPE: Dtype = Dtype::F32;
-    const PRECISION: Precision = Precision::F32;
 
     #[inline(always)]
     fn single(self) -> f32 {
@@ -42,15 +36,10 @@ impl Element for f32 {
     fn rounded(x: f32) -> f32 {
         x
     }
-
-    fn operand(view: View<'_, f32>) -> Operand<'_> {
-        Operand::F32(view)
-    }
 }
 
 impl Element for bf16 {
     const DTYPE: Dtype = Dtype::Bf16;
-    const PRECISION: Precision = Precision::Bf16;
 
     #[inline(always)]
     fn single(self) -> f32 {
@@ -65,10 +54,6 @@ impl Element for bf16 {
     #[inline(always)]
     fn rounded(x: f32) -> bf16 {
         bf16::from_bits(x.bf16_bits() as u16)
-    }
-
-    fn operand(view: View<'_, bf16>) -> Operand<'_> {
-        Operand::Bf16(view)
     }
 }
 
