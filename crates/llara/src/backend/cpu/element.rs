@@ -82,7 +82,8 @@ mod tests {
     fn rounding_is_that_of_the_half_crate() {
         let halves = [0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0x7f7f_ffff, 0x0000_8000];
         let special = [0, 0x8000_0000, 0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0xffff_ffff, 1];
-        let many = (0..1 << 16).map(|i: u32| i.wrapping_mul(0x9e37_79b9));
+        let many = (0..if cfg!(miri) { 1 << 8 } else { 1 << 16 })
+            .map(|i: u32| i.wrapping_mul(0x9e37_79b9));
         for bits in halves.into_iter().chain(special).chain(many) {
             let x = f32::from_bits(bits);
             assert_eq!(x.bf16_bits(), u32::from(bf16::from_f32(x).to_bits()), "{bits:#x}");
