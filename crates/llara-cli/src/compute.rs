@@ -1,7 +1,6 @@
 //! What computes: device, threads, number format.
 
 use clap::ValueEnum;
-use llara::backend::gemm::Unit;
 use llara::backend::{Cpu, Dtype};
 use llara::{Error, ErrorKind, Result};
 
@@ -23,7 +22,7 @@ impl Compute {
     /// Refuses what cannot be computed here.
     pub(super) fn check(&self) -> Result<()> {
         match self.device.as_str() {
-            "cpu" | "auto" => Ok(()),
+            "cpu" | "auto" => Cpu::check_environment(),
             device => {
                 let what = format!("`--device {device}` is not in this version");
                 Err(Error::new(ErrorKind::Argument, what)
@@ -57,7 +56,7 @@ impl Compute {
 #[command(next_help_heading = "Compute")]
 pub(super) struct Precision {
     /// Number format of the computation: f32; bf16, where what learns and the residual stream stay
-    /// f32; or auto: bf16 where the processor multiplies it, else f32
+    /// f32; or auto: bf16 where a short measurement finds its products faster, else f32
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = Choice::F32)]
     #[arg(hide_possible_values = true)]
     dtype: Choice,
@@ -85,7 +84,7 @@ impl Precision {
 }
 
 fn multiplies_bf16() -> bool {
-    Unit::best() == Unit::Avx512Bf16
+    Cpu::multiplies_bf16_faster()
 }
 
 /// Which path computes, honestly.
@@ -94,8 +93,8 @@ pub(super) fn describe(precision: Dtype) -> &'static str {
         Dtype::F32 => "computes in f32",
         Dtype::Bf16 if multiplies_bf16() => "computes in bf16, products by vdpbf16ps with f32 sums",
         Dtype::Bf16 => {
-            "computes in bf16, products in f32 of rounded numbers, for this processor has none of bf16: \
-             less memory, but no faster than --dtype f32"
+            "computes in bf16, products by the f32 kernel on operands rounded to bf16, because this \
+             processor multiplies bf16 no faster: less memory, but no faster than --dtype f32"
         }
     }
 }

@@ -59,3 +59,40 @@ fn objective() -> Tested {
 fn mixed() -> Tested {
     conforms(conformance::mixed)
 }
+
+/// The suite once more on every other set of vector instructions that this processor has.
+#[test]
+fn on_every_vector_unit() -> Tested {
+    use llara::backend::gemm::Unit;
+    if std::env::var_os("LLARA_CPU").is_some() {
+        return Ok(());
+    }
+    for unit in Unit::ALL.into_iter().filter(|unit| unit.is_available()) {
+        let run = std::process::Command::new(std::env::current_exe()?)
+            .env("LLARA_CPU", unit.name())
+            .output()?;
+        let output = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success(), "LLARA_CPU={}:\n{output}", unit.name());
+        assert!(!output.contains(" 0 passed"), "LLARA_CPU={}:\n{output}", unit.name());
+    }
+    Ok(())
+}
+
+/// An invalid selection is an error of the first allocation.
+#[test]
+fn an_unknown_vector_unit_is_an_error() -> Tested {
+    if std::env::var("LLARA_CPU").is_ok_and(|unit| unit == "abacus") {
+        let error = Cpu::check_environment().expect_err("no such unit").to_string();
+        assert!(error.contains("LLARA_CPU") && error.contains("portable"), "{error}");
+        let error = conformance::products(&Cpu::new()).expect_err("no such unit").to_string();
+        assert!(error.contains("LLARA_CPU"), "{error}");
+        return Ok(());
+    }
+    let run = std::process::Command::new(std::env::current_exe()?)
+        .args(["--exact", "an_unknown_vector_unit_is_an_error"])
+        .env("LLARA_CPU", "abacus")
+        .output()?;
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
+    assert!(String::from_utf8_lossy(&run.stdout).contains("1 passed"));
+    Ok(())
+}

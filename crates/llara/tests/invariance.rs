@@ -244,3 +244,21 @@ fn work_that_is_not_done_changes_nothing() {
         agree(way(NO_SHORTCUTS), way(last_layer_at_pooled), 5e-6);
     }
 }
+
+/// These tests once more on every set of vector instructions that this processor has.
+#[test]
+fn on_every_vector_unit() {
+    use llara::backend::gemm::Unit;
+    if std::env::var_os("LLARA_CPU").is_some() {
+        return;
+    }
+    for unit in Unit::ALL.into_iter().filter(|unit| unit.is_available()) {
+        let run = std::process::Command::new(std::env::current_exe().unwrap())
+            .env("LLARA_CPU", unit.name())
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success(), "LLARA_CPU={}:\n{output}", unit.name());
+        assert!(!output.contains(" 0 passed"), "LLARA_CPU={}:\n{output}", unit.name());
+    }
+}

@@ -122,6 +122,7 @@ mod tests {
 
     proptest! {
         #[test]
+        #[cfg_attr(miri, ignore = "contains no unsafe code, and takes minutes")]
         fn nothing_overlaps_and_all_comes_back(
             requests in prop::collection::vec((0usize..5000, any::<prop::sample::Index>()), 1..80),
         ) {

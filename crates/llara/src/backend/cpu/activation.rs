@@ -5,11 +5,12 @@ use rayon::prelude::*;
 use super::element::{Element, with_element};
 use super::vector::{rows_per_task, sigmoid, vectorised};
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::Shape;
 
-pub(super) fn swiglu(cpu: &Cpu, gate: &CpuTensor, up: &CpuTensor) -> CpuTensor {
+pub(super) fn swiglu(cpu: &Cpu, gate: &CpuTensor, up: &CpuTensor) -> Result<CpuTensor> {
     assert_eq!(gate.shape(), up.shape(), "swiglu");
-    let mut y = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype());
+    let mut y = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype())?;
     let task = rows_per_task(1);
     with_element!(gate, T => {
         y.elements_mut::<T>()
@@ -18,7 +19,7 @@ pub(super) fn swiglu(cpu: &Cpu, gate: &CpuTensor, up: &CpuTensor) -> CpuTensor {
             .zip(up.elements::<T>().par_chunks(task))
             .for_each(|((y, gate), up)| gate_up(y, gate, up));
     });
-    y
+    Ok(y)
 }
 
 vectorised! {
@@ -36,10 +37,10 @@ pub(super) fn swiglu_backward(
     dy: &CpuTensor,
     gate: &CpuTensor,
     up: &CpuTensor,
-) -> (CpuTensor, CpuTensor) {
+) -> Result<(CpuTensor, CpuTensor)> {
     assert_eq!(dy.shape(), gate.shape(), "swiglu_backward");
-    let mut dgate = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype());
-    let mut dup = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype());
+    let mut dgate = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype())?;
+    let mut dup = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype())?;
     let task = rows_per_task(1);
     with_element!(gate, T => {
         dgate
@@ -53,7 +54,7 @@ pub(super) fn swiglu_backward(
                 gate_up_backward(dgate, dup, dy, gate, up);
             });
     });
-    (dgate, dup)
+    Ok((dgate, dup))
 }
 
 vectorised! {

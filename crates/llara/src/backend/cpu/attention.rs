@@ -10,10 +10,11 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::element::{Element, with_element};
-use super::gemm::{Gemm, Operand, View, ViewMut};
+use super::gemm::{Gemm, Operand, Output, View, ViewMut};
 use super::shared::SharedSlice;
 use super::vector::{dot, exp_scaled_sum, max, vectorised};
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::{Attended, AttentionShape, Layout, Shape};
 
 /// Rows of a tile, over all heads that share keys: enough to make a product worth its packing, few
@@ -131,7 +132,7 @@ impl Plan<'_> {
     }
 
     /// One head of the tile's rows of a key-side matrix. `[keys, hd]`
-    fn keys_of<'x, T: Element>(&self, tile: &Tile, kv_head: usize, x: &'x [T]) -> Operand<'x> {
+    fn keys_of<'x, T: Output>(&self, tile: &Tile, kv_head: usize, x: &'x [T]) -> Operand<'x> {
         let (hd, stride) = (self.shape.head_dim, self.kv_cols());
         let x = &x[tile.keys.start * stride + kv_head * hd..];
         T::operand(View::strided(x, (tile.keys.len(), hd), stride))
@@ -139,7 +140,7 @@ impl Plan<'_> {
 }
 
 /// `out = a · b` within a task, which has one thread.
-fn multiply<T: Element, O: Element>(
+fn multiply<T: Output, O: Element + Output>(
     out: &mut Vec<O>,
     (m, n): (usize, usize),
     a: Operand<'_>,
@@ -150,7 +151,7 @@ fn multiply<T: Element, O: Element>(
 }
 
 /// All of a buffer as a row-major operand.
-fn matrix<T: Element>(x: &[T], cols: usize) -> Operand<'_> {
+fn matrix<T: Output>(x: &[T], cols: usize) -> Operand<'_> {
     T::operand(View::new(x, x.len() / cols.max(1), cols))
 }
 
@@ -160,23 +161,23 @@ pub(super) fn attention(
     queries: &Layout<Cpu>,
     keys: &Layout<Cpu>,
     shape: &AttentionShape,
-) -> Attended<Cpu> {
+) -> Result<Attended<Cpu>> {
     let plan = Plan { queries, keys, shape };
     assert_eq!(q.shape(), (queries.rows, plan.q_cols()), "attention: queries");
     assert_eq!(k.shape(), (keys.rows, plan.kv_cols()), "attention: keys");
     assert_eq!(v.shape(), k.shape(), "attention: values");
-    let mut out = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype());
-    let mut log_sum_exp = cpu.unspecified(queries.rows, shape.heads);
+    let mut out = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype())?;
+    let mut log_sum_exp = cpu.unspecified(queries.rows, shape.heads)?;
     with_element!(q, T => attend::<T>(
         &plan,
         (q.elements(), k.elements(), v.elements()),
         out.elements_mut(),
         log_sum_exp.as_mut_slice(),
     ));
-    Attended { out, log_sum_exp }
+    Ok(Attended { out, log_sum_exp })
 }
 
-fn attend<T: Element>(
+fn attend<T: Element + Output>(
     plan: &Plan<'_>,
     (q, k, v): (&[T], &[T], &[T]),
     out: &mut [T],
@@ -252,11 +253,12 @@ pub(super) fn attention_backward(
     queries: &Layout<Cpu>,
     keys: &Layout<Cpu>,
     shape: &AttentionShape,
-) -> (CpuTensor, CpuTensor, CpuTensor) {
+) -> Result<(CpuTensor, CpuTensor, CpuTensor)> {
     let plan = Plan { queries, keys, shape };
     assert_eq!(dout.shape(), (queries.rows, plan.q_cols()), "attention_backward: gradient");
-    let mut dq = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype());
-    let [mut dk, mut dv] = [k, v].map(|x| cpu.unspecified_of(keys.rows, plan.kv_cols(), x.dtype()));
+    let mut dq = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype())?;
+    let mut dk = cpu.unspecified_of(keys.rows, plan.kv_cols(), k.dtype())?;
+    let mut dv = cpu.unspecified_of(keys.rows, plan.kv_cols(), v.dtype())?;
     with_element!(q, T => attend_backward::<T>(
         &plan,
         &Forward {
@@ -267,7 +269,7 @@ pub(super) fn attention_backward(
         },
         (dq.elements_mut(), dk.elements_mut(), dv.elements_mut()),
     ));
-    (dq, dk, dv)
+    Ok((dq, dk, dv))
 }
 
 /// What went in, what came out, and the gradient of that.
@@ -278,7 +280,7 @@ struct Forward<'a, T> {
     dout: &'a [T],
 }
 
-fn attend_backward<T: Element>(
+fn attend_backward<T: Element + Output>(
     plan: &Plan<'_>,
     forward: &Forward<'_, T>,
     (dq, dk, dv): (&mut [T], &mut [T], &mut [T]),

@@ -2,10 +2,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use memmap2::{MmapMut, MmapOptions};
-
 use super::element::Element;
+use super::unit::Unit;
 use crate::backend::{Dtype, Shape, Space};
+use crate::{Error, ErrorKind, Result};
+
+use reserved::Reserved;
 
 /// Main memory for tensors: a large range of addresses, of which the system backs what is touched.
 ///
@@ -18,62 +20,161 @@ pub(super) struct Arena {
 }
 
 struct AddressRange {
-    memory: MmapMut,
+    memory: Reserved,
     space: Space,
 }
 
 /// Addresses reserved at a time. Only as many as are used cost memory.
-const RESERVED: usize = 1 << 38;
+const RESERVED: usize = if cfg!(miri) { 1 << 20 } else { 1 << 38 };
+
+/// Bytes by which an allocator may round a request up.
+const SLACK: usize = 64;
 
 impl AddressRange {
     /// A range for at least `bytes`; a smaller one where the system grants no more.
-    fn reserve(bytes: usize) -> Self {
-        let mut length = RESERVED.max(bytes.next_power_of_two());
+    fn reserve(bytes: usize) -> std::io::Result<Self> {
+        let mut length = bytes.checked_next_power_of_two().unwrap_or(bytes).max(RESERVED);
         loop {
-            match MmapOptions::new().len(length).no_reserve_swap().map_anon() {
-                Ok(memory) => {
-                    // Fewer, larger pages where the system has them; it may well decline.
-                    #[cfg(target_os = "linux")]
-                    let _ = memory.advise(memmap2::Advice::HugePage);
-                    return AddressRange { memory, space: Space::default() };
-                }
+            match Reserved::new(length) {
+                Ok(memory) => return Ok(AddressRange { memory, space: Space::default() }),
                 Err(_) if length / 2 >= bytes => length /= 2,
-                Err(_) => {
-                    let layout = std::alloc::Layout::array::<u8>(bytes);
-                    std::alloc::handle_alloc_error(
-                        layout.unwrap_or(std::alloc::Layout::new::<u8>()),
-                    )
-                }
+                Err(error) => return Err(error),
             }
         }
     }
 
     fn fits(&self, bytes: usize) -> bool {
-        // The worst case, at the end; 64 for rounding up.
-        self.space.end() + bytes + 64 <= self.memory.len()
+        // The worst case, at the end.
+        let end = self.space.end().checked_add(bytes).and_then(|end| end.checked_add(SLACK));
+        end.is_some_and(|end| end <= self.memory.len())
+    }
+}
+
+/// One range of addresses. Its pieces are handed out as raw pointers, and no reference to the whole
+/// range is ever made: it would alias the pieces.
+#[cfg(not(miri))]
+mod reserved {
+    use memmap2::{MmapOptions, MmapRaw};
+
+    pub(super) struct Reserved(MmapRaw);
+
+    impl Reserved {
+        pub(super) fn new(length: usize) -> std::io::Result<Self> {
+            if length > isize::MAX as usize {
+                return Err(std::io::ErrorKind::OutOfMemory.into());
+            }
+            let memory = MmapOptions::new().len(length).no_reserve_swap().map_anon()?;
+            // Fewer, larger pages where the system has them; it may decline.
+            #[cfg(target_os = "linux")]
+            let _ = memory.advise(memmap2::Advice::HugePage);
+            Ok(Reserved(MmapRaw::from(memory)))
+        }
+
+        pub(super) fn start(&self) -> *mut u8 {
+            self.0.as_mut_ptr()
+        }
+
+        pub(super) fn len(&self) -> usize {
+            self.0.len()
+        }
+    }
+}
+
+/// The same from the heap, for Miri, which cannot map memory.
+#[cfg(miri)]
+mod reserved {
+    use std::alloc::{Layout, alloc_zeroed, dealloc};
+
+    pub(super) struct Reserved {
+        start: *mut u8,
+        layout: Layout,
+    }
+
+    // SAFETY: the memory belongs to this value alone, and its pointer is only copied.
+    unsafe impl Send for Reserved {}
+
+    impl Reserved {
+        pub(super) fn new(length: usize) -> std::io::Result<Self> {
+            let none = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+            let layout = Layout::from_size_align(length, 64).map_err(|_| none())?;
+            if length > 1 << 30 {
+                return Err(none());
+            }
+            // SAFETY: the length is at least that of RESERVED, hence not zero.
+            let start = unsafe { alloc_zeroed(layout) };
+            if start.is_null() { Err(none()) } else { Ok(Reserved { start, layout }) }
+        }
+
+        pub(super) fn start(&self) -> *mut u8 {
+            self.start
+        }
+
+        pub(super) fn len(&self) -> usize {
+            self.layout.size()
+        }
+    }
+
+    impl Drop for Reserved {
+        fn drop(&mut self) {
+            // SAFETY: allocated in `new` with this layout; blocks keep the arena alive.
+            unsafe { dealloc(self.start, self.layout) };
+        }
     }
 }
 
 impl Arena {
-    fn take(self: &Arc<Self>, bytes: usize) -> Block {
+    /// # Errors
+    /// If the system grants no such range of addresses, or `LLARA_CPU` is invalid: no tensor exists
+    /// then for a kernel to run on.
+    fn take(self: &Arc<Self>, bytes: usize) -> Result<Block> {
+        Unit::selected()?;
         let mut ranges = self.lock();
         let range = match ranges.iter().position(|range| range.fits(bytes)) {
             Some(range) => range,
             None => {
-                ranges.push(AddressRange::reserve(bytes + 64));
+                let least = bytes.checked_add(SLACK).ok_or_else(|| too_large(bytes))?;
+                let range = AddressRange::reserve(least);
+                ranges.push(range.map_err(|error| too_large(bytes).because(error))?);
                 ranges.len() - 1
             }
         };
         let AddressRange { memory, space } = &mut ranges[range];
         let offset = space.take(bytes);
-        let start = memory[offset..offset + bytes].as_mut_ptr();
-        Block { start, bytes, range, offset, arena: Arc::clone(self) }
+        // SAFETY: `fits` and `reserve` checked that the range has `offset + bytes` bytes.
+        let start = unsafe { memory.start().add(offset) };
+        Ok(Block { start, bytes, range, offset, arena: Arc::clone(self) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<AddressRange>> {
         // A panic elsewhere cannot leave the list half-changed.
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn too_large(bytes: usize) -> Error {
+    Error::new(ErrorKind::Backend, format!("cannot allocate {bytes} bytes of main memory"))
+        .hint("lower --memory-budget or the tokens of a chunk, use a smaller batch, or raise the process's memory limit (ulimit -v)")
+}
+
+/// An empty vector in host memory, outside any arena.
+///
+/// # Errors
+/// If there is no memory for it.
+pub(super) fn with_capacity<T>(len: usize) -> Result<Vec<T>> {
+    let mut vector = Vec::new();
+    let bytes = len.saturating_mul(size_of::<T>());
+    vector.try_reserve_exact(len).map_err(|error| too_large(bytes).because(error))?;
+    Ok(vector)
+}
+
+/// A copy in host memory, outside any arena.
+///
+/// # Errors
+/// If there is no memory for it.
+pub(super) fn copied<T: Copy>(data: &[T]) -> Result<Vec<T>> {
+    let mut vector = with_capacity(data.len())?;
+    vector.extend_from_slice(data);
+    Ok(vector)
 }
 
 /// A part of an arena that nobody else has.
@@ -106,13 +207,21 @@ pub struct CpuTensor {
 
 impl CpuTensor {
     /// A matrix with unspecified (but initialised) contents, for kernels that write every element.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
     pub(super) fn unspecified(
         arena: &Arc<Arena>,
         (rows, cols): (usize, usize),
         dtype: Dtype,
-    ) -> Self {
-        let block = arena.take(rows * cols * dtype.bytes());
-        CpuTensor { block, rows, cols, dtype }
+    ) -> Result<Self> {
+        let bytes = rows.checked_mul(cols).and_then(|elements| elements.checked_mul(dtype.bytes()));
+        let Some(bytes) = bytes else {
+            return Err(too_large(usize::MAX)
+                .expected("fewer elements")
+                .got(format!("{rows} x {cols}")));
+        };
+        Ok(CpuTensor { block: arena.take(bytes)?, rows, cols, dtype })
     }
 
     /// The elements, row by row.
@@ -178,7 +287,7 @@ mod tests {
     use super::*;
 
     fn matrix(arena: &Arc<Arena>, rows: usize, cols: usize) -> CpuTensor {
-        CpuTensor::unspecified(arena, (rows, cols), Dtype::F32)
+        CpuTensor::unspecified(arena, (rows, cols), Dtype::F32).expect("memory")
     }
 
     #[test]
@@ -190,10 +299,42 @@ mod tests {
         let mut second = matrix(&arena, 10, 101);
         assert_eq!((second.as_slice().as_ptr(), second.as_slice().len()), (address, 1010));
         second.as_mut_slice().fill(7.0);
-        let mut third = CpuTensor::unspecified(&arena, (3, 5), Dtype::Bf16);
+        let mut third = CpuTensor::unspecified(&arena, (3, 5), Dtype::Bf16).expect("memory");
         third.elements_mut().fill(half::bf16::from_f32(2.0));
         assert!(second.as_slice().iter().all(|&x| x == 7.0));
         assert_eq!(third.bytes().len(), 30);
+    }
+
+    /// Under Miri: a new matrix must not invalidate borrows of those before it.
+    #[test]
+    fn a_matrix_is_made_while_others_are_borrowed() {
+        let arena = Arc::default();
+        let (mut first, second) = (matrix(&arena, 3, 7), matrix(&arena, 2, 2));
+        let (written, read) = (first.as_mut_slice(), second.as_slice());
+        let third = matrix(&arena, 5, 5);
+        written.fill(2.0);
+        assert_eq!(read.len() + third.as_slice().len(), 29);
+        drop(third);
+        assert!(written.iter().all(|&x| x == 2.0));
+    }
+
+    #[test]
+    fn memory_that_does_not_exist_is_an_error() {
+        let arena = Arc::default();
+        let kept = matrix(&arena, 2, 3);
+        let huge = [1 << 50, (isize::MAX as usize - 100) / 4, usize::MAX / 4, usize::MAX];
+        for rows in huge {
+            let Err(error) = CpuTensor::unspecified(&arena, (rows, 1), Dtype::F32) else {
+                panic!("{rows} rows")
+            };
+            assert_eq!(error.kind(), ErrorKind::Backend);
+            let text = error.to_string();
+            assert!(
+                text.contains("bytes of main memory") && text.contains("--memory-budget"),
+                "{text}"
+            );
+        }
+        assert_eq!(matrix(&arena, 4, 4).as_slice().len() + kept.as_slice().len(), 22);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::element::{Element, with_element};
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::{DropoutKey, Shape, TokenIds};
 
 pub(super) fn dropout(
@@ -13,10 +14,10 @@ pub(super) fn dropout(
     tokens: TokenIds<'_, Cpu>,
     key: &DropoutKey,
     onto: Option<CpuTensor>,
-) -> CpuTensor {
+) -> Result<CpuTensor> {
     let (rows, cols) = x.shape();
     let accumulate = onto.is_some();
-    let mut y = onto.unwrap_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()));
+    let mut y = onto.map_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()), Ok)?;
     assert_eq!(y.shape(), x.shape(), "dropout: onto");
     let TokenIds { sequences, positions } = tokens;
     assert_eq!((sequences.len(), positions.len()), (rows, rows), "dropout: rows");
@@ -37,7 +38,7 @@ pub(super) fn dropout(
                 }
             });
     });
-    y
+    Ok(y)
 }
 
 /// What is dropped, and what becomes of the rest.

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::vector::{exp_scaled_sum, max, vectorised};
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::Shape;
 
 /// `dscores = (softmax(scores) − onehot(target)) / n`.
@@ -11,10 +12,10 @@ pub(super) fn cross_entropy(
     cpu: &Cpu,
     scores: &CpuTensor,
     targets: &[u32],
-) -> (CpuTensor, CpuTensor) {
+) -> Result<(CpuTensor, CpuTensor)> {
     let (rows, cols) = scores.shape();
     assert_eq!(rows, targets.len(), "cross_entropy: targets");
-    let mut grad = cpu.unspecified(rows, cols);
+    let mut grad = cpu.unspecified(rows, cols)?;
     let mut row_losses = vec![0.0f64; rows];
     grad.as_mut_slice()
         .par_chunks_mut(cols)
@@ -24,9 +25,9 @@ pub(super) fn cross_entropy(
         .for_each(|(((grad, scores), &target), loss)| {
             *loss = row_loss(grad, scores, target as usize, rows);
         });
-    let mut loss = cpu.unspecified(1, 1);
+    let mut loss = cpu.unspecified(1, 1)?;
     loss.as_mut_slice()[0] = (row_losses.iter().sum::<f64>() / rows as f64) as f32;
-    (loss, grad)
+    Ok((loss, grad))
 }
 
 vectorised! {

@@ -17,6 +17,7 @@ mod products;
 mod rope;
 mod rows;
 mod shared;
+mod unit;
 mod vector;
 
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub(super) use vector::rows_per_task;
 
 use buffer::CpuTensor;
 use rayon::prelude::*;
+use unit::Unit;
 
 use super::{
     AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
@@ -45,20 +47,46 @@ impl Cpu {
         Self::default()
     }
 
+    /// Checks what the environment asks for, so that a program can refuse it before it starts. Where
+    /// this fails, so does every operation that allocates.
+    ///
+    /// # Errors
+    /// If `LLARA_CPU` names vector instructions that do not exist or that this processor lacks.
+    pub fn check_environment() -> Result<()> {
+        Unit::selected().map(drop)
+    }
+
+    /// Whether this processor multiplies bf16 faster than f32. Measured once per process, in a few
+    /// milliseconds, where it has `vdpbf16ps`; `LLARA_CPU` overrides the measurement: with
+    /// `avx512bf16` this is true, with every other value false.
+    ///
+    /// Products of bf16 operands use the faster kernel. Both multiply exactly and add in f32, but in a
+    /// different order, and `vdpbf16ps` treats denormal operands as zero, so that results differ by
+    /// rounding. [`description`](Backend::description) names the kernel.
+    pub fn multiplies_bf16_faster() -> bool {
+        gemm::rate::multiplies_bf16_faster()
+    }
+
+    /// The element type in which a model computes fastest here: bf16 where
+    /// [`multiplies_bf16_faster`](Self::multiplies_bf16_faster), else f32.
+    pub fn fastest_dtype() -> Dtype {
+        if Self::multiplies_bf16_faster() { Dtype::Bf16 } else { Dtype::F32 }
+    }
+
     /// An f32 matrix whose contents the caller is about to write in full.
-    fn unspecified(&self, rows: usize, cols: usize) -> CpuTensor {
+    fn unspecified(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
         self.unspecified_of(rows, cols, Dtype::F32)
     }
 
     /// The same of any type.
-    fn unspecified_of(&self, rows: usize, cols: usize, dtype: Dtype) -> CpuTensor {
+    fn unspecified_of(&self, rows: usize, cols: usize, dtype: Dtype) -> Result<CpuTensor> {
         CpuTensor::unspecified(&self.arena, (rows, cols), dtype)
     }
 
-    fn zeros_tensor(&self, rows: usize, cols: usize) -> CpuTensor {
-        let mut x = self.unspecified(rows, cols);
+    fn zeros_tensor(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
+        let mut x = self.unspecified(rows, cols)?;
         x.as_mut_slice().fill(0.0);
-        x
+        Ok(x)
     }
 }
 
@@ -69,11 +97,20 @@ impl Backend for Cpu {
     fn description(&self) -> String {
         let threads = rayon::current_num_threads();
         let plural = if threads == 1 { "" } else { "s" };
-        format!("CPU, {threads} thread{plural}, {}", vector::unit())
+        let instructions = match Unit::active() {
+            Unit::Avx512Bf16 if Self::multiplies_bf16_faster() => {
+                "AVX-512, bf16 products by vdpbf16ps"
+            }
+            Unit::Avx512Bf16 => "AVX-512, bf16 products by the f32 kernel (faster here)",
+            Unit::Avx512 => "AVX-512",
+            Unit::Avx2 => "AVX2",
+            Unit::Portable => "portable loops",
+        };
+        format!("CPU, {threads} thread{plural}, {instructions}")
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
-        Ok(self.zeros_tensor(rows, cols))
+        self.zeros_tensor(rows, cols)
     }
 
     fn clear(&self, x: &mut CpuTensor) -> Result<()> {
@@ -84,21 +121,21 @@ impl Backend for Cpu {
 
     fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<CpuTensor> {
         assert_eq!(data.len(), rows * cols, "upload: elements");
-        let mut x = self.unspecified(rows, cols);
+        let mut x = self.unspecified(rows, cols)?;
         x.as_mut_slice().copy_from_slice(data);
         Ok(x)
     }
 
     fn upload_index(&self, data: &[u32]) -> Result<Vec<u32>> {
-        Ok(data.to_vec())
+        buffer::copied(data)
     }
 
     fn download(&self, x: &CpuTensor) -> Result<Vec<f32>> {
-        Ok(rows::widen(x))
+        rows::widen(x)
     }
 
     fn slice_rows(&self, x: &CpuTensor, start: usize, count: usize) -> Result<CpuTensor> {
-        let mut rows = self.unspecified_of(count, x.cols(), x.dtype());
+        let mut rows = self.unspecified_of(count, x.cols(), x.dtype())?;
         let row = x.cols() * x.dtype().bytes();
         rows.bytes_mut().copy_from_slice(&x.bytes()[start * row..(start + count) * row]);
         Ok(rows)
@@ -107,7 +144,7 @@ impl Backend for Cpu {
     fn concat_rows(&self, parts: &[&CpuTensor]) -> Result<CpuTensor> {
         let (cols, dtype) =
             parts.first().map_or((0, Dtype::F32), |part| (part.cols(), part.dtype()));
-        let mut x = self.unspecified_of(parts.iter().map(|part| part.rows()).sum(), cols, dtype);
+        let mut x = self.unspecified_of(parts.iter().map(|part| part.rows()).sum(), cols, dtype)?;
         let mut rest = x.bytes_mut();
         for part in parts {
             assert_eq!((part.cols(), part.dtype()), (cols, dtype), "concat_rows: columns");
@@ -119,7 +156,7 @@ impl Backend for Cpu {
     }
 
     fn cast(&self, x: &CpuTensor, to: Dtype) -> Result<CpuTensor> {
-        Ok(rows::cast(self, x, to))
+        rows::cast(self, x, to)
     }
 
     fn linear(
@@ -129,7 +166,7 @@ impl Backend for Cpu {
         bias: Option<&CpuTensor>,
         residual: Option<&CpuTensor>,
     ) -> Result<CpuTensor> {
-        Ok(products::linear(self, x, w, bias, residual))
+        products::linear(self, x, w, bias, residual)
     }
 
     fn linear_onto(&self, x: &CpuTensor, w: &CpuTensor, onto: CpuTensor) -> Result<CpuTensor> {
@@ -142,7 +179,7 @@ impl Backend for Cpu {
         w: &CpuTensor,
         onto: Option<CpuTensor>,
     ) -> Result<CpuTensor> {
-        Ok(products::linear_input_grad(self, dy, w, onto))
+        products::linear_input_grad(self, dy, w, onto)
     }
 
     fn linear_weight_grad(
@@ -162,7 +199,7 @@ impl Backend for Cpu {
     }
 
     fn gather_rows(&self, x: &CpuTensor, rows: &Vec<u32>) -> Result<CpuTensor> {
-        Ok(rows::gather_rows(self, x, rows))
+        rows::gather_rows(self, x, rows)
     }
 
     fn scatter_add_rows(&self, dy: &CpuTensor, rows: &Vec<u32>, dx: &mut CpuTensor) -> Result<()> {
@@ -171,7 +208,7 @@ impl Backend for Cpu {
     }
 
     fn segment_mean(&self, x: &CpuTensor, offsets: &Vec<u32>) -> Result<CpuTensor> {
-        Ok(rows::segment_mean(self, x, offsets))
+        rows::segment_mean(self, x, offsets)
     }
 
     fn segment_mean_backward(
@@ -180,7 +217,7 @@ impl Backend for Cpu {
         offsets: &Vec<u32>,
         rows: usize,
     ) -> Result<CpuTensor> {
-        Ok(rows::segment_mean_backward(self, dy, offsets, rows))
+        rows::segment_mean_backward(self, dy, offsets, rows)
     }
 
     fn rms_norm(
@@ -190,7 +227,7 @@ impl Backend for Cpu {
         eps: f32,
         to: Dtype,
     ) -> Result<(CpuTensor, CpuTensor)> {
-        Ok(norms::rms_norm(self, x, w, eps, to))
+        norms::rms_norm(self, x, w, eps, to)
     }
 
     fn rms_norm_backward(
@@ -202,11 +239,11 @@ impl Backend for Cpu {
         dw: Option<&mut CpuTensor>,
         onto: Option<CpuTensor>,
     ) -> Result<CpuTensor> {
-        Ok(norms::rms_norm_backward(self, dy, (x, w, inv_rms), dw, onto))
+        norms::rms_norm_backward(self, dy, (x, w, inv_rms), dw, onto)
     }
 
     fn normalize(&self, x: &CpuTensor) -> Result<(CpuTensor, CpuTensor)> {
-        Ok(norms::normalize(self, x))
+        norms::normalize(self, x)
     }
 
     fn normalize_backward(
@@ -215,7 +252,7 @@ impl Backend for Cpu {
         y: &CpuTensor,
         inv_norm: &CpuTensor,
     ) -> Result<CpuTensor> {
-        Ok(norms::normalize_backward(self, dy, y, inv_norm))
+        norms::normalize_backward(self, dy, y, inv_norm)
     }
 
     fn rope(
@@ -238,7 +275,7 @@ impl Backend for Cpu {
         keys: &Layout<Self>,
         shape: &AttentionShape,
     ) -> Result<Attended<Self>> {
-        Ok(attention::attention(self, (q, k, v), queries, keys, shape))
+        attention::attention(self, (q, k, v), queries, keys, shape)
     }
 
     fn attention_backward(
@@ -252,11 +289,11 @@ impl Backend for Cpu {
         keys: &Layout<Self>,
         shape: &AttentionShape,
     ) -> Result<(CpuTensor, CpuTensor, CpuTensor)> {
-        Ok(attention::attention_backward(self, dout, (q, k, v), attended, queries, keys, shape))
+        attention::attention_backward(self, dout, (q, k, v), attended, queries, keys, shape)
     }
 
     fn swiglu(&self, gate: &CpuTensor, up: &CpuTensor) -> Result<CpuTensor> {
-        Ok(activation::swiglu(self, gate, up))
+        activation::swiglu(self, gate, up)
     }
 
     fn swiglu_backward(
@@ -265,7 +302,7 @@ impl Backend for Cpu {
         gate: &CpuTensor,
         up: &CpuTensor,
     ) -> Result<(CpuTensor, CpuTensor)> {
-        Ok(activation::swiglu_backward(self, dy, gate, up))
+        activation::swiglu_backward(self, dy, gate, up)
     }
 
     fn dropout(
@@ -275,7 +312,7 @@ impl Backend for Cpu {
         key: &DropoutKey,
         onto: Option<CpuTensor>,
     ) -> Result<CpuTensor> {
-        Ok(dropout::dropout(self, x, tokens, key, onto))
+        dropout::dropout(self, x, tokens, key, onto)
     }
 
     fn scale(&self, x: &mut CpuTensor, factor: f32) -> Result<()> {
@@ -288,7 +325,7 @@ impl Backend for Cpu {
         scores: &CpuTensor,
         targets: &Vec<u32>,
     ) -> Result<(CpuTensor, CpuTensor)> {
-        Ok(loss::cross_entropy(self, scores, targets))
+        loss::cross_entropy(self, scores, targets)
     }
 
     fn add_sum_of_squares(&self, x: &CpuTensor, sum: &mut CpuTensor) -> Result<()> {
@@ -297,7 +334,7 @@ impl Backend for Cpu {
     }
 
     fn clip_factor(&self, sum: &CpuTensor, max_norm: Option<f32>) -> Result<CpuTensor> {
-        let mut clip = self.unspecified(1, 2);
+        let mut clip = self.unspecified(1, 2)?;
         optimizer::clip_factor(sum, max_norm, &mut clip);
         Ok(clip)
     }

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::element::{Element, with_element};
 use super::vector::{dot, rows_per_task, sum_pairs, vectorised};
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::{Dtype, Shape};
 
 /// Smallest norm that [`normalize`] divides by.
@@ -17,12 +18,12 @@ pub(super) fn rms_norm(
     w: &CpuTensor,
     eps: f32,
     to: Dtype,
-) -> (CpuTensor, CpuTensor) {
+) -> Result<(CpuTensor, CpuTensor)> {
     let (rows, cols) = x.shape();
     let group = w.cols();
     assert_eq!(cols % group, 0, "rms_norm: groups");
-    let mut y = cpu.unspecified_of(rows, cols, to);
-    let mut inv_rms = cpu.unspecified(rows, cols / group);
+    let mut y = cpu.unspecified_of(rows, cols, to)?;
+    let mut inv_rms = cpu.unspecified(rows, cols / group)?;
     let task = rows_per_task(group);
     with_element!(x, X => with_element!(y, Y => {
         y.elements_mut::<Y>()
@@ -31,7 +32,7 @@ pub(super) fn rms_norm(
             .zip(inv_rms.as_mut_slice().par_chunks_mut(task))
             .for_each(|((y, x), inv_rms)| norm_rows(y, x, w.as_slice(), inv_rms, eps));
     }));
-    (y, inv_rms)
+    Ok((y, inv_rms))
 }
 
 vectorised! {
@@ -55,16 +56,16 @@ pub(super) fn rms_norm_backward(
     (x, w, inv_rms): (&CpuTensor, &CpuTensor, &CpuTensor),
     dw: Option<&mut CpuTensor>,
     onto: Option<CpuTensor>,
-) -> CpuTensor {
+) -> Result<CpuTensor> {
     let (rows, cols) = x.shape();
     let group = w.cols();
     assert_eq!(dy.shape(), x.shape(), "rms_norm_backward: gradient");
     let accumulate = onto.is_some();
-    let mut dx = onto.unwrap_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()));
+    let mut dx = onto.map_or_else(|| cpu.unspecified_of(rows, cols, x.dtype()), Ok)?;
     assert_eq!(dx.shape(), x.shape(), "rms_norm_backward: onto");
     let task = rows_per_task(group);
     let tasks = (rows * cols / group).div_ceil(task);
-    let mut partial = cpu.zeros_tensor(tasks, group);
+    let mut partial = cpu.zeros_tensor(tasks, group)?;
     with_element!(dy, G => with_element!(x, X => {
         dx.elements_mut::<X>()
             .par_chunks_mut(task * group)
@@ -82,7 +83,7 @@ pub(super) fn rms_norm_backward(
             dw.as_mut_slice().iter_mut().zip(partial).for_each(|(dw, p)| *dw += p);
         }
     }
-    dx
+    Ok(dx)
 }
 
 vectorised! {
@@ -126,16 +127,16 @@ fn norm_row_backward<X: Element, G: Element>(
     }
 }
 
-pub(super) fn normalize(cpu: &Cpu, x: &CpuTensor) -> (CpuTensor, CpuTensor) {
+pub(super) fn normalize(cpu: &Cpu, x: &CpuTensor) -> Result<(CpuTensor, CpuTensor)> {
     let (rows, cols) = x.shape();
-    let mut y = cpu.unspecified(rows, cols);
-    let mut inv_norm = cpu.unspecified(rows, 1);
+    let mut y = cpu.unspecified(rows, cols)?;
+    let mut inv_norm = cpu.unspecified(rows, 1)?;
     y.as_mut_slice()
         .par_chunks_mut(cols)
         .zip(x.as_slice().par_chunks(cols))
         .zip(inv_norm.as_mut_slice())
         .for_each(|((y, x), inv_norm)| *inv_norm = normalize_row(y, x));
-    (y, inv_norm)
+    Ok((y, inv_norm))
 }
 
 vectorised! {
@@ -151,17 +152,17 @@ pub(super) fn normalize_backward(
     dy: &CpuTensor,
     y: &CpuTensor,
     inv_norm: &CpuTensor,
-) -> CpuTensor {
+) -> Result<CpuTensor> {
     let (rows, cols) = y.shape();
     assert_eq!(dy.shape(), y.shape(), "normalize_backward: gradient");
-    let mut dx = cpu.unspecified(rows, cols);
+    let mut dx = cpu.unspecified(rows, cols)?;
     dx.as_mut_slice()
         .par_chunks_mut(cols)
         .zip(dy.as_slice().par_chunks(cols))
         .zip(y.as_slice().par_chunks(cols))
         .zip(inv_norm.as_slice())
         .for_each(|(((dx, dy), y), &inv)| normalize_row_backward(dx, dy, y, inv));
-    dx
+    Ok(dx)
 }
 
 vectorised! {

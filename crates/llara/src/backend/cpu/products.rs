@@ -8,6 +8,7 @@ use super::element::{Element, with_element};
 use super::gemm::{Gemm, Onto, Operand, Output, Precision, View, ViewMut};
 use super::vector::vectorised;
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::{Dtype, Gather, Shape};
 
 pub(super) fn linear(
@@ -16,12 +17,12 @@ pub(super) fn linear(
     w: &CpuTensor,
     bias: Option<&CpuTensor>,
     residual: Option<&CpuTensor>,
-) -> CpuTensor {
+) -> Result<CpuTensor> {
     let (n, input) = x.shape();
     let output = w.rows();
     assert_eq!(w.cols(), input, "linear: input features");
     let dtype = residual.map_or(x.dtype(), Shape::dtype);
-    let mut y = cpu.unspecified_of(n, output, dtype);
+    let mut y = cpu.unspecified_of(n, output, dtype)?;
     with_element!(y, T => {
         let mut product = product::<T>(x);
         if let Some(bias) = bias {
@@ -34,7 +35,7 @@ pub(super) fn linear(
         }
         product.multiply(view_mut::<T>(&mut y), operand(x), operand(w).t());
     });
-    y
+    Ok(y)
 }
 
 pub(super) fn linear_onto(x: &CpuTensor, w: &CpuTensor, mut onto: CpuTensor) -> CpuTensor {
@@ -54,19 +55,19 @@ pub(super) fn linear_input_grad(
     dy: &CpuTensor,
     w: &CpuTensor,
     onto: Option<CpuTensor>,
-) -> CpuTensor {
+) -> Result<CpuTensor> {
     let (n, output) = dy.shape();
     let input = w.cols();
     assert_eq!(w.rows(), output, "linear_input_grad: output features");
     let accumulate = onto.is_some();
-    let mut dx = onto.unwrap_or_else(|| cpu.unspecified_of(n, input, dy.dtype()));
+    let mut dx = onto.map_or_else(|| cpu.unspecified_of(n, input, dy.dtype()), Ok)?;
     assert_eq!(dx.shape(), (n, input), "linear_input_grad: onto");
     with_element!(dx, T => {
         let product = product::<T>(dy);
         let product = if accumulate { product.accumulate() } else { product };
         product.multiply(view_mut(&mut dx), operand(dy), operand(w));
     });
-    dx
+    Ok(dx)
 }
 
 pub(super) fn linear_weight_grad(
@@ -114,7 +115,7 @@ fn product<'a, O: Output>(left: &CpuTensor) -> Gemm<'a, O> {
 }
 
 fn operand(x: &CpuTensor) -> Operand<'_> {
-    with_element!(x, T => T::operand(view(x)))
+    with_element!(x, T => <T as Output>::operand(view(x)))
 }
 
 fn view<T: Element>(x: &CpuTensor) -> View<'_, T> {

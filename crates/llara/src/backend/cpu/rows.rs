@@ -2,15 +2,17 @@
 
 use rayon::prelude::*;
 
+use super::buffer::{copied, with_capacity};
 use super::element::{Element, with_element};
 use super::shared::SharedSlice;
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
+use crate::Result;
 use crate::backend::{Dtype, Shape};
 
-pub(super) fn gather_rows(cpu: &Cpu, x: &CpuTensor, rows: &[u32]) -> CpuTensor {
+pub(super) fn gather_rows(cpu: &Cpu, x: &CpuTensor, rows: &[u32]) -> Result<CpuTensor> {
     let cols = x.cols();
-    let mut y = cpu.unspecified_of(rows.len(), cols, x.dtype());
+    let mut y = cpu.unspecified_of(rows.len(), cols, x.dtype())?;
     let task = rows_per_task(cols);
     with_element!(x, T => {
         let x = x.elements::<T>();
@@ -22,7 +24,7 @@ pub(super) fn gather_rows(cpu: &Cpu, x: &CpuTensor, rows: &[u32]) -> CpuTensor {
             }
         });
     });
-    y
+    Ok(y)
 }
 
 /// Rows may repeat (a token does), so tasks split the columns: each then adds the rows in order,
@@ -51,14 +53,14 @@ vectorised! {
     }
 }
 
-pub(super) fn cast(cpu: &Cpu, x: &CpuTensor, to: Dtype) -> CpuTensor {
-    let mut y = cpu.unspecified_of(x.rows(), x.cols(), to);
+pub(super) fn cast(cpu: &Cpu, x: &CpuTensor, to: Dtype) -> Result<CpuTensor> {
+    let mut y = cpu.unspecified_of(x.rows(), x.cols(), to)?;
     let task = rows_per_task(1);
     with_element!(x, X => with_element!(y, Y => {
         let tasks = y.elements_mut::<Y>().par_chunks_mut(task);
         tasks.zip(x.elements::<X>().par_chunks(task)).for_each(|(y, x)| convert(y, x));
     }));
-    y
+    Ok(y)
 }
 
 vectorised! {
@@ -68,22 +70,26 @@ vectorised! {
 }
 
 /// Widens to f32 in host memory.
-pub(super) fn widen(x: &CpuTensor) -> Vec<f32> {
+pub(super) fn widen(x: &CpuTensor) -> Result<Vec<f32>> {
     match x.dtype() {
-        Dtype::F32 => x.as_slice().to_vec(),
-        Dtype::Bf16 => x.elements::<half::bf16>().iter().map(|x| x.to_f32()).collect(),
+        Dtype::F32 => copied(x.as_slice()),
+        Dtype::Bf16 => {
+            let mut wide = with_capacity(x.rows() * x.cols())?;
+            wide.extend(x.elements::<half::bf16>().iter().map(|x| x.to_f32()));
+            Ok(wide)
+        }
     }
 }
 
-pub(super) fn segment_mean(cpu: &Cpu, x: &CpuTensor, offsets: &[u32]) -> CpuTensor {
+pub(super) fn segment_mean(cpu: &Cpu, x: &CpuTensor, offsets: &[u32]) -> Result<CpuTensor> {
     let cols = x.cols();
     let segments = offsets.len() - 1;
-    let mut y = cpu.unspecified(segments, cols);
+    let mut y = cpu.unspecified(segments, cols)?;
     y.as_mut_slice().par_chunks_mut(cols).zip(offsets.par_windows(2)).for_each(|(y, bounds)| {
         let (start, end) = (bounds[0] as usize, bounds[1] as usize);
         mean(y, &x.as_slice()[start * cols..end * cols]);
     });
-    y
+    Ok(y)
 }
 
 vectorised! {
@@ -102,9 +108,9 @@ pub(super) fn segment_mean_backward(
     dy: &CpuTensor,
     offsets: &[u32],
     rows: usize,
-) -> CpuTensor {
+) -> Result<CpuTensor> {
     let cols = dy.cols();
-    let mut dx = cpu.zeros_tensor(rows, cols);
+    let mut dx = cpu.zeros_tensor(rows, cols)?;
     for (dy, bounds) in dy.as_slice().chunks_exact(cols).zip(offsets.windows(2)) {
         let (start, end) = (bounds[0] as usize, bounds[1] as usize);
         let share = 1.0 / (end - start) as f32;
@@ -112,5 +118,5 @@ pub(super) fn segment_mean_backward(
             dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx = dy * share);
         }
     }
-    dx
+    Ok(dx)
 }

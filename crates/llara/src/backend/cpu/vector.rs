@@ -5,7 +5,6 @@
 //! makes them vectorise, and it fixes the order of additions whatever the vector width.
 
 use super::element::Element;
-use super::gemm::Unit;
 
 /// Compiles a function for each vector unit, and calls the best that this processor has.
 ///
@@ -22,7 +21,7 @@ macro_rules! vectorised {
             #[inline(always)]
             fn plain $(<$($type: $bound),+>)? ($($arg: $of),*) $(-> $to)? $body
 
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(miri)))]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
                 fn avx512 $(<$($type: $bound),+>)? ($($arg: $of),*) $(-> $to)? {
@@ -32,13 +31,13 @@ macro_rules! vectorised {
                 fn avx2 $(<$($type: $bound),+>)? ($($arg: $of),*) $(-> $to)? {
                     plain $(::<$($type),+>)? ($($arg),*)
                 }
-                use $crate::backend::cpu::vector::{Width, width};
-                match width() {
-                    // SAFETY: `width` found the instructions on this processor.
-                    Width::Avx512 => return unsafe { avx512 $(::<$($type),+>)? ($($arg),*) },
+                use $crate::backend::cpu::unit::Unit;
+                match Unit::active() {
+                    // SAFETY: a unit is active only where this processor has its instructions.
+                    Unit::Avx512Bf16 | Unit::Avx512 => return unsafe { avx512 $(::<$($type),+>)? ($($arg),*) },
                     // SAFETY: as above.
-                    Width::Avx2 => return unsafe { avx2 $(::<$($type),+>)? ($($arg),*) },
-                    Width::Portable => {}
+                    Unit::Avx2 => return unsafe { avx2 $(::<$($type),+>)? ($($arg),*) },
+                    Unit::Portable => {}
                 }
             }
             plain $(::<$($type),+>)? ($($arg),*)
@@ -46,40 +45,6 @@ macro_rules! vectorised {
     };
 }
 pub(super) use vectorised;
-
-/// What [`vectorised`] functions are compiled for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Width {
-    Avx512,
-    Avx2,
-    Portable,
-}
-
-/// The widest vectors of this processor.
-pub(super) fn width() -> Width {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::is_x86_feature_detected as has;
-        // The standard library remembers what it detected.
-        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
-            return Width::Avx512;
-        }
-        if has!("avx2") && has!("fma") {
-            return Width::Avx2;
-        }
-    }
-    Width::Portable
-}
-
-/// The instructions that kernels use, by their usual name.
-pub(super) fn unit() -> &'static str {
-    match Unit::best() {
-        Unit::Avx512Bf16 => "AVX-512 with bf16",
-        Unit::Avx512 => "AVX-512",
-        Unit::Avx2 => "AVX2",
-        Unit::Portable => "portable vectors",
-    }
-}
 
 /// Elements that one parallel task handles, fixed so that results do not depend on thread counts.
 const TASK_ELEMENTS: usize = 1 << 14;
@@ -161,7 +126,8 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[0]
 }
 
-/// `e^x` to about one unit in the last place, for x clamped to `[-87, 88]`; NaN stays NaN.
+/// `e^x` to about one unit in the last place. Exactly 0 where the result would be below the smallest
+/// normal f32, as for a masked score of -∞; `e^88` for everything above 88; NaN for NaN.
 ///
 /// Cody and Waite's range reduction with the Cephes polynomial: branch-free, so that it vectorises,
 /// which the C library's does not.
@@ -169,7 +135,10 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 pub(super) fn exp(x: f32) -> f32 {
     /// Adding this rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    let x = x.clamp(-87.0, 88.0);
+    /// `ln(2^-126)`, rounded up: the smallest argument with a normal result.
+    const LOWEST: f32 = -87.336_54;
+    let vanishes = x < LOWEST;
+    let x = x.clamp(LOWEST, 88.0);
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
@@ -181,7 +150,8 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 0.5;
     let e_r = p * r * r + r + 1.0;
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
-    e_r * f32::from_bits(exponent)
+    let result = e_r * f32::from_bits(exponent);
+    if vanishes { 0.0 } else { result }
 }
 
 /// `1 / (1 + e^-x)`
@@ -196,12 +166,27 @@ mod tests {
 
     #[test]
     fn exp_is_accurate() {
-        for i in -87_000..=88_000 {
+        let step = if cfg!(miri) { 997 } else { 1 };
+        for i in (-87_336..=88_000).step_by(step) {
             let x = i as f32 / 1000.0;
             let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
             assert!((got - want).abs() <= want * 2.5e-7, "exp({x}): {got} against {want}");
         }
         assert!(exp(f32::NAN).is_nan());
+        assert_eq!(exp(0.0).to_bits(), 1.0f32.to_bits());
+    }
+
+    #[test]
+    fn exp_of_a_masked_score_is_exactly_zero() {
+        for x in [f32::NEG_INFINITY, f32::MIN, -1e9, -1000.0, -88.0, -87.34] {
+            assert_eq!(exp(x).to_bits(), 0, "exp({x})");
+        }
+        let mut scores = [0.0, f32::NEG_INFINITY, -1.0, f32::NEG_INFINITY];
+        let sum = exp_scaled_sum(&mut scores, 1.0, 0.0);
+        assert_eq!(scores, [1.0, 0.0, exp(-1.0), 0.0]);
+        assert_eq!(sum, 1.0 + exp(-1.0));
+        assert!(exp_scaled_sum(&mut [f32::NAN; 17], 1.0, 0.0).is_nan());
+        assert_eq!(sigmoid(f32::INFINITY), 1.0);
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! The loops around the kernels (Goto and van de Geijn 2008; van Zee and van de Geijn 2015).
 //!
 //! ```text
-//! for columns of the task, 256 at a time
-//!   for blocks of the inner dimension                pack B: 256 columns, in L2
-//!     for rows of the task, 12 or 96 at a time            pack A where it must be: 96 rows, in L2
-//!       for panels of 64 columns                     one stream from L2
+//! for columns of the task, 640 at a time
+//!   for blocks of the inner dimension                pack B: 640 columns, in L2 or L3
+//!     for rows of the task, 12 or 96 at a time       pack A where it must be: 96 rows, in L2
+//!       for panels of 64 columns                     one stream from L2 or L3
 //!         for groups of 6 rows                       in L1
 //!           kernel: 6 x 64 sums in registers
 //! ```
@@ -108,15 +108,15 @@ impl Job<'_> {
         let last = blocks(steps).last().unwrap_or_default();
         for column in columns.clone().step_by(COLUMNS) {
             let columns = column..(column + COLUMNS).min(columns.end);
-            // f32 results gather in place; bf16 ones would be rounded in between.
+            let out = Region { place: self.out, row: 0, column: 0 };
+            // f32 results accumulate in place; bf16 ones would be rounded in between.
             let sums = match self.out {
                 Place::Bf16(..) if last.start > 0 => {
                     let sums = scratch.sums.cells(rows.len() * COLUMNS).as_mut_ptr().cast::<f32>();
-                    // So that it has the indices of `out`; read and written only inside the task.
-                    let offset = rows.start * COLUMNS + columns.start;
-                    Place::Single(sums.wrapping_sub(offset), COLUMNS)
+                    let place = Place::Single(sums, COLUMNS);
+                    Region { place, row: rows.start, column: columns.start }
                 }
-                out => out,
+                _ => out,
             };
             for block in blocks(steps) {
                 let inner = block.start * group..(block.end * group).min(self.k);
@@ -130,7 +130,7 @@ impl Job<'_> {
                 let pass = Pass {
                     first: block.start == 0,
                     from: sums,
-                    to: if block == last { self.out } else { sums },
+                    to: if block == last { out } else { sums },
                     inner,
                     block,
                     columns: columns.clone(),
@@ -182,7 +182,8 @@ impl Job<'_> {
                 // kernel suits the processor (`Engine::new`); the panel was packed for this block,
                 // and so was the left operand unless six whole rows of it are read in place.
                 unsafe {
-                    let onto = if pass.first { self.onto } else { pass.from };
+                    let onto = Region { place: self.onto, row: 0, column: 0 };
+                    let onto = if pass.first { onto } else { pass.from };
                     let bias = if pass.first { self.bias } else { None };
                     let tile = Tile {
                         rows: MR.min(rows.end - row),
@@ -207,6 +208,27 @@ struct Pass {
     columns: Range<usize>,
     /// Whether bias and `onto` are still to be added; if not, the sums so far are in `from`.
     first: bool,
-    from: Place,
-    to: Place,
+    from: Region,
+    to: Region,
+}
+
+/// A matrix in memory that holds the product from a row and a column on: all of it, or the part of a
+/// task. A pointer to where row 0 would be is outside the allocation, which is undefined even if it is
+/// never read.
+#[derive(Clone, Copy)]
+struct Region {
+    place: Place,
+    row: usize,
+    column: usize,
+}
+
+impl Region {
+    /// The matrix from `(row, column)` of the product on.
+    ///
+    /// # Safety
+    /// The region must hold that element.
+    unsafe fn at(self, row: usize, column: usize) -> Place {
+        // SAFETY: the caller's promise.
+        unsafe { self.place.at(row - self.row, column - self.column) }
+    }
 }

@@ -5,6 +5,7 @@ use super::portable;
 use super::tile::Kernel;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use crate::backend::cpu::unit::Unit;
 
 /// How operands are rounded before they are multiplied. Sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,49 +14,6 @@ pub enum Precision {
     F32,
     /// To bf16, ties to even; operands that are bf16 already stay as they are.
     Bf16,
-}
-
-/// A set of vector instructions with kernels of its own, best first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
-    /// AVX-512 with products of bf16 pairs.
-    Avx512Bf16,
-    /// AVX-512 F, BW and VL.
-    Avx512,
-    /// AVX2 and FMA.
-    Avx2,
-    /// Whatever the compiler makes of plain loops.
-    Portable,
-}
-
-impl Unit {
-    /// All of them, best first.
-    pub const ALL: [Unit; 4] = [Unit::Avx512Bf16, Unit::Avx512, Unit::Avx2, Unit::Portable];
-
-    /// The best of this processor.
-    pub fn best() -> Unit {
-        // The standard library remembers what it detected.
-        Self::ALL.into_iter().find(|unit| unit.is_available()).unwrap_or(Unit::Portable)
-    }
-
-    /// Whether this processor has it.
-    pub fn is_available(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::is_x86_feature_detected as has;
-            let avx512 = || has!("avx512f") && has!("avx512bw") && has!("avx512vl");
-            match self {
-                Unit::Avx512Bf16 => avx512() && has!("avx512bf16"),
-                Unit::Avx512 => avx512(),
-                Unit::Avx2 => has!("avx2") && has!("fma"),
-                Unit::Portable => true,
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            self == Unit::Portable
-        }
-    }
 }
 
 /// A kernel, what its packed operands hold, and the transposition that packing them needs.

@@ -21,6 +21,7 @@ mod engine;
 mod pack;
 mod packed;
 mod portable;
+pub(super) mod rate;
 mod scratch;
 mod split;
 mod tile;
@@ -32,15 +33,34 @@ use drive::{Job, Right};
 use engine::Engine;
 use tile::Place;
 
-pub use engine::{Precision, Unit};
+pub use crate::backend::cpu::unit::Unit;
+pub use engine::Precision;
 pub use packed::PackedB;
 pub use view::{Operand, View, ViewMut};
 
 /// An element of a result: f32 or bf16.
-pub trait Output: Copy + Send + Sync + sealed::Place {}
+pub trait Output: Copy + Send + Sync + sealed::Place {
+    /// Precision of products whose left operand has this type.
+    const PRECISION: Precision;
+    /// A matrix of this type as an operand.
+    fn operand(view: View<'_, Self>) -> Operand<'_>;
+}
 
-impl Output for f32 {}
-impl Output for bf16 {}
+impl Output for f32 {
+    const PRECISION: Precision = Precision::F32;
+
+    fn operand(view: View<'_, f32>) -> Operand<'_> {
+        Operand::F32(view)
+    }
+}
+
+impl Output for bf16 {
+    const PRECISION: Precision = Precision::Bf16;
+
+    fn operand(view: View<'_, bf16>) -> Operand<'_> {
+        Operand::Bf16(view)
+    }
+}
 
 mod sealed {
     use super::{bf16, tile};
@@ -90,7 +110,7 @@ pub struct Gemm<'a, O> {
 impl<'a, O: Output> Gemm<'a, O> {
     /// A product that overwrites the result, on all threads of the current rayon pool.
     pub fn new(precision: Precision) -> Self {
-        let unit = Unit::best();
+        let unit = rate::unit_for(precision);
         Gemm { precision, unit, parallel: true, bias: None, onto: Onto::Nothing }
     }
 
@@ -99,7 +119,7 @@ impl<'a, O: Output> Gemm<'a, O> {
         Gemm { parallel: false, ..self }
     }
 
-    /// By the kernels of a given unit instead of the best.
+    /// By the kernels of a given unit instead of the selected one.
     pub fn unit(self, unit: Unit) -> Self {
         Gemm { unit, ..self }
     }

@@ -176,7 +176,6 @@ pub(super) fn pack_rows(
     inner: Range<usize>,
     cells: &mut [u32],
 ) -> Left {
-    let start = cells.as_ptr().cast();
     let steps = inner.len().div_ceil(engine.format.group());
     let across = left.is_transposed();
     if !rows.is_empty() && steps > 0 {
@@ -185,6 +184,8 @@ pub(super) fn pack_rows(
             false => with_types!(left, engine.format, rows_along(rows, inner, cells)),
         }
     }
+    // Taken after the last write: a write through the slice would invalidate an earlier pointer.
+    let start = cells.as_ptr().cast();
     match across {
         true => Left { start, row: 4, step: 4 * MR },
         false => Left { start, row: 4 * steps, step: 4 },

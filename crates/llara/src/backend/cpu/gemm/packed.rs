@@ -5,12 +5,14 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::cell::Format;
-use super::engine::{Engine, Precision, Unit};
+use super::engine::{Engine, Precision};
 use super::pack::pack_panels;
+use super::rate::unit_for;
 use super::scratch::CellBuffer;
 use super::split::blocks;
 use super::tile::NR;
 use super::view::Operand;
+use crate::backend::cpu::unit::Unit;
 
 /// A right operand `[k, n]` in the order in which kernels read it: a weight that is used more than
 /// once between updates. For `y = x · wᵀ` pack `w.t()`, for `dx = dy · w` pack `w`.
@@ -26,7 +28,7 @@ pub struct PackedB {
 impl PackedB {
     /// Packs on all threads of the current rayon pool.
     pub fn new<'a>(right: impl Into<Operand<'a>>, precision: Precision) -> Self {
-        Self::for_unit(right, precision, Unit::best())
+        Self::for_unit(right, precision, unit_for(precision))
     }
 
     /// Packs for the kernels of one unit; see [`super::Gemm::unit`].
@@ -46,7 +48,7 @@ impl PackedB {
     /// # Panics
     /// If this processor does not have the unit, or it packs another way than the one before.
     pub fn update<'a>(&mut self, right: impl Into<Operand<'a>>, precision: Precision) {
-        let engine = Engine::new(precision, Unit::best());
+        let engine = Engine::new(precision, unit_for(precision));
         self.format = engine.format;
         self.fill(&engine, right.into());
     }

@@ -131,6 +131,31 @@ fn check(a: &Stored, b: &Stored, (precision, unit): (Precision, Unit), want: &[f
     }
 }
 
+/// What Miri runs: every way to pack, an odd inner dimension, and a bf16 result with two blocks of the
+/// inner dimension, whose sums lie in scratch memory.
+#[test]
+fn small_products_touch_only_their_own_memory() {
+    for (case, &(m, n, k)) in [(1, 1, 1), (7, 18, 3), (8, 70, 2)].iter().enumerate() {
+        for (a_transposed, b_transposed) in [(false, true), (true, false)] {
+            let a = Stored::new(m, k, a_transposed, 2 * case as u32);
+            let b = Stored::new(k, n, b_transposed, 77 * case as u32 + 5);
+            let mut got = vec![f32::NAN; m * n];
+            let gemm = Gemm::new(Precision::F32).unit(Unit::Portable).serial();
+            gemm.multiply(ViewMut::new(&mut got, m, n), a.view(&a.single), b.view(&b.single));
+            for (i, &got) in got.iter().enumerate() {
+                let at = |p| a.at(i / n, p, Precision::F32) * b.at(p, i % n, Precision::F32);
+                let want: f64 = (0..k).map(at).sum();
+                assert!((f64::from(got) - want).abs() <= 1e-6, "{m} x {n} x {k} at {i}: {got}");
+            }
+        }
+    }
+    let k = 800;
+    let (ones, mut out) = (vec![bf16::ONE; 9 * k], vec![bf16::ZERO; 8]);
+    let gemm = Gemm::new(Precision::Bf16).unit(Unit::Portable).serial();
+    gemm.multiply(ViewMut::new(&mut out, 8, 1), View::new(&ones, 8, k), View::new(&ones, k, 1));
+    assert_eq!(out, vec![bf16::from_f32(k as f32); 8]);
+}
+
 #[test]
 fn what_is_added_is_added_once() {
     // The last has several blocks of the inner dimension for every kernel.

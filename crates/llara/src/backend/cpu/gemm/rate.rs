@@ -1,0 +1,125 @@
+//! Which kernel multiplies bf16, decided by a measurement of a few milliseconds.
+//!
+//! `vdpbf16ps` multiplies two pairs at once, but on some processors it runs at a quarter of the rate
+//! of an f32 multiply-add, and the product then takes twice as long as in f32. There bf16 operands are
+//! widened while they are packed, which is exact, and multiplied by the f32 kernel; operands that are
+//! f32 are still rounded to bf16 first. The two kernels add in another order and treat denormal
+//! operands differently, so their results differ by rounding. On every processor measured so far the
+//! rates differ by more than a third, so that repeated runs decide alike; `LLARA_CPU=avx512bf16` or
+//! `LLARA_CPU=avx512` fixes the decision.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use super::engine::{Engine, Precision};
+use super::scratch::CellBuffer;
+use super::tile::{Left, MR, NR, Place, Tile};
+use crate::backend::cpu::unit::Unit;
+
+/// The unit whose kernels multiply in a precision, unless a product asks for another.
+pub(super) fn unit_for(precision: Precision) -> Unit {
+    match (precision, Unit::active()) {
+        (Precision::Bf16, Unit::Avx512Bf16) if !multiplies_bf16_faster() => Unit::Avx512,
+        (_, unit) => unit,
+    }
+}
+
+/// Whether products of bf16 run on bf16 instructions because those are faster than the f32 kernel
+/// here, or because `LLARA_CPU` asks for them. Measured once per process.
+pub(in crate::backend::cpu) fn multiplies_bf16_faster() -> bool {
+    static FASTER: OnceLock<bool> = OnceLock::new();
+    *FASTER.get_or_init(|| {
+        Unit::active() == Unit::Avx512Bf16 && (Unit::is_forced() || pairs_win(&measure()))
+    })
+}
+
+/// The shortest times of the same product.
+#[derive(Debug)]
+struct Times {
+    single: Duration,
+    pairs: Duration,
+}
+
+fn pairs_win(times: &Times) -> bool {
+    times.pairs < times.single
+}
+
+/// Elements of the inner dimension in the measured product; all operands then fit the L1 cache.
+const INNER: usize = 64;
+/// Kernel calls that are timed together, some 10 microseconds.
+const CALLS: usize = 64;
+const ROUNDS: usize = 60;
+/// Rounds before the first that counts: a processor may change its clock for wide vectors.
+const WARM_UP: usize = 20;
+
+/// Times both kernels in turns, on operands that are packed already.
+fn measure() -> Times {
+    let mut operands = [CellBuffer::default(), CellBuffer::default()];
+    let [left, panel] = &mut operands;
+    left.cells(MR * INNER).fill(0x3f80_3f80);
+    panel.cells(NR * INNER).fill(0x3f80_3f80);
+    let engines =
+        [Precision::F32, Precision::Bf16].map(|precision| Engine::new(precision, Unit::Avx512Bf16));
+    let mut shortest = [Duration::MAX; 2];
+    for round in 0..WARM_UP + ROUNDS {
+        for (engine, shortest) in engines.iter().zip(&mut shortest) {
+            let start = Instant::now();
+            run(engine, left.as_ptr(), panel.as_ptr());
+            if round >= WARM_UP {
+                *shortest = (*shortest).min(start.elapsed());
+            }
+        }
+    }
+    Times { single: shortest[0], pairs: shortest[1] }
+}
+
+fn run(engine: &Engine, left: *const u32, panel: *const u32) {
+    let mut out = [0.0f32; MR * NR];
+    let steps = INNER / engine.format.group();
+    let to = Place::Single(out.as_mut_ptr(), NR);
+    let left = Left { start: left.cast(), row: 4 * steps, step: 4 };
+    let tile = Tile { rows: MR, cols: NR, bias: std::ptr::null(), onto: Place::Nowhere, to };
+    for _ in 0..CALLS {
+        // SAFETY: `Engine::new` checked the instructions; left, panel and out have the cells of a
+        // tile with INNER steps or fewer.
+        unsafe { (engine.kernel)(steps, std::hint::black_box(left), panel, &tile) };
+    }
+    std::hint::black_box(&out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shorter_time_decides() {
+        let [short, long] = [Duration::from_micros(5), Duration::from_micros(9)];
+        assert!(pairs_win(&Times { single: long, pairs: short }));
+        assert!(!pairs_win(&Times { single: short, pairs: long }));
+    }
+
+    #[test]
+    fn f32_uses_the_selected_unit_and_bf16_the_faster_one() {
+        assert_eq!(unit_for(Precision::F32), Unit::active());
+        let pairs = unit_for(Precision::Bf16) == Unit::Avx512Bf16;
+        assert_eq!(pairs, multiplies_bf16_faster());
+        if Unit::is_forced() {
+            assert_eq!(unit_for(Precision::Bf16), Unit::active());
+        }
+    }
+
+    #[test]
+    fn the_measurement_takes_milliseconds() {
+        if Unit::Avx512Bf16.is_available() {
+            // The shortest of a few: other work on the machine must not fail the test.
+            let shortest = (0..5).map(|_| {
+                let start = Instant::now();
+                let times = measure();
+                assert!(times.single > Duration::ZERO && times.pairs > Duration::ZERO);
+                start.elapsed()
+            });
+            let shortest = shortest.min().unwrap_or_default();
+            assert!(shortest < Duration::from_millis(50), "{shortest:?}");
+        }
+    }
+}
