@@ -49,10 +49,9 @@ pub(super) struct Args {
     /// reference's: 32 for queries, 128 for passages]
     #[arg(long, value_name = "N", help_heading = "Encoding")]
     max_len: Option<usize>,
-    /// Text put in front of every text [default: none]
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    #[arg(help_heading = "Encoding")]
-    instruction: String,
+    /// Text put in front of every text [default: as the model was trained, or none]
+    #[arg(long, value_name = "TEXT", help_heading = "Encoding")]
+    instruction: Option<String>,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
@@ -65,7 +64,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         Role::Passage => (&mut embedder.passage_max_len, &mut embedder.passage_instruction),
     };
     *max_len = args.max_len.unwrap_or(*max_len);
-    instruction.clone_from(&args.instruction);
+    if let Some(given) = &args.instruction {
+        instruction.clone_from(given);
+    }
     check_max_len(&model, args.role, "--max-len", *max_len)?;
     warn_if_too_long(&model, args.role, *max_len);
 
