@@ -10,6 +10,7 @@ use llara::retrieval::{
 };
 use llara::{Result, Role};
 
+use super::interrupt;
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
@@ -74,6 +75,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let progress = TextProgress::new(texts.len() - output.written());
     let on_batch = |texts| progress.add(texts);
     embedder.on_batch = Some(&on_batch);
+    let (path, all, resumable) =
+        (args.output.clone(), texts.len(), texts.len() > BLOCK_TEXTS.get());
+    interrupt::stop_at_once(move || match VectorWriter::kept(&path).filter(|_| resumable) {
+        Some(kept) => format!(
+            "{} of {} are kept; the same command with --resume continues from them",
+            count(kept),
+            counted(all, "vector")
+        ),
+        None => format!("{} is not written", path.display()),
+    })?;
     let encoded = encode_stream(&embedder, args.role, &texts, output, &mut |_| ());
     if let Err(error) = encoded {
         if let Some(kept) = VectorWriter::kept(&args.output) {
