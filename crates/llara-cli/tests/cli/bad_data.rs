@@ -84,7 +84,7 @@ fn numbers_that_no_count_can_be_are_refused_by_their_option() {
         ("--seed", "-1", "'-1' for '--seed <N>'"),
         ("--per-device-train-batch-size", "-3", "'-3' for '--per-device-train-batch-size <N>'"),
         ("--warmup-steps", "0.1", "--warmup-ratio"),
-        ("--save-steps", "0.25", "'--save-steps <N>': a share of the run"),
+        ("--save-steps", "0.25", "'--save-steps <N>': a fraction of the run"),
     ] {
         let run = bench.finetune(&[option, value]);
         assert_eq!(run.code, Some(2), "{}", run.stderr);
@@ -133,7 +133,7 @@ fn a_folder_in_use_is_left_alone() {
         .refused(&["output folder is not empty", "notes.txt"]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
     // A run that may overwrite but cannot start changes nothing either.
-    bench.finetune(&["--overwrite-output-dir", "--train-group-size", "1"]).refused(&[]);
+    bench.finetune(&["--overwrite-output-dir", "--train-group-size", "0"]).refused(&[]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
     bench.finetune(&["--overwrite-output-dir"]).json();
     assert_eq!(fs::read_to_string(bench.at("out/notes.txt")).unwrap(), "mine");

@@ -63,21 +63,16 @@ fn lengths_come_from_the_model_and_an_old_recipe_still_loads() {
 #[test]
 fn cut_texts_are_a_warning() {
     let bench = Bench::new();
-    let short = ["--query-max-len", "34", "--max-steps", "1"];
-    let run = bench.finetune(&short);
+    let (model, data) = (bench.path("base"), bench.path("train.jsonl"));
+    let plan = ["plan", "--model", &model, "--train-data", &data, "--query-max-len"];
+    let lengths = llara(&[&plan[..], &["64"]].concat()).json();
+    let max_len = (lengths["lengths"]["query"]["p50"].as_u64().unwrap() - 1).to_string();
+    let plan = llara(&[&plan[..], &[&max_len]].concat());
+    assert!(plan.json()["lengths"]["query"]["cut_share"].as_f64().unwrap() >= 0.5);
+    let run = bench.finetune(&["--query-max-len", &max_len, "--max-steps", "1"]);
     run.json();
-    let plan = llara(&[
-        "plan",
-        "--model",
-        &bench.path("base"),
-        "--train-data",
-        &bench.path("train.jsonl"),
-        "--query-max-len",
-        "34",
-    ]);
-    plan.json();
     for stderr in [&run.stderr, &plan.stderr] {
-        assert!(stderr.contains("warning: 100 % of 12 queries are longer"), "{stderr}");
+        assert!(stderr.contains(" % of 12 queries are longer than --query-max-len"), "{stderr}");
         assert!(stderr.contains("raise --query-max-len"), "{stderr}");
     }
     let enough = bench.finetune(&["--max-steps", "1", "--overwrite-output-dir"]);
