@@ -156,16 +156,16 @@ fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara
     if !add || matches!(adapter, Adapter::None) {
         return read(add);
     }
-    read(false).or_else(|error| match read(true) {
-        Ok(_) => Err(Error::new(
+    read(false).map_err(|error| match read(true) {
+        Ok(_) => Error::new(
             ErrorKind::Argument,
             "new tokens cannot be saved with an adapter, which has no embeddings",
         )
         .hint(
             "train all weights with --use-lora false, or do that in a first run and train \
              adapters on its model",
-        )),
-        Err(_) => Err(error),
+        ),
+        Err(_) => error,
     })
 }
 
