@@ -1,4 +1,4 @@
-//! What computes: device, threads, number format.
+//! Options of the computation: device, threads, number format.
 
 use clap::ValueEnum;
 use llara::backend::{Cpu, Dtype};
@@ -6,25 +6,36 @@ use llara::{Error, ErrorKind, Result};
 
 use super::talk::say;
 
+/// More threads than this start slowly and compute no faster.
+const MAX_THREADS_PER_CORE: usize = 4;
+
 /// Device and threads.
 #[derive(clap::Args)]
 #[command(next_help_heading = "Compute")]
 pub(super) struct Compute {
-    /// Device that computes; cpu is the one that there is
+    /// Device that computes: only `cpu` is supported
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
-    /// Threads that compute [default: one for each core]
+    /// Threads that compute, at most 4 for each core [default: 1 for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 }
 
 impl Compute {
-    /// Refuses what cannot be computed here.
+    /// Refuses unsupported devices and more threads than could be of use.
     pub(super) fn check(&self) -> Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let most = MAX_THREADS_PER_CORE * cores;
+        if let Some(threads) = self.threads.filter(|&threads| usize::from(threads) > most) {
+            return Err(Error::new(ErrorKind::Argument, "too many threads")
+                .expected(format!("at most {most}, 4 for each of {cores} cores"))
+                .got(format!("--threads {threads}"))
+                .hint("leave --threads out for one thread for each core"));
+        }
         match self.device.as_str() {
             "cpu" | "auto" => Cpu::check_environment(),
             device => {
-                let what = format!("`--device {device}` is not in this version");
+                let what = format!("`--device {device}` is not supported");
                 Err(Error::new(ErrorKind::Argument, what)
                     .expected("cpu")
                     .got(device)
@@ -33,7 +44,7 @@ impl Compute {
         }
     }
 
-    /// How many threads compute.
+    /// The number of threads that compute.
     pub(super) fn threads(&self) -> usize {
         self.threads.map_or_else(rayon::current_num_threads, usize::from)
     }
@@ -55,8 +66,8 @@ impl Compute {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Compute")]
 pub(super) struct Precision {
-    /// Number format of the computation: f32; bf16, where what learns and the residual stream stay
-    /// f32; or auto: bf16 where a short measurement finds its products faster, else f32
+    /// Number format of the computation: f32; bf16 (trained weights and the residual stream stay
+    /// f32); or auto: bf16 if a short measurement finds its products faster, else f32
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = Choice::F32)]
     #[arg(hide_possible_values = true)]
     dtype: Choice,
@@ -72,7 +83,7 @@ enum Choice {
 }
 
 impl Precision {
-    /// What activations are computed in.
+    /// The number format of activations.
     pub(super) fn dtype(&self) -> Dtype {
         match self.dtype {
             Choice::F32 => Dtype::F32,
@@ -87,7 +98,7 @@ fn multiplies_bf16() -> bool {
     Cpu::multiplies_bf16_faster()
 }
 
-/// Which path computes, honestly.
+/// Describes which number format and instructions are used.
 pub(super) fn describe(precision: Dtype) -> &'static str {
     match precision {
         Dtype::F32 => "computes in f32",

@@ -10,6 +10,7 @@ use llara::retrieval::{
 };
 use llara::{Result, Role};
 
+use super::interrupt;
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
@@ -49,10 +50,9 @@ pub(super) struct Args {
     /// reference's: 32 for queries, 128 for passages]
     #[arg(long, value_name = "N", help_heading = "Encoding")]
     max_len: Option<usize>,
-    /// Text put in front of every text [default: none]
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    #[arg(help_heading = "Encoding")]
-    instruction: String,
+    /// Text put in front of every text [default: as the model was trained, or none]
+    #[arg(long, value_name = "TEXT", help_heading = "Encoding")]
+    instruction: Option<String>,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
@@ -65,7 +65,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         Role::Passage => (&mut embedder.passage_max_len, &mut embedder.passage_instruction),
     };
     *max_len = args.max_len.unwrap_or(*max_len);
-    instruction.clone_from(&args.instruction);
+    if let Some(given) = &args.instruction {
+        instruction.clone_from(given);
+    }
     check_max_len(&model, args.role, "--max-len", *max_len)?;
     warn_if_too_long(&model, args.role, *max_len);
 
@@ -73,6 +75,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let progress = TextProgress::new(texts.len() - output.written());
     let on_batch = |texts| progress.add(texts);
     embedder.on_batch = Some(&on_batch);
+    let (path, all, resumable) =
+        (args.output.clone(), texts.len(), texts.len() > BLOCK_TEXTS.get());
+    interrupt::stop_at_once(move || match VectorWriter::kept(&path).filter(|_| resumable) {
+        Some(kept) => format!(
+            "{} of {} are kept; the same command with --resume continues from them",
+            count(kept),
+            counted(all, "vector")
+        ),
+        None => format!("{} is not written", path.display()),
+    })?;
     let encoded = encode_stream(&embedder, args.role, &texts, output, &mut |_| ());
     if let Err(error) = encoded {
         if let Some(kept) = VectorWriter::kept(&args.output) {

@@ -1,13 +1,14 @@
 //! The command line: one file per verb, each turning arguments into a call of the library.
 //!
-//! Standard output is data, standard error is talk. Exit code 0: done; 1: it failed, and why stands
-//! on standard error; 2: the command line cannot be understood.
+//! Results go to standard output, messages to standard error. Exit codes: 0: done; 1: failed, with the reason
+//! on standard error; 2: the command line cannot be parsed; 130, 143: stopped by SIGINT, SIGTERM.
 
 mod compute;
 mod encode;
 mod evaluate;
 mod finetune;
 mod init;
+mod interrupt;
 mod merge;
 mod names;
 mod output_folder;
@@ -35,7 +36,7 @@ use talk::say;
 Long options may be spelled with underscores: --train_group_size is --train-group-size.
 Results go to standard output, everything else to standard error.
 
-Example, from nothing to an answer:
+Example, from training data to an answer:
   llara init     --preset tiny --train-data train.jsonl --output-dir base
   llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
   llara evaluate --model tuned --dataset beir/ --split test
@@ -49,7 +50,7 @@ struct Cli {
 enum Verb {
     Init(init::Args),
     Finetune(Box<finetune::Args>),
-    /// Say what a training run would take, without training: memory, pieces, work, lengths of texts
+    /// Estimate a training run without training: memory, chunks, work, lengths of texts
     #[command(after_help = plan::AFTER_HELP)]
     Plan(Box<finetune::Args>),
     Encode(encode::Args),
@@ -75,6 +76,9 @@ fn execute(args: Vec<OsString>) -> ExitCode {
             u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
         }
         None => {
+            if let Some(code) = interrupt::exit_code() {
+                return ExitCode::from(code);
+            }
             say!("error: {error}");
             ExitCode::FAILURE
         }
@@ -82,8 +86,9 @@ fn execute(args: Vec<OsString>) -> ExitCode {
 }
 
 fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
-    let args = names::kebab_case(args);
     let command = command();
+    let args = names::join_negative_numbers(names::kebab_case(args));
+    let args = names::expand_negated(args, &command);
     let matches = command.clone().try_get_matches_from(&args)?;
     let args = run_file::extend(args, &command, &matches)?;
     Ok(Cli::from_arg_matches(&command.try_get_matches_from(args)?)?)

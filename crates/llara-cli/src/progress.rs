@@ -1,4 +1,4 @@
-//! How far a run is: a bar on a terminal, a line now and then elsewhere.
+//! Progress of a run: a bar on a terminal, a line every few seconds elsewhere.
 
 use std::cell::Cell;
 use std::fmt::Write;
@@ -11,12 +11,13 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use llara::Result;
 use llara::train::{Observer, RunLog, StepRecord};
 
+use super::interrupt;
 use super::talk::{count, counted, say};
 
-/// Between two lines where there is no terminal.
+/// Time between two lines without a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A bar, where there is a terminal, whose `{state}` is what `state` writes.
+/// A bar, if standard error is a terminal; `state` gives the text of its `{state}`.
 fn bar(
     total: u64,
     template: &str,
@@ -30,13 +31,15 @@ fn bar(
     std::io::stderr().is_terminal().then(|| ProgressBar::new(total).with_style(style))
 }
 
-/// Follows a training run: writes its log and shows how it goes.
+/// Writes the log of a training run and shows its progress.
 pub(super) struct TrainingProgress {
     log: RunLog,
     bar: Option<ProgressBar>,
-    /// What the bar shows beside itself. Kept apart from it so that a step draws the bar once.
+    /// The text beside the bar. Separate from it so that a step draws the bar once.
     state: Arc<Mutex<String>>,
     start: Instant,
+    /// Steps made.
+    steps: u64,
 }
 
 impl TrainingProgress {
@@ -46,14 +49,15 @@ impl TrainingProgress {
         let bar = bar(total_steps, "[{bar:30}] {pos}/{len}  {state}  {eta} left", move |_| {
             shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
         });
-        TrainingProgress { log, bar, state, start: Instant::now() }
+        TrainingProgress { log, bar, state, start: Instant::now(), steps: 0 }
     }
 
-    /// Takes the bar away.
-    pub(super) fn finish(self) {
+    /// Removes the bar; returns the number of steps made.
+    pub(super) fn finish(self) -> u64 {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
+        self.steps
     }
 }
 
@@ -63,11 +67,13 @@ fn state(record: &StepRecord) -> String {
 
 impl Observer for TrainingProgress {
     fn on_step(&mut self, record: &StepRecord) -> Result<()> {
+        self.steps = record.step;
         if let Some(bar) = &self.bar {
             *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state(record);
             bar.update(|bar| bar.set_pos(record.step));
         }
-        Ok(())
+        // The last step's model is saved all the same.
+        if record.step < record.total_steps { interrupt::check() } else { Ok(()) }
     }
 
     fn on_log(&mut self, record: &StepRecord) -> Result<()> {
@@ -90,7 +96,7 @@ impl Observer for TrainingProgress {
     }
 }
 
-/// Follows the encoding of texts.
+/// Shows the progress of encoding texts.
 pub(super) struct TextProgress {
     bar: Option<ProgressBar>,
     total: usize,
@@ -107,7 +113,7 @@ impl TextProgress {
         TextProgress { bar, total, done: Cell::new(0), start: now, last_line: Cell::new(now) }
     }
 
-    /// `texts` more are done.
+    /// Counts `texts` more as done.
     pub(super) fn add(&self, texts: usize) {
         let done = self.done.get() + texts;
         self.done.set(done);
@@ -123,7 +129,7 @@ impl TextProgress {
         }
     }
 
-    /// Takes the bar away and says how long it took.
+    /// Removes the bar and prints the time that it took.
     pub(super) fn finish(self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

@@ -171,7 +171,7 @@ mod tests {
                 ["`lerning_rate` is not an option", "did you mean `learning-rate`?"],
             ),
             ("config = \"x\"", ["`config` is not an option", "run.toml"]),
-            ("seed = \"x\"", ["run.toml: invalid value 'x' for '--seed", "digit"]),
+            ("seed = \"x\"", ["run.toml: invalid value 'x' for '--seed", "whole number"]),
             ("seed = [1]", ["`seed` cannot have this value", "one value"]),
             ("sampling = \"all\"", ["invalid value 'all'", "random, sequential"]),
             ("seed = 1\nmodel = {a = 1}", ["`model` cannot have this value", "a text"]),

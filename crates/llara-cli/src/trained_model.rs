@@ -1,4 +1,4 @@
-//! Loading a model to be used, as `encode`, `evaluate` and `search` do.
+//! Loading a model for `encode`, `evaluate` and `search`.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use llara::{
 use super::compute::{Compute, Precision};
 use super::talk::say;
 
-/// Which model, and how it makes vectors.
+/// The model and its encoding options.
 #[derive(clap::Args)]
 pub(super) struct TrainedModel {
     #[command(flatten)]
@@ -44,17 +44,17 @@ pub(super) struct Source {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Encoding")]
 struct Encoding {
-    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file
-    /// [default: the model folder's own, or llara]
+    /// Template of queries and passages: llara, e5-mistral, qwen3-embedding, or a TOML file
+    /// [default: as the model was trained, or llara]
     #[arg(long, value_name = "NAME|FILE.toml")]
     template: Option<String>,
-    /// Whether vectors are brought to length 1 [default: as the model was trained, or true]
+    /// Whether embeddings are L2-normalised [default: as the model was trained, or true]
     #[arg(long, alias = "normlized", value_name = "BOOL", num_args = 0..=1)]
     #[arg(default_missing_value = "true")]
     #[arg(value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true)]
     normalized: Option<bool>,
-    /// Tokens encoded at a time; more is faster up to a point and takes more memory
+    /// Tokens encoded at a time; more is faster up to a point and needs more memory
     #[arg(long, value_name = "N", default_value_t = 8192)]
     batch_tokens: usize,
 }
@@ -63,19 +63,20 @@ struct Encoding {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Encoding")]
 pub(super) struct Roles {
-    /// Tokens that a query with its template is cut to [default: as the model was trained, or 32]
+    /// Maximum length of a query in tokens, template included [default: as the model was trained,
+    /// or 32]
     #[arg(long, value_name = "N")]
     query_max_len: Option<usize>,
-    /// Tokens that a passage with its template is cut to [default: as the model was trained, or
-    /// 128]
+    /// Maximum length of a passage in tokens, template included [default: as the model was trained,
+    /// or 128]
     #[arg(long, value_name = "N")]
     passage_max_len: Option<usize>,
-    /// Text put in front of every query [default: none]
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    query_instruction_for_retrieval: String,
-    /// Text put in front of every passage [default: none]
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    passage_instruction_for_retrieval: String,
+    /// Text put in front of every query [default: as the model was trained, or none]
+    #[arg(long, value_name = "TEXT")]
+    query_instruction_for_retrieval: Option<String>,
+    /// Text put in front of every passage [default: as the model was trained, or none]
+    #[arg(long, value_name = "TEXT")]
+    passage_instruction_for_retrieval: Option<String>,
 }
 
 impl Roles {
@@ -94,8 +95,12 @@ impl Roles {
             check_max_len(embedder.model, role, option, *len)?;
             warn_if_too_long(embedder.model, role, *len);
         }
-        embedder.query_instruction.clone_from(&self.query_instruction_for_retrieval);
-        embedder.passage_instruction.clone_from(&self.passage_instruction_for_retrieval);
+        if let Some(instruction) = &self.query_instruction_for_retrieval {
+            embedder.query_instruction.clone_from(instruction);
+        }
+        if let Some(instruction) = &self.passage_instruction_for_retrieval {
+            embedder.passage_instruction.clone_from(instruction);
+        }
         Ok(())
     }
 }
@@ -106,7 +111,10 @@ impl Source {
         &self.model
     }
 
-    /// The adapter's folder; refuses a model that is to be merged with nothing.
+    /// The adapter's folder.
+    ///
+    /// # Errors
+    /// When none is given.
     pub(super) fn require_adapter(&self) -> Result<&Path> {
         self.adapter.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Argument, "there is nothing to merge")
@@ -136,14 +144,17 @@ impl Source {
         let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
         let mut model = loader.load(compute.start(), options)?;
         if let Some(adapter) = &self.adapter {
-            model.attach_adapter(adapter)?;
+            model.attach_adapter(adapter).map_err(|e| name_recorded_base(e, adapter))?;
         }
         model.decoder_mut().freeze();
         model.set_precision(precision)?;
         match saved {
             Some(saved) if saved == *model.recipe() => {
                 if let Some(probes) = Probes::read(recipe_dir)? {
-                    probes.check(&model).map_err(|e| e.file(recipe_dir))?;
+                    probes.check(&model).map_err(|e| match &self.adapter {
+                        Some(adapter) => name_recorded_base(e.file(adapter), adapter),
+                        None => e.file(recipe_dir),
+                    })?;
                 }
             }
             Some(_) => {
@@ -190,14 +201,14 @@ impl TrainedModel {
     }
 }
 
-/// The folder of a model; says what is fetched. `adapter_option` is the one for adapters, which are
-/// easily taken for models.
+/// The folder of a model; prints which files are downloaded. `adapter_option` is named in the error
+/// for a folder that is an adapter.
 pub(super) fn find(model: &str, cache_dir: Option<&Path>, adapter_option: &str) -> Result<PathBuf> {
     let dir = hub::resolve_with(model, cache_dir, &mut |file| say!("fetching {file} of {model}"))?;
     refuse_adapter(dir, adapter_option)
 }
 
-/// The same without the weights, where the model is fetched.
+/// The same without the weights, if the model is downloaded.
 pub(super) fn find_outline(
     model: &str,
     cache_dir: Option<&Path>,
@@ -219,13 +230,36 @@ fn refuse_adapter(dir: PathBuf, adapter_option: &str) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Refuses a length that leaves no token of a text, by the name of its option.
+/// Adds the base model that an adapter was trained on, as its configuration records it, to an error
+/// of using it with another one.
+pub(super) fn name_recorded_base(error: Error, adapter: &Path) -> Error {
+    let recorded = std::fs::read(adapter.join("adapter_config.json")).ok().and_then(|text| {
+        let config: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        Some(config.get("base_model_name_or_path")?.as_str()?.escape_debug().to_string())
+    });
+    match recorded {
+        Some(base) if error.kind() == ErrorKind::Weights => {
+            error.hint(format!("the adapter was trained on {base}: give that as --model"))
+        }
+        _ => error,
+    }
+}
+
+/// The largest maximum length: more tokens than any model was made for.
+pub(super) const MAX_LEN: usize = 1 << 24;
+
+/// Refuses a length that leaves no token of a text, or is absurd, by the name of its option.
 pub(super) fn check_max_len(
     model: &BiEncoderModel<Cpu>,
     role: Role,
     option: &str,
     max_len: usize,
 ) -> Result<()> {
+    if max_len > MAX_LEN {
+        return Err(Error::new(ErrorKind::Argument, "the maximum length is out of range")
+            .expected(format!("at most {MAX_LEN} tokens"))
+            .got(format!("{option} {max_len}")));
+    }
     let checked = model.prompts().check_max_len(role, max_len);
     checked.map_err(|e| e.got(format!("{option} {max_len}")))
 }
@@ -242,7 +276,7 @@ pub(super) fn template(name: &str) -> Result<Template> {
     if file { Template::from_toml_file(path) } else { Err(unknown) }
 }
 
-/// Refuses a search for nothing.
+/// Refuses `--top-k 0`.
 pub(super) fn check_top_k(top_k: usize) -> Result<()> {
     if top_k > 0 {
         return Ok(());
@@ -252,13 +286,13 @@ pub(super) fn check_top_k(top_k: usize) -> Result<()> {
         .hint("leave --top-k out"))
 }
 
-/// Says when texts may become longer than the model was made for.
+/// Warns if texts may be longer than the model supports.
 pub(super) fn warn_if_too_long(model: &BiEncoderModel<Cpu>, role: Role, max_len: usize) {
     let positions = model.decoder().config().max_position_embeddings;
     if max_len > positions {
         say!(
-            "warning: a {role} may have {max_len} tokens, the model was made for {positions} \
-             (max_position_embeddings): vectors of longer texts may be poor"
+            "warning: a {role} may have {max_len} tokens, the model supports {positions} \
+             (max_position_embeddings): embeddings of longer texts may be poor"
         );
     }
 }

@@ -8,7 +8,7 @@ use llara::backend::Dtype;
 use llara::data::{BadRows, Sampling};
 use llara::train::plan::{Cut, MemoryBudget};
 use llara::train::{AdamWConfig, Chunking, Decay, RunLength, Saving, TrainConfig, Warmup};
-use llara::{BiEncoderOptions, Shortcuts};
+use llara::{BiEncoderOptions, Recipe, Shortcuts};
 
 use super::lora_args::LoraArgs;
 use super::trainer_flags::TrainerFlags;
@@ -18,10 +18,12 @@ use crate::save_dtype::SavedAs;
 /// Train a model on queries with positives and hard negatives.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Defaults are the reference's, so adapters are trained, and the output folder holds them without the
-model; --use-lora false trains all weights and writes a model. The reference's other flags are understood too: those that mean nothing here
-(--deepspeed, --fp16, --gradient_checkpointing, …) are accepted, each with a line that says what
-stands in its place; those that ask for what is not there (--resume_from_checkpoint, …) are refused by name.
+Defaults are those of the reference: LoRA adapters are trained, and the output folder holds them
+without the model; --use-lora false trains all weights and writes a model. All flags of the
+reference and of transformers.TrainingArguments are known: those without meaning here (--deepspeed,
+--fp16, --gradient_checkpointing, …) are accepted with a note, those that ask for a feature that is
+not supported (--resume_from_checkpoint, …) are refused by name. --no_FLAG sets a flag to false.
+Ctrl-C stops after the current step.
 
 Examples:
   llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
@@ -29,7 +31,7 @@ Examples:
       --output-dir tuned --max-steps 1000 --warmup-ratio 0.1 --save-steps 200 --save-total-limit 2
   llara finetune --config run.toml --seed 7
 
-run.toml has the same keys without the dashes; what the command line gives wins:
+run.toml has the same keys without the dashes; the command line overrides it:
   model = \"base\"
   train-data = [\"a.jsonl\", \"b.jsonl\"]
   output-dir = \"tuned\"
@@ -38,7 +40,7 @@ run.toml has the same keys without the dashes; what the command line gives wins:
 
 Prints one JSON object: steps, loss, tokens, tokens_per_second, output_dir.")]
 pub(crate) struct Args {
-    /// TOML file with any of these options; those of the command line win
+    /// TOML file with any of these options; those of the command line override it
     #[arg(long, value_name = "FILE")]
     #[arg(help_heading = "Model")]
     pub(super) config: Option<PathBuf>,
@@ -72,8 +74,8 @@ pub(super) struct ModelArgs {
     /// Cache of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
     #[arg(long, value_name = "DIR")]
     pub(super) cache_dir: Option<PathBuf>,
-    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file
-    /// [default: the model folder's own, or llara]
+    /// Template of queries and passages: llara, e5-mistral, qwen3-embedding, or a TOML file
+    /// [default: as the model was trained, or llara]
     #[arg(long, value_name = "NAME|FILE.toml")]
     pub(super) template: Option<String>,
     /// Add the template's tokens that the tokenizer lacks, and grow the vocabulary for them
@@ -81,41 +83,45 @@ pub(super) struct ModelArgs {
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) add_special_tokens: bool,
-    /// Whether vectors are brought to length 1
+    /// Whether embeddings are L2-normalised [default: as the model was trained, or true]
     #[arg(long, alias = "normlized", value_name = "BOOL", num_args = 0..=1)]
-    #[arg(default_missing_value = "true", default_value = "true")]
-    #[arg(action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    #[arg(default_missing_value = "true", value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true)]
-    pub(super) normalized: bool,
+    pub(super) normalized: Option<bool>,
 }
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Data")]
 pub(super) struct DataArgs {
-    /// Training rows: JSONL files with `query`, `pos` and `neg`, or folders of them
+    /// Training rows: JSONL files with `query`, `pos` and, if any, `neg`, or folders of them
     #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "config")]
     pub(super) train_data: Vec<PathBuf>,
     /// What to do with a malformed row: error (refuse the data) or skip (leave it out and count it)
     #[arg(long, value_name = "ACTION", value_parser = crate::values::bad_rows(), default_value = "error")]
     #[arg(hide_possible_values = true)]
     pub(super) on_bad_row: BadRows,
-    /// Passages of a query: 1 positive and N − 1 hard negatives
+    /// Passages of a query: 1 positive and N − 1 hard negatives, repeated where a row has fewer; 1:
+    /// the other rows of the batch are the only negatives
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(super) train_group_size: usize,
-    /// Tokens that a query with its template is cut to
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub(super) query_max_len: usize,
-    /// Tokens that a passage with its template is cut to
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub(super) passage_max_len: usize,
-    /// Text put in front of every query that has no `prompt` of its own [default: none]
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    pub(super) query_instruction_for_retrieval: String,
-    /// Text put in front of every passage [default: none]
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    pub(super) passage_instruction_for_retrieval: String,
+    /// Maximum length of a query in tokens, template included [default: as the model was trained,
+    /// or 32]
+    #[arg(long, value_name = "N")]
+    pub(super) query_max_len: Option<usize>,
+    /// Maximum length of a passage in tokens, template included [default: as the model was trained,
+    /// or 128]
+    #[arg(long, value_name = "N")]
+    pub(super) passage_max_len: Option<usize>,
+    /// Text put in front of every query that has no `prompt` of its own; saved with the model
+    /// [default: as the model was trained, or none]
+    #[arg(long, value_name = "TEXT")]
+    pub(super) query_instruction_for_retrieval: Option<String>,
+    /// Text put in front of every passage; saved with the model [default: as the model was trained,
+    /// or none]
+    #[arg(long, value_name = "TEXT")]
+    pub(super) passage_instruction_for_retrieval: Option<String>,
     /// How rows are drawn: random (shuffled, with random passages) or sequential (in file order,
-    /// with the first passages, over and over)
+    /// repeated, with the first passages)
     #[arg(long, value_name = "HOW", value_parser = crate::values::sampling(), default_value = "random")]
     #[arg(hide_possible_values = true)]
     pub(super) sampling: Sampling,
@@ -129,40 +135,40 @@ pub(super) struct DataArgs {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Training")]
 pub(super) struct TrainingArgs {
-    /// Steps of the run; wins over epochs; −1: off
+    /// Steps of the run, instead of --num-train-epochs; −1: off
     #[arg(long, value_name = "N", default_value_t = -1)]
     pub(super) max_steps: i64,
-    /// How often the data is gone through
+    /// Epochs: passes over the data
     #[arg(long, value_name = "X", default_value_t = 3.0)]
     pub(super) num_train_epochs: f64,
-    /// Queries of a step
+    /// Queries in a step
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(super) per_device_train_batch_size: usize,
     /// Divides similarities in the loss; 1.0 is used with --normalized false
     #[arg(long, value_name = "X", default_value_t = 0.02)]
     pub(super) temperature: f32,
-    /// Score queries against the passages of all processes; needs several
+    /// Score queries against the passages of all processes; no effect with one process
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) negatives_cross_device: bool,
-    /// Tokens of a batch that go through the model at a time: less memory for more work, the same
-    /// gradient; auto: the whole batch where it fits in memory, else what costs least
+    /// Tokens of a batch that are encoded at a time: fewer need less memory and more work, the
+    /// gradient is the same; auto: the whole batch if it fits in memory, else the cheapest division
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = chunk_tokens)]
     pub(super) chunk_tokens: ChunkTokens,
-    /// Memory that the process may take, such as 8GiB, 800MB or 50% [default: what is free]
+    /// Memory that the process may use, such as 8GiB, 800MB or 50% [default: the free memory]
     #[arg(long, value_name = "SIZE", value_parser = memory_budget)]
     pub(super) memory_budget: Option<MemoryBudget>,
-    /// Sequences of a batch that go through the model at a time; −1: all
+    /// Sequences of a batch that are encoded at a time; −1: all
     #[arg(long, value_name = "N", default_value_t = -1)]
     pub(super) sub_batch_size: i64,
-    /// Compute the last layer, but for keys and values, at the pooled positions alone: the same result
-    /// for less work
+    /// Compute the last layer (except keys and values) only at the pooled positions: the same
+    /// result with less work
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) last_layer_at_pooled: bool,
-    /// Encode equal texts of a batch once, where no dropout tells them apart
+    /// Encode equal texts of a batch once; has no effect with dropout
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
@@ -173,7 +179,7 @@ pub(super) struct TrainingArgs {
     #[arg(value_parser = BoolishValueParser::new(), conflicts_with = "dtype")]
     pub(super) bf16: bool,
     /// Seed of all random draws
-    #[arg(long, value_name = "N", default_value_t = 42)]
+    #[arg(long, value_name = "N", default_value_t = 42, value_parser = whole_number)]
     pub(super) seed: u64,
 }
 
@@ -191,7 +197,7 @@ pub(super) struct OptimizerArgs {
     /// Share of the steps in which the learning rate rises from 0
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub(super) warmup_ratio: f64,
-    /// Steps in which the learning rate rises from 0; wins over the ratio if not 0
+    /// Steps in which the learning rate rises from 0; if not 0, used instead of the ratio
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole_steps)]
     pub(super) warmup_steps: u64,
     /// Decoupled weight decay, on every parameter
@@ -225,13 +231,18 @@ pub(super) struct OutputArgs {
     /// Steps between two lines of log.jsonl
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = whole_steps)]
     pub(super) logging_steps: u64,
-    /// Steps between two models saved on the way, as checkpoint-N; 0: only the last is saved
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole_steps)]
+    /// When models are saved during training, as checkpoint-N: steps (every --save-steps), epoch
+    /// (at the end of each) or no (only the final model is saved)
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = SaveStrategy::Steps)]
+    #[arg(hide_possible_values = true)]
+    pub(super) save_strategy: SaveStrategy,
+    /// Steps between two saved models; 0: only the final model is saved
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = whole_steps)]
     pub(super) save_steps: u64,
-    /// How many of those are kept, the newest; 0: all
+    /// Number of checkpoints that are kept, the newest; 0: all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) save_total_limit: usize,
-    /// Number format of saved weights: f32, bf16, f16, or auto, as they were loaded
+    /// Number format of saved weights: f32, bf16, f16, or auto: that of the loaded weights
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = SavedAs::Auto)]
     #[arg(hide_possible_values = true)]
     pub(super) save_dtype: SavedAs,
@@ -250,6 +261,21 @@ pub(super) enum Scheduler {
     ConstantWithWarmup,
 }
 
+/// When models are saved during training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum SaveStrategy {
+    /// Only at the end
+    No,
+    /// Every `--save-steps`
+    Steps,
+    /// At the end of each epoch
+    Epoch,
+}
+
+fn whole_number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
+}
+
 /// A number of steps. The reference's trainer takes a share of the run as well, below 1.
 fn whole_steps(text: &str) -> Result<u64, String> {
     if let Ok(steps) = text.parse() {
@@ -259,21 +285,19 @@ fn whole_steps(text: &str) -> Result<u64, String> {
         Ok(steps) if steps >= 0.0 && steps < u64::MAX as f64 && steps.fract() == 0.0 => {
             Ok(steps as u64)
         }
-        Ok(share) if share > 0.0 && share < 1.0 => {
-            Err("a share of the run is not in this version: \
-             give whole steps (for the warm-up there is --warmup-ratio)"
-                .into())
-        }
+        Ok(share) if share > 0.0 && share < 1.0 => Err("a fraction of the run is not supported: \
+             give whole steps (for the warm-up, use --warmup-ratio)"
+            .into()),
         _ => Err("not a number of steps, 0 or more".into()),
     }
 }
 
-/// Size of the pieces of a batch.
+/// Size of the chunks of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ChunkTokens {
-    /// As memory allows.
+    /// Chosen by the available memory.
     Auto,
-    /// So many tokens at most.
+    /// At most this number of tokens.
     Tokens(usize),
 }
 
@@ -290,8 +314,8 @@ fn memory_budget(text: &str) -> Result<MemoryBudget, String> {
 }
 
 impl TrainingArgs {
-    /// What of the pieces of a batch is given, and what may be chosen. Nothing of pieces whose size
-    /// is given is kept between the passes, unless a budget says how much may be.
+    /// Which chunk sizes are given and which may be chosen. With a given size, no activations are
+    /// kept between the passes, unless a memory budget is given too.
     pub(super) fn cut(&self) -> Cut {
         let sequences = usize::try_from(self.sub_batch_size).ok().filter(|&n| n > 0);
         let max_sequences = sequences.unwrap_or(usize::MAX);
@@ -316,7 +340,7 @@ impl OptimizerArgs {
         }
     }
 
-    /// Whether a warm-up was asked for that this scheduler does not have.
+    /// Whether a warm-up is given with a scheduler that has none.
     pub(super) fn warmup_is_lost(&self) -> bool {
         self.lr_scheduler_type == Scheduler::Constant
             && (self.warmup_steps > 0 || self.warmup_ratio > 0.0)
@@ -324,8 +348,29 @@ impl OptimizerArgs {
 }
 
 impl Args {
-    /// The settings of the run.
-    pub(super) fn train_config(&self, output_dir: PathBuf) -> TrainConfig {
+    /// The recipe of the trained model: that of the model that training starts from, with the
+    /// options that are given.
+    pub(super) fn recipe(&self, mut recipe: Recipe) -> Recipe {
+        let data = &self.data;
+        recipe.query_max_len = data.query_max_len.unwrap_or(recipe.query_max_len);
+        recipe.passage_max_len = data.passage_max_len.unwrap_or(recipe.passage_max_len);
+        if let Some(instruction) = &data.query_instruction_for_retrieval {
+            recipe.query_instruction.clone_from(instruction);
+        }
+        if let Some(instruction) = &data.passage_instruction_for_retrieval {
+            recipe.passage_instruction.clone_from(instruction);
+        }
+        recipe.normalized = self.model.normalized.unwrap_or(recipe.normalized);
+        recipe
+    }
+
+    /// The settings of the run, whose epochs have `steps_per_epoch` steps.
+    pub(super) fn train_config(
+        &self,
+        output_dir: PathBuf,
+        recipe: &Recipe,
+        steps_per_epoch: u64,
+    ) -> TrainConfig {
         let (data, training, optimizer) = (&self.data, &self.training, &self.optimizer);
         TrainConfig {
             output_dir,
@@ -335,8 +380,8 @@ impl Args {
             },
             batch_size: training.per_device_train_batch_size,
             group_size: data.train_group_size,
-            query_max_len: data.query_max_len,
-            passage_max_len: data.passage_max_len,
+            query_max_len: recipe.query_max_len,
+            passage_max_len: recipe.passage_max_len,
             sampling: data.sampling,
             drop_last: data.dataloader_drop_last,
             seed: training.seed,
@@ -354,16 +399,26 @@ impl Args {
                 weight_decay: optimizer.weight_decay,
                 max_grad_norm: Some(optimizer.max_grad_norm as f32).filter(|&norm| norm != 0.0),
             },
-            query_instruction: data.query_instruction_for_retrieval.clone(),
-            passage_instruction: data.passage_instruction_for_retrieval.clone(),
+            query_instruction: recipe.query_instruction.clone(),
+            passage_instruction: recipe.passage_instruction.clone(),
             chunking: Chunking::default(), // chosen once the data is known
             logging_steps: self.output.logging_steps,
             saving: Saving {
-                every: Some(self.output.save_steps).filter(|&steps| steps > 0),
+                every: match self.output.save_strategy {
+                    SaveStrategy::No => None,
+                    SaveStrategy::Steps => Some(self.output.save_steps),
+                    SaveStrategy::Epoch => Some(steps_per_epoch),
+                }
+                .filter(|&steps| steps > 0),
                 keep: Some(self.output.save_total_limit).filter(|&limit| limit > 0),
                 dtype: self.output.save_dtype.into(),
             },
         }
+    }
+
+    /// Whether an adapter is trained.
+    pub(super) fn uses_adapter(&self) -> bool {
+        self.lora.use_lora
     }
 
     /// What activations are computed in: `--dtype`, or bf16 where the reference's flag asks for it.
@@ -371,11 +426,12 @@ impl Args {
         if self.training.bf16 { Dtype::Bf16 } else { self.precision.dtype() }
     }
 
-    /// How vectors are made and compared.
-    pub(super) fn model_options(&self) -> BiEncoderOptions {
+    /// How embeddings are computed and compared, in one process: it has no other devices, so
+    /// `--negatives-cross-device` changes nothing.
+    pub(super) fn model_options(&self, recipe: &Recipe) -> BiEncoderOptions {
         BiEncoderOptions {
-            normalized: self.model.normalized,
-            negatives_cross_device: self.training.negatives_cross_device,
+            normalized: recipe.normalized,
+            negatives_cross_device: false,
             temperature: self.training.temperature,
             sub_batch_size: None,
             shortcuts: Shortcuts {
@@ -398,9 +454,58 @@ mod tests {
         args: Args,
     }
 
-    fn config(rest: &[&str]) -> TrainConfig {
+    fn parse(rest: &[&str]) -> Args {
         let required = ["--model", "m", "--train-data", "d", "--output-dir", "o"];
-        Only::try_parse_from(required.iter().chain(rest)).unwrap().args.train_config("o".into())
+        Only::try_parse_from(required.iter().chain(rest)).unwrap().args
+    }
+
+    fn recipe() -> Recipe {
+        Recipe::new(llara::text::Template::preset("llara").unwrap())
+    }
+
+    fn config(rest: &[&str]) -> TrainConfig {
+        let args = parse(rest);
+        args.train_config("o".into(), &args.recipe(recipe()), 7)
+    }
+
+    #[test]
+    fn what_the_model_was_trained_with_is_the_default() {
+        let trained = Recipe {
+            normalized: false,
+            query_max_len: 44,
+            query_instruction: "find: ".into(),
+            ..recipe()
+        };
+        assert_eq!(parse(&[]).recipe(trained.clone()), trained);
+        let given = parse(&[
+            "--query-max-len",
+            "50",
+            "--query-instruction-for-retrieval",
+            "",
+            "--passage-max-len",
+            "60",
+            "--passage-instruction-for-retrieval",
+            "p: ",
+            "--normalized",
+        ]);
+        let expected = Recipe {
+            normalized: true,
+            query_max_len: 50,
+            passage_max_len: 60,
+            query_instruction: String::new(),
+            passage_instruction: "p: ".into(),
+            ..recipe()
+        };
+        assert_eq!(given.recipe(trained), expected);
+    }
+
+    #[test]
+    fn models_are_saved_by_steps_by_epochs_or_only_at_the_end() {
+        let every = |rest: &[&str]| config(rest).saving.every;
+        assert_eq!(every(&[]), Some(500));
+        assert_eq!(every(&["--save-steps", "0"]), None);
+        assert_eq!(every(&["--save-strategy", "no", "--save-steps", "5"]), None);
+        assert_eq!(every(&["--save-strategy", "epoch"]), Some(7));
     }
 
     #[test]
@@ -414,11 +519,10 @@ mod tests {
 
     #[test]
     fn defaults_are_the_references() {
-        let expected = TrainConfig { warmup: Warmup::Ratio(0.0), ..TrainConfig::new("o") };
+        let saving = Saving { every: Some(500), ..Saving::default() };
+        let expected = TrainConfig { warmup: Warmup::Ratio(0.0), saving, ..TrainConfig::new("o") };
         assert_eq!(config(&[]), expected);
-        let args = ["--model", "m", "--train-data", "d", "--output-dir", "o"];
-        let options = Only::try_parse_from(args).unwrap().args.model_options();
-        assert_eq!(options, BiEncoderOptions::default());
+        assert_eq!(parse(&[]).model_options(&recipe()), BiEncoderOptions::default());
     }
 
     #[test]

@@ -11,31 +11,31 @@ use llara::{Error, ErrorKind, Result, Role};
 use super::{Args, Prepared};
 use crate::talk::{bytes, count, counted, operations};
 
-/// A plan, what it was made for, and the memory that there is.
+/// A plan, the batch and run that it is for, and the available memory.
 pub(crate) struct Forecast {
     pub(crate) plan: Plan,
     pub(crate) batch: ForeseenBatch,
-    /// What the plan was to stay within, in bytes; `None`: nobody knows.
+    /// The memory limit in bytes; `None`: unknown.
     pub(crate) budget: Option<u64>,
-    /// Whether the budget was asked for, or is what happens to be free.
+    /// Whether the budget was given; otherwise it is the free memory.
     asked: bool,
     machine: MachineMemory,
     shape: RunShape,
     cut: Cut,
 }
 
-/// A piece of one sequence, nothing kept: the least memory that there is a way for.
+/// Chunks of one sequence with no activations kept: the smallest possible memory.
 const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_tokens: 0 };
 
 impl Forecast {
-    /// Looks at the data and rehearses a step of the largest batch that is to be expected.
+    /// Plans a step of the largest batch that is expected from the data.
     pub(crate) fn new(args: &Args, prepared: &Prepared) -> Result<Self> {
         let mut shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
             prompts: prepared.outline.prompts.clone(),
             lora: prepared.lora()?,
             precision: args.precision(),
-            options: args.model_options(),
+            options: args.model_options(&prepared.recipe),
             threads: args.compute.threads(),
             process_bytes: 0,
         };
@@ -78,12 +78,14 @@ impl Forecast {
             format!("pieces    {}", self.pieces()),
         ];
         if !self.fits() && !self.asked {
-            lines.push("warning: that is more than is free now; other programs may suffer".into());
+            lines.push(
+                "warning: that is more than the free memory; other programs may be affected".into(),
+            );
         }
         lines
     }
 
-    /// How the batch goes through the model.
+    /// How the batch is divided into chunks.
     pub(crate) fn pieces(&self) -> String {
         let chunks = &self.plan.chunks;
         if chunks.count == 1 && chunks.recomputed_share == 0.0 {

@@ -16,8 +16,8 @@ pub(super) struct LoraArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    use_lora: bool,
-    /// Inner size of an adapter [default: 64]
+    pub(super) use_lora: bool,
+    /// Rank of an adapter [default: 64]
     #[arg(long, value_name = "N")]
     lora_rank: Option<usize>,
     /// An adapter's product is multiplied by alpha / rank [default: 16]
@@ -26,11 +26,11 @@ pub(super) struct LoraArgs {
     /// Share of an adapter's input that is dropped in training [default: 0.1]
     #[arg(long, value_name = "X")]
     lora_dropout: Option<f32>,
-    /// Projections that get an adapter, apart by blanks or commas [default: q_proj k_proj v_proj
+    /// Projections that get an adapter, separated by blanks or commas [default: q_proj k_proj v_proj
     /// o_proj gate_proj up_proj down_proj]
-    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    #[arg(long, value_name = "NAME", num_args = 1..)]
     target_modules: Vec<String>,
-    /// Folder of a PEFT adapter to go on from, with its rank, alpha and targets
+    /// Folder of a PEFT adapter to continue training, with its rank, alpha and targets
     #[arg(long, alias = "peft-model-path", value_name = "DIR")]
     from_peft: Option<PathBuf>,
     /// Save the model with its adapters merged as well, in merged_model/ of the output folder
@@ -53,7 +53,7 @@ pub(super) enum Adapter {
 impl LoraArgs {
     /// Whether adapters are turned off beside options that speak of them.
     pub(super) fn are_ignored(&self) -> bool {
-        let others = self.are_set() || self.from_peft.is_some() || self.save_merged_lora_model;
+        let others = self.are_set() || self.save_merged_lora_model;
         !self.use_lora && others
     }
 
@@ -70,12 +70,22 @@ impl LoraArgs {
     pub(super) fn adapter(&self) -> Result<Adapter> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
         if !self.use_lora {
+            if let Some(dir) = &self.from_peft {
+                return Err(invalid(
+                    "an adapter cannot be continued while all weights are trained",
+                )
+                .got(format!("--use-lora false with --from-peft {}", dir.display()))
+                .hint(
+                    "leave out --use-lora false; or merge the adapter into its model first (llara \
+                         merge) and give the merged model as --model",
+                ));
+            }
             // A LLARA command line may carry settings that it then turns off.
             return Ok(Adapter::None);
         }
         if let Some(dir) = &self.from_peft {
             if self.are_set() {
-                return Err(invalid("an adapter that is gone on from has its own settings")
+                return Err(invalid("a continued adapter has its own settings")
                     .got("--from-peft with other options of adapters")
                     .hint(
                         "leave out --lora-rank, --lora-alpha, --lora-dropout, --target-modules",
@@ -90,7 +100,12 @@ impl LoraArgs {
             dropout: self.lora_dropout.unwrap_or(default.dropout),
             target_modules: match self.target_modules.as_slice() {
                 [] => default.target_modules,
-                names => names.to_vec(),
+                names => names
+                    .iter()
+                    .flat_map(|names| names.split([',', ' ', '\t', '\n']))
+                    .filter(|name| !name.is_empty())
+                    .map(str::to_owned)
+                    .collect(),
             },
         };
         require(
@@ -149,12 +164,27 @@ mod tests {
         for (args, ignored) in [
             (&["--use-lora", "false"][..], false),
             (&["--use-lora=False", "--lora-rank", "0"], true),
-            (&["--use-lora", "0", "--from-peft", "dir", "--save-merged-lora-model"], true),
+            (&["--use-lora", "0", "--save-merged-lora-model"], true),
         ] {
             let lora = parse(args);
             assert!(matches!(lora.adapter(), Ok(Adapter::None)), "{args:?}");
             assert_eq!(lora.are_ignored(), ignored, "{args:?}");
         }
         assert!(!parse(&["--lora-rank", "2"]).are_ignored());
+        let e = parse(&["--use-lora", "false", "--from-peft", "dir"]).adapter().err().unwrap();
+        assert!(e.to_string().contains("llara merge"), "{e}");
+    }
+
+    #[test]
+    fn targets_are_separated_by_blanks_or_commas() {
+        for args in [
+            &["--target-modules", "q_proj", "v_proj"][..],
+            &["--target-modules", "q_proj v_proj"],
+            &["--target-modules=q_proj, v_proj"],
+            &["--target-modules=q_proj,v_proj"],
+        ] {
+            let Ok(Adapter::New(config)) = parse(args).adapter() else { panic!("{args:?}") };
+            assert_eq!(config.target_modules, ["q_proj", "v_proj"], "{args:?}");
+        }
     }
 }

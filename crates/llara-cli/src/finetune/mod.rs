@@ -1,7 +1,9 @@
 //! `llara finetune`: train a model, with everything checked before anything is written.
 
 mod args;
+mod flag_table;
 mod forecast;
+mod lengths;
 mod lora_args;
 mod prepare;
 mod ranges;
@@ -18,11 +20,15 @@ use llara::{BiEncoderModel, Error, Loader, Role};
 
 use super::progress::TrainingProgress;
 use super::talk::{count, counted, print, say};
-use super::{compute, output_folder, trained_model};
+use super::{compute, interrupt, output_folder, trained_model};
 pub(super) use args::Args;
 pub(super) use forecast::Forecast;
+pub(super) use lengths::warnings as length_warnings;
 use prepare::missing;
 pub(super) use prepare::{Prepared, Wanted};
+
+/// Texts whose lengths are measured before training.
+const TEXTS: usize = 2_000;
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
@@ -30,6 +36,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let forecast = Forecast::new(&args, &prepared)?;
     forecast.refuse_if_too_large(&prepared)?;
     for line in forecast.lines() {
+        say!("{line}");
+    }
+    for line in lengths::warnings(&prepared.lengths(TEXTS)?, &prepared.outline.prompts)? {
         say!("{line}");
     }
     prepared.config.chunking = forecast.plan.chunks.chunking;
@@ -47,7 +56,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     report(&config.output_dir, &trained?)
 }
 
-/// The model, or its adapter and, where asked for, the model with the adapter merged.
+/// Saves the model, or its adapter and, if asked for, the model with the adapter merged.
 fn save(mut model: BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> llara::Result<()> {
     model.decoder_mut().drop_gradients();
     if model.adapter().is_none() {
@@ -83,15 +92,44 @@ fn train(
     {
         trained_model::warn_if_too_long(model, role, max_len);
     }
+    let normalized = model.options().normalized;
     let mut trainer = Trainer::new(model, dataset, config)?;
     say!("{about_model}");
-    announce(args, config, dataset, trainer.total_steps());
+    announce(args, normalized, (config, dataset), trainer.total_steps());
 
     let log = create_log(&config.output_dir)?;
+    interrupt::stop_after_step()?;
     let mut progress = TrainingProgress::new(log, trainer.total_steps());
     let result = trainer.run(&mut progress);
-    progress.finish();
+    let done = progress.finish();
+    if result.is_err() && interrupt::exit_code().is_some() {
+        say!("stopped after step {done} of {}", trainer.total_steps());
+        say!("{}", what_is_left(config, args.uses_adapter()));
+    }
     Ok(result?)
+}
+
+/// What an interrupted run leaves, and how to continue.
+fn what_is_left(config: &TrainConfig, adapter: bool) -> String {
+    let steps = fs::read_dir(&config.output_dir).into_iter().flatten().filter_map(|entry| {
+        let name = entry.ok()?.file_name();
+        name.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok()
+    });
+    let folder = config.output_dir.display();
+    match (steps.max(), adapter) {
+        (Some(step), true) => format!(
+            "{folder} has checkpoint-{step}; to continue from it with a new optimizer: --from-peft \
+             {folder}/checkpoint-{step} and another --output-dir"
+        ),
+        (Some(step), false) => format!(
+            "{folder} has checkpoint-{step}; to continue from it with a new optimizer: --model \
+             {folder}/checkpoint-{step} and another --output-dir"
+        ),
+        (None, _) => format!(
+            "{folder} has no model, for none had been saved; to start again, add \
+             --overwrite-output-dir; --save-steps N saves a model every N steps"
+        ),
+    }
 }
 
 /// Makes the output folder and begins the log.
@@ -127,11 +165,17 @@ fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
     )
 }
 
-fn announce(args: &Args, config: &TrainConfig, dataset: &Dataset, steps: u64) {
+fn announce(
+    args: &Args,
+    normalized: bool,
+    (config, dataset): (&TrainConfig, &Dataset),
+    steps: u64,
+) {
     say!("data      {}, {} skipped", counted(dataset.len(), "row"), dataset.skipped().count);
     say_skipped(dataset);
     let (batch, group) = (config.batch_size, config.group_size);
-    let tokens = batch * (config.query_max_len + group * config.passage_max_len);
+    let of_row = group.saturating_mul(config.passage_max_len).saturating_add(config.query_max_len);
+    let tokens = batch.saturating_mul(of_row);
     say!(
         "steps     {}: {batch} {} of group {group} each, at most {} a step",
         count(steps as usize),
@@ -140,19 +184,21 @@ fn announce(args: &Args, config: &TrainConfig, dataset: &Dataset, steps: u64) {
     );
     if config.sampling == Sampling::Random && batch > dataset.len() {
         say!(
-            "note: a batch of {batch} is larger than the data: a step has the {} that there {}",
+            "note: a batch of {batch} is larger than the data: a step has only {}",
             counted(dataset.len(), "row"),
-            if dataset.len() == 1 { "is" } else { "are" },
         );
     }
     if args.lora.are_ignored() {
-        say!("note: --use-lora is false, so other options of adapters have no effect");
+        say!("note: --use-lora is false, so the other adapter options have no effect");
     }
-    if !args.model.normalized {
-        say!("note: vectors are not normalised, so the temperature is 1.0");
+    if args.training.negatives_cross_device {
+        say!("note: --negatives-cross-device has no effect: one process has no other devices");
+    }
+    if !normalized {
+        say!("note: embeddings are not normalised, so the temperature is 1.0");
     }
     if args.optimizer.warmup_is_lost() {
-        say!("note: the constant scheduler has no warm-up; constant_with_warmup has");
+        say!("note: the constant scheduler has no warm-up; use constant_with_warmup");
     }
 }
 

@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
-use llara::data::Dataset;
+use llara::data::{BadRows, Dataset};
 use llara::model::LoraConfig;
 use llara::text::Template;
 use llara::train::TrainConfig;
-use llara::{BiEncoderModel, Error, ErrorKind, Loader, Outline, Role, backend::Cpu};
+use llara::train::plan::TextLengths;
+use llara::{BiEncoderModel, Error, ErrorKind, Loader, Outline, Recipe, Role, backend::Cpu};
 
 use super::Args;
+use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
 use super::ranges;
-use super::trainer_flags::OwnSettings;
 use crate::talk::say;
 use crate::{output_folder, trained_model};
 
@@ -32,7 +33,8 @@ pub(crate) struct Prepared {
     pub(crate) dataset: Dataset,
     /// The model's folder.
     dir: PathBuf,
-    template: Option<Template>,
+    /// That of the trained model.
+    pub(super) recipe: Recipe,
     pub(crate) outline: Outline,
     cpu: Cpu,
 }
@@ -42,11 +44,7 @@ impl Prepared {
     /// configuration and tokenizer.
     pub(crate) fn new(args: &Args, wanted: Wanted) -> anyhow::Result<Self> {
         let model_name = required(args)?;
-        let own = OwnSettings {
-            model: &model_name,
-            save_steps: args.output.save_steps,
-            seed: args.training.seed,
-        };
+        let own = OwnSettings { model: &model_name, seed: args.training.seed };
         for line in args.trainer_flags.check(&own)? {
             say!("note: {line}");
         }
@@ -56,34 +54,33 @@ impl Prepared {
         let cpu = args.compute.start();
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
-        if !matches!(adapter, Adapter::None) && args.model.add_special_tokens {
-            return Err(Error::new(
-                ErrorKind::Argument,
-                "new tokens cannot be saved with an adapter, which leaves their embeddings out",
-            )
-            .hint(
-                "train all weights with --use-lora false, or do that in a first run and train \
-                 adapters on its model",
-            )
-            .into());
-        }
-        let config = match &wanted {
+        let output_dir = match &wanted {
             Wanted::Run(output_dir) => {
                 check_apart(args, output_dir, &adapter, &model_name)?;
                 output_folder::check(output_dir, args.output.overwrite_output_dir)?;
-                args.train_config(output_dir.clone())
+                output_dir.clone()
             }
-            Wanted::Plan => args.train_config(PathBuf::new()),
+            Wanted::Plan => PathBuf::new(),
         };
-        let dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
-        config.sampler(dataset.len(), 1)?; // what it refuses, before a large model is read
+        let group_size = args.data.train_group_size;
+        let mut dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
+        if args.data.on_bad_row == BadRows::Skip {
+            dataset.skip_short_groups(group_size)?;
+        }
+        dataset.check_group(group_size)?;
 
         let cache = args.model.cache_dir.as_deref();
         let dir = match wanted {
             Wanted::Run(_) => trained_model::find(&model_name, cache, "--from-peft")?,
             Wanted::Plan => trained_model::find_outline(&model_name, cache, "--from-peft")?,
         };
-        let outline = loader(args, &dir, template.as_ref())?.outline()?;
+        let base = starting_recipe(&dir, &adapter, template.as_ref())?;
+        let outline = outline(args, &dir, &base, &adapter)?;
+        let recipe = args.recipe(base);
+        let mut config = args.train_config(output_dir, &recipe, 0);
+        // What the sampler refuses is refused before a large model is read.
+        let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
+        config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
         for (role, option, max_len) in [
             (Role::Query, "--query-max-len", config.query_max_len),
             (Role::Passage, "--passage-max-len", config.passage_max_len),
@@ -92,7 +89,7 @@ impl Prepared {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, template, outline, cpu })
+        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, cpu })
     }
 
     /// The adapter's settings, if there is one.
@@ -104,34 +101,71 @@ impl Prepared {
         })
     }
 
+    /// Lengths of queries and passages, of at most about `texts` texts.
+    pub(crate) fn lengths(&self, texts: usize) -> llara::Result<[TextLengths; 2]> {
+        TextLengths::sample(&self.dataset, &self.outline.prompts, &self.config, texts)
+    }
+
     /// Reads the weights and attaches the adapter.
     pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<Cpu>> {
-        let mut loader = loader(args, &self.dir, self.template.as_ref())?;
+        let mut loader = Loader::new(&self.dir)?.with_recipe(self.recipe.clone());
         let precision = args.precision();
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
         }
-        let (cpu, options) = (self.cpu.clone(), args.model_options());
+        let (cpu, options) = (self.cpu.clone(), args.model_options(&self.recipe));
         let mut model = loader.load_weights(self.outline.clone(), cpu, options)?;
         match &self.adapter {
             Adapter::None => {}
             Adapter::New(lora) => model.attach_new_adapter(lora, self.config.seed)?,
-            Adapter::From(dir) => model.attach_adapter(dir)?,
+            Adapter::From(dir) => {
+                model.attach_adapter(dir).map_err(|e| trained_model::name_recorded_base(e, dir))?
+            }
         }
         model.set_precision(precision)?;
         Ok(model)
     }
 }
 
-fn loader<'d>(
-    args: &Args,
-    dir: &'d Path,
+/// The recipe that training starts from: the adapter's, the model's or the default one.
+fn starting_recipe(
+    dir: &Path,
+    adapter: &Adapter,
     template: Option<&Template>,
-) -> llara::Result<Loader<'d>> {
-    let loader = Loader::new(dir)?.add_special_tokens(args.model.add_special_tokens);
-    Ok(match template {
-        Some(template) => loader.template(template.clone()),
-        None => loader,
+) -> llara::Result<Recipe> {
+    let of_adapter = match adapter {
+        Adapter::From(dir) => Recipe::read(dir)?,
+        Adapter::None | Adapter::New(_) => None,
+    };
+    let mut recipe = match of_adapter {
+        Some(recipe) => recipe,
+        None => Loader::new(dir)?.recipe().clone(),
+    };
+    if let Some(template) = template {
+        recipe.template = template.clone();
+    }
+    Ok(recipe)
+}
+
+/// Reads configuration and tokenizer. An adapter does not save embeddings, so it is refused if tokens
+/// would be added.
+fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara::Result<Outline> {
+    let read =
+        |add| Loader::new(dir)?.with_recipe(recipe.clone()).add_special_tokens(add).outline();
+    let add = args.model.add_special_tokens;
+    if !add || matches!(adapter, Adapter::None) {
+        return read(add);
+    }
+    read(false).map_err(|error| match read(true) {
+        Ok(_) => Error::new(
+            ErrorKind::Argument,
+            "new tokens cannot be saved with an adapter, which has no embeddings",
+        )
+        .hint(
+            "train all weights with --use-lora false, or do that in a first run and train \
+             adapters on its model",
+        ),
+        Err(_) => error,
     })
 }
 

@@ -6,6 +6,7 @@ use std::fmt::Display;
 use llara::{Error, ErrorKind, Result};
 
 use super::args::{Args, ChunkTokens};
+use crate::trained_model::MAX_LEN;
 
 /// Refuses `option` with `value` unless it `fits`.
 ///
@@ -28,10 +29,40 @@ pub(super) fn require(
 pub(super) fn check(args: &Args) -> Result<()> {
     let (data, training) = (&args.data, &args.training);
     require(
-        data.train_group_size >= 2,
+        data.train_group_size >= 1,
         ("--train-group-size", data.train_group_size),
         "the group size is too small",
-        "at least 2: 1 positive and group size − 1 hard negatives",
+        "at least 1: 1 positive and group size − 1 hard negatives",
+    )?;
+    require(
+        data.train_group_size > 1 || training.per_device_train_batch_size != 1,
+        ("--train-group-size 1 with --per-device-train-batch-size", 1),
+        "a query would have no negative",
+        "2 or more passages in a step: raise the batch size or the group size",
+    )?;
+    for (option, value) in
+        [("--query-max-len", data.query_max_len), ("--passage-max-len", data.passage_max_len)]
+    {
+        let value = value.unwrap_or(1);
+        require(
+            value <= MAX_LEN,
+            (option, value),
+            "the maximum length is out of range",
+            &format!("at most {MAX_LEN} tokens"),
+        )?;
+    }
+    require(
+        (training.per_device_train_batch_size as u128 * data.train_group_size as u128)
+            < u128::from(u32::MAX),
+        (
+            "--per-device-train-batch-size",
+            format!(
+                "{} with --train-group-size {}",
+                training.per_device_train_batch_size, data.train_group_size
+            ),
+        ),
+        "batch size × group size is too large",
+        "fewer than 4,294,967,295 passages in a step",
     )?;
     require(
         training.max_steps > 0 || training.max_steps == -1,
@@ -61,7 +92,7 @@ pub(super) fn check(args: &Args) -> Result<()> {
     require(
         training.chunk_tokens != ChunkTokens::Tokens(0),
         ("--chunk-tokens", 0),
-        "no token would go through the model",
+        "no token would be encoded",
         "1 or more, such as 4096, or auto",
     )?;
     require(

@@ -1,9 +1,8 @@
-//! `llara plan`: what a training run would take, from its data, the model's configuration and the
-//! tokenizer alone.
+//! `llara plan`: estimates memory and work of a training run from its data, the model's configuration
+//! and the tokenizer, without reading weights.
 
 mod picture;
 
-use llara::train::plan::TextLengths;
 use serde_json::json;
 
 use super::finetune::{self, Forecast, Prepared, Wanted};
@@ -28,9 +27,12 @@ pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
     let prepared = Prepared::new(args, Wanted::Plan)?;
     let forecast = Forecast::new(args, &prepared)?;
     let prompts = &prepared.outline.prompts;
-    let lengths = TextLengths::sample(&prepared.dataset, prompts, &prepared.config, TEXTS)?;
+    let lengths = prepared.lengths(TEXTS)?;
 
     for line in picture::lengths(&lengths) {
+        say!("{line}");
+    }
+    for line in finetune::length_warnings(&lengths, prompts)? {
         say!("{line}");
     }
     say!("");

@@ -72,7 +72,6 @@ fn adapter_options_that_make_no_sense_are_refused() {
         (&["--target-modules", "q_proj,w_proj"], "w_proj"),
         (&["--from-peft", "nowhere"], "adapter_config.json"),
         (&["--from-peft", "nowhere", "--lora-rank", "2"], "its own settings"),
-        (&["--add-special-tokens"], "hint: train all weights with --use-lora false"),
     ] {
         bench.finetune(&[&["--use-lora"], args].concat()).refused(&[part]);
         assert!(!bench.at("out").exists());
@@ -85,7 +84,7 @@ fn adapters_that_are_turned_off_are_spoken_of() {
     let args = ["--use-lora", "false", "--lora-rank", "4", "--per-device-train-batch-size", "16"];
     let run = bench.finetune(&[&args[..], &["--sampling", "random", "--max-steps", "1"]].concat());
     run.json();
-    for part in ["note: --use-lora is false", "16 is larger than the data: a step has the 12 rows"]
+    for part in ["note: --use-lora is false", "16 is larger than the data: a step has only 12 rows"]
     {
         assert!(run.stderr.contains(part), "{}", run.stderr);
     }

@@ -12,9 +12,9 @@ fn malformed_rows_are_refused_with_file_and_line() {
         (b"{\"query\": \"\xff\"}", &["not UTF-8", "convert"]),
         (br#"{"pos": ["a"], "neg": ["b"]}"#, &["`query` is missing"]),
         (br#"{"query": "a", "neg": ["b"]}"#, &["`pos` is missing"]),
-        (br#"{"query": "a", "pos": ["b"]}"#, &["`neg` is missing", "mine hard negatives"]),
+        (br#"{"query": "a", "pos": ["b"]}"#, &["no hard negatives", "--train-group-size 1"]),
         (br#"{"query": "a", "pos": [], "neg": ["b"]}"#, &["`pos` is empty", "at least one"]),
-        (br#"{"query": "a", "pos": ["b"], "neg": []}"#, &["`neg` is empty", "at least one"]),
+        (br#"{"query": "a", "pos": ["b"], "neg": []}"#, &["no hard negatives", "at least one"]),
         (br#"{"query": 7, "pos": ["b"], "neg": ["c"]}"#, &["`query` is of the wrong type"]),
         (br#"{"query": "a", "pos": "b", "neg": ["c"]}"#, &["`pos` is of the wrong type"]),
         (br#"{"query": "a", "pos": ["b"], "neg": [7]}"#, &["`neg[0]` is of the wrong type"]),
@@ -46,8 +46,13 @@ fn empty_and_missing_files_are_refused() {
 fn impossible_settings_are_refused() {
     let bench = Bench::new();
     for (args, parts) in [
-        (["--train-group-size", "1"], ["the group size is too small", "at least 2"]),
-        (["--train-group-size", "0"], ["the group size is too small", "at least 2"]),
+        (["--train-group-size", "0"], ["the group size is too small", "at least 1"]),
+        (["--train-group-size", "18446744073709551615"], ["too large", "fewer than"]),
+        (["--query-max-len", "18446744073709551615"], ["out of range", "--query-max-len 184"]),
+        (["--passage-max-len", "18446744073709551615"], ["out of range", "--passage-max-len 184"]),
+        (["--learning-rate", "-1e-3"], ["learning rate", "--learning-rate -0.001"]),
+        (["--threads", "65535"], ["too many threads", "--threads 65535"]),
+        (["--from-peft", "adapter"], ["an adapter cannot be continued", "llara merge"]),
         (["--per-device-train-batch-size", "0"], ["batch size", "at least 1"]),
         (["--query-max-len", "10"], ["no token of a query would be left", "at least"]),
         (["--passage-max-len", "1"], ["no token of a passage would be left", "at least"]),
@@ -79,7 +84,7 @@ fn numbers_that_no_count_can_be_are_refused_by_their_option() {
         ("--seed", "-1", "'-1' for '--seed <N>'"),
         ("--per-device-train-batch-size", "-3", "'-3' for '--per-device-train-batch-size <N>'"),
         ("--warmup-steps", "0.1", "--warmup-ratio"),
-        ("--save-steps", "0.25", "'--save-steps <N>': a share of the run"),
+        ("--save-steps", "0.25", "'--save-steps <N>': a fraction of the run"),
     ] {
         let run = bench.finetune(&[option, value]);
         assert_eq!(run.code, Some(2), "{}", run.stderr);
@@ -128,7 +133,7 @@ fn a_folder_in_use_is_left_alone() {
         .refused(&["output folder is not empty", "notes.txt"]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
     // A run that may overwrite but cannot start changes nothing either.
-    bench.finetune(&["--overwrite-output-dir", "--train-group-size", "1"]).refused(&[]);
+    bench.finetune(&["--overwrite-output-dir", "--train-group-size", "0"]).refused(&[]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
     bench.finetune(&["--overwrite-output-dir"]).json();
     assert_eq!(fs::read_to_string(bench.at("out/notes.txt")).unwrap(), "mine");

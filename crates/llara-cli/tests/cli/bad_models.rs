@@ -104,7 +104,7 @@ fn a_tokenizer_without_the_templates_tokens() {
     refused.refused(&[
         "does not know <s1> <s2>",
         "single tokens",
-        "hint: add them with --add-special-tokens",
+        "llara finetune --use-lora false --add-special-tokens",
     ]);
     assert!(!bench.at("out").exists());
 

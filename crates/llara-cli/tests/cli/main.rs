@@ -12,4 +12,5 @@ mod plan;
 mod reference_command;
 mod resumed_encoding;
 mod run_file;
+mod settings;
 mod verbs;

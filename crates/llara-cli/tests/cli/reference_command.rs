@@ -48,6 +48,8 @@ fn the_references_own_command_line_runs() {
         "../stage1.json",
         "--warmup_ratio",
         "0.1",
+        "--negatives_cross_device",
+        "--no_save_safetensors",
         "--fp16",
         "--cache_dir",
         "./LMs",
@@ -58,6 +60,8 @@ fn the_references_own_command_line_runs() {
         let lines = run.stderr.lines().filter(|line| line.starts_with(&format!("note: --{flag} ")));
         assert_eq!(lines.count(), 1, "{flag}: {}", run.stderr);
     }
+    let alone = "--negatives-cross-device has no effect: one process has no other devices";
+    assert!(run.stderr.contains(alone), "{}", run.stderr);
     assert!(run.stderr.contains("training  adapters of rank 64"), "{}", run.stderr);
     assert!(bench.at("output/adapter_model.safetensors").is_file());
 }
@@ -69,7 +73,6 @@ fn what_this_version_cannot_do_is_refused_by_name() {
         (&["--resume_from_checkpoint", "x"][..], "`--resume-from-checkpoint` is not"),
         (&["--gradient_accumulation_steps", "4"], "`--gradient-accumulation-steps` is not"),
         (&["--device", "cuda:0"], "`--device cuda:0` is not"),
-        (&["--negatives_cross_device", "True"], "cross-device negatives need a process group"),
     ] {
         bench.finetune(args).refused(&[part, "hint: "]);
         assert!(!bench.at("out").exists());

@@ -26,7 +26,7 @@ fn a_wrong_file_is_refused() {
     let (file, out) = (bench.path("run.toml"), bench.path("out"));
     for (contents, parts) in [
         ("learnin-rate = 1", ["run.toml: `learnin-rate` is not an option", "`learning-rate`?"]),
-        ("seed = \"often\"", ["run.toml: invalid value 'often' for '--seed", "invalid digit"]),
+        ("seed = \"often\"", ["run.toml: invalid value 'often' for '--seed", "whole number"]),
         ("seed 1", ["run.toml:1: not TOML", ""]),
     ] {
         bench.write("run.toml", contents);

@@ -1,33 +1,48 @@
-//! What has to travel with the weights so that a model answers when served as it did when trained.
+//! `llara.json`: the settings that a model needs to encode texts as it did in training.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::BiEncoderModel;
+use crate::backend::Backend;
 use crate::text::{Role, Template};
 use crate::{Error, ErrorKind, Result};
 
 /// The file of a model folder that holds the recipe.
 pub(crate) const RECIPE_FILE: &str = "llara.json";
 
-/// Template, lengths and normalisation, saved in the model folder as `llara.json`.
+/// Template, lengths, instructions and normalisation, saved in the model folder as `llara.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// What is put around texts, and how many trailing tokens are averaged.
+    /// The text around queries and passages, and the number of trailing tokens that are averaged.
     pub template: Template,
-    /// Whether vectors are brought to length 1.
+    /// Whether embeddings are L2-normalised.
     pub normalized: bool,
-    /// Tokens that a query with its template is cut to.
+    /// Maximum length of a query in tokens, template included.
     pub query_max_len: usize,
-    /// Tokens that a passage with its template is cut to.
+    /// Maximum length of a passage in tokens, template included.
     pub passage_max_len: usize,
+    /// Text put in front of every query that has no instruction of its own.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub query_instruction: String,
+    /// Text put in front of every passage.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub passage_instruction: String,
 }
 
 impl Recipe {
     /// The reference's lengths and normalisation with this template.
     pub fn new(template: Template) -> Self {
-        Recipe { template, normalized: true, query_max_len: 32, passage_max_len: 128 }
+        Recipe {
+            template,
+            normalized: true,
+            query_max_len: 32,
+            passage_max_len: 128,
+            query_instruction: String::new(),
+            passage_instruction: String::new(),
+        }
     }
 
     /// The length for a role.
@@ -35,6 +50,14 @@ impl Recipe {
         match role {
             Role::Query => self.query_max_len,
             Role::Passage => self.passage_max_len,
+        }
+    }
+
+    /// The instruction for a role.
+    pub fn instruction(&self, role: Role) -> &str {
+        match role {
+            Role::Query => &self.query_instruction,
+            Role::Passage => &self.passage_instruction,
         }
     }
 
@@ -49,7 +72,7 @@ impl Recipe {
             Error::new(ErrorKind::Config, "not a recipe")
                 .file(&path)
                 .because(e)
-                .hint("remove the file to go by the command line alone")
+                .hint("remove the file to use the options of the command line alone")
         })?;
         recipe.template.validate().map_err(|e| e.file(&path))?;
         Ok(Some(recipe))
@@ -60,5 +83,34 @@ impl Recipe {
             .map_err(|e| Error::new(ErrorKind::Config, "cannot write the recipe").because(e))?;
         text.push(b'\n');
         Ok(text)
+    }
+}
+
+impl<B: Backend> BiEncoderModel<B> {
+    /// Sets the instructions that are saved with the model as its own.
+    pub fn set_instructions(&mut self, query: &str, passage: &str) {
+        query.clone_into(&mut self.recipe.query_instruction);
+        passage.clone_into(&mut self.recipe.passage_instruction);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_are_kept_and_may_be_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut recipe = Recipe::new(Template::preset("llara").unwrap());
+        let old = recipe.to_json().unwrap();
+        assert!(!String::from_utf8(old.clone()).unwrap().contains("instruction"));
+        std::fs::write(dir.path().join(RECIPE_FILE), old).unwrap();
+        assert_eq!(Recipe::read(dir.path()).unwrap().unwrap(), recipe);
+
+        recipe.query_instruction = "find: ".into();
+        std::fs::write(dir.path().join(RECIPE_FILE), recipe.to_json().unwrap()).unwrap();
+        let read = Recipe::read(dir.path()).unwrap().unwrap();
+        assert_eq!(read.instruction(Role::Query), "find: ");
+        assert_eq!((read.instruction(Role::Passage), &read), ("", &recipe));
     }
 }

@@ -32,6 +32,8 @@ pub struct Skipped {
 pub struct Dataset {
     files: Vec<SourceFile>,
     rows: Vec<IndexEntry>,
+    /// Indices of rows without hard negatives, ascending.
+    without_negatives: Vec<usize>,
     skipped: Skipped,
 }
 
@@ -69,22 +71,85 @@ impl Dataset {
     /// A path cannot be read; a folder has no such file; a file is empty, one JSON array, or has a
     /// malformed row that is not to be skipped; no row is left.
     pub fn open(paths: &[PathBuf], on_bad_row: BadRows) -> Result<Dataset> {
-        let mut dataset =
-            Dataset { files: Vec::new(), rows: Vec::new(), skipped: Skipped::default() };
+        let mut dataset = Dataset {
+            files: Vec::new(),
+            rows: Vec::new(),
+            without_negatives: Vec::new(),
+            skipped: Skipped::default(),
+        };
         for path in data_files(paths)? {
             dataset.index_file(path, on_bad_row)?;
         }
-        if dataset.rows.is_empty() {
-            let error = Error::new(ErrorKind::Data, "there is no row to train on");
-            return Err(match dataset.skipped.reasons.first() {
-                Some(first) => error.got(format!(
-                    "{} rows, all skipped, the first for this reason: {first}",
-                    dataset.skipped.count
-                )),
-                None => error.hint("name at least one file or folder of training rows"),
-            });
-        }
+        dataset.check_not_empty()?;
         Ok(dataset)
+    }
+
+    fn check_not_empty(&self) -> Result<()> {
+        if !self.rows.is_empty() {
+            return Ok(());
+        }
+        let error = Error::new(ErrorKind::Data, "there is no row to train on");
+        Err(match self.skipped.reasons.first() {
+            Some(first) => error.got(format!(
+                "{} rows, all skipped, the first for this reason: {first}",
+                self.skipped.count
+            )),
+            None => error.hint("name at least one file or folder of training rows"),
+        })
+    }
+
+    /// Checks that every row can fill a group of `group_size` passages. A row with fewer negatives
+    /// than that repeats them; a row without any fits only a group of 1.
+    ///
+    /// # Errors
+    /// The first row without negatives, where the group needs one.
+    pub fn check_group(&self, group_size: usize) -> Result<()> {
+        match self.without_negatives.first() {
+            Some(&index) if group_size > 1 => Err(self.no_negatives(index, group_size)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Leaves out the rows that [`check_group`](Self::check_group) refuses, and counts them as
+    /// skipped.
+    ///
+    /// # Errors
+    /// When no row is left.
+    pub fn skip_short_groups(&mut self, group_size: usize) -> Result<()> {
+        if group_size <= 1 || self.without_negatives.is_empty() {
+            return Ok(());
+        }
+        let left_out = std::mem::take(&mut self.without_negatives);
+        for &index in &left_out {
+            let reason = self.no_negatives(index, group_size);
+            self.skipped.add(&reason);
+        }
+        for file in &mut self.files {
+            file.first_row -= left_out.partition_point(|&index| index < file.first_row);
+        }
+        let mut index = 0;
+        self.rows.retain(|_| {
+            index += 1;
+            left_out.binary_search(&(index - 1)).is_err()
+        });
+        self.check_not_empty()
+    }
+
+    fn no_negatives(&self, index: usize, group_size: usize) -> Error {
+        let error = Error::new(ErrorKind::Data, "the row has no hard negatives")
+            .expected(format!(
+                "at least one passage in `neg`: a group of {group_size} is 1 positive and {} hard \
+                 negatives",
+                group_size - 1
+            ))
+            .hint(
+                "train with the other rows of the batch as negatives alone: --train-group-size 1; or \
+                 mine hard negatives for these rows first",
+            );
+        match self.location(index) {
+            Some((path, line)) => error.line(path, line),
+            None => error,
+        }
     }
 
     /// How many rows.
@@ -168,18 +233,24 @@ impl Dataset {
             }
             blank = false;
             let checked = match line.content {
-                Some(bytes) => TrainingRow::parse(bytes, &path, line.number).map(|_| bytes),
+                Some(bytes) => TrainingRow::parse(bytes, &path, line.number)
+                    .map(|row| (bytes, row.neg.is_empty())),
                 None => Err(Error::new(ErrorKind::Data, "the line is too long")
                     .line(&path, line.number)
                     .expected(format!("at most {} MiB, one row", MAX_LINE_BYTES >> 20))),
             };
             match (checked, on_bad_row) {
-                (Ok(bytes), _) => self.rows.push(IndexEntry {
-                    offset: line.offset,
-                    checksum: fnv1a(FNV_START, bytes),
-                    length: bytes.len() as u32, // at most MAX_LINE_BYTES
-                    line: number,
-                }),
+                (Ok((bytes, no_negatives)), _) => {
+                    if no_negatives {
+                        self.without_negatives.push(self.rows.len());
+                    }
+                    self.rows.push(IndexEntry {
+                        offset: line.offset,
+                        checksum: fnv1a(FNV_START, bytes),
+                        length: bytes.len() as u32, // at most MAX_LINE_BYTES
+                        line: number,
+                    });
+                }
                 (Err(reason), BadRows::Error) => return Err(reason),
                 (Err(reason), BadRows::Skip) => self.skipped.add(&reason),
             }
@@ -273,6 +344,33 @@ mod tests {
 
     fn queries(dataset: &Dataset) -> Vec<String> {
         (0..dataset.len()).map(|i| dataset.row(i).unwrap().query).collect()
+    }
+
+    #[test]
+    fn rows_without_negatives_fill_only_groups_of_one() {
+        let bare = |query: &str| format!(r#"{{"query": "{query}", "pos": ["right"]}}"#);
+        let dir = folder(&[
+            ("1.jsonl", &format!("{}\n{}\n", bare("a"), row("b"))),
+            ("2.jsonl", &format!("{}\n{}\n{}\n", row("c"), bare("d"), row("e"))),
+        ]);
+        let mut dataset = open(&dir, BadRows::Error).unwrap();
+        assert_eq!(queries(&dataset), ["a", "b", "c", "d", "e"]);
+        dataset.check_group(1).unwrap();
+        let e = dataset.check_group(2).unwrap_err().to_string();
+        assert!(e.contains("1.jsonl:1: ") && e.contains("--train-group-size 1"), "{e}");
+
+        dataset.skip_short_groups(1).unwrap();
+        assert_eq!((dataset.len(), dataset.skipped().count), (5, 0));
+        dataset.skip_short_groups(2).unwrap();
+        dataset.check_group(2).unwrap();
+        assert_eq!(queries(&dataset), ["b", "c", "e"]);
+        assert_eq!(dataset.location(1), Some((dir.path().join("2.jsonl").as_path(), 1)));
+        assert_eq!(dataset.location(2), Some((dir.path().join("2.jsonl").as_path(), 3)));
+        assert_eq!(dataset.skipped().count, 2);
+        assert!(dataset.skipped().reasons[1].contains("2.jsonl:2: "));
+
+        let none = folder(&[("1.jsonl", &bare("a"))]);
+        assert!(open(&none, BadRows::Error).unwrap().skip_short_groups(2).is_err());
     }
 
     #[test]

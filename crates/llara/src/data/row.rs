@@ -6,15 +6,14 @@ use serde_json::{Map, Value};
 
 use crate::{Error, ErrorKind, Result};
 
-/// A query with the passages that answer it and passages that only seem to. `pos` and `neg` are
-/// not empty, no text is blank.
+/// A query with its positives and hard negatives. `pos` is not empty, no text is blank.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainingRow {
     /// The text to search with.
     pub query: String,
     /// Positives: passages that answer the query.
     pub pos: Vec<String>,
-    /// Hard negatives: passages that do not, though they look like it.
+    /// Hard negatives: similar passages that do not answer it. May be empty.
     pub neg: Vec<String>,
     /// The row's name, if it has one.
     pub id: Option<String>,
@@ -27,8 +26,8 @@ pub struct TrainingRow {
 }
 
 impl TrainingRow {
-    /// Reads one line; `path` and `line` (from 1) are for the errors. Fields that are not known are
-    /// passed over, an optional field that is `null` is absent.
+    /// Reads one line; `path` and `line` (from 1) are for the errors. Unknown
+    /// fields are ignored; an optional field that is `null` is absent.
     ///
     /// ```
     /// # use llara::data::TrainingRow;
@@ -63,7 +62,13 @@ impl TrainingRow {
 
         let query = place.text("query", place.required(&mut fields, "query")?)?;
         let pos = place.texts("pos", place.required(&mut fields, "pos")?)?;
-        let neg = place.texts("neg", place.required(&mut fields, "neg")?)?;
+        if pos.is_empty() {
+            return Err(place.error("`pos` is empty").expected("at least one passage").got("[]"));
+        }
+        let neg = match optional(&mut fields, "neg") {
+            None => Vec::new(),
+            Some(neg) => place.texts("neg", neg)?,
+        };
         let pos_scores = place.scores("pos_scores", &mut fields, "pos", pos.len())?;
         let neg_scores = place.scores("neg_scores", &mut fields, "neg", neg.len())?;
         let id = match optional(&mut fields, "id") {
@@ -98,14 +103,10 @@ impl Place<'_> {
 
     fn required(&self, fields: &mut Map<String, Value>, name: &str) -> Result<Value> {
         fields.remove(name).ok_or_else(|| {
-            let error = self.error(format!("`{name}` is missing")).got(match fields.len() {
+            self.error(format!("`{name}` is missing")).got(match fields.len() {
                 0 => "no other field".to_owned(),
                 _ => format!("the fields {}", preview(&field_names(fields))),
-            });
-            match name {
-                "neg" => error.hint("mine hard negatives for these rows first"),
-                _ => error,
-            }
+            })
         })
     }
 
@@ -123,12 +124,6 @@ impl Place<'_> {
         let Value::Array(items) = value else {
             return Err(self.wrong_type(field, "a list of strings", &value));
         };
-        if items.is_empty() {
-            return Err(self
-                .error(format!("`{field}` is empty"))
-                .expected("at least one passage")
-                .got("[]"));
-        }
         let item = |(i, value)| self.text(&format!("{field}[{i}]"), value);
         items.into_iter().enumerate().map(item).collect()
     }
@@ -238,6 +233,14 @@ mod tests {
     }
 
     #[test]
+    fn negatives_are_optional() {
+        for neg in ["", r#","neg":null"#, r#","neg":[]"#, r#","neg":[],"neg_scores":[]"#] {
+            let row = parse(&format!(r#"{{"query":"q","pos":["a"]{neg}}}"#)).unwrap();
+            assert_eq!(row.neg.len(), 0, "{neg}");
+        }
+    }
+
+    #[test]
     fn every_fault_is_named_with_its_field() {
         let with = |extra: &str| format!(r#"{{"query":"q","pos":["a"],"neg":["b","c"],{extra}}}"#);
         for (line, part) in [
@@ -247,13 +250,13 @@ mod tests {
             ("null".into(), "not a JSON object"),
             (r#"{"pos":["a"],"neg":["b"]}"#.into(), "`query` is missing"),
             (r#"{"query":"q","neg":["b"]}"#.into(), "`pos` is missing"),
-            (r#"{"query":"q","pos":["a"]}"#.into(), "`neg` is missing"),
-            (r#"{"query":"q","pos":["a"],"neg":null}"#.into(), "`neg` is of the wrong type"),
+            (r#"{"query":"q","pos":["a"],"neg":"b"}"#.into(), "`neg` is of the wrong type"),
             (r#"{"query":" \t","pos":["a"],"neg":["b"]}"#.into(), "`query` is blank"),
             (r#"{"query":1,"pos":["a"],"neg":["b"]}"#.into(), "`query` is of the wrong type"),
             (r#"{"query":"q","pos":"a","neg":["b"]}"#.into(), "`pos` is of the wrong type"),
             (r#"{"query":"q","pos":[],"neg":["b"]}"#.into(), "`pos` is empty"),
-            (r#"{"query":"q","pos":["a"],"neg":[]}"#.into(), "`neg` is empty"),
+            (r#"{"query":"q","pos":["a"],"neg":[""]}"#.into(), "`neg[0]` is blank"),
+            (r#"{"query":"q","pos":["a"],"neg_scores":[1]}"#.into(), "differ in length"),
             (r#"{"query":"q","pos":["a"],"neg":["b",3]}"#.into(), "`neg[1]` is of the wrong type"),
             (r#"{"query":"q","pos":["a",""],"neg":["b"]}"#.into(), "`pos[1]` is blank"),
             (with(r#""id":true"#), "`id` is of the wrong type"),
@@ -307,7 +310,6 @@ mod tests {
         };
         texts.into_iter().all(|t| !t.trim().is_empty())
             && !row.pos.is_empty()
-            && !row.neg.is_empty()
             && scores(&row.pos_scores, row.pos.len())
             && scores(&row.neg_scores, row.neg.len())
     }

@@ -1,5 +1,5 @@
 //! Which rows form which batch, and which passages a row gives: a pure function of seed, epoch and
-//! step. It knows nothing of processes, so the order of the data does not depend on their number.
+//! step. It does not depend on the number of processes, so the order of the data does not either.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,14 +16,15 @@ use crate::{Error, ErrorKind, Result};
 pub enum Sampling {
     /// Each epoch visits every row once, in an order of its own; passages are drawn.
     Random,
-    /// Rows in file order, over and over, batches running on past the end; the first passages.
+    /// Rows in file order, continuing from the first row after the last, also within a batch; the
+    /// first passages of each row.
     Sequential,
 }
 
-/// What a [`Sampler`] is made from.
+/// Settings of a [`Sampler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SamplerConfig {
-    /// Keys every draw of [`Sampling::Random`].
+    /// Seed of every draw of [`Sampling::Random`].
     pub seed: u64,
     /// How rows and passages are chosen.
     pub sampling: Sampling,
@@ -51,7 +52,7 @@ pub struct Sampler {
 pub struct Draw {
     /// Index of the row in the dataset.
     pub row: usize,
-    /// How often the data was gone through before.
+    /// Epoch, from 0.
     pub epoch: u64,
 }
 
@@ -70,8 +71,8 @@ impl Sampler {
     /// A sampler over a dataset.
     ///
     /// # Errors
-    /// There are no rows, a batch has no rows or more passages than a `u32` counts, a group fewer
-    /// than 2 passages, or `drop_last` would leave no batch at all.
+    /// There are no rows, a batch has no rows or more passages than a `u32` counts, a group
+    /// no passages, or `drop_last` would leave no batch at all.
     pub fn new(config: SamplerConfig) -> Result<Self> {
         let SamplerConfig { rows, batch_size, group_size, .. } = config;
         let error = |what: &str| Error::new(ErrorKind::Argument, what);
@@ -81,9 +82,9 @@ impl Sampler {
         if batch_size == 0 {
             return Err(error("the batch size is 0").expected("at least 1"));
         }
-        if group_size < 2 {
+        if group_size == 0 {
             return Err(error("the group size is too small")
-                .expected("at least 2: 1 positive and group size − 1 hard negatives")
+                .expected("at least 1: 1 positive and group size − 1 hard negatives")
                 .got(group_size));
         }
         if batch_size.checked_mul(group_size).is_none_or(|passages| passages > u32::MAX as usize) {
@@ -102,12 +103,12 @@ impl Sampler {
         Ok(Self { config, steps_per_epoch: batches as u64, order: Mutex::new(None) })
     }
 
-    /// What it was made from.
+    /// Its settings.
     pub fn config(&self) -> &SamplerConfig {
         &self.config
     }
 
-    /// Batches in which the data is gone through once; at least 1.
+    /// Batches of an epoch; at least 1.
     pub fn steps_per_epoch(&self) -> u64 {
         self.steps_per_epoch
     }
@@ -143,13 +144,13 @@ impl Sampler {
     /// seed, epoch and row only.
     ///
     /// # Errors
-    /// The row has no positive or no negative (no row of a `Dataset` is like that).
+    /// The row has no positive, or no negative for a group of 2 or more.
     pub fn group<'r>(&self, draw: &Draw, row: &'r TrainingRow) -> Result<Group<'r>> {
-        if row.pos.is_empty() || row.neg.is_empty() {
+        let negatives = self.config.group_size - 1;
+        if row.pos.is_empty() || (row.neg.is_empty() && negatives > 0) {
             return Err(Error::new(ErrorKind::Data, "a row lacks positives or hard negatives")
                 .got(format!("{} and {}", row.pos.len(), row.neg.len())));
         }
-        let negatives = self.config.group_size - 1;
         let mut passages = Vec::with_capacity(self.config.group_size);
         match self.config.sampling {
             Sampling::Sequential => {
@@ -160,7 +161,7 @@ impl Sampler {
                 let mut rng = self.rng(Purpose::Group, draw.epoch, draw.row as u64);
                 let positive = below(&mut rng, row.pos.len() as u64) as usize;
                 passages.push(row.pos[positive].as_str());
-                let copies = negatives.div_ceil(row.neg.len());
+                let copies = negatives.div_ceil(row.neg.len().max(1));
                 let mut pool: Vec<usize> = (0..row.neg.len() * copies).collect();
                 shuffle_front(&mut rng, &mut pool, negatives);
                 let chosen = pool[..negatives].iter().map(|i| i % row.neg.len());
@@ -281,7 +282,7 @@ mod tests {
         for (bad, part) in [
             (SamplerConfig { rows: 0, ..good }, "no rows"),
             (SamplerConfig { batch_size: 0, ..good }, "batch size"),
-            (SamplerConfig { group_size: 1, ..good }, "1 positive"),
+            (SamplerConfig { group_size: 0, ..good }, "1 positive"),
             (SamplerConfig { batch_size: usize::MAX, ..good }, "too large"),
             (SamplerConfig { drop_last: true, batch_size: 11, ..good }, "at least 11 rows"),
         ] {
@@ -291,6 +292,11 @@ mod tests {
         }
         let s = Sampler::new(good).unwrap();
         assert!(s.group(&s.batch(0)[0], &row(1, 0)).is_err());
+        for sampling in [Sampling::Random, Sampling::Sequential] {
+            let alone = Sampler::new(SamplerConfig { group_size: 1, sampling, ..good }).unwrap();
+            let texts = row(1, 0);
+            assert_eq!(alone.group(&alone.batch(0)[0], &texts).unwrap().passages, ["p0"]);
+        }
         assert!(s.group(&s.batch(0)[0], &row(0, 1)).is_err());
     }
 

@@ -44,14 +44,14 @@ pub struct TextEmbedder<'m, B: Backend> {
 }
 
 impl<'m, B: Backend> TextEmbedder<'m, B> {
-    /// Lengths as the model's recipe has them, no instructions, 8,192 tokens at a time.
+    /// Lengths and instructions of the model's recipe; 8,192 tokens at a time.
     pub fn new(model: &'m BiEncoderModel<B>) -> Self {
         TextEmbedder {
             model,
             query_max_len: model.recipe().query_max_len,
             passage_max_len: model.recipe().passage_max_len,
-            query_instruction: String::new(),
-            passage_instruction: String::new(),
+            query_instruction: model.recipe().query_instruction.clone(),
+            passage_instruction: model.recipe().passage_instruction.clone(),
             batch_tokens: 8192,
             on_batch: None,
         }

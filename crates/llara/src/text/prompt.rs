@@ -136,7 +136,10 @@ impl PromptEncoder {
             format!("the model has no embedding for token `{token}` (id {id})"),
         )
         .expected(format!("ids below {}", self.vocab_size))
-        .hint("use the tokenizer of this very model; --add-special-tokens grows the model for a template's tokens"))
+        .hint(
+            "use the tokenizer of this very model; for a template's tokens, \
+             llara finetune --use-lora false --add-special-tokens enlarges the model",
+        ))
     }
 }
 
@@ -168,7 +171,10 @@ fn not_single_ids(template: &Template, tokens: &[impl AsRef<str>]) -> Error {
     )
     .expected(format!("every special token of template `{}` as one id", template.name))
     .got("their spelling in pieces, which would be pooled in their place")
-    .hint("add them with --add-special-tokens, or choose the template that the model was made for")
+    .hint(
+        "choose the template that the model was trained with (--template), or add the tokens by training \
+         all weights: llara finetune --use-lora false --add-special-tokens",
+    )
 }
 
 #[cfg(test)]

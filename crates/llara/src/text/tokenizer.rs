@@ -130,11 +130,16 @@ impl TextTokenizer {
             match inner.token_to_id(token) {
                 Some(id) if taken.insert(id) => new += 1,
                 id => {
-                    return Err(Error::new(
-                        ErrorKind::Tokenizer,
-                        format!("`{token}` would get id {id:?}, which another token has"),
-                    )
-                    .expected("a vocabulary whose ids have no holes"));
+                    let what = match id {
+                        Some(id) => format!("`{token}` would get id {id}, which another token has"),
+                        None => format!("`{token}` cannot be added to the tokenizer"),
+                    };
+                    return Err(Error::new(ErrorKind::Tokenizer, what)
+                        .expected("a vocabulary whose ids are 0, 1, 2, … without gaps")
+                        .hint(
+                            "add the tokens with transformers (tokenizer.add_tokens, then \
+                             model.resize_token_embeddings), save, and start from that folder",
+                        ));
                 }
             }
         }

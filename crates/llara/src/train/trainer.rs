@@ -116,6 +116,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
             .got(0));
         }
         model.set_max_lens(config.query_max_len, config.passage_max_len)?;
+        model.set_instructions(&config.query_instruction, &config.passage_instruction);
+        dataset.check_group(config.group_size)?;
         let backend = model.backend().clone();
         let optimizer = AdamW::new(&backend, model.decoder_mut(), config.adamw)?;
         model.train();

@@ -1,0 +1,369 @@
+//! Every flag of the reference and of `transformers.TrainingArguments`, and what this program does with
+//! it: one table, from which the flags that are not options of `llara finetune` are parsed and checked.
+
+use Treatment::{NoEffect, Obeyed};
+
+/// What is done with a flag.
+pub(super) enum Treatment {
+    /// It is an option of `llara finetune`, or an alias of one.
+    Obeyed,
+    /// It is accepted, with a note that says why it has no effect.
+    NoEffect(&'static str),
+    /// Some values are accepted, because they ask for what is done anyway; others are refused.
+    Limited(Limited),
+}
+
+/// Which values of a flag are accepted.
+pub(super) struct Limited {
+    /// Whether a value asks for what is done anyway.
+    pub(super) harmless: fn(&str, &OwnSettings<'_>) -> bool,
+    /// What other values ask for.
+    pub(super) asks_for: &'static str,
+    /// What to do instead.
+    pub(super) hint: &'static str,
+}
+
+/// The run's own options that some flags repeat.
+pub(super) struct OwnSettings<'a> {
+    /// The model as it is named on the command line.
+    pub(super) model: &'a str,
+    /// The run's seed.
+    pub(super) seed: u64,
+}
+
+const ONE_PROCESS: &str = "the run is one process on one device";
+const MEMORY: &str = "--memory-budget and --chunk-tokens limit the memory of activations";
+const DTYPE: &str = "--dtype chooses the number format; bf16 needs no loss scale";
+const COMPILED: &str = "kernels are compiled ahead of time";
+const LOADER: &str = "texts are read and tokenized by all threads (--threads)";
+const LOGS: &str = "log.jsonl and TensorBoard events are written to the output folder, progress to \
+                    standard error; --logging-steps sets the interval";
+const DEVICE: &str = "--device chooses the device";
+const ROWS: &str = "rows are read directly from --train-data, without a cache";
+const MODEL_ONLY: &str = "checkpoints hold only the model; a run cannot be resumed";
+const EVALUATION: &str = "there is no evaluation during training; run llara evaluate afterwards";
+const NO_UPLOAD: &str = "the model is not uploaded";
+
+/// Name (with dashes) and treatment of every flag.
+#[rustfmt::skip] // one flag a line
+pub(super) const FLAGS: &[(&str, Treatment)] = &[
+    ("model-name-or-path", Obeyed),
+    ("cache-dir", Obeyed),
+    ("use-lora", Obeyed),
+    ("lora-rank", Obeyed),
+    ("lora-alpha", Obeyed),
+    ("lora-dropout", Obeyed),
+    ("target-modules", Obeyed),
+    ("save-merged-lora-model", Obeyed),
+    ("from-peft", Obeyed),
+    ("peft-model-path", Obeyed),
+    ("train-data", Obeyed),
+    ("train-group-size", Obeyed),
+    ("query-max-len", Obeyed),
+    ("passage-max-len", Obeyed),
+    ("query-instruction-for-retrieval", Obeyed),
+    ("passage-instruction-for-retrieval", Obeyed),
+    ("negatives-cross-device", Obeyed),
+    ("temperature", Obeyed),
+    ("normlized", Obeyed),
+    ("normalized", Obeyed),
+    ("sub-batch-size", Obeyed),
+    ("output-dir", Obeyed),
+    ("overwrite-output-dir", Obeyed),
+    ("per-device-train-batch-size", Obeyed),
+    ("learning-rate", Obeyed),
+    ("weight-decay", Obeyed),
+    ("adam-beta1", Obeyed),
+    ("adam-beta2", Obeyed),
+    ("adam-epsilon", Obeyed),
+    ("max-grad-norm", Obeyed),
+    ("num-train-epochs", Obeyed),
+    ("max-steps", Obeyed),
+    ("lr-scheduler-type", Obeyed),
+    ("warmup-ratio", Obeyed),
+    ("warmup-steps", Obeyed),
+    ("logging-steps", Obeyed),
+    ("save-strategy", Obeyed),
+    ("save-steps", Obeyed),
+    ("save-total-limit", Obeyed),
+    ("seed", Obeyed),
+    ("bf16", Obeyed),
+    ("dataloader-drop-last", Obeyed),
+    ("deepspeed", NoEffect(ONE_PROCESS)),
+    ("fsdp", NoEffect(ONE_PROCESS)),
+    ("fsdp-config", NoEffect(ONE_PROCESS)),
+    ("fsdp-min-num-params", NoEffect(ONE_PROCESS)),
+    ("fsdp-transformer-layer-cls-to-wrap", NoEffect(ONE_PROCESS)),
+    ("sharded-ddp", NoEffect(ONE_PROCESS)),
+    ("ddp-find-unused-parameters", NoEffect(ONE_PROCESS)),
+    ("ddp-timeout", NoEffect(ONE_PROCESS)),
+    ("ddp-backend", NoEffect(ONE_PROCESS)),
+    ("ddp-bucket-cap-mb", NoEffect(ONE_PROCESS)),
+    ("ddp-broadcast-buffers", NoEffect(ONE_PROCESS)),
+    ("ddp-static-graph", NoEffect(ONE_PROCESS)),
+    ("local-rank", NoEffect(ONE_PROCESS)),
+    ("xpu-backend", NoEffect(ONE_PROCESS)),
+    ("log-on-each-node", NoEffect(ONE_PROCESS)),
+    ("save-on-each-node", NoEffect(ONE_PROCESS)),
+    ("average-tokens-across-devices", NoEffect(ONE_PROCESS)),
+    ("dispatch-batches", NoEffect(ONE_PROCESS)),
+    ("split-batches", NoEffect(ONE_PROCESS)),
+    ("accelerator-config", NoEffect(ONE_PROCESS)),
+    ("parallelism-config", NoEffect(ONE_PROCESS)),
+    ("mp-parameters", NoEffect(ONE_PROCESS)),
+    ("ray-scope", NoEffect(ONE_PROCESS)),
+    ("log-level-replica", NoEffect(ONE_PROCESS)),
+    ("gradient-checkpointing", NoEffect(MEMORY)),
+    ("gradient-checkpointing-kwargs", NoEffect(MEMORY)),
+    ("activation-checkpointing", NoEffect(MEMORY)),
+    ("activation-checkpointing-kwargs", NoEffect(MEMORY)),
+    ("cache-chunk-size", NoEffect(MEMORY)),
+    ("torch-empty-cache-steps", NoEffect(MEMORY)),
+    ("auto-find-batch-size", NoEffect(MEMORY)),
+    ("use-cache", NoEffect(MEMORY)),
+    ("fp16", NoEffect(DTYPE)),
+    ("tf32", NoEffect(DTYPE)),
+    ("fp16-opt-level", NoEffect(DTYPE)),
+    ("fp16-backend", NoEffect(DTYPE)),
+    ("half-precision-backend", NoEffect(DTYPE)),
+    ("torch-compile", NoEffect(COMPILED)),
+    ("torch-compile-backend", NoEffect(COMPILED)),
+    ("torch-compile-mode", NoEffect(COMPILED)),
+    ("torchdynamo", NoEffect(COMPILED)),
+    ("jit-mode-eval", NoEffect(COMPILED)),
+    ("use-ipex", NoEffect(COMPILED)),
+    ("use-liger-kernel", NoEffect(COMPILED)),
+    ("liger-kernel-config", NoEffect(COMPILED)),
+    ("use-flash-attn", NoEffect("attention always runs over packed sequences, without padding")),
+    ("dataloader-num-workers", NoEffect(LOADER)),
+    ("dataloader-pin-memory", NoEffect(LOADER)),
+    ("dataloader-persistent-workers", NoEffect(LOADER)),
+    ("dataloader-prefetch-factor", NoEffect(LOADER)),
+    ("dataloader-multiprocessing-context", NoEffect(LOADER)),
+    ("dataloader-in-order", NoEffect(LOADER)),
+    ("group-by-length", NoEffect("sequences are packed without padding, so sorting them by length saves nothing")),
+    ("length-column-name", NoEffect("sequences are packed without padding, so sorting them by length saves nothing")),
+    ("remove-unused-columns", NoEffect("query, pos, neg and prompt are read; other fields are ignored")),
+    ("label-names", NoEffect("query, pos, neg and prompt are read; other fields are ignored")),
+    ("report-to", NoEffect(LOGS)),
+    ("logging-dir", NoEffect(LOGS)),
+    ("run-name", NoEffect(LOGS)),
+    ("project", NoEffect(LOGS)),
+    ("trackio-space-id", NoEffect(LOGS)),
+    ("trackio-bucket-id", NoEffect(LOGS)),
+    ("trackio-static-space-id", NoEffect(LOGS)),
+    ("disable-tqdm", NoEffect(LOGS)),
+    ("log-level", NoEffect(LOGS)),
+    ("logging-first-step", NoEffect(LOGS)),
+    ("logging-nan-inf-filter", NoEffect(LOGS)),
+    ("include-num-input-tokens-seen", NoEffect(LOGS)),
+    ("include-tokens-per-second", NoEffect(LOGS)),
+    ("skip-memory-metrics", NoEffect(LOGS)),
+    ("do-train", NoEffect("finetune always trains")),
+    ("save-safetensors", NoEffect("weights are always saved as safetensors")),
+    ("low-cpu-mem-usage", NoEffect("weights are always read tensor by tensor")),
+    ("use-slow-tokenizer", NoEffect("tokenizer.json is always used")),
+    ("token", NoEffect("the access token of the Hub is read from HF_TOKEN")),
+    ("trust-remote-code", NoEffect("code in a model folder is never run")),
+    ("use-cpu", NoEffect(DEVICE)),
+    ("no-cuda", NoEffect(DEVICE)),
+    ("use-mps-device", NoEffect(DEVICE)),
+    ("tpu-num-cores", NoEffect(DEVICE)),
+    ("tpu-metrics-debug", NoEffect(DEVICE)),
+    ("cache-path", NoEffect(ROWS)),
+    ("load-disk-path", NoEffect(ROWS)),
+    ("save-to-disk", NoEffect(ROWS)),
+    ("save-disk-path", NoEffect(ROWS)),
+    ("save-max-shard-size", NoEffect(ROWS)),
+    ("num-shards", NoEffect(ROWS)),
+    ("fix-position-embedding", NoEffect("rotary position embeddings have no parameters")),
+    ("save-only-model", NoEffect(MODEL_ONLY)),
+    ("restore-callback-states-from-checkpoint", NoEffect(MODEL_ONLY)),
+    ("ignore-data-skip", NoEffect(MODEL_ONLY)),
+    ("enable-jit-checkpoint", NoEffect(MODEL_ONLY)),
+    ("full-determinism", NoEffect("runs are always deterministic")),
+    ("per-device-eval-batch-size", NoEffect(EVALUATION)),
+    ("per-gpu-eval-batch-size", NoEffect(EVALUATION)),
+    ("eval-steps", NoEffect(EVALUATION)),
+    ("eval-delay", NoEffect(EVALUATION)),
+    ("eval-accumulation-steps", NoEffect(EVALUATION)),
+    ("eval-do-concat-batches", NoEffect(EVALUATION)),
+    ("eval-use-gather-object", NoEffect(EVALUATION)),
+    ("batch-eval-metrics", NoEffect(EVALUATION)),
+    ("prediction-loss-only", NoEffect(EVALUATION)),
+    ("include-inputs-for-metrics", NoEffect(EVALUATION)),
+    ("include-for-metrics", NoEffect(EVALUATION)),
+    ("metric-for-best-model", NoEffect(EVALUATION)),
+    ("greater-is-better", NoEffect(EVALUATION)),
+    ("bf16-full-eval", NoEffect(EVALUATION)),
+    ("fp16-full-eval", NoEffect(EVALUATION)),
+    ("use-legacy-prediction-loop", NoEffect(EVALUATION)),
+    ("hub-model-id", NoEffect(NO_UPLOAD)),
+    ("hub-strategy", NoEffect(NO_UPLOAD)),
+    ("hub-token", NoEffect(NO_UPLOAD)),
+    ("hub-private-repo", NoEffect(NO_UPLOAD)),
+    ("hub-always-push", NoEffect(NO_UPLOAD)),
+    ("hub-revision", NoEffect(NO_UPLOAD)),
+    ("push-to-hub-model-id", NoEffect(NO_UPLOAD)),
+    ("push-to-hub-organization", NoEffect(NO_UPLOAD)),
+    ("push-to-hub-token", NoEffect(NO_UPLOAD)),
+    ("resume-from-checkpoint", limited(is_off,
+        "resuming", "start again, or give the checkpoint as --model")),
+    ("gradient-accumulation-steps", limited(is_one,
+        "gradient accumulation", "leave it out and raise --per-device-train-batch-size, which also gives more negatives")),
+    ("per-gpu-train-batch-size", limited(is_off,
+        "the old name of the batch size", "use --per-device-train-batch-size")),
+    ("optim", limited(is_adamw,
+        "another optimizer than AdamW", "leave it out")),
+    ("adafactor", limited(is_off,
+        "another optimizer than AdamW", "leave it out")),
+    ("optim-args", limited(is_empty,
+        "options of another optimizer", "leave it out")),
+    ("optim-target-modules", limited(is_empty,
+        "an optimizer with projected gradients", "leave it out; --target-modules chooses the projections with adapters")),
+    ("lr-scheduler-kwargs", limited(is_empty,
+        "options of a learning-rate schedule", "leave it out")),
+    ("neftune-noise-alpha", limited(is_zero_or_off,
+        "noise on the embeddings", "leave it out")),
+    ("label-smoothing-factor", limited(is_zero,
+        "smoothed labels", "leave it out")),
+    ("past-index", limited(is_minus_one,
+        "hidden states of earlier batches", "leave it out")),
+    ("logging-strategy", limited(is_steps,
+        "logging by another measure than steps", "use --logging-steps")),
+    ("evaluation-strategy", limited(is_off,
+        "evaluation during training", "run llara evaluate afterwards")),
+    ("eval-strategy", limited(is_off,
+        "evaluation during training", "run llara evaluate afterwards")),
+    ("do-eval", limited(is_off,
+        "evaluation during training", "run llara evaluate afterwards")),
+    ("evaluate-during-training", limited(is_off,
+        "evaluation during training", "run llara evaluate afterwards")),
+    ("eval-on-start", limited(is_off,
+        "evaluation during training", "run llara evaluate afterwards")),
+    ("do-predict", limited(is_off,
+        "prediction after training", "run llara encode afterwards")),
+    ("load-best-model-at-end", limited(is_off,
+        "evaluation during training", "keep models with --save-steps and run llara evaluate on them")),
+    ("debug", limited(is_empty,
+        "a debugger of PyTorch", "leave it out")),
+    ("train-sampling-strategy", limited(is_random,
+        "another order of the rows", "use --sampling")),
+    ("config-name", limited(is_model,
+        "the configuration of another model", "put that config.json into the model folder")),
+    ("tokenizer-name", limited(is_model,
+        "the tokenizer of another model", "put that tokenizer.json into the model folder")),
+    ("data-seed", limited(is_seed,
+        "a seed of the data alone", "use --seed")),
+    ("max-example-num-per-dataset", limited(is_no_bound,
+        "a part of the rows of each file", "shorten the files, or the run with --max-steps")),
+    ("load-from-disk", limited(is_off,
+        "rows saved by the Python library datasets", "give JSONL files as --train-data")),
+    ("exit-after-save", limited(is_off,
+        "preparing data without training", "leave it out")),
+    ("shuffle-ratio", limited(is_zero,
+        "texts with shuffled sentences", "leave it out")),
+    ("sentence-pooling-method", limited(is_mean,
+        "another pooling than the template's, the mean of the last tokens", "leave it out; for the last token alone, use a template with pooled_tokens = 1")),
+    ("lora-extra-parameters", limited(is_empty,
+        "further parameters trained beside the adapters", "leave it out")),
+    ("push-to-hub", limited(is_off,
+        "uploading the model", "upload the output folder afterwards")),
+];
+
+const fn limited(
+    harmless: fn(&str, &OwnSettings<'_>) -> bool,
+    asks_for: &'static str,
+    hint: &'static str,
+) -> Treatment {
+    Treatment::Limited(Limited { harmless, asks_for, hint })
+}
+
+fn is_off(value: &str, _: &OwnSettings<'_>) -> bool {
+    ["false", "no", "off", "0", "none", ""].contains(&&*value.to_ascii_lowercase())
+}
+
+fn is_empty(value: &str, _: &OwnSettings<'_>) -> bool {
+    ["", "none", "{}", "[]"].contains(&&*value.to_ascii_lowercase())
+}
+
+fn is_one(value: &str, _: &OwnSettings<'_>) -> bool {
+    value == "1"
+}
+
+fn is_minus_one(value: &str, _: &OwnSettings<'_>) -> bool {
+    value == "-1"
+}
+
+fn is_zero(value: &str, _: &OwnSettings<'_>) -> bool {
+    value.parse() == Ok(0.0f64)
+}
+
+fn is_zero_or_off(value: &str, own: &OwnSettings<'_>) -> bool {
+    is_zero(value, own) || is_off(value, own)
+}
+
+fn is_adamw(value: &str, _: &OwnSettings<'_>) -> bool {
+    value.starts_with("adamw_torch") || value == "adamw_hf"
+}
+
+fn is_steps(value: &str, _: &OwnSettings<'_>) -> bool {
+    value == "steps"
+}
+
+fn is_random(value: &str, _: &OwnSettings<'_>) -> bool {
+    value == "random"
+}
+
+fn is_mean(value: &str, _: &OwnSettings<'_>) -> bool {
+    value == "mean"
+}
+
+fn is_model(value: &str, own: &OwnSettings<'_>) -> bool {
+    value == own.model || value.is_empty() || value == "None"
+}
+
+fn is_seed(value: &str, own: &OwnSettings<'_>) -> bool {
+    value == "None" || value.parse() == Ok(own.seed)
+}
+
+/// The reference's default is a hundred million.
+fn is_no_bound(value: &str, _: &OwnSettings<'_>) -> bool {
+    value.parse::<u64>().is_ok_and(|rows| rows >= 100_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_table_has_every_flag_of_the_reference_and_its_trainer() {
+        let list = include_str!("../../tests/fixtures/reference_flags.txt");
+        let expected: BTreeSet<String> = list
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .map(|name| name.replace('_', "-"))
+            .collect();
+        let table: BTreeSet<String> = FLAGS.iter().map(|(name, _)| (*name).to_owned()).collect();
+        assert!(expected.len() >= 171, "{}", expected.len());
+        assert_eq!(table.len(), FLAGS.len(), "a flag is in the table twice");
+        assert_eq!(table, expected);
+    }
+
+    #[test]
+    fn every_flag_is_parsed_with_and_without_a_value() {
+        let verb = crate::command();
+        let verb = verb.find_subcommand("finetune").unwrap();
+        for (name, treatment) in FLAGS {
+            let arg = verb.get_arguments().find(|arg| {
+                arg.get_long() == Some(name)
+                    || arg.get_all_aliases().is_some_and(|all| all.contains(name))
+            });
+            let arg = arg.unwrap_or_else(|| panic!("--{name} is not parsed"));
+            if !matches!(treatment, Treatment::Obeyed) {
+                assert!(arg.is_hide_set() && arg.get_num_args() == Some((0..).into()), "{name}");
+            }
+        }
+    }
+}
