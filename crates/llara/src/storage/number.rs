@@ -20,6 +20,14 @@ pub(super) fn to_f32(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
     }
 }
 
+/// The nearest values that a readable type can hold, as f32. Values that it cannot hold stay.
+pub(crate) fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
+    match from_f32(&values, dtype) {
+        Ok(bytes) if dtype != Dtype::F32 => to_f32(&bytes, dtype),
+        _ => values,
+    }
+}
+
 /// f32 rounded to a readable type, as little-endian bytes; `Err` with the position of the first
 /// value that the type cannot hold (f16 ends at 65,504) or that is not finite.
 pub(super) fn from_f32(values: &[f32], dtype: Dtype) -> Result<Vec<u8>, usize> {

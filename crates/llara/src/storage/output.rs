@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{Builder, NamedTempFile};
 
+use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
 /// A file being written beside its target. [`commit`](Self::commit) puts it in the target's place;
@@ -38,7 +39,7 @@ impl OutputFile {
 
     /// Appends bytes.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.writer.write_all(bytes).map_err(|e| Error::io("write", &self.target, e))?;
+        self.writer.write_all(bytes).map_err(|e| write_failed("write", &self.target, e))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
@@ -46,7 +47,7 @@ impl OutputFile {
     /// Flushes everything to the disk and gives the file its name.
     pub(crate) fn commit(self) -> Result<()> {
         let OutputFile { writer, target, written } = self;
-        let fail = |e| Error::io("write", &target, e);
+        let fail = |e| write_failed("write", &target, e);
         let temp = writer.into_inner().map_err(|e| fail(e.into_error()))?;
         temp.as_file().sync_all().map_err(fail)?;
         let length = temp.as_file().metadata().map_err(fail)?.len();

@@ -193,7 +193,7 @@ impl Drop for PartialFile {
 }
 
 /// Whether an open file is the one that is found at a path.
-fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
+pub(super) fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
     let open = file.metadata()?;
     match fs::metadata(path) {
         Ok(there) => Ok((there.dev(), there.ino()) == (open.dev(), open.ino())),
