@@ -7,7 +7,7 @@ use llara::data::Dataset;
 use llara::model::LoraConfig;
 use llara::text::Template;
 use llara::train::TrainConfig;
-use llara::{BiEncoderModel, Error, ErrorKind, Loader, Outline, Role, backend::Cpu};
+use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Role, backend::Cpu};
 
 use super::Args;
 use super::lora_args::Adapter;
@@ -35,6 +35,8 @@ pub(crate) struct Prepared {
     template: Option<Template>,
     pub(crate) outline: Outline,
     cpu: Cpu,
+    /// Of the output folder, until the run has ended.
+    lock: Option<FolderLock>,
 }
 
 impl Prepared {
@@ -67,13 +69,13 @@ impl Prepared {
             )
             .into());
         }
-        let config = match &wanted {
+        let (config, lock) = match &wanted {
             Wanted::Run(output_dir) => {
                 check_apart(args, output_dir, &adapter, &model_name)?;
-                output_folder::check(output_dir, args.output.overwrite_output_dir)?;
-                args.train_config(output_dir.clone())
+                let lock = output_folder::claim(output_dir, args.output.overwrite_output_dir)?;
+                (args.train_config(output_dir.clone()), Some(lock))
             }
-            Wanted::Plan => args.train_config(PathBuf::new()),
+            Wanted::Plan => (args.train_config(PathBuf::new()), None),
         };
         let dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
         config.sampler(dataset.len(), 1)?; // what it refuses, before a large model is read
@@ -92,7 +94,12 @@ impl Prepared {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, template, outline, cpu })
+        Ok(Prepared { model_name, config, adapter, dataset, dir, template, outline, cpu, lock })
+    }
+
+    /// Whether the output folder was created for this run.
+    pub(super) fn created_output_dir(&self) -> bool {
+        self.lock.as_ref().is_some_and(FolderLock::created_folder)
     }
 
     /// The adapter's settings, if there is one.
