@@ -34,9 +34,12 @@ pub(super) fn check_apart(output: &Path, read: &[(&str, &Path)]) -> Result<()> {
 /// empty, unless it may be overwritten. What a killed process left in it is finished or removed.
 pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
     if path.exists() && !path.is_dir() {
-        return Err(Error::new(ErrorKind::Io, "cannot use this as the output folder: it is a file")
-            .file(path)
-            .hint("choose another folder"));
+        return Err(Error::new(
+            ErrorKind::Io,
+            "cannot use this as the output folder: it is a file",
+        )
+        .file(path)
+        .hint("choose another folder"));
     }
     let lock = FolderLock::acquire(path)?;
     let recovered = finish_interrupted(path)?;
