@@ -17,13 +17,13 @@ use crate::{Error, ErrorKind, Result};
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// What PEFT puts before the names of the bare decoder's parameters.
+/// Prefix of the decoder's parameter names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
 /// The same where the adapter was made on a causal language model.
 const CAUSAL_LM_PREFIX: &str = "base_model.model.model.";
 
 impl<B: Backend> BiEncoderModel<B> {
-    /// Freezes the model and attaches new adapters, which change nothing before they are trained.
+    /// Freezes the model and attaches new adapters, whose product is zero before training.
     ///
     /// # Errors
     /// When a setting is out of its range or a target matches nothing.
@@ -164,7 +164,7 @@ impl<B: Backend> BiEncoderModel<B> {
         if self.folder.source().is_some_and(|base| same(base, dir)) {
             return Err(Error::new(
                 ErrorKind::Argument,
-                "an adapter cannot take its model's place",
+                "an adapter cannot be saved in its base model's folder",
             )
             .file(dir)
             .expected("another folder than the base model's"));

@@ -1,4 +1,4 @@
-//! A few texts with their vectors, kept in the model folder so that any loader can check itself.
+//! A few texts with their embeddings, kept in the model folder so that loading it can be verified.
 
 use std::path::Path;
 
@@ -25,10 +25,10 @@ const TEXTS: [(Role, &str); 3] = [
     (Role::Passage, "The otter sleeps on its back and holds on to its neighbour's paw."),
 ];
 
-/// Token ids of some texts and the vectors that the model gave them.
+/// Token ids of some texts and the embeddings that the model computed for them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Probes {
-    /// What they were computed in.
+    /// The dtype of the activations.
     #[serde(default, skip_serializing_if = "is_f32")]
     precision: Dtype,
     probes: Vec<Probe>,
@@ -76,12 +76,13 @@ impl Probes {
             let input_ids = model.prompts().encode(role, text, model.recipe().max_len(role))?;
             let embedding = embed(&input_ids)?;
             if let Some(x) = embedding.iter().find(|x| !x.is_finite()) {
-                return Err(Error::new(ErrorKind::Numeric, "the model's vectors are not finite")
-                    .expected("finite numbers")
-                    .got(format!("{x} for the {role} {text:?}"))
-                    .hint(
-                        "training has diverged: lower the learning rate or lengthen the warm-up",
-                    ));
+                return Err(Error::new(
+                    ErrorKind::Numeric,
+                    "the model's embeddings are not finite: training has diverged",
+                )
+                .expected("finite numbers")
+                .got(format!("{x} for the {role} {text:?}"))
+                .hint("lower the learning rate or lengthen the warm-up"));
             }
             Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
         });

@@ -1,4 +1,4 @@
-//! Adapters of a whole decoder: attached, merged into the weights, and named as PEFT names them.
+//! Adapters of a whole decoder: attaching, merging into the weights, and their names in PEFT.
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
@@ -8,7 +8,7 @@ use super::parameter::Parameter;
 use crate::backend::{Backend, Dtype, Shape};
 use crate::{Error, ErrorKind, Result};
 
-/// Names of the two matrices of an adapter behind the name of its projection.
+/// Names of the two matrices of an adapter, after the name of its projection.
 const NAMES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
 
 impl LoraConfig {
@@ -133,7 +133,7 @@ impl<B: Backend> Decoder<B> {
         projections.map(|(_, linear)| linear.lora.take()).collect()
     }
 
-    /// Puts adapters in the place of those that there are.
+    /// Replaces all adapters.
     pub(crate) fn put_back_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
         let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
         projections.zip(adapters).for_each(|((_, linear), adapter)| linear.lora = adapter);

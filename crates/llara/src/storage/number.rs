@@ -1,4 +1,4 @@
-//! Number formats of weight files, to and from f32.
+//! Conversion between f32 and the number formats of weight files.
 
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -20,7 +20,7 @@ pub(super) fn to_f32(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
     }
 }
 
-/// The nearest values that a readable type can hold, as f32. Values that it cannot hold stay.
+/// Values rounded to a readable type, as f32; unchanged if the type cannot represent all of them.
 pub(crate) fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
     match from_f32(&values, dtype) {
         Ok(bytes) if dtype != Dtype::F32 => to_f32(&bytes, dtype),

@@ -1,5 +1,5 @@
-//! One safetensors file: its header checked against its length, tensors read one at a time, and
-//! written one at a time, so that neither direction ever holds more than one tensor.
+//! One safetensors file: the header is checked against the file's length; tensors are read and written
+//! one at a time, so that no more than one is in memory.
 
 use std::fs::{File, Metadata as FileMetadata};
 use std::io::{BufWriter, Read, Write};
@@ -16,9 +16,9 @@ use super::staging::Staging;
 use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
-/// Bytes of the length that a file begins with.
+/// Bytes of the header length at the beginning of a file.
 const LENGTH_BYTES: u64 = 8;
-/// The format's own limit on headers.
+/// The format's limit on headers.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// A safetensors file whose header has been read and found consistent with the file's length.
@@ -104,7 +104,7 @@ impl SafetensorsFile {
         self.metadata.info(name)
     }
 
-    /// The bytes of a tensor as they stand in the file.
+    /// The bytes of a tensor as in the file.
     pub(crate) fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
         let info = self.info(name).ok_or_else(|| {
             Error::new(ErrorKind::Weights, "no such tensor").tensor(&self.path, name)
@@ -162,10 +162,10 @@ impl SafetensorsFile {
     }
 }
 
-/// What a file is going to contain: name, type and shape of each tensor, in order.
+/// A tensor to be written: name, type and shape.
 pub(crate) type Declaration = (String, Dtype, Vec<usize>);
 
-/// What a file begins with: the header's length and the header, padded so that data is aligned to 8.
+/// The beginning of a file: header length and header, padded so that the data is aligned to 8 bytes.
 pub(crate) fn safetensors_header(path: &Path, declared: &[Declaration]) -> Result<Vec<u8>> {
     let too_large = || Error::new(ErrorKind::Argument, "a tensor beyond 64 bits").file(path);
     let mut end = 0usize;
@@ -248,8 +248,7 @@ impl WrittenFile {
 }
 
 impl SafetensorsWriter {
-    /// Creates `name` in a staged folder and writes the header of what will follow. Errors name the
-    /// file by the place that it will have.
+    /// Creates `name` in a staged folder and writes the header. Errors name the file by its final path.
     pub(crate) fn create(
         staging: &Staging,
         name: &str,

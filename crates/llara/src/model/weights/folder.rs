@@ -1,4 +1,4 @@
-//! Saving: the same files that were read, with the trained tensors in place of the old ones.
+//! Saving a model folder: the files that were read, with the trained tensors in place of the old ones.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -15,7 +15,7 @@ use crate::model::{Decoder, DecoderConfig, Parameter};
 use crate::storage::{Declaration, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
 use crate::{Error, ErrorKind, Result};
 
-/// Files that go with a model and that training does not change; the tokenizer writes its own.
+/// Files of a model folder that training does not change; the tokenizer writes its own.
 const CARRIED: [&str; 14] = [
     "generation_config.json",
     "special_tokens_map.json",
@@ -58,10 +58,10 @@ impl SaveDtype {
     }
 }
 
-/// The form of a model folder: which tensors stand in which files, and all that goes with them.
+/// The layout of a model folder: which tensors are in which files, and the files beside them.
 #[derive(Debug)]
 pub struct ModelFolder {
-    /// `None` for a model that was made here.
+    /// `None` for a new model.
     source: Option<(PathBuf, WeightFiles)>,
     /// `config.json` as it was read, keys in order.
     config: Value,
@@ -102,7 +102,7 @@ impl ModelFolder {
         Ok((ModelFolder { source, config: json, prefix, beside: Vec::new() }, decoder))
     }
 
-    /// The form of a new causal language model with this `config.json`.
+    /// The layout of a new causal language model with this `config.json`.
     pub fn new(config: Value) -> Self {
         ModelFolder { source: None, config, prefix: "model.", beside: Vec::new() }
     }
@@ -246,7 +246,7 @@ impl ModelFolder {
                         let parameter = Some(bare.to_owned());
                         tensors.push(planned(name, info.dtype, p.shape().to_vec(), parameter));
                     }
-                    // A tied head is the embedding table itself; a copy of the old one would lie.
+                    // A tied head is the embedding table itself; the old copy would be stale.
                     None if name == "lm_head.weight" && config.tie_word_embeddings => {}
                     None => {
                         let mut shape = info.shape.clone();
