@@ -1,4 +1,4 @@
-//! `llara init`: a small model from nothing but training data.
+//! `llara init`: make a small untrained model from training data.
 
 use std::path::PathBuf;
 
@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use clap::builder::BoolishValueParser;
 use llara::data::{BadRows, Dataset};
 use llara::init::{Preset, new_model};
+use llara::model::weights::SaveDtype;
 
 use super::compute::Compute;
 use super::finetune::say_skipped;
@@ -31,8 +32,8 @@ pub(super) struct Args {
     /// Tokens of the tokenizer, at most [default: 2048 for tiny, 4096 for small]
     #[arg(long, value_name = "N", help_heading = "Model")]
     vocab_size: Option<usize>,
-    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file; its special
-    /// tokens go into the tokenizer
+    /// Template around texts: llara, e5-mistral, qwen3-embedding, or a TOML file; its special tokens
+    /// are added to the tokenizer
     #[arg(long, value_name = "NAME|FILE.toml", default_value = "llara", help_heading = "Model")]
     template: String,
     /// Seed of the weights
@@ -41,7 +42,7 @@ pub(super) struct Args {
     /// Training rows: JSONL files with `query`, `pos` and `neg`, or folders of them
     #[arg(long, value_name = "PATH", num_args = 1.., required = true, help_heading = "Data")]
     train_data: Vec<PathBuf>,
-    /// What to do with a malformed row: error (refuse the data) or skip (leave it out and count it)
+    /// What to do with a malformed row: error (refuse the data) or skip (skip and count it)
     #[arg(long, value_name = "ACTION", value_parser = crate::values::bad_rows(), default_value = "error")]
     #[arg(hide_possible_values = true, help_heading = "Data")]
     on_bad_row: BadRows,
@@ -67,7 +68,7 @@ enum Size {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.compute.check()?;
     let template = trained_model::template(&args.template)?;
-    output_folder::check(&args.output_dir, args.overwrite_output_dir)?;
+    let _lock = output_folder::claim(&args.output_dir, args.overwrite_output_dir)?;
     let dataset = Dataset::open(&args.train_data, args.on_bad_row)?;
     say_skipped(&dataset);
     let mut preset = match args.preset {
@@ -76,6 +77,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     };
     preset.vocab_size = args.vocab_size.unwrap_or(preset.vocab_size);
     let model = new_model(args.compute.start(), &dataset, template, preset, args.seed)?;
+    let size = model.saved_bytes(SaveDtype::AsLoaded)?;
+    output_folder::check_space(&args.output_dir, size, "the new model")?;
     model.save(&args.output_dir)?;
 
     let parameters: usize =
@@ -90,7 +93,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         counted(dataset.len(), "row")
     );
     let result = serde_json::json!({
-        "output_dir": args.output_dir,
+        "output_dir": args.output_dir.to_string_lossy(),
         "parameters": parameters,
         "vocab_size": vocab_size,
         "query_max_len": recipe.query_max_len,

@@ -1,4 +1,4 @@
-//! `llara merge`: a model and its adapter to one model.
+//! `llara merge`: add an adapter to the weights of its model.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use super::save_dtype::SavedAs;
 use super::talk::{print, say};
 use super::trained_model::Source;
 
-/// Add an adapter to the weights of its model, and save the whole.
+/// Add an adapter to the weights of its model, and save the merged model.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Example:
@@ -23,7 +23,7 @@ Prints one JSON object: model, adapter, output_dir.")]
 pub(super) struct Args {
     #[command(flatten)]
     source: Source,
-    /// What is put around texts: llara, e5-mistral, qwen3-embedding, or a TOML file; saved with the
+    /// Template around texts: llara, e5-mistral, qwen3-embedding, or a TOML file; saved with the
     /// model [default: the adapter folder's own, or llara]
     #[arg(long, value_name = "NAME|FILE.toml", help_heading = "Model")]
     template: Option<String>,
@@ -51,15 +51,17 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         &args.output_dir,
         &[("the model", model_dir), ("the adapter", adapter)],
     )?;
-    output_folder::check(&args.output_dir, args.overwrite_output_dir)?;
+    let _lock = output_folder::claim(&args.output_dir, args.overwrite_output_dir)?;
     let mut model =
         args.source.load((&args.compute, Dtype::F32), args.template.as_deref(), None)?;
+    let size = model.saved_bytes(args.save_dtype.into())?;
+    output_folder::check_space(&args.output_dir, size, "the merged model")?;
     model.merge_adapter()?;
     model.save_as(&args.output_dir, args.save_dtype.into())?;
     say!("{}: merged, saved and checked", args.output_dir.display());
     Ok(print(serde_json::json!({
         "model": args.source.name(),
-        "adapter": adapter,
-        "output_dir": args.output_dir,
+        "adapter": adapter.to_string_lossy(),
+        "output_dir": args.output_dir.to_string_lossy(),
     }))?)
 }

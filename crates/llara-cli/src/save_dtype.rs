@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use llara::model::weights::SaveDtype;
 
-/// As the command line spells it.
+/// The value of the option.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(super) enum SavedAs {
     Auto,

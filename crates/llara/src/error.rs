@@ -95,7 +95,7 @@ impl Error {
             Io::NotFound => Some("check the path"),
             Io::PermissionDenied => Some("check the permissions of the file and its folder"),
             Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge => {
-                Some("free some space or choose another folder; nothing was left half-written")
+                Some("free some space or choose another folder")
             }
             _ => None,
         };

@@ -1,4 +1,4 @@
-//! A small model from nothing but training data: its tokenizer learned from the texts, its weights
+//! Makes a small model from training data: the tokenizer is trained on the texts, the weights are
 //! random.
 
 use std::sync::{Mutex, PoisonError};
@@ -13,7 +13,7 @@ use crate::model::weights::{ModelFolder, random_decoder};
 use crate::text::{PromptEncoder, Role, Template, TextTokenizer, train_bpe};
 use crate::{Error, Result};
 
-/// Spread of new weights, as Hugging Face's models have it.
+/// Standard deviation of new weights, the default of Hugging Face models.
 const INITIALIZER_RANGE: f32 = 0.02;
 /// Longest sequence that a new model is made for, in tokens.
 const MAX_POSITIONS: usize = 2048;
@@ -45,7 +45,7 @@ impl Preset {
         Preset { hidden_size: 256, intermediate_size: 688, layers: 4, heads: 4, vocab_size: 4096 };
 }
 
-/// Makes a bi-encoder that has learned nothing: a byte-level BPE tokenizer from all queries and
+/// Makes an untrained bi-encoder: a byte-level BPE tokenizer from all queries and
 /// passages of `dataset` with the special tokens of `template`, and a Llama model with random weights
 /// from `seed`. The same input gives the same model.
 ///
@@ -80,8 +80,7 @@ fn room(prompts: &PromptEncoder, role: Role) -> Result<usize> {
     Ok(template + ROOM_FOR_TEXT)
 }
 
-/// Learns from every text together with the words that the template puts around it, which are what
-/// the model will read most.
+/// Trains on every text and on the words of the template, which occur in every sequence.
 fn train_tokenizer(
     dataset: &Dataset,
     template: &Template,

@@ -35,6 +35,7 @@ pub use biencoder::{
     Shortcuts, compute_similarity,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use storage::{FolderLock, Recovered, finish_interrupted, free_disk_bytes};
 pub use text::Role;
 
 /// Compiles the code in the README.

@@ -101,6 +101,40 @@ fn saved_merged_and_loaded_it_gives_the_same_vectors() {
 }
 
 #[test]
+fn it_is_merged_into_unrounded_weights_or_not_at_all() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen3");
+    let mut trained = model();
+    trained.attach_new_adapter(&config(0.0), 7).unwrap();
+    let backend = trained.backend().clone();
+    let mut optimizer =
+        AdamW::new(&backend, trained.decoder_mut(), AdamWConfig::default()).unwrap();
+    step(&mut trained, &mut optimizer);
+    let dir = tempfile::tempdir().unwrap();
+    trained.save_adapter(&dir.path().join("adapter")).unwrap();
+    trained.merge_adapter().unwrap();
+    trained.save(dir.path().join("f32")).unwrap();
+
+    let loader = llara::Loader::new(&folder).unwrap().matrices(llara::backend::Dtype::Bf16);
+    let mut rounded = loader.load(backend, BiEncoderOptions::default()).unwrap();
+    rounded.attach_adapter(&dir.path().join("adapter")).unwrap();
+    rounded.merge_adapter().unwrap();
+    rounded.save(dir.path().join("bf16")).unwrap();
+    let weights = |name: &str| fs::read(dir.path().join(name).join("model.safetensors")).unwrap();
+    assert!(weights("f32") == weights("bf16"), "merged into rounded weights");
+
+    // Weights that were trained and then rounded are in no file.
+    let mut other = model();
+    let backend = other.backend().clone();
+    let mut optimizer = AdamW::new(&backend, other.decoder_mut(), AdamWConfig::default()).unwrap();
+    step(&mut other, &mut optimizer);
+    other.attach_new_adapter(&config(0.0), 7).unwrap();
+    other.set_precision(llara::backend::Dtype::Bf16).unwrap();
+    let message = other.merge_adapter().unwrap_err().to_string();
+    assert!(message.contains("rounded to bf16") && message.contains("hint"), "{message}");
+    assert!(other.adapter().is_some());
+}
+
+#[test]
 fn dropout_repeats_itself_and_differs_from_step_to_step() {
     let gradients = |step: u64| -> Vec<u32> {
         let mut model = model();

@@ -130,6 +130,9 @@ fn narrow_weights_stay_narrow_unless_asked_otherwise() {
         let out = tempfile::tempdir().unwrap();
         model.save_as(out.path(), dtype).unwrap();
         assert_eq!(vectors(&load(out.path()).unwrap()).len(), vectors(&model).len());
+        // The probes are those of the rounded weights, to the bound of unrounded ones.
+        let probes = llara::Probes::read(out.path()).unwrap().unwrap();
+        probes.check(&load(out.path()).unwrap()).unwrap();
         let files = WeightFiles::open(out.path()).unwrap();
         let all: Vec<_> = files.names().map(|name| files.info(name).unwrap().dtype).collect();
         assert!(all.iter().all(|&d| d == all[0]));
@@ -224,7 +227,7 @@ fn saving_keeps_what_is_not_the_models_and_an_adapter_never_replaces_its_base() 
     let config = llara::model::LoraConfig { rank: 2, ..Default::default() };
     model.attach_new_adapter(&config, 0).unwrap();
     let message = model.save_adapter(dir.path()).unwrap_err().to_string();
-    assert!(message.contains("cannot take its model's place"), "{message}");
+    assert!(message.contains("cannot be saved in its base model's folder"), "{message}");
     assert_eq!(vectors(&load(dir.path()).unwrap()), vectors(&model));
 
     // An adapter, then a full model in the same folder: nothing of the first is left.
@@ -255,4 +258,82 @@ fn a_model_that_has_diverged_is_not_saved() {
     let message = load(dir.path()).unwrap().save(&out).unwrap_err().to_string();
     assert!(message.contains("diverged"), "{message}");
     assert!(!out.exists());
+
+    // The weights are kept, and an earlier model in the folder is as it was.
+    let kept = dir.path().join("out.unverified-1");
+    assert!(message.contains(&kept.display().to_string()), "{message}");
+    let sorted = |path: &Path| {
+        let mut tensors = tensors(path);
+        tensors.sort();
+        tensors
+    };
+    assert!(sorted(&kept.join("model.safetensors")) == sorted(&path));
+    load(&fixture("llama-gqa")).unwrap().save(&out).unwrap();
+    let before = fs::read(out.join("model.safetensors")).unwrap();
+    load(dir.path()).unwrap().save(&out).unwrap_err();
+    assert_eq!(fs::read(out.join("model.safetensors")).unwrap(), before);
+    assert!(dir.path().join("out.unverified-2/config.json").is_file());
+    let hidden = |e: fs::DirEntry| e.file_name().to_string_lossy().starts_with('.');
+    assert!(!fs::read_dir(&out).unwrap().any(|e| hidden(e.unwrap())));
+}
+
+#[test]
+fn a_model_with_an_adapter_attached_is_not_saved_without_it() {
+    let out = tempfile::tempdir().unwrap();
+    let target = out.path().join("model");
+    let mut model = load(&fixture("qwen3")).unwrap();
+    let config = llara::model::LoraConfig { rank: 2, ..Default::default() };
+    model.attach_new_adapter(&config, 0).unwrap();
+    for result in [model.save(&target), model.write_folder(&target, SaveDtype::AsLoaded)] {
+        let message = result.unwrap_err().to_string();
+        for part in ["adapter attached", "save_adapter", "merge_adapter"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+    assert!(!target.exists());
+}
+
+#[test]
+fn a_weight_file_replaced_or_rewritten_under_a_loaded_model_does_no_harm() {
+    let dir = copy("llama-gqa");
+    let path = dir.path().join("model.safetensors");
+    let original = tensors(&path);
+    let head = |tensors: &Tensors| {
+        let found = tensors.iter().find(|(name, ..)| name == "lm_head.weight");
+        found.unwrap().3.clone()
+    };
+    let mut other = original.clone();
+    other.iter_mut().for_each(|(.., data)| data.fill(0));
+    let model = load(dir.path()).unwrap();
+    write(&dir.path().join("other"), &other);
+    fs::rename(dir.path().join("other"), &path).unwrap();
+    let out = dir.path().join("out");
+    model.save(&out).unwrap();
+    assert!(head(&tensors(&out.join("model.safetensors"))) == head(&original));
+
+    write(&path, &original);
+    let model = load(dir.path()).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    bytes.extend_from_slice(b"more");
+    fs::write(&path, bytes).unwrap();
+    let message = model.save(dir.path().join("second")).unwrap_err().to_string();
+    let named = message.contains("weights changed") && message.contains("model.safetensors");
+    assert!(named, "{message}");
+    assert!(!dir.path().join("second").exists());
+}
+
+#[test]
+fn a_folder_whose_save_was_interrupted_is_finished_when_it_is_loaded() {
+    let out = tempfile::tempdir().unwrap();
+    let model = load(&fixture("qwen3")).unwrap();
+    model.save(out.path()).unwrap();
+    let (moving, replaced) = (out.path().join(".moving-x"), out.path().join(".replaced-x"));
+    fs::create_dir(&moving).unwrap();
+    fs::create_dir(&replaced).unwrap();
+    fs::write(replaced.join("config.json"), "{}").unwrap();
+    for name in ["config.json", "llara.json", "model.safetensors"] {
+        fs::rename(out.path().join(name), moving.join(name)).unwrap();
+    }
+    assert_eq!(vectors(&load(out.path()).unwrap()), vectors(&model));
+    assert!(!moving.exists() && !replaced.exists());
 }

@@ -223,7 +223,8 @@ pub(super) struct OutputArgs {
     /// Folder for the model and the log; new or empty
     #[arg(long, value_name = "DIR")] // required, except of `llara plan`; see `cli::command`
     pub(super) output_dir: Option<PathBuf>,
-    /// Replace the model and the log of an earlier run in the output folder
+    /// Replace an earlier run in the output folder: its log and its checkpoint-N folders when training
+    /// starts, its model when the new one is saved and verified
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]

@@ -45,15 +45,50 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
 
     let mut model = prepared.load(&args)?;
     let Prepared { config, dataset, .. } = &prepared;
-    let new = !config.output_dir.exists();
+    check_space(config, dataset, &model, args.lora.save_merged_lora_model)?;
     let trained = train(&args, config, dataset, &mut model).and_then(|summary| {
-        save(model, config, args.lora.save_merged_lora_model)?;
+        save(model, config, args.lora.save_merged_lora_model)
+            .inspect_err(|_| output_folder::say_what_is_left(&config.output_dir))?;
         Ok(summary)
     });
-    if trained.is_err() && new {
+    if trained.is_err() && prepared.created_output_dir() {
         output_folder::discard_if_nothing_was_logged(&config.output_dir);
     }
     report(&config.output_dir, &trained?)
+}
+
+/// Refuses a run whose model and checkpoints do not fit on the disk.
+fn check_space(
+    config: &TrainConfig,
+    dataset: &Dataset,
+    model: &BiEncoderModel<Cpu>,
+    merged: bool,
+) -> llara::Result<()> {
+    let steps = config.length.steps(config.sampler(dataset.len(), 1)?.steps_per_epoch())?;
+    let saving = &config.saving;
+    let made = saving.every.map_or(0, |every| steps / every.max(1));
+    // A checkpoint is complete before the oldest one is removed. Without a limit, two must fit to start.
+    let kept = made.min(saving.keep.map_or(2, |keep| keep as u64 + 1));
+    let whole = model.saved_bytes(saving.dtype)?;
+    let (one, merged) = match model.adapter() {
+        Some(_) => (model.saved_adapter_bytes(), if merged { whole } else { 0 }),
+        None => (whole, 0),
+    };
+    let needed = one.saturating_mul(kept.saturating_add(1)).saturating_add(merged);
+    let largest = match kept {
+        0 => "the trained model".to_owned(),
+        kept => format!("the trained model and {}", counted(kept as usize, "checkpoint")),
+    };
+    output_folder::check_space(&config.output_dir, needed, &largest)?;
+    let all = one.saturating_mul(made.saturating_add(1)).saturating_add(merged);
+    if saving.keep.is_none() && output_folder::check_space(&config.output_dir, all, "").is_err() {
+        say!(
+            "warning: not all of the {} of this run fit on the disk; --save-total-limit 2 keeps the \
+             newest two",
+            counted(made as usize, "checkpoint")
+        );
+    }
+    Ok(())
 }
 
 /// Saves the model, or its adapter and, if asked for, the model with the adapter merged.
@@ -97,6 +132,7 @@ fn train(
     say!("{about_model}");
     announce(args, normalized, (config, dataset), trainer.total_steps());
 
+    output_folder::remove_earlier_checkpoints(&config.output_dir)?;
     let log = create_log(&config.output_dir)?;
     interrupt::stop_after_step()?;
     let mut progress = TrainingProgress::new(log, trainer.total_steps());
@@ -229,6 +265,6 @@ fn report(output_dir: &Path, summary: &Summary) -> anyhow::Result<()> {
         "loss": summary.loss,
         "tokens": summary.tokens,
         "tokens_per_second": tokens_per_second,
-        "output_dir": output_dir,
+        "output_dir": output_dir.to_string_lossy(),
     }))?)
 }

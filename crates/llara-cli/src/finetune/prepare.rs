@@ -8,7 +8,9 @@ use llara::model::LoraConfig;
 use llara::text::Template;
 use llara::train::TrainConfig;
 use llara::train::plan::TextLengths;
-use llara::{BiEncoderModel, Error, ErrorKind, Loader, Outline, Recipe, Role, backend::Cpu};
+use llara::{
+    BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role, backend::Cpu,
+};
 
 use super::Args;
 use super::flag_table::OwnSettings;
@@ -37,6 +39,8 @@ pub(crate) struct Prepared {
     pub(super) recipe: Recipe,
     pub(crate) outline: Outline,
     cpu: Cpu,
+    /// Of the output folder, until the run has ended.
+    lock: Option<FolderLock>,
 }
 
 impl Prepared {
@@ -54,13 +58,13 @@ impl Prepared {
         let cpu = args.compute.start();
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
-        let output_dir = match &wanted {
+        let (output_dir, lock) = match &wanted {
             Wanted::Run(output_dir) => {
                 check_apart(args, output_dir, &adapter, &model_name)?;
-                output_folder::check(output_dir, args.output.overwrite_output_dir)?;
-                output_dir.clone()
+                let lock = output_folder::claim(output_dir, args.output.overwrite_output_dir)?;
+                (output_dir.clone(), Some(lock))
             }
-            Wanted::Plan => PathBuf::new(),
+            Wanted::Plan => (PathBuf::new(), None),
         };
         let group_size = args.data.train_group_size;
         let mut dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
@@ -89,7 +93,12 @@ impl Prepared {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, cpu })
+        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, cpu, lock })
+    }
+
+    /// Whether the output folder was created for this run.
+    pub(super) fn created_output_dir(&self) -> bool {
+        self.lock.as_ref().is_some_and(FolderLock::created_folder)
     }
 
     /// The adapter's settings, if there is one.

@@ -8,6 +8,7 @@ mod bad_models;
 mod fixture;
 mod full_disk;
 mod hub;
+mod output_folder;
 mod plan;
 mod reference_command;
 mod resumed_encoding;

@@ -6,23 +6,24 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::folder::keep_unverified;
 use super::recipe::RECIPE_FILE;
 use super::{BiEncoderModel, Probes};
-use crate::backend::Backend;
+use crate::backend::{Backend, Shape};
 use crate::model::{LoraConfig, PROJECTIONS, Parameter};
-use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging};
+use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
 use crate::{Error, ErrorKind, Result};
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// What PEFT puts before the names of the bare decoder's parameters.
+/// Prefix of the decoder's parameter names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
 /// The same where the adapter was made on a causal language model.
 const CAUSAL_LM_PREFIX: &str = "base_model.model.model.";
 
 impl<B: Backend> BiEncoderModel<B> {
-    /// Freezes the model and attaches new adapters, which change nothing before they are trained.
+    /// Freezes the model and attaches new adapters, whose product is zero before training.
     ///
     /// # Errors
     /// When a setting is out of its range or a target matches nothing.
@@ -81,9 +82,33 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Adds the adapter to the weights, `W += scale · B · A`; the vectors stay as they are.
+    /// Adds the adapter to the weights, `W += scale · B · A`, in f32. Weights that are stored as bf16 in
+    /// memory are read again from the model's files, so that the adapter is not added to rounded ones.
+    ///
+    /// # Errors
+    /// When a weight is stored as bf16 and differs from the model's files, or there are none. The model
+    /// is unchanged then.
     pub fn merge_adapter(&mut self) -> Result<()> {
-        self.decoder.merge_adapters(&self.backend)?;
+        let (backend, folder) = (self.backend.clone(), &self.folder);
+        self.decoder.merge_adapters(&backend, &mut |weight| {
+            let (values, exact) = folder.exact_values(&backend, weight)?;
+            if exact {
+                return backend.upload(&values, weight.value().rows(), weight.value().cols());
+            }
+            let error = Error::new(
+                ErrorKind::Weights,
+                format!(
+                    "`{}` is rounded to bf16: an adapter added to it would lose precision",
+                    weight.name()
+                ),
+            )
+            .expected("f32 weights, or bf16 weights that are those of the model's files, rounded")
+            .hint("load the model in f32, attach the adapter, and merge it then");
+            Err(match folder.source() {
+                Some(dir) => error.file(dir),
+                None => error,
+            })
+        })?;
         self.adapter = None;
         Ok(())
     }
@@ -92,25 +117,43 @@ impl<B: Backend> BiEncoderModel<B> {
     /// model's frozen weights and compares probe vectors, which stay in the folder.
     ///
     /// # Errors
-    /// When no adapter is attached, a file cannot be written, or the vectors differ.
+    /// When no adapter is attached, a file cannot be written, or the vectors differ; the folder is
+    /// then kept as `DIR.unverified-N`.
     pub fn save_adapter(&mut self, dir: &Path) -> Result<()> {
-        let staging = self.stage_adapter(dir)?;
+        let (staging, written) = self.stage_adapter(dir)?;
+        let verified = written.verify(staging.path()).and_then(|()| self.reload(staging.path()));
+        match verified.and_then(|probes| probes.write(&staging)) {
+            Ok(()) => staging.commit(),
+            Err(error) => Err(keep_unverified(staging, error)),
+        }
+    }
+
+    /// Takes probes, loads the adapter in `dir` in the place of the attached one, and compares.
+    fn reload(&mut self, dir: &Path) -> Result<Probes> {
         let probes = Probes::take(self)?;
         let (config, trained) = (self.adapter.take(), self.decoder.detach_adapters());
-        let same = self.attach_adapter(staging.path()).and_then(|()| probes.check(self));
+        let same = self.attach_adapter(dir).and_then(|()| probes.check(self));
         self.decoder.put_back_adapters(trained);
         self.adapter = config;
-        same.map_err(|e| e.file(dir))?;
-        probes.write(&staging)?;
-        staging.commit()
+        same.map(|()| probes)
     }
 
-    /// [`save_adapter`](Self::save_adapter) without loading it again.
+    /// Saves the adapter and compares every tensor with it, without computing probes.
     pub fn write_adapter(&self, dir: &Path) -> Result<()> {
-        self.stage_adapter(dir)?.commit()
+        let (staging, written) = self.stage_adapter(dir)?;
+        match written.verify(staging.path()) {
+            Ok(()) => staging.commit(),
+            Err(error) => Err(keep_unverified(staging, error)),
+        }
     }
 
-    fn stage_adapter(&self, dir: &Path) -> Result<Staging> {
+    /// Bytes that [`save_adapter`](Self::save_adapter) writes, within some kilobytes.
+    pub fn saved_adapter_bytes(&self) -> u64 {
+        let elements = |p: &Parameter<B>| p.shape().iter().product::<usize>() as u64;
+        self.decoder.adapter_parameters().map(|p| 4 * elements(p) + 200).sum()
+    }
+
+    fn stage_adapter(&self, dir: &Path) -> Result<(Staging, WrittenFile)> {
         let Some(config) = &self.adapter else {
             return Err(Error::new(ErrorKind::Argument, "there is no adapter to save")
                 .hint("save the whole model instead"));
@@ -121,7 +164,7 @@ impl<B: Backend> BiEncoderModel<B> {
         if self.folder.source().is_some_and(|base| same(base, dir)) {
             return Err(Error::new(
                 ErrorKind::Argument,
-                "an adapter cannot take its model's place",
+                "an adapter cannot be saved in its base model's folder",
             )
             .file(dir)
             .expected("another folder than the base model's"));
@@ -137,12 +180,12 @@ impl<B: Backend> BiEncoderModel<B> {
         for parameter in self.decoder.adapter_parameters() {
             writer.write_f32(&named(parameter), &self.backend.download(parameter.value())?)?;
         }
-        writer.finish()?;
+        let written = writer.finish()?;
         let base = self.folder.source().map(|dir| dir.display().to_string());
         let json = format!("{:#}\n", config_json(config, base));
         staging.write(RECIPE_FILE, &self.recipe.to_json()?)?;
         staging.write(CONFIG_FILE, json.as_bytes())?;
-        Ok(staging)
+        Ok((staging, written))
     }
 
     fn refuse_second_adapter(&self) -> Result<()> {

@@ -1,13 +1,14 @@
 //! Loading a bi-encoder from a model folder, and saving it as one.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe};
-use crate::backend::{Backend, Cpu, Dtype};
+use crate::backend::{Backend, Cpu, Dtype, Shape};
 use crate::model::DecoderConfig;
-use crate::model::weights::{ModelFolder, SaveDtype};
-use crate::storage::Staging;
+use crate::model::weights::{ModelFolder, SaveDtype, WeightFiles};
+use crate::storage::{Staging, WrittenFile, finish_interrupted, rounded};
 use crate::text::{PromptEncoder, Template, TextTokenizer};
 use crate::{Error, ErrorKind, Result};
 
@@ -29,7 +30,15 @@ pub struct Loader<'d> {
 
 impl<'d> Loader<'d> {
     /// Takes the folder's own recipe, or LLARA's.
+    ///
+    /// A save into this folder that was interrupted after its model was complete is finished first.
+    ///
+    /// # Errors
+    /// When the recipe is damaged, or an interrupted save cannot be finished.
     pub fn new(dir: &'d Path) -> Result<Self> {
+        if !dir.join("config.json").exists() {
+            finish_interrupted(dir)?;
+        }
         let recipe = match Recipe::read(dir)? {
             Some(recipe) => recipe,
             None => Recipe::new(Template::preset("llara")?),
@@ -128,41 +137,119 @@ pub struct Outline {
 }
 
 impl<B: Backend> BiEncoderModel<B> {
-    /// Saves a complete model folder in the form that it was loaded in, loads it again, and compares
-    /// probe vectors; the probes stay in the folder.
+    /// Saves a complete model folder in the form that it was loaded in, and verifies it: every tensor is
+    /// read back and compared with the rounded weights, tokenizer and recipe are loaded again, and the
+    /// embeddings of a few probe texts, which stay in the folder, are compared. This needs the memory
+    /// of one layer's weights.
     ///
-    /// Files appear together or not at all, `config.json` last. An earlier model in `dir` is replaced.
+    /// Files appear together or not at all, `config.json` last. An earlier model in `dir` is replaced;
+    /// it is removed when the new one is in place.
     ///
     /// # Errors
-    /// When a file cannot be written, or the folder does not give the vectors that this model gives.
+    /// When an adapter is attached, when a file cannot be written, or when the folder does not give
+    /// the embeddings that this model gives. In the last case the folder is kept as
+    /// `DIR.unverified-N`, and an earlier model in `dir` stays as it was.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         self.save_as(dir.as_ref(), SaveDtype::AsLoaded)
     }
 
     /// [`save`](Self::save) with the weights in another number format.
     pub fn save_as(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
-        let staging = self.stage(dir, dtype)?;
-        let probes = Probes::take(self)?;
-        let mut reloaded = Loader::new(staging.path())?.load(self.backend.clone(), self.options)?;
-        // What the folder answers in f32, the rounding of its weights included.
-        Probes::take(&reloaded)?.write(&staging)?;
-        reloaded.decoder.set_activations(self.precision());
-        let exact = self.folder.keeps_f32(dtype);
-        let same = if exact { probes.check(&reloaded) } else { probes.check_rounded(&reloaded) };
-        same.map_err(|e| e.file(dir))?;
-        staging.commit()
+        let (staging, written) = self.stage(dir, dtype)?;
+        let verified = self.verify(staging.path(), &written, dtype);
+        match verified.and_then(|probes| probes.write(&staging)) {
+            Ok(()) => staging.commit(),
+            Err(error) => Err(keep_unverified(staging, error)),
+        }
     }
 
-    /// Saves the folder without loading it again, which would need the memory of a second model.
+    /// Saves the folder and compares every tensor with the weights, without computing probes.
     pub fn write_folder(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
-        self.stage(dir, dtype)?.commit()
+        let (staging, written) = self.stage(dir, dtype)?;
+        match written.iter().try_for_each(|file| file.verify(staging.path())) {
+            Ok(()) => staging.commit(),
+            Err(error) => Err(keep_unverified(staging, error)),
+        }
     }
 
-    fn stage(&self, dir: &Path, dtype: SaveDtype) -> Result<Staging> {
+    /// Bytes that [`save_as`](Self::save_as) writes, within some kilobytes.
+    pub fn saved_bytes(&self, dtype: SaveDtype) -> Result<u64> {
+        let tokenizer = self.prompts.tokenizer().contents()?.len() as u64;
+        Ok(self.folder.saved_bytes(&self.decoder, dtype) + tokenizer)
+    }
+
+    fn stage(&self, dir: &Path, dtype: SaveDtype) -> Result<(Staging, Vec<WrittenFile>)> {
+        if self.adapter.is_some() {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                "a model with an adapter attached cannot be saved as a whole",
+            )
+            .file(dir)
+            .hint("save the adapter alone with `save_adapter`, or add it to the weights with `merge_adapter` first"));
+        }
         let staging = Staging::new(dir, "config.json")?;
-        self.folder.write(&self.backend, &self.decoder, dtype, &staging)?;
+        let written = self.folder.write(&self.backend, &self.decoder, dtype, &staging)?;
         self.prompts.tokenizer().save(staging.path())?;
         staging.write(super::recipe::RECIPE_FILE, &self.recipe.to_json()?)?;
-        Ok(staging)
+        Ok((staging, written))
+    }
+
+    /// Compares a staged folder with this model; returns the probes of the folder.
+    fn verify(&self, dir: &Path, written: &[WrittenFile], dtype: SaveDtype) -> Result<Probes> {
+        written.iter().try_for_each(|file| file.verify(dir))?;
+
+        let differs = |file: &str| {
+            Error::new(ErrorKind::Config, "the saved file does not say what the model says")
+                .file(dir.join(file))
+        };
+        let loader = Loader::new(dir)?;
+        let outline = loader.outline()?;
+        if *loader.recipe() != self.recipe {
+            return Err(differs(super::recipe::RECIPE_FILE));
+        }
+        if outline.decoder != *self.decoder.config() {
+            return Err(differs("config.json"));
+        }
+
+        let backend = &self.backend;
+        let upload = |values: &[f32], shape: &[usize]| match *shape {
+            [rows, cols] => backend.upload(values, rows, cols),
+            _ => backend.upload(values, 1, values.len()),
+        };
+        let files = WeightFiles::open(dir)?;
+        let saved = Probes::take_streamed(self, &mut |name, shape| {
+            upload(&files.read_f32(&self.folder.name_in_files(name))?, shape)
+        })?;
+        saved.check_tokens(&outline.prompts, loader.recipe())?;
+        let parameters: HashMap<_, _> = self.decoder.parameters().map(|p| (p.name(), p)).collect();
+        let in_memory = Probes::take_streamed(self, &mut |name, shape| {
+            let Some(parameter) = parameters.get(name) else {
+                return Err(Error::new(ErrorKind::Weights, format!("there is no weight `{name}`")));
+            };
+            let in_files = self.folder.name_in_files(name);
+            let dtype = written.iter().find_map(|file| file.dtype(&in_files));
+            let (values, _) = self.folder.exact_values(backend, parameter)?;
+            upload(&rounded(values, dtype.unwrap_or(safetensors::Dtype::F32)), shape)
+        })?;
+        in_memory.compare_with(&saved)?;
+        let in_f32 = self.decoder.parameters().all(|p| p.value().dtype() == Dtype::F32);
+        if self.folder.keeps_f32(dtype) && in_f32 && self.precision() == Dtype::F32 {
+            // The same by the pass that training and encoding use.
+            Probes::take(self)?.compare_with(&saved)?;
+        }
+        Ok(saved)
+    }
+}
+
+/// Keeps a model or adapter that failed its verification, and says where.
+pub(super) fn keep_unverified(staging: Staging, error: Error) -> Error {
+    let target = staging.target().to_owned();
+    match staging.keep_unverified() {
+        Ok(kept) => error.file(&target).hint(format!(
+            "the weights are not lost: what was written is in {}, and an earlier model in the output \
+             folder is unchanged. Compare or load that folder before you use it",
+            kept.display()
+        )),
+        Err(failed) => error.file(&target).because(failed),
     }
 }

@@ -23,7 +23,8 @@ use crate::dist::{Collective, Solo};
 use crate::loss::{Contrastive, Embeddings, InfoNce};
 use crate::model::weights::ModelFolder;
 use crate::model::{
-    Decoder, Dropout, Input, LoraConfig, SavedDecoder, mean_pool, mean_pool_backward,
+    Decoder, Dropout, Input, LoraConfig, SavedDecoder, Values, embed_streamed, mean_pool,
+    mean_pool_backward,
 };
 use crate::text::{PromptEncoder, Role};
 use crate::{Error, ErrorKind, Result};
@@ -377,6 +378,16 @@ impl<B: Backend> BiEncoderModel<B> {
         };
         let dhidden = mean_pool_backward(&self.backend, &dpooled, &input)?;
         self.decoder.backward(&self.backend, &input, &dhidden, decoder)
+    }
+
+    /// Embeddings of one batch by other weights, in f32; see [`embed_streamed`]. On the host.
+    fn embed_with(&self, batch: &Batch, value: &mut Values<'_, B>) -> Result<Vec<f32>> {
+        let input = self.input(batch.view(), &vec![0; batch.len()])?;
+        let pooled = embed_streamed(&self.backend, self.decoder.config(), value, &input)?;
+        match self.options.normalized {
+            true => self.backend.download(&self.backend.normalize(&pooled)?.0),
+            false => self.backend.download(&pooled),
+        }
     }
 
     fn input(&self, batch: BatchView<'_>, sequence_numbers: &[u32]) -> Result<Input<B>> {

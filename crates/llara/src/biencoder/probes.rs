@@ -1,22 +1,23 @@
-//! A few texts with their vectors, kept in the model folder so that any loader can check itself.
+//! A few texts with their embeddings, kept in the model folder so that loading it can be verified.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::BiEncoderModel;
+use super::{BiEncoderModel, Recipe};
 use crate::backend::{Backend, Dtype};
 use crate::data::Batch;
+use crate::model::Values;
 use crate::storage::Staging;
-use crate::text::Role;
+use crate::text::{PromptEncoder, Role};
 use crate::{Error, ErrorKind, Result};
 
 const PROBES_FILE: &str = "llara_probes.json";
 
 /// Largest difference of an entry, relative to the vector's largest, that the same weights may show.
 const SAME_WEIGHTS: f32 = 1e-5;
-/// The same after weights or activations were rounded to 16 bits; a wrong tensor or template differs by far more.
-const ROUNDED_WEIGHTS: f32 = 0.1;
+/// The same where one of the two was computed with bf16 activations and the other was not.
+const ROUNDED_ACTIVATIONS: f32 = 0.1;
 
 const TEXTS: [(Role, &str); 3] = [
     (Role::Query, "Which metal is liquid at room temperature?"),
@@ -24,10 +25,10 @@ const TEXTS: [(Role, &str); 3] = [
     (Role::Passage, "The otter sleeps on its back and holds on to its neighbour's paw."),
 ];
 
-/// Token ids of some texts and the vectors that the model gave them.
+/// Token ids of some texts and the embeddings that the model computed for them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Probes {
-    /// What they were computed in.
+    /// The dtype of the activations.
     #[serde(default, skip_serializing_if = "is_f32")]
     precision: Dtype,
     probes: Vec<Probe>,
@@ -48,20 +49,44 @@ struct Probe {
 impl Probes {
     /// Encodes the probe texts with `model`.
     pub fn take<B: Backend>(model: &BiEncoderModel<B>) -> Result<Self> {
+        Self::take_with(model, model.precision(), &mut |ids| embed(model, ids))
+    }
+
+    /// The same by `model` with other weights, in f32: `value` gives each by name and file shape. No
+    /// more than the weights of one layer are in memory at a time.
+    pub(super) fn take_streamed<B: Backend>(
+        model: &BiEncoderModel<B>,
+        value: &mut Values<'_, B>,
+    ) -> Result<Self> {
+        let tokenized = Self::take_with(model, Dtype::F32, &mut |_| Ok(Vec::new()))?;
+        let batch = Batch::from_sequences(tokenized.probes.iter().map(|probe| &probe.input_ids))?;
+        let values = model.embed_with(&batch, value)?;
+        let mut embeddings = values.chunks_exact(model.dimension());
+        Self::take_with(model, Dtype::F32, &mut |_| {
+            Ok(embeddings.next().unwrap_or_default().to_vec())
+        })
+    }
+
+    fn take_with<B: Backend>(
+        model: &BiEncoderModel<B>,
+        precision: Dtype,
+        embed: &mut dyn FnMut(&[u32]) -> Result<Vec<f32>>,
+    ) -> Result<Self> {
         let probes = TEXTS.into_iter().map(|(role, text)| {
             let input_ids = model.prompts().encode(role, text, model.recipe().max_len(role))?;
-            let embedding = embed(model, &input_ids)?;
+            let embedding = embed(&input_ids)?;
             if let Some(x) = embedding.iter().find(|x| !x.is_finite()) {
-                return Err(Error::new(ErrorKind::Numeric, "the model's vectors are not finite")
-                    .expected("finite numbers")
-                    .got(format!("{x} for the {role} {text:?}"))
-                    .hint(
-                        "training has diverged: lower the learning rate or lengthen the warm-up",
-                    ));
+                return Err(Error::new(
+                    ErrorKind::Numeric,
+                    "the model's embeddings are not finite: training has diverged",
+                )
+                .expected("finite numbers")
+                .got(format!("{x} for the {role} {text:?}"))
+                .hint("lower the learning rate or lengthen the warm-up"));
             }
             Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
         });
-        Ok(Probes { precision: model.precision(), probes: probes.collect::<Result<_>>()? })
+        Ok(Probes { precision, probes: probes.collect::<Result<_>>()? })
     }
 
     /// The probes of a model folder, if it has them.
@@ -91,39 +116,59 @@ impl Probes {
     /// When a text is tokenized differently or a vector differs.
     pub fn check<B: Backend>(&self, model: &BiEncoderModel<B>) -> Result<()> {
         let same = self.precision == model.precision();
-        self.compare(model, if same { SAME_WEIGHTS } else { ROUNDED_WEIGHTS })
+        self.compare(model, if same { SAME_WEIGHTS } else { ROUNDED_ACTIVATIONS })
     }
 
-    /// The same for weights that were rounded to 16 bits between the two.
-    pub(super) fn check_rounded<B: Backend>(&self, model: &BiEncoderModel<B>) -> Result<()> {
-        self.compare(model, ROUNDED_WEIGHTS)
-    }
-
-    fn compare<B: Backend>(&self, model: &BiEncoderModel<B>, tolerance: f32) -> Result<()> {
-        let differs = |probe: &Probe, what: &str| {
-            Error::new(ErrorKind::Weights, format!("the model does not answer as it did: {what}"))
-                .got(format!("{} {:?}", probe.role, probe.text))
-                .hint("weights, tokenizer or llara.json were changed since this folder was saved")
-        };
-        for probe in &self.probes {
-            let max_len = model.recipe().max_len(probe.role);
-            if model.prompts().encode(probe.role, &probe.text, max_len)? != probe.input_ids {
-                return Err(differs(probe, "a probe text has other token ids"));
+    /// Compares with probes of the same texts, to 1e-5 of a vector's largest entry.
+    pub(super) fn compare_with(&self, other: &Probes) -> Result<()> {
+        let same_texts = self.probes.len() == other.probes.len();
+        for (probe, other) in self.probes.iter().zip(&other.probes) {
+            if !same_texts || probe.input_ids != other.input_ids {
+                return Err(probe.differs("a probe text has other token ids"));
             }
-            let now = embed(model, &probe.input_ids)?;
-            let largest = probe.embedding.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-            let differences = now.iter().zip(&probe.embedding).map(|(a, b)| (a - b).abs());
-            // Unlike f32::max, this keeps a NaN.
-            let worst = differences.fold(0.0f32, |m, d| if d <= m { m } else { d });
-            let difference = worst / largest.max(f32::MIN_POSITIVE);
-            let same = difference <= tolerance; // false of NaN
-            if now.len() != probe.embedding.len() || !same {
-                let what =
-                    format!("a probe vector differs by {difference:.1e} of its largest entry");
-                return Err(differs(probe, &what).expected(format!("at most {tolerance:.0e}")));
+            probe.compare(&other.embedding, SAME_WEIGHTS)?;
+        }
+        Ok(())
+    }
+
+    /// Whether `prompts` gives the same token ids.
+    pub(super) fn check_tokens(&self, prompts: &PromptEncoder, recipe: &Recipe) -> Result<()> {
+        for probe in &self.probes {
+            let max_len = recipe.max_len(probe.role);
+            if prompts.encode(probe.role, &probe.text, max_len)? != probe.input_ids {
+                return Err(probe.differs("a probe text has other token ids"));
             }
         }
         Ok(())
+    }
+
+    fn compare<B: Backend>(&self, model: &BiEncoderModel<B>, tolerance: f32) -> Result<()> {
+        self.check_tokens(model.prompts(), model.recipe())?;
+        self.probes
+            .iter()
+            .try_for_each(|probe| probe.compare(&embed(model, &probe.input_ids)?, tolerance))
+    }
+}
+
+impl Probe {
+    fn differs(&self, what: &str) -> Error {
+        Error::new(ErrorKind::Weights, format!("the model does not answer as it did: {what}"))
+            .got(format!("{} {:?}", self.role, self.text))
+            .hint("weights, tokenizer or llara.json were changed since this folder was saved")
+    }
+
+    fn compare(&self, now: &[f32], tolerance: f32) -> Result<()> {
+        let largest = self.embedding.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let differences = now.iter().zip(&self.embedding).map(|(a, b)| (a - b).abs());
+        // Unlike f32::max, this keeps a NaN.
+        let worst = differences.fold(0.0f32, |m, d| if d <= m { m } else { d });
+        let difference = worst / largest.max(f32::MIN_POSITIVE);
+        let same = difference <= tolerance; // false of NaN
+        if now.len() == self.embedding.len() && same {
+            return Ok(());
+        }
+        let what = format!("a probe vector differs by {difference:.1e} of its largest entry");
+        Err(self.differs(&what).expected(format!("at most {tolerance:.0e}")))
     }
 }
 

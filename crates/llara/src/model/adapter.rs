@@ -1,4 +1,4 @@
-//! Adapters of a whole decoder: attached, merged into the weights, and named as PEFT names them.
+//! Adapters of a whole decoder: attaching, merging into the weights, and their names in PEFT.
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
@@ -8,7 +8,7 @@ use super::parameter::Parameter;
 use crate::backend::{Backend, Dtype, Shape};
 use crate::{Error, ErrorKind, Result};
 
-/// Names of the two matrices of an adapter behind the name of its projection.
+/// Names of the two matrices of an adapter, after the name of its projection.
 const NAMES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
 
 impl LoraConfig {
@@ -99,15 +99,27 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    /// Adds every adapter's product to its weight, `W += scale · B · A`, and takes it off.
-    pub(crate) fn merge_adapters(&mut self, backend: &B) -> Result<()> {
+    /// Adds every adapter's product to its weight, `W += scale · B · A`, and removes it. `exact` gives
+    /// a weight that is stored as bf16 as unrounded f32; when it fails, nothing has changed.
+    pub(crate) fn merge_adapters(
+        &mut self,
+        backend: &B,
+        exact: &mut dyn FnMut(&Parameter<B>) -> Result<B::Tensor>,
+    ) -> Result<()> {
+        // Before the first weight is replaced: any of these can be refused.
+        let mut unrounded = Vec::new();
         for (_, linear) in self.blocks_mut().flat_map(|block| block.projections_mut()) {
+            let rounded = linear.lora.is_some() && linear.weight.value().dtype() == Dtype::Bf16;
+            unrounded.push(if rounded { Some(exact(&linear.weight)?) } else { None });
+        }
+        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
+        for ((_, linear), unrounded) in projections.zip(unrounded) {
             let Some(lora) = linear.lora.take() else { continue };
             let mut b = backend.slice_rows(lora.b.value(), 0, lora.b.value().rows())?;
             backend.scale(&mut b, lora.scale)?;
-            let weight = match linear.weight.value().dtype() {
-                Dtype::F32 => linear.weight.take_value(backend)?,
-                Dtype::Bf16 => backend.cast(linear.weight.value(), Dtype::F32)?,
+            let weight = match unrounded {
+                Some(weight) => weight,
+                None => linear.weight.take_value(backend)?,
             };
             let merged = backend.linear_input_grad(&b, lora.a.value(), Some(weight))?;
             linear.weight.set_value(merged);
@@ -121,7 +133,7 @@ impl<B: Backend> Decoder<B> {
         projections.map(|(_, linear)| linear.lora.take()).collect()
     }
 
-    /// Puts adapters in the place of those that there are.
+    /// Replaces all adapters.
     pub(crate) fn put_back_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
         let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
         projections.zip(adapters).for_each(|((_, linear), adapter)| linear.lora = adapter);

@@ -251,18 +251,18 @@ pub type Values<'v, B> = dyn FnMut(&str, &[usize]) -> Result<<B as Backend>::Ten
 pub(crate) type NamedShape = (String, Vec<usize>);
 
 /// Names and shapes as Hugging Face writes them.
-struct Builder<'a, B: Backend> {
-    config: &'a DecoderConfig,
-    value: &'a mut Values<'a, B>,
+pub(super) struct Builder<'a, B: Backend> {
+    pub(super) config: &'a DecoderConfig,
+    pub(super) value: &'a mut Values<'a, B>,
 }
 
 impl<B: Backend> Builder<'_, B> {
-    fn parameter(&mut self, name: String, shape: &[usize]) -> Result<Parameter<B>> {
+    pub(super) fn parameter(&mut self, name: String, shape: &[usize]) -> Result<Parameter<B>> {
         let value = (self.value)(&name, shape)?;
         Ok(Parameter::new(name, shape, value))
     }
 
-    fn norm(&mut self, name: &str, features: usize) -> Result<RmsNorm<B>> {
+    pub(super) fn norm(&mut self, name: &str, features: usize) -> Result<RmsNorm<B>> {
         let weight = self.parameter(format!("{name}.weight"), &[features])?;
         Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
     }
@@ -278,7 +278,7 @@ impl<B: Backend> Builder<'_, B> {
         Ok(Linear { weight, bias, lora: None })
     }
 
-    fn block(&mut self, layer: usize) -> Result<Block<B>> {
+    pub(super) fn block(&mut self, layer: usize) -> Result<Block<B>> {
         let c = self.config;
         let (d, inner) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);

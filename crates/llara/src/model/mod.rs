@@ -17,6 +17,7 @@ mod parameter;
 mod pass;
 mod pool;
 mod rope;
+mod streamed;
 pub mod weights;
 
 pub use config::{DecoderConfig, Family};
@@ -28,3 +29,4 @@ pub use pass::Dropout;
 pub use pool::mean_pool;
 pub(crate) use pool::mean_pool_backward;
 pub use rope::RopeScaling;
+pub(crate) use streamed::embed_streamed;

@@ -1,15 +1,15 @@
-//! A number that tells one content from another: to notice a change, not to withstand a forger.
+//! A 64-bit hash that detects accidental changes; it is not cryptographic.
 
 use std::fmt;
 
-/// Odd, with its bits well spread.
+/// An odd number whose bits are evenly spread.
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The fingerprint of a sequence of byte strings. Where one ends and the next begins counts; the
-/// machine does not.
+/// The hash of a sequence of byte strings. Their lengths are part of it. It is the same on every
+/// machine.
 ///
-/// Eight bytes at a time through a 64 × 64 → 128 bit product whose halves are put together (as
-/// wyhash does): weights have gigabytes, and this reads them nearly as fast as memory gives them.
+/// Eight bytes at a time go through a 64 × 64 → 128 bit product whose halves are combined (as in
+/// wyhash): nearly as fast as reading memory, since weights are gigabytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fingerprint(u64);
 

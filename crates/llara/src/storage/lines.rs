@@ -1,14 +1,14 @@
-//! Lines of a file, numbered, in bounded memory.
+//! Reads a file as numbered lines, in bounded memory.
 
 use std::io::{BufRead, Read, Result};
 
-/// The longest line that is held, in bytes. Far above any row or text; a file of another kind that is
-/// given by mistake must not fill the memory before it is refused.
+/// The longest line that is read into memory, in bytes. Far above any row or text; a file of another
+/// kind must not fill the memory before it is refused.
 pub(crate) const MAX_LINE_BYTES: u64 = 64 << 20;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Reads a file line by line. A byte-order mark is passed over, and so is the `\r` of a `\r\n`.
+/// Reads a file line by line. A byte-order mark and the `\r` of `\r\n` are removed.
 pub(crate) struct LineReader<R> {
     reader: R,
     buffer: Vec<u8>,
@@ -17,19 +17,19 @@ pub(crate) struct LineReader<R> {
     /// Lines read so far.
     number: u64,
     max_bytes: u64,
-    /// Whether the last line was too long, and its rest is still to be passed over.
+    /// Whether the last line was too long and its rest must still be skipped.
     within_line: bool,
 }
 
-/// One line and where it stands.
+/// One line and its position.
 pub(crate) struct NumberedLine<'l> {
     /// From 1.
     pub(crate) number: u64,
     /// Of its first byte, from the start of the file.
     pub(crate) offset: u64,
-    /// The line without its end; `None`: it is too long to be held.
+    /// The line without its line ending; `None` if it is too long.
     pub(crate) content: Option<&'l [u8]>,
-    /// How it begins, also if it is too long.
+    /// The first bytes of the line, also if it is too long.
     pub(crate) start: &'l [u8],
 }
 
@@ -38,7 +38,7 @@ impl<R: BufRead> LineReader<R> {
         Self::with_limit(reader, MAX_LINE_BYTES)
     }
 
-    /// Holds lines of at most `max_bytes`, their ends not counted.
+    /// Reads lines of at most `max_bytes`, line endings not counted.
     pub(crate) fn with_limit(reader: R, max_bytes: u64) -> Self {
         let buffer = Vec::new();
         LineReader { reader, buffer, offset: 0, number: 0, max_bytes, within_line: false }

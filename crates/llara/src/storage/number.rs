@@ -1,4 +1,4 @@
-//! Number formats of weight files, to and from f32.
+//! Conversion between f32 and the number formats of weight files.
 
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -17,6 +17,14 @@ pub(super) fn to_f32(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
         Dtype::F16 => each(bytes, |b| f16::from_le_bytes(b).to_f32()),
         Dtype::BF16 => each(bytes, |b| bf16::from_le_bytes(b).to_f32()),
         _ => each(bytes, f32::from_le_bytes),
+    }
+}
+
+/// Values rounded to a readable type, as f32; unchanged if the type cannot represent all of them.
+pub(crate) fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
+    match from_f32(&values, dtype) {
+        Ok(bytes) if dtype != Dtype::F32 => to_f32(&bytes, dtype),
+        _ => values,
     }
 }
 

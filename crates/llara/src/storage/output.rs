@@ -1,4 +1,4 @@
-//! An output file that appears whole or not at all: temporary sibling, fsync, rename.
+//! An output file that appears complete or not at all: temporary sibling, fsync, rename.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{Builder, NamedTempFile};
 
+use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
 /// A file being written beside its target. [`commit`](Self::commit) puts it in the target's place;
@@ -18,7 +19,7 @@ pub(crate) struct OutputFile {
 }
 
 impl OutputFile {
-    /// Starts writing `path`. Whatever can be known to fail at the end fails here instead.
+    /// Starts writing `path`. Errors that would occur at the end are found here where possible.
     pub(crate) fn create(path: &Path) -> Result<Self> {
         let target = regular_target(path)?;
         let temp = temporary_sibling(&target)
@@ -38,7 +39,7 @@ impl OutputFile {
 
     /// Appends bytes.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.writer.write_all(bytes).map_err(|e| Error::io("write", &self.target, e))?;
+        self.writer.write_all(bytes).map_err(|e| write_failed("write", &self.target, e))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
@@ -46,12 +47,12 @@ impl OutputFile {
     /// Flushes everything to the disk and gives the file its name.
     pub(crate) fn commit(self) -> Result<()> {
         let OutputFile { writer, target, written } = self;
-        let fail = |e| Error::io("write", &target, e);
+        let fail = |e| write_failed("write", &target, e);
         let temp = writer.into_inner().map_err(|e| fail(e.into_error()))?;
         temp.as_file().sync_all().map_err(fail)?;
         let length = temp.as_file().metadata().map_err(fail)?.len();
         if length != written {
-            // A write failed half way and the caller went on.
+            // A write failed and the caller continued.
             return Err(Error::new(ErrorKind::Io, "the file has not the length that was written")
                 .file(&target)
                 .expected(format!("{written} bytes"))
@@ -62,7 +63,7 @@ impl OutputFile {
     }
 }
 
-/// The file that writing `path` replaces: through a link, the one behind it. Refuses what is no file.
+/// The file that writing `path` replaces, symbolic links followed. Refuses anything but a regular file.
 pub(super) fn regular_target(path: &Path) -> Result<PathBuf> {
     let target = match std::fs::canonicalize(path) {
         Ok(target) => target,
@@ -95,7 +96,7 @@ fn folder(target: &Path) -> &Path {
     target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes a rename or a removal itself last through a power cut; only Unix can open a folder for that.
+/// Makes a rename or a removal durable; only Unix can open a folder for that.
 pub(super) fn sync_folder(target: &Path) -> std::io::Result<()> {
     if cfg!(unix) { File::open(folder(target))?.sync_all() } else { Ok(()) }
 }

@@ -1,5 +1,5 @@
-//! An output file whose beginning outlives an interruption: the bytes beside the target, and a
-//! manifest that says which of them count.
+//! A resumable output file: the bytes written so far beside the target, and a manifest that describes
+//! them.
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
@@ -16,18 +16,18 @@ use crate::{Error, ErrorKind, Result};
 /// is something worth keeping. [`commit`](Self::commit) puts it in the target's place and removes
 /// the manifest.
 ///
-/// The manifest is replaced as a whole, and only after what it speaks of is on the disk: whatever
-/// is found after a crash, the manifest is true of it. Dropped without a manifest nothing is left
-/// behind; dropped with one, both files stay.
+/// The manifest is replaced atomically, and only after the bytes it describes are on the disk, so it
+/// is correct after a crash. Dropped without a manifest, the file is removed; dropped with one, both
+/// files stay.
 ///
-/// The file is locked while this exists, so that no two runs write one target (where the file
-/// system has locks).
+/// The file is locked while this exists, so that two runs cannot write the same target (where the file
+/// system supports locks).
 #[derive(Debug)]
 pub(crate) struct PartialFile {
     file: File,
     paths: Paths,
     written: u64,
-    /// Whether there is a manifest, which speaks of this very file.
+    /// Whether there is a manifest of this file.
     kept: bool,
     committed: bool,
 }
@@ -52,15 +52,15 @@ impl Paths {
 }
 
 impl PartialFile {
-    /// Opens what an interrupted run left, as it is, or an empty file.
+    /// Opens the file that an interrupted run left, or a new empty one.
     ///
     /// # Errors
-    /// Another run has it open, or there can be no file.
+    /// When another run has it open, or it cannot be created.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let paths = Paths::of(path)?;
         let fail = |e| Error::io("create a file beside this one", path, e);
         if !paths.data.exists() {
-            // Of a run that was interrupted when it had nothing left to do.
+            // Left by a run that was interrupted after its last rename.
             remove_if_there(&paths.manifest).map_err(fail)?;
         }
         let mut options = File::options();
@@ -86,12 +86,12 @@ impl PartialFile {
         Ok(PartialFile { file, paths, written, kept, committed: false })
     }
 
-    /// The file that will appear.
+    /// The final path.
     pub(crate) fn target(&self) -> &Path {
         &self.paths.target
     }
 
-    /// The file as it is found after an interruption.
+    /// The path of the incomplete file.
     pub(crate) fn path(&self) -> &Path {
         &self.paths.data
     }
@@ -101,7 +101,7 @@ impl PartialFile {
         self.written
     }
 
-    /// The manifest of what is in the file, if there is one.
+    /// The manifest of the file, if there is one.
     pub(crate) fn manifest(&self) -> Result<Option<Vec<u8>>> {
         if !self.kept {
             return Ok(None);
@@ -116,10 +116,10 @@ impl PartialFile {
         if paths.data.is_file() { fs::read(paths.manifest).ok() } else { None }
     }
 
-    /// Forgets everything that is in the file.
+    /// Empties the file.
     pub(crate) fn clear(&mut self) -> Result<()> {
         if self.kept {
-            // First, and for good: it must never speak of what will be written now.
+            // First, and durably: the manifest must never describe what is written from now on.
             let path = &self.paths.manifest;
             remove_if_there(path)
                 .and_then(|()| sync_folder(path))
@@ -129,7 +129,7 @@ impl PartialFile {
         self.cut(0)
     }
 
-    /// Forgets what is behind the first `length` bytes, and goes on there. There must be so many.
+    /// Truncates the file to `length` bytes, at most as many as it has, and continues there.
     pub(crate) fn cut(&mut self, length: u64) -> Result<()> {
         let mut cut = || {
             self.file.set_len(length)?;
@@ -139,7 +139,7 @@ impl PartialFile {
         Ok(())
     }
 
-    /// Reads from the beginning, as many bytes as `buffer` takes; the place of writing stays.
+    /// Fills `buffer` from the beginning of the file; the write position stays.
     pub(crate) fn read_start(&self, buffer: &mut [u8]) -> std::io::Result<()> {
         std::os::unix::fs::FileExt::read_exact_at(&self.file, buffer, 0)
     }
@@ -151,7 +151,7 @@ impl PartialFile {
         Ok(())
     }
 
-    /// Makes what was written so far outlive an interruption, described by `manifest`.
+    /// Flushes what was written so far to the disk, then replaces the manifest.
     pub(crate) fn keep(&mut self, manifest: &[u8]) -> Result<()> {
         self.file.sync_data().map_err(|e| Error::io("write", &self.paths.target, e))?;
         let mut file = OutputFile::create(&self.paths.manifest)?;
@@ -175,7 +175,7 @@ impl PartialFile {
         }
         fs::rename(data, target).map_err(fail)?;
         self.committed = true;
-        // Last: interrupted before this, the manifest speaks of a file that is not there.
+        // Last: if interrupted before this, the manifest describes a file that no longer exists.
         if self.kept {
             remove_if_there(manifest).map_err(fail)?;
         }
@@ -186,14 +186,14 @@ impl PartialFile {
 impl Drop for PartialFile {
     fn drop(&mut self) {
         if !self.committed && !self.kept {
-            // What went wrong before is what is to be told.
+            // An earlier error is the one to report.
             let _ = fs::remove_file(&self.paths.data);
         }
     }
 }
 
-/// Whether an open file is the one that is found at a path.
-fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
+/// Whether an open file is the one at a path.
+pub(super) fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
     let open = file.metadata()?;
     match fs::metadata(path) {
         Ok(there) => Ok((there.dev(), there.ino()) == (open.dev(), open.ino())),

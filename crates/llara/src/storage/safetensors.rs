@@ -1,28 +1,50 @@
-//! One safetensors file: its header checked against its length, tensors read one at a time, and
-//! written one at a time, so that neither direction ever holds more than one tensor.
+//! One safetensors file: the header is checked against the file's length; tensors are read and written
+//! one at a time, so that no more than one is in memory.
 
-use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::fs::{File, Metadata as FileMetadata};
+use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use blake3::Hash;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::number::{from_f32, is_readable, to_f32};
 use super::staging::Staging;
+use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
-/// Bytes of the length that a file begins with.
+/// Bytes of the header length at the beginning of a file.
 const LENGTH_BYTES: u64 = 8;
-/// The format's own limit on headers.
+/// The format's limit on headers.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// A safetensors file whose header has been read and found consistent with the file's length.
+///
+/// It stays open: a file put in its place later is not read with the old header, and the data of this
+/// one stays readable. A write to the open file is noticed by its length and modification time.
 #[derive(Debug)]
 pub(crate) struct SafetensorsFile {
     path: PathBuf,
+    file: File,
+    stamp: Stamp,
     metadata: Metadata,
     data_start: u64,
+}
+
+/// What changes when a file is written to.
+#[derive(Debug, PartialEq)]
+struct Stamp {
+    length: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    fn of(metadata: &FileMetadata) -> Self {
+        Stamp { length: metadata.len(), modified: metadata.modified().ok() }
+    }
 }
 
 impl SafetensorsFile {
@@ -38,7 +60,8 @@ impl SafetensorsFile {
         };
         let io = |e| Error::io("read weights", path, e);
         let mut file = File::open(path).map_err(io)?;
-        let length = file.metadata().map_err(io)?.len();
+        let stamp = Stamp::of(&file.metadata().map_err(io)?);
+        let length = stamp.length;
         let mut prefix = [0; LENGTH_BYTES as usize];
         if length < LENGTH_BYTES {
             return Err(damaged("not a safetensors file")
@@ -65,7 +88,7 @@ impl SafetensorsFile {
                 .expected(format!("{expected} bytes"))
                 .got(format!("{length} bytes")));
         }
-        Ok(SafetensorsFile { path: path.to_owned(), metadata, data_start })
+        Ok(SafetensorsFile { path: path.to_owned(), file, stamp, metadata, data_start })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -81,20 +104,37 @@ impl SafetensorsFile {
         self.metadata.info(name)
     }
 
-    /// The bytes of a tensor as they stand in the file.
+    /// The bytes of a tensor as in the file.
     pub(crate) fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
         let info = self.info(name).ok_or_else(|| {
             Error::new(ErrorKind::Weights, "no such tensor").tensor(&self.path, name)
         })?;
         let (start, end) = info.data_offsets;
         let mut bytes = vec![0; end - start];
-        let mut read = || {
-            let mut file = File::open(&self.path)?;
-            file.seek(SeekFrom::Start(self.data_start + start as u64))?;
-            file.read_exact(&mut bytes)
-        };
-        read().map_err(|e| Error::io("read weights", &self.path, e))?;
+        let io = |e| Error::io("read weights", &self.path, e);
+        self.refuse_change()?;
+        self.file.read_exact_at(&mut bytes, self.data_start + start as u64).map_err(io)?;
+        // Again, for a write during the read.
+        self.refuse_change()?;
         Ok(bytes)
+    }
+
+    /// Refuses to read on when the open file was written to since its header was read.
+    fn refuse_change(&self) -> Result<()> {
+        let io = |e| Error::io("read weights", &self.path, e);
+        let now = Stamp::of(&self.file.metadata().map_err(io)?);
+        if now == self.stamp {
+            return Ok(());
+        }
+        let got = match now.length == self.stamp.length {
+            true => "another modification time".to_owned(),
+            false => format!("{} bytes", now.length),
+        };
+        Err(Error::new(ErrorKind::Weights, "the weights changed while they were in use")
+            .file(&self.path)
+            .expected(format!("the file of {} bytes that was opened", self.stamp.length))
+            .got(got)
+            .hint("load the model again; write a new model to another folder"))
     }
 
     /// A tensor as f32.
@@ -122,10 +162,10 @@ impl SafetensorsFile {
     }
 }
 
-/// What a file is going to contain: name, type and shape of each tensor, in order.
+/// A tensor to be written: name, type and shape.
 pub(crate) type Declaration = (String, Dtype, Vec<usize>);
 
-/// What a file begins with: the header's length and the header, padded so that data is aligned to 8.
+/// The beginning of a file: header length and header, padded so that the data is aligned to 8 bytes.
 pub(crate) fn safetensors_header(path: &Path, declared: &[Declaration]) -> Result<Vec<u8>> {
     let too_large = || Error::new(ErrorKind::Argument, "a tensor beyond 64 bits").file(path);
     let mut end = 0usize;
@@ -158,11 +198,57 @@ pub(crate) struct SafetensorsWriter {
     path: PathBuf,
     file: BufWriter<File>,
     declared: std::vec::IntoIter<Declaration>,
+    /// Of every tensor written so far.
+    written: Vec<(Declaration, Hash)>,
+}
+
+/// What [`SafetensorsWriter`] wrote, to be compared with the file.
+#[must_use]
+pub(crate) struct WrittenFile {
+    /// Name within the folder.
+    name: String,
+    tensors: Vec<(Declaration, Hash)>,
+}
+
+impl WrittenFile {
+    /// The type in which a tensor was written.
+    pub(crate) fn dtype(&self, tensor: &str) -> Option<Dtype> {
+        let found = self.tensors.iter().find(|((name, ..), _)| name == tensor);
+        found.map(|((_, dtype, _), _)| *dtype)
+    }
+
+    /// Reads the file back, tensor by tensor, and compares it with what was to be written.
+    ///
+    /// # Errors
+    /// When a tensor is missing, or its type, shape or any byte differs.
+    pub(crate) fn verify(&self, folder: &Path) -> Result<()> {
+        let file = SafetensorsFile::open(&folder.join(&self.name))?;
+        let differs = |name: &str, what: &str| {
+            Error::new(
+                ErrorKind::Weights,
+                format!("the saved weights differ from the model: {what}"),
+            )
+            .tensor(file.path(), name)
+            .hint("the disk or its file system may be faulty: save to another one")
+        };
+        for ((name, dtype, shape), hash) in &self.tensors {
+            match file.info(name) {
+                Some(info) if info.dtype == *dtype && info.shape == *shape => {}
+                _ => return Err(differs(name, "a tensor is missing or has another type or shape")),
+            }
+            if blake3::hash(&file.read_bytes(name)?) != *hash {
+                return Err(differs(name, "a tensor has other bytes than were written"));
+            }
+        }
+        match file.names().len() == self.tensors.len() {
+            true => Ok(()),
+            false => Err(differs("*", "the file has more tensors than were written")),
+        }
+    }
 }
 
 impl SafetensorsWriter {
-    /// Creates `name` in a staged folder and writes the header of what will follow. Errors name the
-    /// file by the place that it will have.
+    /// Creates `name` in a staged folder and writes the header. Errors name the file by its final path.
     pub(crate) fn create(
         staging: &Staging,
         name: &str,
@@ -170,16 +256,18 @@ impl SafetensorsWriter {
     ) -> Result<Self> {
         let path = staging.target().join(name);
         let header = safetensors_header(&path, &declared)?;
-        let io = |e| Error::io("write weights", &path, e);
+        let io = |e| write_failed("write weights", &path, e);
         let file = File::create(staging.path().join(name)).map_err(io)?;
         let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&header).map_err(io)?;
-        Ok(SafetensorsWriter { path, file, declared: declared.into_iter() })
+        let written = Vec::with_capacity(declared.len());
+        Ok(SafetensorsWriter { path, file, declared: declared.into_iter(), written })
     }
 
     /// Writes the next declared tensor from f32 values, rounding to its declared type.
     pub(crate) fn write_f32(&mut self, name: &str, values: &[f32]) -> Result<()> {
-        let (dtype, elements) = self.next(name)?;
+        let declared = self.next(name)?;
+        let (dtype, elements) = (declared.1, declared.2.iter().product::<usize>());
         if elements != values.len() {
             return Err(Error::new(ErrorKind::Weights, "another size than declared")
                 .tensor(&self.path, name)
@@ -199,44 +287,46 @@ impl SafetensorsWriter {
                 .got(format!("{value} at element {at}"))
                 .hint(hint)
         })?;
-        self.write(&bytes)
+        self.write(declared, &bytes)
     }
 
     /// Writes the next declared tensor from bytes of its declared type.
     pub(crate) fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let (dtype, elements) = self.next(name)?;
+        let declared = self.next(name)?;
+        let (dtype, elements) = (declared.1, declared.2.iter().product::<usize>());
         if elements * dtype.bitsize() / 8 != bytes.len() {
             return Err(Error::new(ErrorKind::Weights, "another size than declared")
                 .tensor(&self.path, name)
                 .got(format!("{} bytes", bytes.len())));
         }
-        self.write(bytes)
+        self.write(declared, bytes)
     }
 
-    fn next(&mut self, name: &str) -> Result<(Dtype, usize)> {
+    fn next(&mut self, name: &str) -> Result<Declaration> {
         match self.declared.next() {
-            Some((declared, dtype, shape)) if declared == name => {
-                Ok((dtype, shape.iter().product()))
-            }
+            Some(declared) if declared.0 == name => Ok(declared),
             other => Err(Error::new(ErrorKind::Weights, "written out of order")
                 .tensor(&self.path, name)
                 .expected(other.map_or("the end of the file".to_owned(), |(name, ..)| name))),
         }
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| Error::io("write weights", &self.path, e))
+    fn write(&mut self, declared: Declaration, bytes: &[u8]) -> Result<()> {
+        self.written.push((declared, blake3::hash(bytes)));
+        self.file.write_all(bytes).map_err(|e| write_failed("write weights", &self.path, e))
     }
 
     /// Flushes everything to the disk; an error unless all declared tensors were written.
-    pub(crate) fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(mut self) -> Result<WrittenFile> {
         if let Some((missing, ..)) = self.declared.next() {
             return Err(Error::new(ErrorKind::Weights, "declared but not written")
                 .tensor(&self.path, missing));
         }
-        let io = |e| Error::io("write weights", &self.path, e);
+        let io = |e| write_failed("write weights", &self.path, e);
         self.file.flush().map_err(io)?;
-        self.file.get_ref().sync_all().map_err(io)
+        self.file.get_ref().sync_all().map_err(io)?;
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(WrittenFile { name, tensors: self.written })
     }
 }
 
@@ -255,8 +345,55 @@ mod tests {
         let mut writer = SafetensorsWriter::create(&staging, name, declared).unwrap();
         writer.write_f32("a", &[0.5]).unwrap();
         writer.write_f32("b", values).unwrap();
-        writer.finish().unwrap();
+        writer.finish().unwrap().verify(staging.path()).unwrap();
         std::fs::rename(staging.path().join(name), path).unwrap();
+    }
+
+    #[test]
+    fn one_changed_bit_of_what_was_written_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let staging = Staging::new(dir.path(), "config.json").unwrap();
+        let declared = vec![("a".to_owned(), Dtype::BF16, vec![4])];
+        let mut writer = SafetensorsWriter::create(&staging, "w.safetensors", declared).unwrap();
+        writer.write_f32("a", &[1.0, 2.0, 3.0, 4.0]).unwrap();
+        let written = writer.finish().unwrap();
+        written.verify(staging.path()).unwrap();
+        let path = staging.path().join("w.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let message = written.verify(staging.path()).unwrap_err().to_string();
+        assert!(message.contains("tensor `a`") && message.contains("other bytes"), "{message}");
+    }
+
+    #[test]
+    fn a_file_replaced_while_open_is_not_read_and_one_rewritten_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("w.safetensors"), dir.path().join("v.safetensors"));
+        write(&path, &[1.0, 2.0]);
+        write(&other, &[3.0, 4.0]);
+        // Another file in its place: the one that was opened is still read.
+        let file = SafetensorsFile::open(&path).unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        assert_eq!(file.read_f32("b").unwrap(), [1.0, 2.0]);
+
+        let file = SafetensorsFile::open(&path).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+        let message = file.read_bytes("a").unwrap_err().to_string();
+        assert!(message.contains("w.safetensors: the weights changed"), "{message}");
+
+        write(&path, &[1.0, 2.0]);
+        let file = SafetensorsFile::open(&path).unwrap();
+        let later = SystemTime::now() + std::time::Duration::from_secs(5);
+        File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
+        assert!(file.read_bytes("a").unwrap_err().to_string().contains("weights changed"));
+
+        // Saving a model over the folder that it was read from removes the file.
+        write(&path, &[1.0, 2.0]);
+        let file = SafetensorsFile::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(file.read_f32("b").unwrap(), [1.0, 2.0]);
     }
 
     #[test]

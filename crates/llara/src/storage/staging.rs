@@ -1,50 +1,48 @@
-//! Folders that are complete or not there.
+//! Writing a model folder: files are staged in a hidden folder and appear together or not at all.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use tempfile::TempDir;
-
+use super::replace::{self, Guard, PARTIAL};
+use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
-/// The files without which no tool takes a folder for a model or an adapter: they leave first, and the
-/// new one comes last.
-const MARKERS: [&str; 2] = ["config.json", "adapter_config.json"];
-/// What the hidden folder's name begins with.
-const PREFIX: &str = ".partial-";
-
-/// A folder being written next to its final place.
+/// A model or adapter folder being written.
 ///
-/// Files are made in a hidden folder inside the target and flushed to the disk; [`commit`] then moves
-/// them, the one that makes a folder look complete last. Dropped before that, it leaves the target as it was, and gone if it was
-/// not there.
+/// Files are written to a hidden folder inside the target. [`commit`] flushes them to the disk and
+/// replaces the model in the target by renames; see [`replace`](super::replace) for what a crash
+/// leaves. [`keep_unverified`] moves them beside the target instead. Dropped without either, the
+/// target is as it was, and removed if it was not there.
 ///
 /// [`commit`]: Staging::commit
+/// [`keep_unverified`]: Staging::keep_unverified
 pub(crate) struct Staging {
     target: PathBuf,
-    /// `None` once committed.
-    folder: Option<TempDir>,
-    made_target: bool,
-    /// The file without which no tool takes the folder for complete: it leaves first and comes last.
+    /// `None` once committed or kept.
+    folder: Option<PathBuf>,
+    /// The staged folder, opened and locked: only a folder whose process has ended is cleared away.
+    _lock: File,
+    created_target: bool,
+    /// The file without which no tool takes the folder for complete.
     last: &'static str,
 }
 
 impl Staging {
-    /// Makes `target` if need be, and an empty hidden folder in it; `last` is the file that makes the
-    /// folder look complete. What a killed run left half-written is cleared away.
+    /// Creates `target` if need be, and an empty hidden folder in it; `last` is the file that makes the
+    /// folder look complete. What a killed process left there is finished or removed.
     pub(crate) fn new(target: &Path, last: &'static str) -> Result<Self> {
-        let made_target = !target.exists();
+        let created_target = !target.exists();
         let io = |e| Error::io("write to the folder", target, e);
         fs::create_dir_all(target).map_err(|e| Error::io("create the folder", target, e))?;
-        for entry in fs::read_dir(target).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            if entry.file_name().to_string_lossy().starts_with(PREFIX) {
-                fs::remove_dir_all(entry.path()).map_err(io)?;
-            }
-        }
-        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in(target).map_err(io)?;
-        Ok(Staging { target: target.to_owned(), folder: Some(folder), made_target, last })
+        // Held until the new folder has its own lock, so that nobody takes it for a leftover.
+        let _guard = Guard::lock(target)?;
+        replace::finish_locked(target)?;
+        let folder = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(target).map_err(io)?;
+        let lock = File::open(folder.path()).map_err(io)?;
+        // Fails only where the file system has no locks.
+        let _ = lock.try_lock();
+        let folder = Some(folder.keep());
+        Ok(Staging { target: target.to_owned(), folder, _lock: lock, created_target, last })
     }
 
     /// Where the files will be.
@@ -54,73 +52,134 @@ impl Staging {
 
     /// Where to write.
     pub(crate) fn path(&self) -> &Path {
-        self.folder.as_ref().map_or(&self.target, TempDir::path)
+        self.folder.as_deref().unwrap_or(&self.target)
     }
 
     /// Writes a small file in full.
     pub(crate) fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
         let path = self.path().join(name);
-        fs::write(&path, contents).map_err(|e| Error::io("write", self.target.join(name), e))
+        fs::write(&path, contents).map_err(|e| write_failed("write", &self.target.join(name), e))
     }
 
-    /// Moves everything into place. What an earlier model or adapter left in the target is removed: its
-    /// weights must not be taken for the new one's.
+    /// Replaces the model or adapter in the target by the staged one. Other files of the target stay.
+    ///
+    /// # Errors
+    /// When a file cannot be flushed or renamed. Either the target is as it was, or the new model is
+    /// complete in hidden folders from which the next save or load of the folder finishes the move.
     pub(crate) fn commit(mut self) -> Result<()> {
-        let Some(folder) = self.folder.take() else { return Ok(()) };
-        let mut names = Vec::new();
-        let io = |e| Error::io("save the model", &self.target, e);
-        for entry in fs::read_dir(folder.path()).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            File::open(entry.path()).and_then(|file| file.sync_all()).map_err(io)?;
-            names.push(entry.file_name());
+        self.flush()?;
+        let _guard = Guard::lock(&self.target)?;
+        self.refuse_folders()?;
+        let Some(folder) = self.folder.clone() else { return Ok(()) };
+        let replaced = replace::replace(&self.target, &folder);
+        if !folder.exists() {
+            // Complete, whatever happened afterwards: not to be removed any more.
+            self.folder = None;
+            self.created_target = false;
         }
-        if !names.iter().any(|name| name == self.last) {
-            return Err(Error::new(ErrorKind::Config, format!("a folder without {}", self.last))
-                .file(&self.target));
+        replaced.map_err(|e| {
+            let error = Error::io("move the saved model into place", &self.target, e);
+            match self.folder {
+                Some(_) => error,
+                None => error.hint(
+                    "the new model is complete in a hidden folder there: the next load or save of this \
+                     folder moves it into place",
+                ),
+            }
+        })
+    }
+
+    /// Moves the staged files to a folder of their own, for a model that failed its verification:
+    /// `TARGET.unverified-N` beside the target, or `unverified-N` inside it where the folder above
+    /// cannot be written. The target is left as it was.
+    pub(crate) fn keep_unverified(mut self) -> Result<PathBuf> {
+        self.flush()?;
+        let Some(folder) = self.folder.clone() else { return Ok(self.target.clone()) };
+        let absolute = std::path::absolute(&self.target);
+        let target = absolute.map_err(|e| Error::io("find", &self.target, e))?;
+        let mut name = target.file_name().unwrap_or_default().to_owned();
+        name.push(".unverified");
+        let kept = move_to_numbered(&folder, &target.with_file_name(name))
+            .or_else(|_| move_to_numbered(&folder, &self.target.join("unverified")))
+            .map_err(|e| Error::io("keep the unverified model in", &self.target, e))?;
+        self.folder = None;
+        if let Some(parent) = kept.parent() {
+            replace::sync(parent).map_err(|e| Error::io("flush the folder", parent, e))?;
         }
-        names.sort_by_key(|name| name == self.last);
-        for marker in MARKERS {
-            remove_if_there(&self.target.join(marker)).map_err(io)?;
+        Ok(kept)
+    }
+
+    /// Makes all files and their names durable.
+    fn flush(&self) -> Result<()> {
+        let io = |e| write_failed("flush the saved files of", &self.target, e);
+        let names = replace::names(self.path()).map_err(io)?;
+        for name in &names {
+            File::open(self.path().join(name)).and_then(|file| file.sync_all()).map_err(io)?;
         }
-        for entry in fs::read_dir(&self.target).map_err(io)? {
-            let name = entry.map_err(io)?.file_name();
-            if belongs_to_a_model(&name) && !names.contains(&name) {
-                remove_if_there(&self.target.join(name)).map_err(io)?;
+        replace::sync(self.path()).map_err(io)?;
+        replace::sync(&self.target).map_err(io)?;
+        if let Some(parent) = self.target.parent().filter(|path| !path.as_os_str().is_empty()) {
+            // The target's own name. A folder above it may be unreadable to this user.
+            let _ = replace::sync(parent);
+        }
+        if names.iter().any(|name| name == self.last) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Config, format!("the saved folder lacks {}", self.last))
+            .file(&self.target))
+    }
+
+    /// A folder in the place of a file is the user's: it is not moved away.
+    fn refuse_folders(&self) -> Result<()> {
+        let io = |e| Error::io("read the folder", self.path(), e);
+        for name in replace::names(self.path()).map_err(io)? {
+            let path = self.target.join(name);
+            if path.is_dir() {
+                return Err(Error::new(ErrorKind::Io, "a folder is in the place of a file")
+                    .file(path)
+                    .expected("a file, or nothing")
+                    .hint("move it away, or choose another folder"));
             }
         }
-        for name in names {
-            fs::rename(folder.path().join(&name), self.target.join(&name)).map_err(io)?;
-        }
-        self.made_target = false;
-        drop(folder);
-        File::open(&self.target).and_then(|dir| dir.sync_all()).map_err(io)
+        Ok(())
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        drop(self.folder.take());
-        if self.made_target {
+        if let Some(folder) = self.folder.take() {
+            // What went wrong before is what matters to the caller.
+            let _ = fs::remove_dir_all(folder);
+        }
+        if self.created_target {
             // Fails, as it should, when something else has been put there meanwhile.
             let _ = fs::remove_dir(&self.target);
         }
     }
 }
 
-/// Whether a file is a part of a model or adapter as they are saved here, and nothing else of that
-/// name could be: other `.safetensors` files are the user's own.
-fn belongs_to_a_model(name: &OsStr) -> bool {
-    const NAMES: [&str; 4] = [
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "adapter_model.safetensors",
-        "llara_probes.json",
-    ];
-    let name = name.to_string_lossy();
-    let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
-    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
-    let numbers = shard.and_then(|shard| shard.split_once("-of-"));
-    NAMES.contains(&&*name) || numbers.is_some_and(|(n, of)| is_number(n) && is_number(of))
+/// Renames a folder to the first free one of `NAME-1`, `NAME-2`, ….
+fn move_to_numbered(folder: &Path, name: &Path) -> std::io::Result<PathBuf> {
+    for number in 1u32.. {
+        let mut numbered = name.as_os_str().to_owned();
+        numbered.push(format!("-{number}"));
+        let numbered = PathBuf::from(numbered);
+        // Creating it reserves the name; a rename replaces an empty folder.
+        match fs::create_dir(&numbered) {
+            Ok(()) => {
+                return match fs::rename(folder, &numbered) {
+                    Ok(()) => Ok(numbered),
+                    Err(e) => {
+                        let _ = fs::remove_dir(&numbered);
+                        Err(e)
+                    }
+                };
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Err(std::io::Error::other("all numbers are taken"))
 }
 
 pub(super) fn remove_if_there(path: &Path) -> std::io::Result<()> {
@@ -132,38 +191,155 @@ pub(super) fn remove_if_there(path: &Path) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::replace::{crash, finish_interrupted};
     use super::*;
+
+    /// Files of a complete model; old and new differ in shards and contents.
+    const OLD: [&str; 5] = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "llara_probes.json",
+        "tokenizer.json",
+    ];
+    const NEW: [&str; 4] = ["config.json", "model.safetensors", "tokenizer.json", "llara.json"];
+
+    fn names(dir: &Path) -> Vec<String> {
+        let names = replace::names(dir).unwrap();
+        names.into_iter().map(|name| name.into_string().unwrap()).collect()
+    }
+
+    fn is_complete(dir: &Path, files: &[&str], contents: &str) -> bool {
+        files.iter().all(|name| fs::read_to_string(dir.join(name)).is_ok_and(|c| c == contents))
+    }
+
+    /// A folder with an old model and files of the user.
+    fn old_model(target: &Path) {
+        fs::create_dir_all(target).unwrap();
+        OLD.iter().for_each(|name| fs::write(target.join(name), "old").unwrap());
+        fs::write(target.join("notes.txt"), "mine").unwrap();
+    }
+
+    fn stage_new(target: &Path) -> Staging {
+        let staging = Staging::new(target, "config.json").unwrap();
+        NEW.iter().for_each(|name| staging.write(name, b"new").unwrap());
+        staging
+    }
 
     #[test]
     fn dropped_it_leaves_nothing() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("model");
-        let staging = Staging::new(&target, "config.json").unwrap();
-        staging.write("config.json", b"{}").unwrap();
-        drop(staging);
+        drop(stage_new(&target));
         assert!(!target.exists());
     }
 
     #[test]
-    fn committed_it_replaces_an_earlier_model() {
+    fn committed_it_replaces_an_earlier_model_and_nothing_else() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("model");
-        fs::create_dir(&target).unwrap();
-        fs::write(target.join("model-00001-of-00002.safetensors"), "old").unwrap();
-        for name in ["notes.txt", "corpus.safetensors"] {
-            fs::write(target.join(name), "mine").unwrap();
-        }
-        for name in ["adapter_config.json", "adapter_model.safetensors", "llara_probes.json"] {
+        old_model(&target);
+        fs::write(target.join("corpus.safetensors"), "mine").unwrap();
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
             fs::write(target.join(name), "old").unwrap();
         }
-        fs::create_dir(target.join(".partial-killed")).unwrap();
-        let staging = Staging::new(&target, "config.json").unwrap();
-        staging.write("config.json", b"{}").unwrap();
-        staging.write("model.safetensors", b"new").unwrap();
-        staging.commit().unwrap();
-        let mut names: Vec<_> =
-            fs::read_dir(&target).unwrap().map(|e| e.unwrap().file_name()).collect();
-        names.sort();
-        assert_eq!(names, ["config.json", "corpus.safetensors", "model.safetensors", "notes.txt"]);
+        stage_new(&target).commit().unwrap();
+        let mut expected = NEW.to_vec();
+        expected.extend(["corpus.safetensors", "notes.txt"]);
+        expected.sort_unstable();
+        assert_eq!(names(&target), expected);
+        assert!(is_complete(&target, &NEW, "new"));
+    }
+
+    #[test]
+    fn a_crash_at_any_step_leaves_a_complete_model_and_is_finished_later() {
+        let mut steps = 0;
+        loop {
+            let root = tempfile::tempdir().unwrap();
+            let target = root.path().join("model");
+            old_model(&target);
+            let staging = stage_new(&target);
+            crash::after(Some(steps));
+            let result = staging.commit();
+            crash::after(None);
+            // The old one in its place or moved away, or the new one before or after its move.
+            let inside = || names(&target).into_iter().map(|name| target.join(name));
+            let folders: Vec<_> = inside().filter(|path| path.is_dir()).collect();
+            let in_place = is_complete(&target, &OLD, "old") || is_complete(&target, &NEW, "new");
+            let aside = |d: &PathBuf| is_complete(d, &OLD, "old") || is_complete(d, &NEW, "new");
+            assert!(in_place || folders.iter().any(aside), "after {steps} steps");
+            if result.is_ok() {
+                assert!(folders.is_empty());
+                break;
+            }
+            // The next save begins by finishing; dropped, it leaves the finished model.
+            let never_ready = steps == 0;
+            drop(Staging::new(&target, "config.json").unwrap());
+            let (files, contents): (&[&str], _) =
+                if never_ready { (&OLD, "old") } else { (&NEW, "new") };
+            assert!(is_complete(&target, files, contents), "after {steps} steps");
+            let mut expected = files.to_vec();
+            expected.push("notes.txt");
+            expected.sort_unstable();
+            assert_eq!(names(&target), expected, "after {steps} steps");
+            steps += 1;
+        }
+        assert!(steps > OLD.len() + NEW.len(), "only {steps} steps");
+    }
+
+    #[test]
+    fn a_new_model_interrupted_in_an_empty_folder_is_finished() {
+        for steps in 1.. {
+            let root = tempfile::tempdir().unwrap();
+            let target = root.path().join("model");
+            let staging = stage_new(&target);
+            crash::after(Some(steps));
+            let result = staging.commit();
+            crash::after(None);
+            if result.is_ok() {
+                break;
+            }
+            assert!(finish_interrupted(&target).unwrap().finished || names(&target).len() == 4);
+            assert!(is_complete(&target, &NEW, "new"), "after {steps} steps");
+            assert_eq!(names(&target).len(), NEW.len());
+        }
+    }
+
+    #[test]
+    fn only_leftovers_of_processes_that_have_ended_are_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        fs::create_dir_all(target.join(".partial-killed")).unwrap();
+        fs::write(target.join(".partial-killed/model.safetensors"), "half").unwrap();
+        let alive = stage_new(&target);
+        assert_eq!(finish_interrupted(&target).unwrap(), Default::default());
+        assert!(!target.join(".partial-killed").exists() && alive.path().is_dir());
+        alive.commit().unwrap();
+        assert!(is_complete(&target, &NEW, "new"));
+    }
+
+    #[test]
+    fn an_unverified_model_is_kept_beside_the_target() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        for number in 1..3 {
+            let kept = stage_new(&target).keep_unverified().unwrap();
+            assert_eq!(kept.file_name().unwrap(), &*format!("model.unverified-{number}"));
+            assert!(is_complete(&kept, &NEW, "new"));
+        }
+        assert!(!target.exists());
+        old_model(&target);
+        stage_new(&target).keep_unverified().unwrap();
+        assert!(is_complete(&target, &OLD, "old"));
+    }
+
+    #[test]
+    fn a_folder_in_the_place_of_a_file_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        fs::create_dir_all(target.join("llara.json/of the user")).unwrap();
+        let message = stage_new(&target).commit().unwrap_err().to_string();
+        assert!(message.contains("llara.json") && message.contains("in the place"), "{message}");
+        assert_eq!(names(&target), ["llara.json"]);
     }
 }

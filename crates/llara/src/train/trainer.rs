@@ -242,7 +242,9 @@ impl<'r, B: Backend> Trainer<'r, B> {
             && let Some(oldest) = step.checked_sub(every * keep as u64).filter(|&step| step > 0)
         {
             let old = self.config.output_dir.join(format!("checkpoint-{oldest}"));
-            match std::fs::remove_dir_all(&old) {
+            // Renamed first: interrupted half-way, no incomplete checkpoint keeps its name.
+            let hidden = self.config.output_dir.join(format!(".partial-checkpoint-{oldest}"));
+            match std::fs::rename(&old, &hidden).and_then(|()| std::fs::remove_dir_all(&hidden)) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(Error::io("remove an old checkpoint", &old, e));
                 }

@@ -1,4 +1,4 @@
-//! Saving: the same files that were read, with the trained tensors in place of the old ones.
+//! Saving a model folder: the files that were read, with the trained tensors in place of the old ones.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -12,10 +12,10 @@ use super::files::{WeightFiles, index_name, single_name};
 use super::load::{load_decoder, prefix_of, standard_normal};
 use crate::backend::{Backend, Shape};
 use crate::model::{Decoder, DecoderConfig, Parameter};
-use crate::storage::{Declaration, SafetensorsFile, SafetensorsWriter, Staging};
+use crate::storage::{Declaration, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
 use crate::{Error, ErrorKind, Result};
 
-/// Files that go with a model and that training does not change; the tokenizer writes its own.
+/// Files of a model folder that training does not change; the tokenizer writes its own.
 const CARRIED: [&str; 14] = [
     "generation_config.json",
     "special_tokens_map.json",
@@ -58,10 +58,10 @@ impl SaveDtype {
     }
 }
 
-/// The form of a model folder: which tensors stand in which files, and all that goes with them.
+/// The layout of a model folder: which tensors are in which files, and the files beside them.
 #[derive(Debug)]
 pub struct ModelFolder {
-    /// `None` for a model that was made here.
+    /// `None` for a new model.
     source: Option<(PathBuf, WeightFiles)>,
     /// `config.json` as it was read, keys in order.
     config: Value,
@@ -102,7 +102,7 @@ impl ModelFolder {
         Ok((ModelFolder { source, config: json, prefix, beside: Vec::new() }, decoder))
     }
 
-    /// The form of a new causal language model with this `config.json`.
+    /// The layout of a new causal language model with this `config.json`.
     pub fn new(config: Value) -> Self {
         ModelFolder { source: None, config, prefix: "model.", beside: Vec::new() }
     }
@@ -130,31 +130,78 @@ impl ModelFolder {
         }
     }
 
-    /// Writes weights, configuration and carried files of `decoder` into `staging`.
+    /// A decoder's name of a tensor as the weight files spell it.
+    pub(crate) fn name_in_files(&self, parameter: &str) -> String {
+        format!("{}{parameter}", self.prefix)
+    }
+
+    /// Bytes of the files that [`write`](Self::write) makes, without the tokenizer's.
+    pub(crate) fn saved_bytes<B: Backend>(&self, decoder: &Decoder<B>, dtype: SaveDtype) -> u64 {
+        let parameters = decoder.parameters().map(|p| (p.name(), p)).collect();
+        let plan = self.plan(decoder, &parameters, dtype);
+        let tensors = plan.iter().flat_map(|(_, tensors)| tensors);
+        let weights: u64 = tensors
+            .map(|Planned { declaration: (name, dtype, shape), .. }| {
+                let header = name.len() as u64 + 100; // name, type, shape and offsets as JSON
+                shape.iter().product::<usize>() as u64 * dtype.bitsize() as u64 / 8 + header
+            })
+            .sum();
+        let carried = self.source.iter().flat_map(|(dir, _)| CARRIED.map(|name| dir.join(name)));
+        weights + carried.filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum::<u64>()
+    }
+
+    /// The values of a weight before any rounding in memory: those of the file that it was read from,
+    /// where rounding them gives the bf16 values in memory.
+    ///
+    /// The second value is false where the weight is bf16 in memory and no such file exists.
+    pub(crate) fn exact_values<B: Backend>(
+        &self,
+        backend: &B,
+        parameter: &Parameter<B>,
+    ) -> Result<(Vec<f32>, bool)> {
+        let values = backend.download(parameter.value())?;
+        if parameter.value().dtype() == crate::backend::Dtype::F32 {
+            return Ok((values, true));
+        }
+        let name = self.name_in_files(parameter.name());
+        let files = self.source.as_ref().map(|(_, files)| files);
+        let Some(files) = files.filter(|files| files.info(&name).is_some()) else {
+            return Ok((values, false));
+        };
+        let exact = files.read_f32(&name)?;
+        let rounded = |x: &f32| half::bf16::from_f32(*x).to_f32().to_bits();
+        let same = exact.len() == values.len()
+            && exact.iter().zip(&values).all(|(exact, x)| rounded(exact) == x.to_bits());
+        Ok(if same { (exact, true) } else { (values, false) })
+    }
+
+    /// Writes weights, configuration and carried files of `decoder` into `staging`. What was written
+    /// to each weight file is returned.
     pub(crate) fn write<B: Backend>(
         &self,
         backend: &B,
         decoder: &Decoder<B>,
         dtype: SaveDtype,
         staging: &Staging,
-    ) -> Result<()> {
+    ) -> Result<Vec<WrittenFile>> {
         let parameters: HashMap<&str, &Parameter<B>> =
             decoder.parameters().map(|p| (p.name(), p)).collect();
         let plan = self.plan(decoder, &parameters, dtype);
         let mut weight_map = BTreeMap::new();
         let mut total_size = 0;
+        let mut written = Vec::with_capacity(plan.len());
         for (file, tensors) in &plan {
             let declared = tensors.iter().map(|t| t.declaration.clone()).collect();
             let mut writer = SafetensorsWriter::create(staging, file, declared)?;
             for Planned { declaration: (name, dtype, shape), parameter } in tensors {
                 match parameter.as_deref().and_then(|p| parameters.get(p)) {
-                    Some(p) => writer.write_f32(name, &backend.download(p.value())?)?,
+                    Some(p) => writer.write_f32(name, &self.exact_values(backend, p)?.0)?,
                     None => self.carry_tensor(name, *dtype, shape, &mut writer)?,
                 }
                 weight_map.insert(name.clone(), file.clone());
                 total_size += shape.iter().product::<usize>() * dtype.bitsize() / 8;
             }
-            writer.finish()?;
+            written.push(writer.finish()?);
         }
         if self.source.as_ref().is_some_and(|(_, files)| files.is_sharded()) {
             let index = json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
@@ -166,7 +213,8 @@ impl ModelFolder {
         for (name, contents) in &self.beside {
             staging.write(name, contents)?;
         }
-        staging.write("config.json", pretty(&self.config_for(decoder, dtype)).as_bytes())
+        staging.write("config.json", pretty(&self.config_for(decoder, dtype)).as_bytes())?;
+        Ok(written)
     }
 
     /// What goes into each file: the source's layout, or everything in one file.
@@ -198,7 +246,7 @@ impl ModelFolder {
                         let parameter = Some(bare.to_owned());
                         tensors.push(planned(name, info.dtype, p.shape().to_vec(), parameter));
                     }
-                    // A tied head is the embedding table itself; a copy of the old one would lie.
+                    // A tied head is the embedding table itself; the old copy would be stale.
                     None if name == "lm_head.weight" && config.tie_word_embeddings => {}
                     None => {
                         let mut shape = info.shape.clone();

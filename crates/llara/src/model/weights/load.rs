@@ -1,5 +1,5 @@
-//! From files to a decoder: every disagreement with the configuration is found before any weight is
-//! read, and all are reported together.
+//! Builds a decoder from weight files: every mismatch with the configuration is found before any weight
+//! is read, and all are reported together.
 
 use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
 
@@ -10,7 +10,7 @@ use crate::model::{Decoder, DecoderConfig};
 use crate::storage::is_readable;
 use crate::{Error, ErrorKind, Result};
 
-/// What stands before the decoder's own names in the files of a causal language model.
+/// Prefix of the decoder's names in the files of a causal language model.
 const CAUSAL_LM_PREFIX: &str = "model.";
 
 /// Tensors that a folder may have besides the decoder: the language-model head, and buffers that old
