@@ -249,6 +249,9 @@ fn is_set(name: &str) -> bool {
     variable(name).is_some_and(|v| ["1", "on", "yes", "true"].contains(&&*v.to_ascii_lowercase()))
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_listing(_bytes: &[u8]) {}
+
 #[cfg(test)]
 mod tests {
     use super::*;

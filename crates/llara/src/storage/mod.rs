@@ -7,6 +7,7 @@ mod number;
 mod output;
 mod partial;
 mod safetensors;
+mod small_file;
 mod staging;
 
 pub(crate) use fingerprint::Fingerprint;
@@ -15,4 +16,5 @@ pub(crate) use number::is_readable;
 pub(crate) use output::OutputFile;
 pub(crate) use partial::PartialFile;
 pub(crate) use safetensors::{Declaration, SafetensorsFile, SafetensorsWriter, safetensors_header};
+pub(crate) use small_file::read_file;
 pub(crate) use staging::Staging;
