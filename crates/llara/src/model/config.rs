@@ -259,8 +259,7 @@ fn refuse_unsupported(raw: Fields<'_>) -> Result<()> {
 /// The base and the scaling of the rotary frequencies: from `rope_parameters` (transformers 5), or from
 /// `rope_theta` and `rope_scaling` (transformers 4).
 fn rope(raw: Fields<'_>) -> Result<(f64, RopeScaling)> {
-    let malformed =
-        |what: &str, got: &Value| Error::new(ErrorKind::Config, what).got(quote(got));
+    let malformed = |what: &str, got: &Value| Error::new(ErrorKind::Config, what).got(quote(got));
     let scaling = match raw.value("rope_parameters") {
         Some(_) => raw.object("rope_parameters", " of `rope_parameters`")?,
         None => raw.object("rope_scaling", " of `rope_scaling`")?,
@@ -280,9 +279,7 @@ fn rope(raw: Fields<'_>) -> Result<(f64, RopeScaling)> {
     };
     let scaling = match kind {
         "default" => RopeScaling::None,
-        "linear" => {
-            RopeScaling::Linear { factor: scaling.required_real("factor", range::FACTOR)? }
-        }
+        "linear" => RopeScaling::Linear { factor: scaling.required_real("factor", range::FACTOR)? },
         "llama3" => {
             let part = |name| scaling.required_real(name, range::FREQUENCY_FACTOR);
             let (low_freq_factor, high_freq_factor) =
@@ -320,9 +317,7 @@ fn windows(family: Family, raw: Fields<'_>, layers: usize) -> Result<Vec<Option<
     let window = match family {
         Family::Llama => return Ok(vec![None; layers]),
         Family::Mistral => return Ok(vec![window()?; layers]),
-        Family::Qwen2 | Family::Qwen3 if raw.flag("use_sliding_window")? == Some(true) => {
-            window()?
-        }
+        Family::Qwen2 | Family::Qwen3 if raw.flag("use_sliding_window")? == Some(true) => window()?,
         Family::Qwen2 | Family::Qwen3 => None,
     };
     let first_sliding = raw.whole("max_window_layers", 0..=*range::TOKENS.end())?.unwrap_or(28);
@@ -427,7 +422,8 @@ mod tests {
     /// and nothing is allocated for the value.
     #[test]
     fn numbers_out_of_range_are_refused_by_name() {
-        let whole = ["0", "-1", "1.5", "1e3", "\"3\"", "1099511627776", "18446744073709551615", "[]"];
+        let whole =
+            ["0", "-1", "1.5", "1e3", "\"3\"", "1099511627776", "18446744073709551615", "[]"];
         let layers = ["10000000000", "1000000000", "1152921504606846976", "1000000000000"];
         let real = ["0", "-1e-3", "1e-300", "1e300", "\"NaN\"", "\"1e4\"", "true"];
         let sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"];

@@ -121,13 +121,12 @@ impl Template {
     /// impossible (see [`Template::validate`]).
     pub fn from_toml_file(path: impl AsRef<Path>) -> Result<Template> {
         let path = path.as_ref();
-        let text = String::from_utf8(read_file(path, "read the template", MOST_BYTES)?).map_err(
-            |e| {
+        let text =
+            String::from_utf8(read_file(path, "read the template", MOST_BYTES)?).map_err(|e| {
                 let before = &e.as_bytes()[..e.utf8_error().valid_up_to()];
                 let line = 1 + before.iter().filter(|&&b| b == b'\n').count() as u64;
                 Error::new(ErrorKind::Config, "bad template: not UTF-8").line(path, line)
-            },
-        )?;
+            })?;
         let template: Template = toml::from_str(&text).map_err(|e| {
             let message: String = e.message().chars().filter(|c| !c.is_control()).collect();
             let error = Error::new(ErrorKind::Config, format!("bad template: {message}"))
@@ -310,7 +309,8 @@ mod tests {
         let e = refuse("name = \"t\"\npooled_tokens = 1\n[query]\nsufix = \"\"\n[passage]\n");
         assert!(e.contains("t.toml:4: ") && e.contains("sufix"), "{e}");
         for number in ["0", "1025", "99999999999"] {
-            let e = refuse(&format!("name = \"t\"\npooled_tokens = {number}\n[query]\n[passage]\n"));
+            let e =
+                refuse(&format!("name = \"t\"\npooled_tokens = {number}\n[query]\n[passage]\n"));
             assert!(e.contains("`pooled_tokens` is out of range") && e.contains(number), "{e}");
         }
         assert!(refuse("name = \" \"\npooled_tokens = 1\n[query]\n[passage]\n").contains("blank"));

@@ -78,8 +78,8 @@ impl TextTokenizer {
     /// # Errors
     /// The tokenizer cannot represent the text (for instance, no unknown token).
     pub fn encode(&self, text: &str, with_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, with_special_tokens))
-            .map_err(cannot_encode)?;
+        let encoding =
+            guarded(|| self.inner.encode_fast(text, with_special_tokens)).map_err(cannot_encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -221,7 +221,8 @@ fn guarded<T, E: Into<tokenizers::Error>>(
         Err(panic) => {
             let message = panic.downcast_ref::<String>().map(String::as_str);
             let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
-            let message: String = message.unwrap_or("no message").escape_debug().take(200).collect();
+            let message: String =
+                message.unwrap_or("no message").escape_debug().take(200).collect();
             Err(format!("the tokenizers library cannot handle this file: {message}").into())
         }
     }

@@ -46,18 +46,13 @@ impl<'j> Fields<'j> {
     }
 
     /// A whole number in `range`.
-    pub(super) fn whole(
-        &self,
-        name: &str,
-        range: RangeInclusive<usize>,
-    ) -> Result<Option<usize>> {
+    pub(super) fn whole(&self, name: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
         let Some(value) = self.value(name) else { return Ok(None) };
         let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
         match number.filter(|n| range.contains(n)) {
             Some(number) => Ok(Some(number)),
             None => {
-                let expected =
-                    format!("a whole number from {} to {}", range.start(), range.end());
+                let expected = format!("a whole number from {} to {}", range.start(), range.end());
                 Err(self.wrong(name, "is out of range", expected, value))
             }
         }
