@@ -225,7 +225,9 @@ fn family(raw: Fields<'_>) -> Result<Family> {
     };
     Family::ALL.iter().find(|(known, _)| *known == name).map(|&(_, family)| family).ok_or_else(
         || {
-            Error::new(ErrorKind::Config, "this architecture is not supported")
+            let shown = quote_text(name);
+            let shown = shown.trim_matches('"');
+            Error::new(ErrorKind::Config, format!("unknown architecture `{shown}`"))
                 .expected(format!("`model_type` one of {known}"))
                 .got(quote_text(name))
                 .hint("choose a decoder of one of these families")
