@@ -21,6 +21,9 @@ mod biencoder;
 pub mod data;
 pub mod dist;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hub;
 pub mod init;
 pub mod loss;

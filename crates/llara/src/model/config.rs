@@ -1,11 +1,14 @@
 //! `config.json`, read as Hugging Face writes it and checked into one plain description.
 
+mod fields;
+
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use self::fields::{Fields, quote, quote_text};
 use super::rope::{RopeScaling, inverse_frequencies};
+use crate::storage::read_file;
 use crate::{Error, ErrorKind, Result};
 
 /// A family of models; what distinguishes it is data in [`DecoderConfig`].
@@ -71,102 +74,109 @@ pub struct DecoderConfig {
     pub max_position_embeddings: usize,
 }
 
-/// The fields of `config.json` that matter here, before they are checked.
-#[derive(Deserialize)]
-struct Raw {
-    model_type: Option<String>,
-    vocab_size: Option<usize>,
-    hidden_size: Option<usize>,
-    intermediate_size: Option<usize>,
-    num_hidden_layers: Option<usize>,
-    num_attention_heads: Option<usize>,
-    #[serde(default, deserialize_with = "present")]
-    num_key_value_heads: Option<Option<usize>>,
-    head_dim: Option<usize>,
-    hidden_act: Option<String>,
-    rms_norm_eps: Option<f64>,
-    max_position_embeddings: Option<usize>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<Value>,
-    rope_parameters: Option<Value>,
-    #[serde(default, deserialize_with = "present")]
-    sliding_window: Option<Option<usize>>,
-    use_sliding_window: Option<bool>,
-    max_window_layers: Option<usize>,
-    layer_types: Option<Vec<String>>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    tie_word_embeddings: Option<bool>,
-    attention_dropout: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-    quantization_config: Option<Value>,
+/// Ranges of the numbers in `config.json`. They are far beyond any published model and small enough that
+/// no product of a few of them overflows 64 bits.
+mod range {
+    use std::ops::RangeInclusive;
+
+    /// `vocab_size`, `hidden_size`, `intermediate_size`.
+    pub(super) const DIMENSION: RangeInclusive<usize> = 1..=1 << 28;
+    /// `num_hidden_layers`.
+    pub(super) const LAYERS: RangeInclusive<usize> = 1..=1 << 16;
+    /// `num_attention_heads`, `num_key_value_heads`.
+    pub(super) const HEADS: RangeInclusive<usize> = 1..=1 << 16;
+    /// `head_dim`.
+    pub(super) const HEAD_DIM: RangeInclusive<usize> = 2..=1 << 16;
+    /// Lengths and positions in tokens.
+    pub(super) const TOKENS: RangeInclusive<usize> = 1..=(1 << 31) - 1;
+    /// `rms_norm_eps`: positive in f32, too.
+    pub(super) const EPS: RangeInclusive<f64> = 1e-30..=1.0;
+    /// `rope_theta`.
+    pub(super) const THETA: RangeInclusive<f64> = 1.0..=1e15;
+    /// `factor` of the rope scaling.
+    pub(super) const FACTOR: RangeInclusive<f64> = 1.0..=1e6;
+    /// `low_freq_factor`, `high_freq_factor`.
+    pub(super) const FREQUENCY_FACTOR: RangeInclusive<f64> = 1e-3..=1e6;
+    /// `original_max_position_embeddings`.
+    pub(super) const CONTEXT: RangeInclusive<f64> = 1.0..=2147483647.0;
+    /// Parameters of a model.
+    pub(super) const MOST_PARAMETERS: u128 = 1 << 44;
 }
 
-/// Tells `"sliding_window": null` from a missing key, which stands for the family's default.
-fn present<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<Option<usize>>, D::Error> {
-    Option::deserialize(d).map(Some)
-}
+/// Largest `config.json` that is read, in bytes.
+const MOST_BYTES: u64 = 16 << 20;
 
 impl DecoderConfig {
     /// Reads `config.json` of a model folder.
     ///
     /// # Errors
-    /// When the file is missing or not JSON, when the architecture is not one of [`Family`], or when
-    /// it asks for something that would change the numbers and is not computed here.
+    /// When the file is missing or not JSON, when the architecture is not one of [`Family`], when a
+    /// number is out of its range, or when a setting is not supported that would change the results.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(|e| {
-            Error::io("read the model's configuration", path, e)
-                .hint("a model folder as `save_pretrained` writes it has a config.json")
+        let text = read_file(path, "read the model's configuration", MOST_BYTES).map_err(|e| {
+            if path.exists() {
+                return e;
+            }
+            e.hint("a model folder as `save_pretrained` writes it has a config.json")
         })?;
         Self::from_json(&text).map_err(|error| error.file(path))
     }
 
     /// Parses the text of a `config.json`.
+    ///
+    /// # Errors
+    /// Those of [`from_file`](Self::from_file).
     pub fn from_json(text: &[u8]) -> Result<Self> {
-        let raw: Raw = serde_json::from_slice(text)
+        let object: Map<String, Value> = serde_json::from_slice(text)
             .map_err(|e| Error::new(ErrorKind::Config, "not a model configuration").because(e))?;
-        let family = family(&raw)?;
-        refuse_unsupported(&raw)?;
-        let heads = required(raw.num_attention_heads, "num_attention_heads")?;
-        let hidden_size = required(raw.hidden_size, "hidden_size")?;
-        let layers = required(raw.num_hidden_layers, "num_hidden_layers")?;
+        let raw = Fields::new(&object);
+        let family = family(raw)?;
+        refuse_unsupported(raw)?;
+        let heads = raw.required("num_attention_heads", range::HEADS)?;
+        let hidden_size = raw.required("hidden_size", range::DIMENSION)?;
+        let layers = raw.required("num_hidden_layers", range::LAYERS)?;
         let missing_kv_heads = match family {
             Family::Llama => heads,
             Family::Mistral => 8,
             Family::Qwen2 | Family::Qwen3 => 32,
         };
-        let kv_heads = match raw.num_key_value_heads {
+        let kv_heads = match raw.whole("num_key_value_heads", range::HEADS)? {
+            Some(given) => given,
+            None if raw.has("num_key_value_heads") => heads,
             None => missing_kv_heads,
-            Some(given) => given.unwrap_or(heads),
         };
         let default_head_dim = if family == Family::Qwen3 { 128 } else { hidden_size / heads };
-        let (rope_theta, rope_scaling) = rope(&raw)?;
-        let attention_bias = raw.attention_bias.unwrap_or(false);
+        let (rope_theta, rope_scaling) = rope(raw)?;
+        let attention_bias = raw.flag("attention_bias")?.unwrap_or(false);
         let biased = matches!(family, Family::Llama | Family::Qwen3) && attention_bias;
+        let mlp_bias = raw.flag("mlp_bias")?.unwrap_or(false);
         let config = DecoderConfig {
             family,
-            vocab_size: required(raw.vocab_size, "vocab_size")?,
+            vocab_size: raw.required("vocab_size", range::DIMENSION)?,
             hidden_size,
-            intermediate_size: required(raw.intermediate_size, "intermediate_size")?,
+            intermediate_size: raw.required("intermediate_size", range::DIMENSION)?,
             num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
-            head_dim: raw.head_dim.unwrap_or(default_head_dim),
-            rms_norm_eps: raw.rms_norm_eps.unwrap_or(1e-6) as f32,
+            head_dim: raw.whole("head_dim", range::HEAD_DIM)?.unwrap_or(default_head_dim),
+            rms_norm_eps: raw.real("rms_norm_eps", range::EPS)?.unwrap_or(1e-6) as f32,
             rope_theta,
             rope_scaling,
-            windows: windows(family, &raw, layers)?,
+            windows: windows(family, raw, layers)?,
             qkv_bias: biased || family == Family::Qwen2,
             output_bias: biased,
-            mlp_bias: family == Family::Llama && raw.mlp_bias.unwrap_or(false),
+            mlp_bias: family == Family::Llama && mlp_bias,
             qk_norm: family == Family::Qwen3,
-            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
-            max_position_embeddings: raw.max_position_embeddings.unwrap_or(usize::MAX),
+            tie_word_embeddings: raw.flag("tie_word_embeddings")?.unwrap_or(false),
+            max_position_embeddings: raw
+                .whole("max_position_embeddings", range::TOKENS)?
+                .unwrap_or(usize::MAX),
         };
         config.check()?;
         Ok(config)
     }
 
+    /// Checks what depends on more than one field.
     fn check(&self) -> Result<()> {
         if self.num_key_value_heads == 0
             || !self.num_attention_heads.is_multiple_of(self.num_key_value_heads)
@@ -180,21 +190,27 @@ impl DecoderConfig {
                 .expected("an even number")
                 .got(self.head_dim));
         }
-        let largest = [self.vocab_size, self.hidden_size, self.intermediate_size]
-            .into_iter()
-            .chain([self.num_attention_heads.saturating_mul(self.head_dim)])
-            .max()
-            .unwrap_or(0);
-        if largest > 1 << 28 || self.num_hidden_layers > 1 << 16 {
-            return Err(Error::new(ErrorKind::Config, "the sizes of the model are not credible")
-                .got(format!("a dimension of {largest}, {} layers", self.num_hidden_layers)));
-        }
-        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
-            return Err(Error::new(ErrorKind::Config, "`rms_norm_eps` is out of range")
-                .expected("a positive number")
-                .got(self.rms_norm_eps));
+        let queries = self.num_attention_heads * self.head_dim;
+        let parameters = self.parameters();
+        if !range::DIMENSION.contains(&queries) || parameters > range::MOST_PARAMETERS {
+            return Err(Error::new(ErrorKind::Config, "the model would be too large")
+                .expected(format!(
+                    "num_attention_heads · head_dim up to {} and at most {} parameters",
+                    range::DIMENSION.end(),
+                    range::MOST_PARAMETERS
+                ))
+                .got(format!("{queries} and {parameters}")));
         }
         Ok(())
+    }
+
+    /// About how many parameters the model has: its matrices, each counted once.
+    fn parameters(&self) -> u128 {
+        let wide = |n: usize| n as u128;
+        let (d, head) = (wide(self.hidden_size), wide(self.head_dim));
+        let heads = wide(self.num_attention_heads) + wide(self.num_key_value_heads);
+        let layer = 2 * d * head * heads + 3 * d * wide(self.intermediate_size);
+        wide(self.vocab_size) * d + wide(self.num_hidden_layers) * layer
     }
 
     pub(crate) fn inverse_frequencies(&self) -> Vec<f32> {
@@ -202,134 +218,126 @@ impl DecoderConfig {
     }
 }
 
-fn required(value: Option<usize>, name: &str) -> Result<usize> {
-    value.filter(|&n| n > 0).ok_or_else(|| {
-        let got = value.map_or("nothing".to_owned(), |n| n.to_string());
-        Error::new(ErrorKind::Config, format!("`{name}` is missing or zero"))
-            .expected("a positive whole number")
-            .got(got)
-    })
-}
-
-fn family(raw: &Raw) -> Result<Family> {
+fn family(raw: Fields<'_>) -> Result<Family> {
     let known = Family::ALL.map(|(name, _)| name).join(", ");
-    let Some(name) = &raw.model_type else {
-        return Err(Error::new(ErrorKind::Config, "`model_type` is missing").expected(known));
+    let Some(name) = raw.text("model_type")? else {
+        return Err(raw.missing("model_type", format!("one of {known}")));
     };
-    Family::ALL.iter().find(|(known, _)| known == name).map(|&(_, family)| family).ok_or_else(
+    Family::ALL.iter().find(|(known, _)| *known == name).map(|&(_, family)| family).ok_or_else(
         || {
-            Error::new(ErrorKind::Config, format!("unknown architecture `{name}`"))
+            let shown = quote_text(name);
+            let shown = shown.trim_matches('"');
+            Error::new(ErrorKind::Config, format!("unknown architecture `{shown}`"))
                 .expected(format!("`model_type` one of {known}"))
-                .got(name)
+                .got(quote_text(name))
                 .hint("choose a decoder of one of these families")
         },
     )
 }
 
-/// Settings that would change the numbers in ways that are not computed here.
-fn refuse_unsupported(raw: &Raw) -> Result<()> {
+/// Refuses settings that would change the results in ways that are not implemented.
+fn refuse_unsupported(raw: Fields<'_>) -> Result<()> {
     let refuse = |what: &str, got: String, hint: &str| {
         Err(Error::new(ErrorKind::Config, format!("{what} is not supported")).got(got).hint(hint))
     };
-    if let Some(act) = raw.hidden_act.as_ref().filter(|act| !["silu", "swish"].contains(&&***act)) {
-        return refuse("this activation", format!("`hidden_act`: {act}"), "silu is");
+    if let Some(act) = raw.text("hidden_act")?.filter(|act| !["silu", "swish"].contains(act)) {
+        let got = format!("`hidden_act`: {}", quote_text(act));
+        return refuse("this activation", got, "only silu is supported: choose another model");
     }
-    if let Some(p) = raw.attention_dropout.filter(|&p| p != 0.0) {
+    if let Some(p) = raw.real("attention_dropout", 0.0..=1.0)?.filter(|&p| p != 0.0) {
         return refuse("attention dropout", p.to_string(), "set `attention_dropout` to 0.0");
     }
-    if let Some(f) = raw.partial_rotary_factor.filter(|&f| f != 1.0) {
-        return refuse("a partial rotary embedding", f.to_string(), "choose another model");
+    let factor = raw.value("partial_rotary_factor");
+    if let Some(factor) = factor.filter(|factor| factor.as_f64() != Some(1.0)) {
+        return refuse("a partial rotary embedding", quote(factor), "choose another model");
     }
-    if let Some(q) = raw.quantization_config.as_ref().filter(|q| !q.is_null()) {
-        let method = q.get("quant_method").map_or("unnamed".to_owned(), Value::to_string);
+    if let Some(q) = raw.value("quantization_config") {
+        let method = q.get("quant_method").map_or("unnamed".to_owned(), quote);
         return refuse("a quantised model", method, "use the f32, f16 or bf16 original");
     }
     Ok(())
 }
 
-/// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-fn rope(raw: &Raw) -> Result<(f64, RopeScaling)> {
-    let malformed = |what: &str, got: &Value| Error::new(ErrorKind::Config, what).got(got);
-    let none = Value::Null;
-    let scaling = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()).unwrap_or(&none);
-    if !(scaling.is_object() || scaling.is_null()) {
-        return Err(malformed("the rope settings are not an object", scaling));
-    }
-    if scaling.as_object().is_some_and(|o| o.values().any(Value::is_object)) {
-        return Err(malformed("rope settings per layer are not supported", scaling));
-    }
-    let positive = |name: &str| match scaling.get(name) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => {
-            let number = value.as_f64().filter(|x| x.is_finite() && *x > 0.0);
-            number.map(Some).ok_or_else(|| {
-                malformed(&format!("`{name}` of the rope settings is not a positive number"), value)
-            })
-        }
+/// The base and the scaling of the rotary frequencies: from `rope_parameters` (transformers 5), or from
+/// `rope_theta` and `rope_scaling` (transformers 4).
+fn rope(raw: Fields<'_>) -> Result<(f64, RopeScaling)> {
+    let malformed = |what: &str, got: &Value| Error::new(ErrorKind::Config, what).got(quote(got));
+    let scaling = match raw.value("rope_parameters") {
+        Some(_) => raw.object("rope_parameters", " of `rope_parameters`")?,
+        None => raw.object("rope_scaling", " of `rope_scaling`")?,
     };
-    let theta = positive("rope_theta")?.or(raw.rope_theta).unwrap_or(10_000.0);
-    if !(theta.is_finite() && theta > 0.0) {
-        return Err(Error::new(ErrorKind::Config, "`rope_theta` is out of range")
-            .expected("a positive number")
-            .got(theta));
+    if let Some((_, layer)) = scaling.values().find(|(_, value)| value.is_object()) {
+        return Err(malformed("rope settings per layer are not supported", layer));
     }
-    if positive("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-        return Err(malformed("a partial rotary embedding is not supported", scaling));
+    let outer = raw.real("rope_theta", range::THETA)?;
+    let theta = scaling.real("rope_theta", range::THETA)?.or(outer).unwrap_or(10_000.0);
+    let factor = scaling.value("partial_rotary_factor");
+    if let Some(factor) = factor.filter(|factor| factor.as_f64() != Some(1.0)) {
+        return Err(malformed("a partial rotary embedding is not supported", factor));
     }
-    let need = |name: &str| {
-        positive(name)?
-            .ok_or_else(|| malformed(&format!("the rope settings lack `{name}`"), scaling))
+    let kind = match scaling.text("rope_type")? {
+        Some(kind) => kind,
+        None => scaling.text("type")?.unwrap_or("default"),
     };
-    let kind = match scaling.get("rope_type").or_else(|| scaling.get("type")) {
-        None | Some(Value::Null) => None,
-        Some(Value::String(kind)) => Some(kind.as_str()),
-        Some(other) => return Err(malformed("`rope_type` is not a name", other)),
-    };
-    let scaling = match kind.unwrap_or("default") {
+    let scaling = match kind {
         "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: need("factor")? },
+        "linear" => RopeScaling::Linear { factor: scaling.required_real("factor", range::FACTOR)? },
         "llama3" => {
-            let low_freq_factor = need("low_freq_factor")?;
-            let high_freq_factor = need("high_freq_factor")?;
+            let part = |name| scaling.required_real(name, range::FREQUENCY_FACTOR);
+            let (low_freq_factor, high_freq_factor) =
+                (part("low_freq_factor")?, part("high_freq_factor")?);
             if high_freq_factor <= low_freq_factor {
-                return Err(Error::new(ErrorKind::Config, "rope scaling cannot be blended")
-                    .expected("high_freq_factor above low_freq_factor")
-                    .got(format!("{high_freq_factor} and {low_freq_factor}")));
+                return Err(Error::new(ErrorKind::Config, "`high_freq_factor` is out of range")
+                    .expected(format!("a number above low_freq_factor, {low_freq_factor}"))
+                    .got(high_freq_factor));
             }
             RopeScaling::Llama3 {
-                factor: need("factor")?,
+                factor: scaling.required_real("factor", range::FACTOR)?,
                 low_freq_factor,
                 high_freq_factor,
-                original_context: need("original_max_position_embeddings")?,
+                original_context: scaling
+                    .required_real("original_max_position_embeddings", range::CONTEXT)?,
             }
         }
         other => {
             return Err(Error::new(ErrorKind::Config, "this rope scaling is not supported")
                 .expected("default, linear or llama3")
-                .got(other));
+                .got(quote_text(other)));
         }
     };
     Ok((theta, scaling))
 }
 
 /// The sliding window of each layer, by the rules of each family in transformers.
-fn windows(family: Family, raw: &Raw, layers: usize) -> Result<Vec<Option<usize>>> {
+fn windows(family: Family, raw: Fields<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
+    // A missing field means the default of 4,096 tokens, `null` the whole past.
+    let window = || match raw.whole("sliding_window", range::TOKENS) {
+        Ok(None) if !raw.has("sliding_window") => Ok(Some(4096)),
+        Ok(window) => Ok(window),
+        Err(e) => Err(e.hint("null stands for no window")),
+    };
     let window = match family {
         Family::Llama => return Ok(vec![None; layers]),
-        // A Mistral configuration that does not speak of its window has one of 4,096 tokens.
-        Family::Mistral => return Ok(vec![raw.sliding_window.unwrap_or(Some(4096)); layers]),
-        Family::Qwen2 | Family::Qwen3 if raw.use_sliding_window == Some(true) => {
-            raw.sliding_window.unwrap_or(Some(4096))
-        }
+        Family::Mistral => return Ok(vec![window()?; layers]),
+        Family::Qwen2 | Family::Qwen3 if raw.flag("use_sliding_window")? == Some(true) => window()?,
         Family::Qwen2 | Family::Qwen3 => None,
     };
-    let first_sliding = raw.max_window_layers.unwrap_or(28);
-    let slides = |layer: usize| match raw.layer_types.as_ref().and_then(|t| t.get(layer)) {
-        Some(kind) if kind == "sliding_attention" => Ok(true),
-        Some(kind) if kind == "full_attention" => Ok(false),
+    let first_sliding = raw.whole("max_window_layers", 0..=*range::TOKENS.end())?.unwrap_or(28);
+    let types = match raw.value("layer_types") {
+        None => &[][..],
+        Some(Value::Array(types)) => types,
+        Some(other) => {
+            return Err(Error::new(ErrorKind::Config, "`layer_types` is not a list")
+                .expected("a list of strings")
+                .got(quote(other)));
+        }
+    };
+    let slides = |layer: usize| match types.get(layer) {
+        Some(Value::String(kind)) if kind == "sliding_attention" => Ok(true),
+        Some(Value::String(kind)) if kind == "full_attention" => Ok(false),
         Some(kind) => Err(Error::new(ErrorKind::Config, format!("unknown type of layer {layer}"))
-            .expected("full_attention or sliding_attention")
-            .got(kind)),
+            .expected("`layer_types` of full_attention or sliding_attention")
+            .got(quote(kind))),
         None => Ok(layer >= first_sliding),
     };
     (0..layers).map(|layer| Ok(if slides(layer)? { window } else { None })).collect()
@@ -409,6 +417,89 @@ mod tests {
         ] {
             let message = parse(setting).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");
+        }
+    }
+
+    /// Every number of the file with values out of its range: the error names the field and the range,
+    /// and nothing is allocated for the value.
+    #[test]
+    fn numbers_out_of_range_are_refused_by_name() {
+        let whole =
+            ["0", "-1", "1.5", "1e3", "\"3\"", "1099511627776", "18446744073709551615", "[]"];
+        let layers = ["10000000000", "1000000000", "1152921504606846976", "1000000000000"];
+        let real = ["0", "-1e-3", "1e-300", "1e300", "\"NaN\"", "\"1e4\"", "true"];
+        let sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"];
+        let refuse = |family: &str, name: &str, value: &str| {
+            let setting = format!(r#""model_type": "{family}", "{name}": {value}"#);
+            let e = parse(&setting).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Config);
+            let e = e.to_string();
+            assert!(e.starts_with(&format!("`{name}` is out of range")), "{setting}: {e}");
+            assert!(e.contains("number from "), "{setting}: {e}");
+        };
+        for value in whole {
+            let others = ["num_key_value_heads", "head_dim", "max_position_embeddings"];
+            sizes.iter().chain(&others).for_each(|name| refuse("llama", name, value));
+            refuse("mistral", "sliding_window", value);
+        }
+        for value in whole.iter().chain(&layers) {
+            ["llama", "mistral", "qwen2", "qwen3"]
+                .iter()
+                .for_each(|family| refuse(family, "num_hidden_layers", value));
+        }
+        for value in real {
+            refuse("llama", "rope_theta", value);
+            refuse("llama", "rms_norm_eps", value);
+            for setting in [
+                format!(r#""rope_parameters": {{"rope_theta": {value}}}"#),
+                format!(r#""rope_scaling": {{"type": "linear", "factor": {value}}}"#),
+            ] {
+                let setting = format!(r#""model_type": "llama", {setting}"#);
+                let e = parse(&setting).unwrap_err().to_string();
+                assert!(e.contains("` of `rope_") && e.contains("is out of range"), "{e}");
+            }
+        }
+        // Beyond f64 it is not even a number of JSON.
+        let e = DecoderConfig::from_json(br#"{"rope_theta": 1e999}"#).unwrap_err().to_string();
+        assert!(e.contains("number out of range"), "{e}");
+    }
+
+    #[test]
+    fn a_window_of_no_tokens_is_refused_where_it_would_be_used() {
+        for setting in [
+            r#""model_type": "mistral", "sliding_window": 0"#,
+            r#""model_type": "qwen2", "use_sliding_window": true, "sliding_window": 0"#,
+        ] {
+            let e = parse(setting).unwrap_err().to_string();
+            assert!(e.contains("`sliding_window` is out of range") && e.contains("null"), "{e}");
+        }
+        let unused = parse(r#""model_type": "qwen2", "sliding_window": 0"#).unwrap();
+        assert_eq!(unused.windows, [None; 3]);
+    }
+
+    #[test]
+    fn sizes_whose_product_is_too_large_are_refused() {
+        let large = 1 << 28;
+        for setting in [
+            format!(r#""vocab_size": {large}, "hidden_size": {large}"#),
+            r#""num_attention_heads": 65536, "head_dim": 65536"#.to_owned(),
+            format!(r#""intermediate_size": {large}, "num_hidden_layers": 65536"#),
+        ] {
+            let e = parse(&format!(r#""model_type": "llama", {setting}"#)).unwrap_err();
+            assert!(e.to_string().contains("too large"), "{e}");
+        }
+    }
+
+    #[test]
+    fn control_characters_of_the_file_are_not_printed() {
+        for setting in [
+            r#""model_type": "\u001b[31m\u009b""#,
+            r#""model_type": "llama", "hidden_act": "\u001b[31m\u009b""#,
+            r#""model_type": "llama", "hidden_size": "\u001b[31m\u009b""#,
+            r#""model_type": "llama", "rope_scaling": {"type": "\u001b[31m\u009b"}"#,
+        ] {
+            let e = parse(setting).unwrap_err().to_string();
+            assert!(!e.contains(['\u{1b}', '\u{9b}']), "{e:?}");
         }
     }
 }

@@ -10,6 +10,7 @@ mod output;
 mod partial;
 mod replace;
 mod safetensors;
+mod small_file;
 mod staging;
 
 pub use disk_space::free_disk_bytes;
@@ -23,6 +24,7 @@ pub use replace::{Recovered, finish_interrupted};
 pub(crate) use safetensors::{
     Declaration, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,
 };
+pub(crate) use small_file::read_file;
 pub(crate) use staging::Staging;
 
 use std::path::Path;

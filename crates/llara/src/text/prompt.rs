@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::template::trailing_tokens;
+use super::template::{too_few_to_pool, trailing_tokens};
 use super::{Role, Template, TextTokenizer};
 use crate::{Error, ErrorKind, Result};
 
@@ -32,8 +32,8 @@ impl PromptEncoder {
     /// Fits a template to a tokenizer and to a model with `vocab_size` embeddings.
     ///
     /// # Errors
-    /// The template is impossible, the tokenizer lacks its special tokens as single ids, or the
-    /// model has no embedding for an id in the template.
+    /// The template is invalid, the tokenizer lacks its special tokens as single ids, a suffix has
+    /// fewer tokens than are pooled, or the model has no embedding for an id in the template.
     pub fn new(tokenizer: TextTokenizer, template: Template, vocab_size: usize) -> Result<Self> {
         template.validate()?;
         let missing: Vec<String> = template
@@ -160,6 +160,10 @@ fn affix_ids(tokenizer: &TextTokenizer, template: &Template, role: Role) -> Resu
     if !ids.is_some_and(|ids| suffix.ends_with(&ids)) {
         return Err(not_single_ids(template, &tokens));
     }
+    // Without a suffix the last tokens of the text are pooled, however many the text has.
+    if !suffix.is_empty() && suffix.len() < template.pooled_tokens {
+        return Err(too_few_to_pool(template, role, suffix.len(), "tokens"));
+    }
     Ok(AffixIds { prefix, suffix })
 }
 
@@ -269,6 +273,29 @@ mod tests {
         let e = encoder.encode(Role::Passage, "", 8).unwrap_err().to_string();
         assert!(e.contains("no tokens"), "{e}");
         assert_eq!(encoder.encode(Role::Passage, "words words words", 2).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn no_more_tokens_are_pooled_than_the_suffix_has() {
+        let tokenizer = tokenizer(&[]);
+        let size = tokenizer.vocab_size();
+        let tokens = tokenizer.encode(" the end", false).unwrap().len();
+        let new = |pooled_tokens| {
+            let mut template = bare(pooled_tokens);
+            template.passage.suffix = " the end".into();
+            PromptEncoder::new(tokenizer.clone(), template, size)
+        };
+        assert!(new(tokens).is_ok());
+        for pooled in [tokens + 1, 50, 100] {
+            let e = new(pooled).err().unwrap();
+            assert_eq!(e.kind(), ErrorKind::Config);
+            let e = e.to_string();
+            assert!(e.contains("exceeds the tokens of the passage suffix"), "{e}");
+            assert!(e.contains(&format!("got: {tokens}")), "{e}");
+        }
+        let e = new(99_999_999_999).err().unwrap().to_string();
+        assert!(e.contains("`pooled_tokens` is out of range"), "{e}");
+        assert!(PromptEncoder::new(tokenizer.clone(), bare(50), size).is_ok());
     }
 
     #[test]

@@ -5,7 +5,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::storage::read_file;
 use crate::{Error, ErrorKind, Result};
+
+/// Largest template file that is read, in bytes.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// Which side of the bi-encoder a text is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,7 +65,8 @@ fn yes() -> bool {
 pub struct Template {
     /// What logs and saved models call it.
     pub name: String,
-    /// How many trailing tokens of the whole sequence are averaged; 1 is last-token pooling.
+    /// How many trailing tokens of the whole sequence are averaged; 1 is last-token pooling. At most
+    /// the number of tokens of either suffix, unless the suffix is empty.
     pub pooled_tokens: usize,
     /// Around a query.
     pub query: Affixes,
@@ -70,6 +75,9 @@ pub struct Template {
 }
 
 impl Template {
+    /// The largest `pooled_tokens` of a valid template.
+    pub const MAX_POOLED_TOKENS: usize = 1024;
+
     /// The names that [`Template::preset`] knows.
     pub const PRESETS: [&'static str; 3] = ["llara", "e5-mistral", "qwen3-embedding"];
 
@@ -114,9 +122,14 @@ impl Template {
     pub fn from_toml_file(path: impl AsRef<Path>) -> Result<Template> {
         let path = path.as_ref();
         let text =
-            std::fs::read_to_string(path).map_err(|e| Error::io("read the template", path, e))?;
+            String::from_utf8(read_file(path, "read the template", MOST_BYTES)?).map_err(|e| {
+                let before = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+                let line = 1 + before.iter().filter(|&&b| b == b'\n').count() as u64;
+                Error::new(ErrorKind::Config, "bad template: not UTF-8").line(path, line)
+            })?;
         let template: Template = toml::from_str(&text).map_err(|e| {
-            let error = Error::new(ErrorKind::Config, format!("bad template: {}", e.message()))
+            let message: String = e.message().chars().filter(|c| !c.is_control()).collect();
+            let error = Error::new(ErrorKind::Config, format!("bad template: {message}"))
                 .expected("`name`, `pooled_tokens`, and tables `[query]` and `[passage]` with `prefix`, `suffix`, `special_tokens_in_prefix`");
             match e.span() {
                 Some(span) => error.line(path, line_of(&text, span.start)),
@@ -130,14 +143,23 @@ impl Template {
     /// Checks what the types cannot.
     ///
     /// # Errors
-    /// The name is blank or no token would be pooled.
+    /// The name is blank, `pooled_tokens` is out of its range, or a suffix spells out special tokens,
+    /// but fewer than are pooled: the text in front of them would be pooled too.
     pub fn validate(&self) -> Result<()> {
         if self.name.trim().is_empty() {
             return Err(Error::new(ErrorKind::Config, "the template's `name` is blank"));
         }
-        if self.pooled_tokens == 0 {
-            return Err(Error::new(ErrorKind::Config, "`pooled_tokens` is 0")
-                .expected("at least 1: the embedding is the mean over that many trailing tokens"));
+        if !(1..=Self::MAX_POOLED_TOKENS).contains(&self.pooled_tokens) {
+            return Err(Error::new(ErrorKind::Config, "`pooled_tokens` is out of range")
+                .expected(format!("a whole number from 1 to {}", Self::MAX_POOLED_TOKENS))
+                .got(self.pooled_tokens)
+                .hint("the embedding is the mean over that many trailing tokens"));
+        }
+        for role in [Role::Query, Role::Passage] {
+            let special = trailing_tokens(&self.affixes(role).suffix).len();
+            if special > 0 && special < self.pooled_tokens {
+                return Err(too_few_to_pool(self, role, special, "special tokens"));
+            }
         }
         Ok(())
     }
@@ -164,6 +186,21 @@ impl Template {
         }
         tokens
     }
+}
+
+/// The error of a template that pools more tokens than the suffix for `role` has.
+pub(super) fn too_few_to_pool(template: &Template, role: Role, got: usize, what: &str) -> Error {
+    let pooled = template.pooled_tokens;
+    Error::new(
+        ErrorKind::Config,
+        format!(
+            "`pooled_tokens` of template `{}` exceeds the {what} of the {role} suffix",
+            template.name.escape_debug()
+        ),
+    )
+    .expected(format!("at least {pooled} {what}, so that only the suffix is pooled"))
+    .got(got)
+    .hint("lower `pooled_tokens`, or add tokens to the suffix")
 }
 
 /// The maximal run of `<[^<>\s]+>` at the very end of `suffix`, in reading order.
@@ -271,12 +308,40 @@ mod tests {
         };
         let e = refuse("name = \"t\"\npooled_tokens = 1\n[query]\nsufix = \"\"\n[passage]\n");
         assert!(e.contains("t.toml:4: ") && e.contains("sufix"), "{e}");
-        assert!(refuse("name = \"t\"\npooled_tokens = 0\n[query]\n[passage]\n").contains("is 0"));
+        for number in ["0", "1025", "99999999999"] {
+            let e =
+                refuse(&format!("name = \"t\"\npooled_tokens = {number}\n[query]\n[passage]\n"));
+            assert!(e.contains("`pooled_tokens` is out of range") && e.contains(number), "{e}");
+        }
         assert!(refuse("name = \" \"\npooled_tokens = 1\n[query]\n[passage]\n").contains("blank"));
         assert!(refuse("name = \"t\"\npooled_tokens = 1\n[query]\n").contains("passage"));
         std::fs::write(&path, "name = \"t\"\npooled_tokens = 1\n[query]\n[passage]\n").unwrap();
         let t = Template::from_toml_file(&path).unwrap();
         assert!(t.query.special_tokens_in_prefix && t.special_tokens().is_empty());
+    }
+
+    #[test]
+    fn no_more_tokens_are_pooled_than_the_suffix_has() {
+        for number in [9, 50, 100] {
+            let template = Template { pooled_tokens: number, ..Template::preset("llara").unwrap() };
+            let e = template.validate().unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Config);
+            let e = e.to_string();
+            assert!(e.contains("exceeds the special tokens of the query suffix"), "{e}");
+            assert!(e.contains(&format!("at least {number} special tokens")), "{e}");
+            assert!(e.contains("got: 8") && e.contains("hint"), "{e}");
+        }
+        let fewer = Template { pooled_tokens: 3, ..Template::preset("llara").unwrap() };
+        fewer.validate().unwrap();
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf8_are_named_with_their_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.toml");
+        std::fs::write(&path, b"name = \"t\"\npooled_tokens = \xff").unwrap();
+        let e = Template::from_toml_file(&path).unwrap_err().to_string();
+        assert!(e.contains("t.toml:2: ") && e.contains("not UTF-8"), "{e}");
     }
 
     proptest! {

@@ -2,13 +2,15 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+#[cfg(test)]
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::storage::OutputFile;
+use crate::storage::{OutputFile, read_file};
 use crate::{Error, ErrorKind, Result};
 
 /// Cuts texts into token ids, whole: truncation and padding stored in the file are switched off.
@@ -25,6 +27,12 @@ pub struct TextTokenizer {
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 
+/// Largest tokenizer file that is read, in bytes; the largest published ones have about 40 MB.
+const MAX_BYTES: u64 = 512 << 20;
+
+/// The largest `vocab_size` that a `config.json` may have, too.
+const MAX_VOCAB_SIZE: usize = 1 << 28;
+
 impl TextTokenizer {
     /// Reads `tokenizer.json` of a model folder, and `tokenizer_config.json` if there is one.
     ///
@@ -33,15 +41,15 @@ impl TextTokenizer {
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join(TOKENIZER_FILE);
-        let original = read_if_there(&path)?.ok_or_else(|| missing(folder))?;
-        let inner = Tokenizer::from_bytes(&original).map_err(|e| {
-            Error::new(ErrorKind::Tokenizer, "this is no tokenizer that can be used")
+        let original = read_if_present(&path)?.ok_or_else(|| missing(folder))?;
+        let inner = guarded(|| Tokenizer::from_bytes(&original)).map_err(|e| {
+            Error::new(ErrorKind::Tokenizer, "this is not a usable tokenizer")
                 .file(&path)
                 .because(e)
                 .hint("save it again with transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
         })?;
-        let config = read_if_there(&folder.join(CONFIG_FILE))?;
-        let mut tokenizer = Self::new(inner, config)?;
+        let config = read_if_present(&folder.join(CONFIG_FILE))?;
+        let mut tokenizer = Self::new(inner, config).map_err(|e| e.file(&path))?;
         tokenizer.original = Some(original);
         Ok(tokenizer)
     }
@@ -55,6 +63,12 @@ impl TextTokenizer {
         })?;
         inner.with_padding(None);
         let vocab_size = ids(&inner).max().map_or(0, |id| id as usize + 1);
+        if vocab_size > MAX_VOCAB_SIZE {
+            return Err(Error::new(ErrorKind::Tokenizer, "a token id is out of range")
+                .expected(format!("ids below {MAX_VOCAB_SIZE}"))
+                .got(vocab_size - 1)
+                .hint("the file is damaged, or was not made for this model: fetch it again"));
+        }
         Ok(Self { inner, original: None, config, vocab_size })
     }
 
@@ -64,7 +78,8 @@ impl TextTokenizer {
     /// # Errors
     /// The tokenizer cannot represent the text (for instance, no unknown token).
     pub fn encode(&self, text: &str, with_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, with_special_tokens).map_err(cannot_encode)?;
+        let encoding =
+            guarded(|| self.inner.encode_fast(text, with_special_tokens)).map_err(cannot_encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -74,7 +89,7 @@ impl TextTokenizer {
     /// The tokenizer cannot represent the probe text.
     pub fn leading_special_tokens(&self) -> Result<Vec<u32>> {
         // Only around a text that is not empty can those in front be told from those behind.
-        let encoding = self.inner.encode_fast("a", true).map_err(cannot_encode)?;
+        let encoding = guarded(|| self.inner.encode_fast("a", true)).map_err(cannot_encode)?;
         let special = encoding.get_special_tokens_mask().iter().take_while(|&&m| m == 1).count();
         Ok(encoding.get_ids()[..special].to_vec())
     }
@@ -115,8 +130,7 @@ impl TextTokenizer {
             return Ok(0);
         }
         let mut inner = self.inner.clone();
-        inner
-            .add_special_tokens(missing.iter().map(|&t| AddedToken::from(t, true)))
+        guarded(|| inner.add_special_tokens(missing.iter().map(|&t| AddedToken::from(t, true))))
             .map_err(|e| Error::new(ErrorKind::Tokenizer, "cannot add tokens").because(e))?;
 
         // The tokenizers crate numbers new tokens from the vocabulary's size, which in a
@@ -129,18 +143,7 @@ impl TextTokenizer {
             }
             match inner.token_to_id(token) {
                 Some(id) if taken.insert(id) => new += 1,
-                id => {
-                    let what = match id {
-                        Some(id) => format!("`{token}` would get id {id}, which another token has"),
-                        None => format!("`{token}` cannot be added to the tokenizer"),
-                    };
-                    return Err(Error::new(ErrorKind::Tokenizer, what)
-                        .expected("a vocabulary whose ids are 0, 1, 2, … without gaps")
-                        .hint(
-                            "add the tokens with transformers (tokenizer.add_tokens, then \
-                             model.resize_token_embeddings), save, and start from that folder",
-                        ));
-                }
+                id => return Err(self.no_free_id(token, id)),
             }
         }
         let config = match &self.config {
@@ -171,10 +174,31 @@ impl TextTokenizer {
         if let Some(original) = &self.original {
             return Ok(Cow::Borrowed(original));
         }
-        let serialised = self.inner.to_string(true).map_err(|e| {
+        let serialised = guarded(|| self.inner.to_string(true)).map_err(|e| {
             Error::new(ErrorKind::Tokenizer, "cannot serialise the tokenizer").because(e)
         })?;
         Ok(Cow::Owned(serialised.into_bytes()))
+    }
+
+    /// The error of a new `token` that would share `id` with a token of the vocabulary.
+    fn no_free_id(&self, token: &str, id: Option<u32>) -> Error {
+        let what = match id {
+            Some(id) => format!(
+                "cannot add the token `{}`: its id would be {id}, which is the id of `{}`",
+                token.escape_debug(),
+                self.token(id).unwrap_or_default().escape_debug()
+            ),
+            None => format!("cannot add the token `{}`: it gets no id", token.escape_debug()),
+        };
+        let entries = self.inner.get_vocab_size(true);
+        Error::new(ErrorKind::Tokenizer, what)
+            .file(TOKENIZER_FILE)
+            .expected("ids without holes, since new ids are counted from the number of tokens")
+            .got(format!("{entries} tokens with ids up to {}", self.vocab_size.saturating_sub(1)))
+            .hint(
+                "add the tokens with transformers (tokenizer.add_special_tokens, model.resize_token_embeddings) \
+                 and save the model again, or choose a template whose tokens the tokenizer has",
+            )
     }
 
     /// Whether the token is cut out of any text as one id. To be listed in the vocabulary is not
@@ -184,6 +208,23 @@ impl TextTokenizer {
             return Ok(false);
         };
         Ok(self.encode(&format!("a{token}{token}"), false)?.ends_with(&[id, id]))
+    }
+}
+
+/// Calls the tokenizers crate, whose panics on unusual files become errors.
+fn guarded<T, E: Into<tokenizers::Error>>(
+    call: impl FnOnce() -> Result<T, E>,
+) -> Result<T, tokenizers::Error> {
+    // What a panic leaves half-done is dropped together with the error.
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(Into::into),
+        Err(panic) => {
+            let message = panic.downcast_ref::<String>().map(String::as_str);
+            let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+            let message: String =
+                message.unwrap_or("no message").escape_debug().take(200).collect();
+            Err(format!("the tokenizers library cannot handle this file: {message}").into())
+        }
     }
 }
 
@@ -232,11 +273,10 @@ fn missing(folder: &Path) -> Error {
         .hint(hint)
 }
 
-fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
+fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
+    match path.metadata() {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io("read the tokenizer", path, e)),
+        _ => read_file(path, "read the tokenizer", MAX_BYTES).map(Some),
     }
 }
 
@@ -351,6 +391,54 @@ mod tests {
             let e = TextTokenizer::from_folder(dir.path()).err().unwrap();
             assert_eq!(e.kind(), ErrorKind::Tokenizer);
         }
+    }
+
+    /// A tokenizer of whole words with these ids.
+    fn words(vocab: Value) -> Result<TextTokenizer> {
+        let dir = tempfile::tempdir().unwrap();
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+        });
+        fs::write(dir.path().join(TOKENIZER_FILE), json.to_string()).unwrap();
+        TextTokenizer::from_folder(dir.path())
+    }
+
+    #[test]
+    fn ids_with_holes_are_explained() {
+        let mut tokenizer = words(serde_json::json!({"<unk>": 0, "a": 1, "cat": 3})).unwrap();
+        let e = tokenizer.add_special_tokens(&["<s1>".into()]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Tokenizer);
+        let e = e.to_string();
+        assert!(e.contains("cannot add the token `<s1>`: its id would be 3"), "{e}");
+        assert!(e.contains("the id of `cat`") && !e.contains("Some("), "{e}");
+        assert!(e.contains("3 tokens with ids up to 3") && e.contains("hint: "), "{e}");
+        assert_eq!(tokenizer.vocab_size(), 4);
+    }
+
+    #[test]
+    fn an_id_beyond_any_vocabulary_is_refused() {
+        let e = words(serde_json::json!({"<unk>": 0, "a": u32::MAX})).err().unwrap().to_string();
+        assert!(e.contains("a token id is out of range") && e.contains("4294967295"), "{e}");
+    }
+
+    #[test]
+    fn a_pipe_in_place_of_the_tokenizer_does_not_block() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(TOKENIZER_FILE);
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        if made.is_ok_and(|status| status.success()) {
+            let e = TextTokenizer::from_folder(dir.path()).err().unwrap().to_string();
+            assert!(e.contains("not a regular file"), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_library_is_an_error() {
+        let e = guarded(|| -> Result<(), tokenizers::Error> { panic!("index {}", 7) });
+        let e = e.unwrap_err().to_string();
+        assert!(e.contains("cannot handle this file: index 7"), "{e}");
     }
 
     #[test]

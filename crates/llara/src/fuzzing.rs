@@ -1,0 +1,266 @@
+//! Entry points for fuzzing: one function per format that llara reads, from bytes to an error or a value.
+//!
+//! Not part of the public interface: compiled for tests and with the feature `fuzzing` alone. The
+//! programs that call these functions are in `fuzz/` at the root of the repository.
+
+use std::path::Path;
+
+use crate::biencoder::Recipe;
+use crate::data::{BadRows, Dataset, TrainingRow};
+use crate::model::{DecoderConfig, LoraConfig};
+use crate::retrieval::{Origin, Qrels, TextFile, VectorWriter};
+use crate::storage::SafetensorsFile;
+use crate::text::{PromptEncoder, Template, TextTokenizer, train_bpe};
+
+/// A function that reads one format.
+pub type Target = fn(&[u8]);
+
+/// All targets with the names of their programs and corpora.
+pub const TARGETS: [(&str, Target); 10] = [
+    ("config", config),
+    ("safetensors", safetensors),
+    ("tokenizer", tokenizer),
+    ("adapter_config", adapter_config),
+    ("recipe", recipe),
+    ("template", template),
+    ("rows", rows),
+    ("qrels", qrels),
+    ("manifest", manifest),
+    ("hub_listing", hub_listing),
+];
+
+/// Allocations and loops above this are faults of the reader, not of the input.
+const SMALL_MODEL: usize = 1 << 16;
+
+/// `config.json`.
+pub fn config(bytes: &[u8]) {
+    if let Ok(config) = DecoderConfig::from_json(bytes) {
+        assert_eq!(config.windows.len(), config.num_hidden_layers);
+        assert!(config.windows.iter().all(|&window| window != Some(0)));
+        if config.head_dim < SMALL_MODEL {
+            let frequencies = config.inverse_frequencies();
+            assert!(frequencies.iter().all(|f| f.is_finite() && *f >= 0.0), "{config:?}");
+        }
+    }
+}
+
+/// A safetensors file: the header and all tensors.
+pub fn safetensors(bytes: &[u8]) {
+    in_folder("model.safetensors", bytes, |dir| {
+        if let Ok(file) = SafetensorsFile::open(&dir.join("model.safetensors")) {
+            for name in file.names() {
+                let _ = file.read_f32(&name);
+            }
+        }
+    });
+}
+
+/// `tokenizer.json`: loading it, encoding, adding tokens, and a template on top of it.
+pub fn tokenizer(bytes: &[u8]) {
+    in_folder("tokenizer.json", bytes, |dir| {
+        let Ok(mut tokenizer) = TextTokenizer::from_folder(dir) else { return };
+        for text in ["", "the cat", "Grüße <s1> 世界 \u{0}\u{301}"] {
+            let _ = tokenizer.encode(text, true);
+            let _ = tokenizer.encode(text, false);
+        }
+        let _ = tokenizer.leading_special_tokens();
+        for name in Template::PRESETS {
+            let Ok(template) = Template::preset(name) else { continue };
+            let _ = tokenizer.add_special_tokens(&template.special_tokens());
+            let size = tokenizer.vocab_size();
+            if let Ok(prompts) = PromptEncoder::new(tokenizer.clone(), template, size) {
+                let _ = prompts.encode(crate::Role::Query, "a cat", 64);
+            }
+        }
+        let _ = tokenizer.contents();
+    });
+}
+
+/// `adapter_config.json`.
+pub fn adapter_config(bytes: &[u8]) {
+    in_folder("adapter_config.json", bytes, |dir| {
+        if let Ok(config) = LoraConfig::from_peft(dir) {
+            assert!(config.alpha.is_finite() && config.rank > 0, "{config:?}");
+        }
+    });
+}
+
+/// `llara.json`.
+pub fn recipe(bytes: &[u8]) {
+    in_folder("llara.json", bytes, |dir| {
+        if let Ok(Some(recipe)) = Recipe::read(dir) {
+            use_template(recipe.template);
+        }
+    });
+}
+
+/// A template in TOML.
+pub fn template(bytes: &[u8]) {
+    in_folder("template.toml", bytes, |dir| {
+        if let Ok(template) = Template::from_toml_file(dir.join("template.toml")) {
+            use_template(template);
+        }
+    });
+}
+
+/// JSON lines: as one training row, as a file of rows and as a file of texts.
+pub fn rows(bytes: &[u8]) {
+    let _ = TrainingRow::parse(bytes, "rows.jsonl", 1);
+    in_folder("rows.jsonl", bytes, |dir| {
+        let path = dir.join("rows.jsonl");
+        let _ = TextFile::open(&path);
+        if let Ok(dataset) = Dataset::open(&[path], BadRows::Skip) {
+            for index in 0..dataset.len() {
+                let _ = dataset.row(index);
+            }
+        }
+    });
+}
+
+/// Relevance judgments.
+pub fn qrels(bytes: &[u8]) {
+    in_folder("test.tsv", bytes, |dir| {
+        let _ = Qrels::read_tsv(dir.join("test.tsv"));
+    });
+}
+
+/// The manifest of an interrupted run, beside a file of embeddings with two of three rows.
+pub fn manifest(bytes: &[u8]) {
+    in_folder("e.npy.partial.json", bytes, |dir| {
+        let path = dir.join("e.npy");
+        let whole = dir.join("whole.npy");
+        let written = VectorWriter::create(&whole, 3, 2).and_then(|mut writer| {
+            writer.append(&[0.5; 6])?;
+            writer.finish()
+        });
+        let data = written.ok().and_then(|()| std::fs::read(&whole).ok()).unwrap_or_default();
+        let kept = data.len().saturating_sub(2 * size_of::<f32>());
+        if std::fs::write(dir.join("e.npy.partial"), &data[..kept]).is_err() {
+            return;
+        }
+        let _ = VectorWriter::kept(&path);
+        let _ = VectorWriter::resume(&path, 3, 2, Origin::new().with("role", "query"));
+        let _ = std::fs::remove_file(dir.join("e.npy.partial"));
+    });
+}
+
+/// The Hub's answer to the question for a model's files.
+pub fn hub_listing(bytes: &[u8]) {
+    crate::hub::fuzz_listing(bytes);
+}
+
+/// Fits a template to a small tokenizer and encodes a text.
+fn use_template(template: Template) {
+    thread_local!(static TOKENIZER: Option<TextTokenizer> = {
+        let specials = Template::preset("llara").map(|t| t.special_tokens()).unwrap_or_default();
+        train_bpe(std::iter::empty(), 400, &specials).ok()
+    });
+    TOKENIZER.with(|tokenizer| {
+        let Some(tokenizer) = tokenizer else { return };
+        let size = tokenizer.vocab_size();
+        if let Ok(prompts) = PromptEncoder::new(tokenizer.clone(), template, size) {
+            for role in [crate::Role::Query, crate::Role::Passage] {
+                if let Ok(ids) = prompts.encode(role, "a cat", 4096) {
+                    assert!(!ids.is_empty());
+                }
+            }
+        }
+    });
+}
+
+/// Calls `f` with a folder that has the file `name`.
+fn in_folder(name: &str, bytes: &[u8], f: impl FnOnce(&Path)) {
+    thread_local!(static FOLDER: Option<tempfile::TempDir> = tempfile::tempdir().ok());
+    FOLDER.with(|folder| {
+        let Some(folder) = folder else { return };
+        let path = folder.path().join(name);
+        if std::fs::write(&path, bytes).is_ok() {
+            f(folder.path());
+        }
+        let _ = std::fs::remove_file(&path);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::PathBuf;
+
+    /// The files of a target's corpus, by name.
+    fn corpus(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
+        let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths.into_iter().map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+    }
+
+    #[test]
+    fn the_corpus_never_panics() {
+        for (name, target) in TARGETS {
+            let files = corpus(name);
+            for (path, bytes) in files {
+                let run = std::panic::catch_unwind(|| target(&bytes));
+                assert!(run.is_ok(), "{} panics", path.display());
+            }
+        }
+    }
+
+    /// A change of an input: one byte replaced, a part removed, a part repeated, a number put in
+    /// the place of another, or the end cut off.
+    fn change(bytes: &mut Vec<u8>, (kind, at, length, byte): (u8, usize, usize, u8)) {
+        const NUMBERS: [&str; 8] =
+            ["0", "-1", "99999999999", "18446744073709551615", "1e-300", "1e999", "null", "\"\""];
+        if bytes.is_empty() {
+            return;
+        }
+        let at = at % bytes.len();
+        let end = at + length % 16.min(bytes.len() - at + 1);
+        let end = end.min(bytes.len());
+        match kind % 5 {
+            0 => bytes[at] = byte,
+            1 => drop(bytes.drain(at..end)),
+            2 => {
+                let part = bytes[at..end].to_vec();
+                bytes.splice(at..at, part);
+            }
+            3 => {
+                // From the next digit on.
+                let Some(start) = (at..bytes.len()).find(|&i| bytes[i].is_ascii_digit()) else {
+                    return;
+                };
+                let digits = bytes[start..].iter().take_while(|b| b.is_ascii_digit()).count();
+                let number = NUMBERS[byte as usize % NUMBERS.len()];
+                bytes.splice(start..start + digits, number.bytes());
+            }
+            _ => bytes.truncate(at),
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn arbitrary_bytes_never_panic(
+            target in 0..TARGETS.len(), bytes in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            (TARGETS[target].1)(&bytes);
+        }
+
+        #[test]
+        fn changed_inputs_never_panic(
+            pick in any::<usize>(),
+            changes in prop::collection::vec((any::<u8>(), any::<usize>(), any::<usize>(), any::<u8>()), 1..4),
+        ) {
+            for (name, target) in TARGETS {
+                let files = corpus(name);
+                if let Some((_, bytes)) = files.get(pick % files.len().max(1)) {
+                    let mut bytes = bytes.clone();
+                    changes.iter().for_each(|&c| change(&mut bytes, c));
+                    target(&bytes);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Finding the folder of a model: on this machine, or in the local cache of the Hugging Face Hub, into
+//! which missing files are downloaded.
+//!
+//! The environment variables are those of the Hub's own tools: `HF_HOME` and `HF_HUB_CACHE` (where the
+//! cache is), `HF_TOKEN` (for private and gated models), `HF_ENDPOINT` (a mirror) and `HF_HUB_OFFLINE`
+//! (use the cache alone).
+//!
+//! The server is not trusted. Every name that it sends is checked before it becomes part of a path, every
+//! length before it is allocated or written, and contents are compared with the SHA-256 that it announced.
+
+mod cache;
+mod client;
+mod names;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use self::cache::RepoCache;
+use self::client::{Client, Listing, Timeouts};
+use self::names::ModelId;
+use crate::storage::read_file;
+use crate::{Error, ErrorKind, Result};
+
+/// Files beside the weights, which not every model has. They are fetched before the weights, so that a
+/// cache with all weights has these too.
+const BESIDE_WEIGHTS: [&str; 7] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "llara.json",
+    "llara_probes.json",
+    "tokenizer.json",
+    "config.json",
+];
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Largest file of weights, in bytes.
+const MAX_WEIGHT_BYTES: u64 = 1 << 40;
+/// Largest other file.
+const MAX_OTHER_BYTES: u64 = 512 << 20;
+/// Largest index of shards.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+/// The folder of `model`. If `model` is the path of a folder, that folder. If it has the form `org/name` or
+/// `org/name@revision`, the snapshot in the Hub's cache, into which missing files are downloaded; the
+/// revision is a branch, a tag or a commit, by default `main`. A complete snapshot is used without any
+/// network access. Nothing is downloaded if there is a folder `org` here, since a path was meant then.
+/// `cache_dir` is the cache; by default `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
+///
+/// # Errors
+/// [`ErrorKind::Argument`]: neither a folder nor a model id; [`ErrorKind::Io`]: the model is not in
+/// the cache and cannot be fetched.
+pub fn resolve(model: &str, cache_dir: Option<&Path>) -> Result<PathBuf> {
+    resolve_with(model, cache_dir, &mut |_| ())
+}
+
+/// [`resolve`], calling `on_fetch` with the name of each file before it is downloaded.
+///
+/// # Errors
+/// Those of [`resolve`].
+pub fn resolve_with(
+    model: &str,
+    cache_dir: Option<&Path>,
+    on_fetch: &mut dyn FnMut(&str),
+) -> Result<PathBuf> {
+    resolve_files(model, cache_dir, Files::All, on_fetch)
+}
+
+/// [`resolve_with`] without the weights: the folder has at least `config.json` and `tokenizer.json`.
+///
+/// # Errors
+/// Those of [`resolve`].
+pub fn resolve_outline_with(
+    model: &str,
+    cache_dir: Option<&Path>,
+    on_fetch: &mut dyn FnMut(&str),
+) -> Result<PathBuf> {
+    resolve_files(model, cache_dir, Files::BesideWeights, on_fetch)
+}
+
+/// Which files of a model are needed.
+#[derive(Clone, Copy, PartialEq)]
+enum Files {
+    All,
+    BesideWeights,
+}
+
+fn resolve_files(
+    model: &str,
+    cache_dir: Option<&Path>,
+    files: Files,
+    on_fetch: &mut dyn FnMut(&str),
+) -> Result<PathBuf> {
+    let path = Path::new(model);
+    if path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    if path.exists() {
+        return Err(Error::new(ErrorKind::Argument, "the model is not a folder")
+            .file(path)
+            .hint("give the folder that holds config.json, tokenizer.json and the weights"));
+    }
+    let Some(id) = ModelId::parse(model) else {
+        return Err(Error::new(ErrorKind::Argument, "there is no such model folder").file(path).hint(
+            "check the path; a model of the Hugging Face Hub is written org/name or org/name@revision",
+        ));
+    };
+    let folder = settings::cache_folder(cache_dir)?;
+    let cache = RepoCache::new(&folder, &id);
+    if let Some(commit) = cache.commit()
+        && let Some(snapshot) = complete_snapshot(&cache, &commit, files)?
+    {
+        return Ok(snapshot);
+    }
+    // `models/mine` has the form of a model id, but beside a folder `models` it is a misspelt path.
+    if Path::new(&id.org).is_dir() {
+        return Err(Error::new(ErrorKind::Argument, "there is no such model folder")
+            .file(path)
+            .hint(format!(
+                "check the path; a model of the Hub is fetched where no folder is called `{}`",
+                id.org
+            )));
+    }
+    if settings::is_offline() {
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("there is no folder `{model}`, and the model `{model}` is not in the cache"),
+        )
+        .file(&folder)
+        .expected(format!("config.json, tokenizer.json and the weights of `{model}`"))
+        .got("HF_HUB_OFFLINE is set, so nothing is fetched")
+        .hint("fetch the model once with the network, or give a folder"));
+    }
+    let timeouts = Timeouts::default();
+    let client = Client::new(&settings::endpoint(), settings::token(), timeouts)?;
+    fetch_model(&client, &id, &cache, files, on_fetch)
+}
+
+/// Downloads the files of a model that are not in the cache yet.
+fn fetch_model(
+    client: &Client,
+    id: &ModelId,
+    cache: &RepoCache,
+    files: Files,
+    on_fetch: &mut dyn FnMut(&str),
+) -> Result<PathBuf> {
+    let Listing { commit, files: listed } = client.list(id)?;
+    let listed: BTreeSet<String> = listed.into_iter().collect();
+    let mut fetch = |name: &str| match cache.file(&commit, name) {
+        Some(path) => Ok(path),
+        None => {
+            on_fetch(name);
+            fetch_file(client, id, cache, &commit, name)
+        }
+    };
+    for name in BESIDE_WEIGHTS.into_iter().filter(|&name| listed.contains(name)) {
+        fetch(name)?;
+    }
+    if files == Files::BesideWeights {
+        // Nothing more.
+    } else if listed.contains(SINGLE) {
+        fetch(SINGLE)?;
+    } else if listed.contains(INDEX) {
+        let index = fetch(INDEX)?;
+        for shard in shards(&index)? {
+            if !listed.contains(&shard) {
+                return Err(Error::new(ErrorKind::Weights, "the index names a missing shard")
+                    .file(&index)
+                    .expected(format!("a file of `{}`", id.path()))
+                    .got(names::quote(&shard)));
+            }
+            fetch(&shard)?;
+        }
+    }
+    let Some(snapshot) = complete_snapshot(cache, &commit, files)? else {
+        let shown: Vec<String> = listed.iter().take(30).map(|name| names::quote(name)).collect();
+        return Err(Error::new(ErrorKind::Io, format!("`{}` is not a usable model", id.path()))
+            .expected(format!("config.json, tokenizer.json, and {SINGLE} or shards"))
+            .got(format!("{} files: {}", listed.len(), shown.join(", ")))
+            .hint("convert it once with transformers: save_pretrained of model and tokenizer"));
+    };
+    // Last, so that until then the revision stands for the commit that was fetched before.
+    cache.write_commit(&commit)?;
+    Ok(snapshot)
+}
+
+/// Downloads one file into the cache, unless its blob is there.
+fn fetch_file(
+    client: &Client,
+    id: &ModelId,
+    cache: &RepoCache,
+    commit: &str,
+    name: &str,
+) -> Result<PathBuf> {
+    names::repository_file(name)?;
+    let limit = match name {
+        INDEX => MAX_INDEX_BYTES,
+        name if name.ends_with(".safetensors") => MAX_WEIGHT_BYTES,
+        _ => MAX_OTHER_BYTES,
+    };
+    let mut blob = cache.new_blob()?;
+    let mut needed = true;
+    let head = client.download(id, commit, name, limit, |head| {
+        needed = !head.length.is_some_and(|length| cache.has_blob(&head.etag, length));
+        Ok(if needed { Some(blob.as_file_mut()) } else { None })
+    })?;
+    if needed {
+        cache.keep_blob(blob, &head.etag)?;
+    }
+    cache.link(commit, name, &head.etag)
+}
+
+/// The snapshot folder, if it has everything without which a model cannot be loaded.
+fn complete_snapshot(cache: &RepoCache, commit: &str, files: Files) -> Result<Option<PathBuf>> {
+    let file = |name: &str| cache.file(commit, name);
+    if file("config.json").is_none() || file("tokenizer.json").is_none() {
+        return Ok(None);
+    }
+    let weights = match (file(SINGLE), file(INDEX)) {
+        _ if files == Files::BesideWeights => true,
+        (Some(_), _) => true,
+        (None, Some(index)) => shards(&index)?.iter().all(|shard| file(shard).is_some()),
+        (None, None) => false,
+    };
+    Ok(weights.then(|| cache.snapshot(commit)))
+}
+
+/// The names of the shards in an index.
+fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    let text = read_file(index, "read the index of shards", MAX_INDEX_BYTES)?;
+    let json: Value = serde_json::from_slice(&text).map_err(|e| {
+        Error::new(ErrorKind::Weights, "not an index of shards").file(index).because(e)
+    })?;
+    let names = json.get("weight_map").and_then(Value::as_object).into_iter().flatten();
+    let names: BTreeSet<String> =
+        names.filter_map(|(_, shard)| shard.as_str().map(str::to_owned)).collect();
+    match names.iter().find(|name| !names::is_shard(name)) {
+        Some(name) => Err(Error::new(ErrorKind::Weights, "a shard outside the model folder")
+            .file(index)
+            .expected("the plain name of a .safetensors file")
+            .got(names::quote(name))),
+        None => Ok(names),
+    }
+}
+
+/// Reads a list of files as from a server, for fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_listing(bytes: &[u8]) {
+    if let Ok(listing) = client::parse_listing(bytes) {
+        assert!(names::is_commit(&listing.commit));
+        for file in listing.files {
+            let path = Path::new(&file);
+            assert!(path.components().all(|c| matches!(c, std::path::Component::Normal(_))));
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! `config.json`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| llara::fuzzing::config(data));

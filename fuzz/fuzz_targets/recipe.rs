@@ -1,0 +1,5 @@
+//! `llara.json`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| llara::fuzzing::recipe(data));
