@@ -34,7 +34,7 @@ pub use biencoder::{
     BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Outline, Probes, Recipe,
     Shortcuts, compute_similarity,
 };
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Result, escape_controls};
 pub use text::Role;
 
 /// The code in the README, held to compile.

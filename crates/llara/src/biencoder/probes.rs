@@ -67,7 +67,7 @@ impl Probes {
     /// The probes of a model folder, if it has them.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(PROBES_FILE);
-        let text = match std::fs::read(&path) {
+        let text = match crate::storage::read_file(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.map_err(|e| Error::io("read the probes", &path, e))?,
         };

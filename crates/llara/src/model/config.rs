@@ -114,7 +114,7 @@ impl DecoderConfig {
     /// When the file is missing or not JSON, when the architecture is not one of [`Family`], or when
     /// it asks for something that would change the numbers and is not computed here.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(|e| {
+        let text = crate::storage::read_file(path).map_err(|e| {
             Error::io("read the model's configuration", path, e)
                 .hint("a model folder as `save_pretrained` writes it has a config.json")
         })?;

@@ -2,6 +2,7 @@
 //! whoever reads or writes.
 
 mod fingerprint;
+mod input;
 mod lines;
 mod number;
 mod output;
@@ -10,6 +11,7 @@ mod safetensors;
 mod staging;
 
 pub(crate) use fingerprint::Fingerprint;
+pub(crate) use input::{compressed, open_file, read_file, read_text_file};
 pub(crate) use lines::{LineReader, MAX_LINE_BYTES};
 pub(crate) use number::is_readable;
 pub(crate) use output::OutputFile;

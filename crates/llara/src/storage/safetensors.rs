@@ -37,7 +37,7 @@ impl SafetensorsFile {
                 .hint("the file is damaged or was not copied in full: fetch or export it again")
         };
         let io = |e| Error::io("read weights", path, e);
-        let mut file = File::open(path).map_err(io)?;
+        let mut file = super::open_file(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
         let mut prefix = [0; LENGTH_BYTES as usize];
         if length < LENGTH_BYTES {

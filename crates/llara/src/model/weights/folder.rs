@@ -1,7 +1,6 @@
 //! Saving: the same files that were read, with the trained tensors in place of the old ones.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use rand::{SeedableRng, rngs::ChaCha8Rng};
@@ -12,7 +11,7 @@ use super::files::{WeightFiles, index_name, single_name};
 use super::load::{load_decoder, prefix_of, standard_normal};
 use crate::backend::{Backend, Shape};
 use crate::model::{Decoder, DecoderConfig, Parameter};
-use crate::storage::{Declaration, SafetensorsFile, SafetensorsWriter, Staging};
+use crate::storage::{Declaration, SafetensorsFile, SafetensorsWriter, Staging, read_file};
 use crate::{Error, ErrorKind, Result};
 
 /// Files that go with a model and that training does not change; the tokenizer writes its own.
@@ -92,7 +91,7 @@ impl ModelFolder {
         }
         let path = dir.join("config.json");
         let config = DecoderConfig::from_file(&path)?;
-        let text = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        let text = read_file(&path).map_err(|e| Error::io("read", &path, e))?;
         let json = serde_json::from_slice(&text)
             .map_err(|e| Error::new(ErrorKind::Config, "not JSON").file(&path).because(e))?;
         let files = WeightFiles::open(dir)?;
@@ -299,7 +298,7 @@ fn carry_files(from: &Path, staging: &Staging) -> Result<()> {
     for name in CARRIED {
         let path = from.join(name);
         if path.is_file() {
-            let contents = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+            let contents = read_file(&path).map_err(|e| Error::io("read", &path, e))?;
             staging.write(name, &contents)?;
         }
     }
