@@ -11,7 +11,7 @@ use llara::init::{Preset, new_model};
 use super::compute::Compute;
 use super::finetune::say_skipped;
 use super::talk::{count, counted, print, say};
-use super::{output_folder, trained_model};
+use super::{output_folder, paths, trained_model};
 
 /// Make a small untrained model: its tokenizer learned from the data, its weights random.
 #[derive(clap::Args)]
@@ -67,6 +67,9 @@ enum Size {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.compute.check()?;
     let template = trained_model::template(&args.template)?;
+    let data: Vec<_> =
+        args.train_data.iter().map(|path| ("training data", path.as_path())).collect();
+    paths::check_apart(&args.output_dir, &data)?;
     output_folder::check(&args.output_dir, args.overwrite_output_dir)?;
     let dataset = Dataset::open(&args.train_data, args.on_bad_row)?;
     say_skipped(&dataset);
@@ -90,7 +93,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         counted(dataset.len(), "row")
     );
     let result = serde_json::json!({
-        "output_dir": args.output_dir,
+        "output_dir": args.output_dir.to_string_lossy(),
         "parameters": parameters,
         "vocab_size": vocab_size,
         "query_max_len": recipe.query_max_len,

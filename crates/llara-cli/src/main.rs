@@ -11,6 +11,7 @@ mod init;
 mod merge;
 mod names;
 mod output_folder;
+mod paths;
 mod plan;
 mod progress;
 mod run_file;

@@ -9,24 +9,6 @@ use llara::{Error, ErrorKind, Result};
 /// Names shown of what is in the way.
 const SHOWN: usize = 5;
 
-/// Refuses a folder that is, or holds, one of the things that the verb reads: each is named by what
-/// it is and its path. A path that is not there cannot be overwritten.
-pub(super) fn check_apart(output: &Path, read: &[(&str, &Path)]) -> Result<()> {
-    let Ok(folder) = output.canonicalize() else { return Ok(()) };
-    for (what, path) in read {
-        if path.canonicalize().is_ok_and(|path| path.starts_with(&folder)) {
-            return Err(Error::new(
-                ErrorKind::Argument,
-                format!("{what} is in the output folder, where it could be overwritten"),
-            )
-            .file(output)
-            .got(path.display())
-            .hint("choose another output folder"));
-        }
-    }
-    Ok(())
-}
-
 /// Removes a folder that holds nothing but an empty log, so that the same run can be started again.
 pub(super) fn discard_if_nothing_was_logged(path: &Path) {
     let Ok(mut entries) = fs::read_dir(path) else { return };

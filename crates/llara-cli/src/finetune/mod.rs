@@ -183,6 +183,6 @@ fn report(output_dir: &Path, summary: &Summary) -> anyhow::Result<()> {
         "loss": summary.loss,
         "tokens": summary.tokens,
         "tokens_per_second": tokens_per_second,
-        "output_dir": output_dir,
+        "output_dir": output_dir.to_string_lossy(),
     }))?)
 }

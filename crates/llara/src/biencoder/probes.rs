@@ -61,7 +61,9 @@ impl Probes {
             }
             Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
         });
-        Ok(Probes { precision: model.precision(), probes: probes.collect::<Result<_>>()? })
+        let probes: Vec<Probe> = probes.collect::<Result<_>>()?;
+        refuse_constant(&probes)?;
+        Ok(Probes { precision: model.precision(), probes })
     }
 
     /// The probes of a model folder, if it has them.
@@ -125,6 +127,28 @@ impl Probes {
         }
         Ok(())
     }
+}
+
+/// Refuses embeddings that are zero, or the same for different token ids: such a model was not trained.
+fn refuse_constant(probes: &[Probe]) -> Result<()> {
+    const HINT: &str = "the weights are zero or damaged: start again from an intact model";
+    let error = |what: &str, probe: &Probe| {
+        Error::new(ErrorKind::Numeric, what)
+            .got(format!("the {} {:?}", probe.role, probe.text))
+            .hint(HINT)
+    };
+    for (i, probe) in probes.iter().enumerate() {
+        if probe.embedding.iter().all(|&x| x == 0.0) {
+            return Err(error("the model's embedding of a text is zero", probe));
+        }
+        let same = |other: &Probe| {
+            other.embedding == probe.embedding && other.input_ids != probe.input_ids
+        };
+        if probes[..i].iter().any(same) {
+            return Err(error("the model gives different texts the same embedding", probe));
+        }
+    }
+    Ok(())
 }
 
 fn embed<B: Backend>(model: &BiEncoderModel<B>, ids: &[u32]) -> Result<Vec<f32>> {

@@ -57,6 +57,19 @@ impl Qrels {
         documents.insert(document.to_owned(), grade)
     }
 
+    /// Keeps the judgments of which `keep(query, document)` is true, and returns how many were removed.
+    /// Queries without any judgment are removed too.
+    pub fn retain(&mut self, keep: impl Fn(&str, &str) -> bool) -> usize {
+        let mut removed = 0;
+        self.queries.retain(|query, documents| {
+            let before = documents.len();
+            documents.retain(|document, _| keep(query, document));
+            removed += before - documents.len();
+            !documents.is_empty()
+        });
+        removed
+    }
+
     /// The judged documents of a query with their grades; nothing if the query is not judged.
     pub fn get(&self, query: &str) -> Option<&HashMap<String, i32>> {
         self.queries.get(query)

@@ -113,8 +113,8 @@ impl Template {
     /// impossible (see [`Template::validate`]).
     pub fn from_toml_file(path: impl AsRef<Path>) -> Result<Template> {
         let path = path.as_ref();
-        let text =
-            crate::storage::read_text_file(path).map_err(|e| Error::io("read the template", path, e))?;
+        let text = crate::storage::read_text_file(path)
+            .map_err(|e| Error::io("read the template", path, e))?;
         let template: Template = toml::from_str(&text).map_err(|e| {
             let error = Error::new(ErrorKind::Config, format!("bad template: {}", e.message()))
                 .expected("`name`, `pooled_tokens`, and tables `[query]` and `[passage]` with `prefix`, `suffix`, `special_tokens_in_prefix`");
