@@ -195,8 +195,8 @@ fn check_values(
         }
         if embedding.iter().all(|&x| x == 0.0) {
             return Err(bad("is zero").got(format!("zeros only for {:?}", excerpt(text))).hint(
-                "the model cannot tell texts apart: its weights are zero or damaged; fetch or export \
-                 it again",
+                "the model cannot tell texts apart: its weights are zero, damaged, or too large; fetch or \
+                 export it again",
             ));
         }
     }
