@@ -17,7 +17,7 @@ pub(super) fn check_apart(output: &Path, inputs: &[(&str, &Path)]) -> Result<()>
             continue;
         };
         let same = existing.as_ref().is_some_and(|output| is_same(output, &metadata));
-        let problem = if same || path == resolved {
+        let problem = if (same || path == resolved) && !metadata.is_dir() {
             format!("the output and {what} are the same")
         } else if path.starts_with(&resolved) {
             format!("{what} is in the output folder, where it could be overwritten")
@@ -116,8 +116,8 @@ mod tests {
         let (model, rows) = (at("model"), at("data/rows"));
         let inputs = [("the model", model.as_path()), ("the rows", rows.as_path())];
         for (output, expected) in [
-            ("model", "are the same"),
-            ("link", "are the same"),
+            ("model", "in the output folder"),
+            ("link", "in the output folder"),
             ("data/rows", "are the same"),
             ("rows", "are the same"),
             ("hard", "are the same"),
