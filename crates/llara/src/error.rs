@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 /// `text` with control characters and characters that change the direction of writing as escapes, such
 /// as `\u{1b}`: text from files and servers must not control a terminal. Line feeds and tabs stay.
 pub fn escape_controls(text: &str) -> Cow<'_, str> {
-    let is_unsafe = |c: char| {
+    let needs_escape = |c: char| {
         c.is_control() && c != '\n' && c != '\t'
             || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
-    if !text.contains(is_unsafe) {
+    if !text.contains(needs_escape) {
         return Cow::Borrowed(text);
     }
     let mut escaped = String::with_capacity(text.len() + 16);
     for c in text.chars() {
-        if is_unsafe(c) {
+        if needs_escape(c) {
             escaped.extend(c.escape_unicode());
         } else {
             escaped.push(c);
