@@ -1,16 +1,18 @@
 //! `llara encode`: a file of texts to a file of vectors.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::backend::Cpu;
 use llara::retrieval::{
-    BLOCK_TEXTS, Embedder, TextEmbedder, TextFile, VectorWriter, encode_stream,
+    BLOCK_TEXTS, Embedder, TextEmbedder, TextFile, VectorWriter, begins_like_embeddings,
+    encode_stream, verify_embeddings,
 };
 use llara::{Result, Role};
 
 use super::interrupt;
+use super::paths::{check_apart, check_replaceable};
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
@@ -24,7 +26,12 @@ Examples:
   llara encode --model tuned --input corpus.jsonl --role passage --output passages.npy --resume
 
 A run over more than 4,096 texts that is interrupted leaves what it has as OUTPUT.partial, with
-OUTPUT.partial.json beside it. The same command with --resume goes on from there, to the same bytes.
+OUTPUT.partial.json beside it. The same command with --resume continues from there, to the same
+bytes. Embeddings that were damaged since are computed again. If OUTPUT is complete, --resume checks it
+against the model and the texts and changes nothing.
+
+OUTPUT must not be an input or lie in the model's folder. An earlier file of embeddings is replaced;
+any other file only with --overwrite.
 
 Prints one JSON object: rows, dimension, output.")]
 pub(super) struct Args {
@@ -46,6 +53,12 @@ pub(super) struct Args {
     #[arg(value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true, help_heading = "Output")]
     resume: bool,
+    /// Replace OUTPUT even if it is not a file of embeddings
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new())]
+    #[arg(hide_possible_values = true, help_heading = "Output")]
+    overwrite: bool,
     /// Tokens that a text with its template is cut to [default: as the model was trained, or the
     /// reference's: 32 for queries, 128 for passages]
     #[arg(long, value_name = "N", help_heading = "Encoding")]
@@ -57,6 +70,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.model.check()?;
+    check_output(args)?;
     let texts = TextFile::open(&args.input)?;
     let model = args.model.load()?;
     let mut embedder = args.model.embedder(&model);
@@ -71,6 +85,15 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     check_max_len(&model, args.role, "--max-len", *max_len)?;
     warn_if_too_long(&model, args.role, *max_len);
 
+    if args.resume && args.output.exists() && VectorWriter::kept(&args.output).is_none() {
+        let checked = verify_embeddings(&embedder, args.role, &texts, &args.output)?;
+        say!(
+            "{}: complete already; {} computed again, all equal",
+            args.output.display(),
+            counted(checked, "embedding")
+        );
+        return report(args, texts.len(), embedder.dimension());
+    }
     let output = open_output(args, &embedder, &texts)?;
     let progress = TextProgress::new(texts.len() - output.written());
     let on_batch = |texts| progress.add(texts);
@@ -99,15 +122,37 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     drop(embedder);
     progress.finish();
     say!("{}: {} of {dimension}", args.output.display(), counted(texts.len(), "vector"));
-    let result = serde_json::json!({
-        "rows": texts.len(),
-        "dimension": dimension,
-        "output": args.output,
-    });
-    Ok(print(result)?)
+    report(args, texts.len(), dimension)
 }
 
-/// Where vectors go. What is made in one block has nothing to be resumed from.
+fn report(args: &Args, rows: usize, dimension: usize) -> anyhow::Result<()> {
+    let output = args.output.to_string_lossy();
+    Ok(print(serde_json::json!({"rows": rows, "dimension": dimension, "output": output}))?)
+}
+
+/// Refuses an output that cannot be written, or that would overwrite an input or another program's file. So
+/// for the files beside it that an interrupted run leaves.
+fn check_output(args: &Args) -> Result<()> {
+    let mut inputs = args.model.inputs();
+    inputs.push(("the input", &args.input));
+    let beside = |ending: &str| {
+        let mut path = args.output.clone().into_os_string();
+        path.push(ending);
+        PathBuf::from(path)
+    };
+    let partial = beside(".partial");
+    for path in [&args.output, &partial, &beside(".partial.json")] {
+        check_apart(path, &inputs)?;
+    }
+    VectorWriter::check_path(&args.output)?;
+    for path in [&args.output, &partial] {
+        let own = ("a file of embeddings", |path: &Path| begins_like_embeddings(path));
+        check_replaceable(path, own, args.overwrite)?;
+    }
+    Ok(())
+}
+
+/// Where embeddings go. A run of one block has nothing to be resumed from.
 fn open_output(
     args: &Args,
     embedder: &TextEmbedder<'_, Cpu>,
@@ -126,7 +171,14 @@ fn open_output(
         return VectorWriter::begin(path, rows, cols, origin);
     }
     let output = VectorWriter::resume(path, rows, cols, origin)?;
+    if output.discarded() > 0 {
+        say!(
+            "warning: {} of the interrupted run were damaged and are computed again",
+            counted(output.discarded(), "embedding")
+        );
+    }
     match output.written() {
+        0 if output.discarded() > 0 => {}
         0 => say!("note: there is no interrupted run to go on from; starting with the first text"),
         done => say!("going on after {} of {}", count(done), counted(rows, "text")),
     }

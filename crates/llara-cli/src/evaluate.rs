@@ -1,12 +1,16 @@
 //! `llara evaluate`: how well a model finds what it should, on a test collection.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::retrieval::{BeirDataset, Metrics, SearchOptions, evaluate_dataset, write_trec_run};
+use llara::retrieval::{
+    BeirDataset, Metrics, SearchOptions, UnknownIds, begins_like_trec_run, check_trec_run,
+    evaluate_dataset, write_trec_run,
+};
 use llara::{Error, ErrorKind};
 
+use super::paths::{check_apart, check_replaceable};
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{Roles, TrainedModel, check_top_k};
@@ -19,7 +23,8 @@ Examples:
   llara evaluate --model tuned --dataset beir/arguana --ignore-identical-ids --run-file run.trec
 
 Prints one JSON object: model, dataset, split, ndcg@10, mrr@10, recall@10, recall@100, map and
-queries.")]
+queries; with --on-unknown-id skip also skipped_judgments. A metric at a cutoff above --top-k is
+left out.")]
 pub(super) struct Args {
     #[command(flatten)]
     model: TrainedModel,
@@ -38,9 +43,20 @@ pub(super) struct Args {
     #[arg(value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true, help_heading = "Data")]
     ignore_identical_ids: bool,
-    /// Write the rankings here, in trec_eval's format
+    /// What to do with a judgment of a query or document that the dataset does not have: error (refuse
+    /// the dataset) or skip (leave the judgment out and count it)
+    #[arg(long, value_name = "ACTION", value_parser = crate::values::unknown_ids(), default_value = "error")]
+    #[arg(hide_possible_values = true, help_heading = "Data")]
+    on_unknown_id: UnknownIds,
+    /// Write the rankings here, in trec_eval's format; an earlier run file is replaced
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     run_file: Option<PathBuf>,
+    /// Replace RUN_FILE even if it is a file of another kind
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new())]
+    #[arg(hide_possible_values = true, help_heading = "Output")]
+    overwrite: bool,
     #[command(flatten)]
     roles: Roles,
 }
@@ -49,9 +65,23 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.model.check()?;
     check_top_k(args.top_k)?;
     if let Some(path) = &args.run_file {
-        check_folder_of(path)?;
+        let mut inputs = args.model.inputs();
+        inputs.push(("the dataset", &args.dataset));
+        check_apart(path, &inputs)?;
+        check_replaceable(path, ("a run file", |path| begins_like_trec_run(path)), args.overwrite)?;
+        check_trec_run(path, [])?;
     }
-    let dataset = BeirDataset::open(&args.dataset, &args.split)?;
+    let (dataset, skipped) =
+        BeirDataset::open_with(&args.dataset, &args.split, args.on_unknown_id)?;
+    if skipped > 0 {
+        say!(
+            "warning: {} of unknown queries or documents left out; the metrics do not count them",
+            counted(skipped, "judgment")
+        );
+    }
+    if let Some(path) = &args.run_file {
+        check_trec_run(path, dataset.queries.ids.iter().chain(dataset.corpus.ids.iter()))?;
+    }
     let model = args.model.load()?;
     let mut embedder = args.model.embedder(&model);
     args.roles.apply(&mut embedder)?;
@@ -79,12 +109,15 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     table(args, &dataset, &metrics);
     let mut result = serde_json::json!({
         "model": args.model.name(),
-        "dataset": args.dataset,
+        "dataset": args.dataset.to_string_lossy(),
         "split": args.split,
     });
-    let metrics = serde_json::to_value(metrics)?;
-    if let (Some(result), Some(metrics)) = (result.as_object_mut(), metrics.as_object()) {
-        result.extend(metrics.clone());
+    for (_, key, value) in metrics.measured(args.top_k, dataset.corpus.len()) {
+        result[key] = value.into();
+    }
+    result["queries"] = metrics.queries.into();
+    if args.on_unknown_id == UnknownIds::Skip {
+        result["skipped_judgments"] = skipped.into();
     }
     Ok(print(result)?)
 }
@@ -98,24 +131,15 @@ fn table(args: &Args, dataset: &BeirDataset, metrics: &Metrics) {
         if metrics.queries == 1 { "query" } else { "queries" },
         counted(dataset.corpus.len(), "passage")
     );
-    for (name, value) in [
-        ("nDCG@10", metrics.ndcg_at_10),
-        ("MRR@10", metrics.mrr_at_10),
-        ("Recall@10", metrics.recall_at_10),
-        ("Recall@100", metrics.recall_at_100),
-        ("MAP", metrics.map),
-    ] {
+    let measured = metrics.measured(args.top_k, dataset.corpus.len());
+    for (name, _, value) in &measured {
         say!("  {name:<10} {value:.4}");
     }
-}
-
-/// A run file that cannot be written should not take an evaluation to be found out.
-fn check_folder_of(path: &Path) -> llara::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if folder.is_dir() && !path.is_dir() {
-        return Ok(());
+    if args.top_k < 100.min(dataset.corpus.len()) {
+        say!(
+            "note: metrics at a cutoff above --top-k {} are left out; MAP is over the first {}",
+            args.top_k,
+            counted(args.top_k, "passage")
+        );
     }
-    Err(Error::new(ErrorKind::Argument, "the run file cannot be written there")
-        .file(path)
-        .hint("give the path of a file in a folder that exists"))
 }

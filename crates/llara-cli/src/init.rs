@@ -12,7 +12,7 @@ use llara::model::weights::SaveDtype;
 use super::compute::Compute;
 use super::finetune::say_skipped;
 use super::talk::{count, counted, print, say};
-use super::{output_folder, trained_model};
+use super::{output_folder, paths, trained_model};
 
 /// Make a small untrained model: its tokenizer learned from the data, its weights random.
 #[derive(clap::Args)]
@@ -68,6 +68,9 @@ enum Size {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.compute.check()?;
     let template = trained_model::template(&args.template)?;
+    let data: Vec<_> =
+        args.train_data.iter().map(|path| ("training data", path.as_path())).collect();
+    paths::check_apart(&args.output_dir, &data)?;
     let _lock = output_folder::claim(&args.output_dir, args.overwrite_output_dir)?;
     let dataset = Dataset::open(&args.train_data, args.on_bad_row)?;
     say_skipped(&dataset);

@@ -12,6 +12,7 @@ mod interrupt;
 mod merge;
 mod names;
 mod output_folder;
+mod paths;
 mod plan;
 mod progress;
 mod run_file;

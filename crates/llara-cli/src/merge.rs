@@ -8,10 +8,10 @@ use clap::builder::BoolishValueParser;
 use llara::backend::Dtype;
 
 use super::compute::Compute;
-use super::output_folder;
 use super::save_dtype::SavedAs;
 use super::talk::{print, say};
 use super::trained_model::Source;
+use super::{output_folder, paths};
 
 /// Add an adapter to the weights of its model, and save the merged model.
 #[derive(clap::Args)]
@@ -47,10 +47,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.compute.check()?;
     let adapter = args.source.require_adapter()?;
     let model_dir = Path::new(args.source.name());
-    output_folder::check_apart(
-        &args.output_dir,
-        &[("the model", model_dir), ("the adapter", adapter)],
-    )?;
+    paths::check_apart(&args.output_dir, &[("the model", model_dir), ("the adapter", adapter)])?;
     let _lock = output_folder::claim(&args.output_dir, args.overwrite_output_dir)?;
     let mut model =
         args.source.load((&args.compute, Dtype::F32), args.template.as_deref(), None)?;

@@ -12,24 +12,6 @@ const SHOWN: usize = 5;
 /// What the names of folders begin with that hold incomplete files.
 const PARTIAL: &str = ".partial-";
 
-/// Refuses a folder that is, or contains, an input of the command: each is given by what it is and its
-/// path. A path that does not exist cannot be overwritten.
-pub(super) fn check_apart(output: &Path, read: &[(&str, &Path)]) -> Result<()> {
-    let Ok(folder) = output.canonicalize() else { return Ok(()) };
-    for (what, path) in read {
-        if path.canonicalize().is_ok_and(|path| path.starts_with(&folder)) {
-            return Err(Error::new(
-                ErrorKind::Argument,
-                format!("{what} is in the output folder, where it could be overwritten"),
-            )
-            .file(output)
-            .got(path.display())
-            .hint("choose another output folder"));
-        }
-    }
-    Ok(())
-}
-
 /// Locks the output folder for this process and creates it if need be. Refuses a folder that is not
 /// empty, unless it may be overwritten. What a killed process left in it is finished or removed.
 pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {

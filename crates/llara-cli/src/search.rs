@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::Role;
-use llara::retrieval::{Embedder, Run, SearchOptions, TextTable, search};
+use llara::retrieval::{Run, SearchOptions, TextTable, embed_texts, search};
+use llara::{Role, escape_controls};
 use serde_json::json;
 
 use super::progress::TextProgress;
@@ -56,8 +56,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let progress = TextProgress::new(args.query.len() + corpus.len());
     let on_batch = |texts| progress.add(texts);
     embedder.on_batch = Some(&on_batch);
-    let queries = embedder.embed(Role::Query, &args.query)?;
-    let passages = embedder.embed(Role::Passage, &corpus.texts)?;
+    let queries = embed_texts(&embedder, Role::Query, &args.query)?;
+    let passages = embed_texts(&embedder, Role::Passage, &corpus.texts)?;
     let ids: Vec<String> = (0..args.query.len()).map(|i| i.to_string()).collect();
     let options = SearchOptions { top_k: args.top_k, ignore_identical_ids: false };
     let found = search(&embedder, (&ids, queries.view()), (&corpus.ids, passages.view()), options)?;
@@ -86,10 +86,11 @@ fn print_json(args: &Args, corpus: &TextTable, found: &Run) -> llara::Result<()>
 
 fn print_text(args: &Args, corpus: &TextTable, found: &Run) -> llara::Result<()> {
     for (query, ranking) in args.query.iter().zip(found.rankings()) {
-        print(query)?;
+        print(escape_controls(query))?;
         for (rank, hit) in (1..).zip(&ranking.hits) {
             let text = shortened(&corpus.texts[hit.document as usize]);
-            print(format_args!("{rank:>3}  {:.4}  [{}] {text}", hit.score, found.id(hit)))?;
+            let line = format!("{rank:>3}  {:.4}  [{}] {text}", hit.score, found.id(hit));
+            print(escape_controls(&line))?;
         }
     }
     Ok(())

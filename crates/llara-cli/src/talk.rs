@@ -10,9 +10,10 @@ macro_rules! say {
 }
 pub(super) use say;
 
-/// One line on standard error; lost where that is closed.
+/// One line on standard error, control characters escaped; lost where that is closed.
 pub(super) fn line(text: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    let text = text.to_string();
+    let _ = writeln!(io::stderr().lock(), "{}", llara::escape_controls(&text));
 }
 
 /// One line on standard output. A reader that has closed the pipe has what it wanted.

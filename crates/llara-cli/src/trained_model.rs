@@ -176,6 +176,15 @@ impl TrainedModel {
         self.source.name()
     }
 
+    /// What is read, for [`check_apart`](crate::paths::check_apart).
+    pub(super) fn inputs(&self) -> Vec<(&str, &Path)> {
+        let mut inputs = vec![("the model", Path::new(self.name()))];
+        inputs.extend(self.source.adapter.as_deref().map(|dir| ("the adapter", dir)));
+        let template = self.encoding.template.as_deref().map(Path::new);
+        inputs.extend(template.map(|path| ("the template", path)));
+        inputs
+    }
+
     /// Refuses what can be refused without looking at files.
     pub(super) fn check(&self) -> Result<()> {
         if self.encoding.batch_tokens == 0 {

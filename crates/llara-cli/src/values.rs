@@ -3,6 +3,7 @@
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use llara::Role;
 use llara::data::{BadRows, Sampling};
+use llara::retrieval::UnknownIds;
 
 /// A parser that accepts the names of `choices`: `(name, help, value)`.
 fn one_of<T: Copy + Send + Sync + 'static>(
@@ -36,6 +37,14 @@ pub(super) fn sampling() -> impl TypedValueParser<Value = Sampling> {
             "Rows in file order, continuing from the start at the end of the data; always the first passages",
             Sampling::Sequential,
         ),
+    ])
+}
+
+/// `error` or `skip`, for judgments.
+pub(super) fn unknown_ids() -> impl TypedValueParser<Value = UnknownIds> {
+    one_of(&[
+        ("error", "Refuse the collection and list the ids", UnknownIds::Error),
+        ("skip", "Leave the judgment out and count it", UnknownIds::Skip),
     ])
 }
 

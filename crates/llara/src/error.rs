@@ -1,7 +1,29 @@
 //! The one error type: what went wrong, where, what was expected, what was found, and what to do.
 
-use std::fmt;
+use std::borrow::Cow;
+use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
+
+/// `text` with control characters and characters that change the direction of writing as escapes, such
+/// as `\u{1b}`: text from files and servers must not control a terminal. Line feeds and tabs stay.
+pub fn escape_controls(text: &str) -> Cow<'_, str> {
+    let needs_escape = |c: char| {
+        c.is_control() && c != '\n' && c != '\t'
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if !text.contains(needs_escape) {
+        return Cow::Borrowed(text);
+    }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if needs_escape(c) {
+            escaped.extend(c.escape_unicode());
+        } else {
+            escaped.push(c);
+        }
+    }
+    Cow::Owned(escaped)
+}
 
 /// The result of every fallible call of the library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -157,6 +179,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let report = &self.0;
+        let f = &mut Escaped(f);
         if let Some(place) = &report.place {
             write!(f, "{place}: ")?;
         }
@@ -175,9 +198,33 @@ impl fmt::Display for Error {
     }
 }
 
+/// Escapes control characters in everything that is written through it.
+struct Escaped<W>(W);
+
+impl<W: Write> Write for Escaped<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.write_str(&escape_controls(text))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn control_characters_are_escaped_everywhere() {
+        let bad = "a\u{1b}[31m\u{202e}\r\u{9b}b";
+        let text = Error::new(ErrorKind::Data, bad)
+            .tensor(bad, bad)
+            .expected(bad)
+            .got(bad)
+            .hint(bad)
+            .because(std::io::Error::other(bad))
+            .to_string();
+        assert_eq!(text.matches("a\\u{1b}[31m\\u{202e}\\u{d}\\u{9b}b").count(), 7, "{text}");
+        assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
+        assert_eq!(escape_controls("fine\n\té→"), "fine\n\té→");
+    }
 
     #[test]
     fn every_part_is_shown_in_order() {

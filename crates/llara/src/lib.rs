@@ -37,7 +37,7 @@ pub use biencoder::{
     BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Outline, Probes, Recipe,
     Shortcuts, compute_similarity,
 };
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Result, escape_controls};
 pub use storage::{FolderLock, Recovered, finish_interrupted, free_disk_bytes};
 pub use text::Role;
 

@@ -108,7 +108,7 @@ fn it_is_merged_into_unrounded_weights_or_not_at_all() {
     let backend = trained.backend().clone();
     let mut optimizer =
         AdamW::new(&backend, trained.decoder_mut(), AdamWConfig::default()).unwrap();
-    step(&mut trained, &mut optimizer);
+    step(&mut trained, &mut optimizer, None);
     let dir = tempfile::tempdir().unwrap();
     trained.save_adapter(&dir.path().join("adapter")).unwrap();
     trained.merge_adapter().unwrap();
@@ -126,7 +126,7 @@ fn it_is_merged_into_unrounded_weights_or_not_at_all() {
     let mut other = model();
     let backend = other.backend().clone();
     let mut optimizer = AdamW::new(&backend, other.decoder_mut(), AdamWConfig::default()).unwrap();
-    step(&mut other, &mut optimizer);
+    step(&mut other, &mut optimizer, None);
     other.attach_new_adapter(&config(0.0), 7).unwrap();
     other.set_precision(llara::backend::Dtype::Bf16).unwrap();
     let message = other.merge_adapter().unwrap_err().to_string();

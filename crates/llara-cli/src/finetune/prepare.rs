@@ -17,7 +17,7 @@ use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
 use super::ranges;
 use crate::talk::say;
-use crate::{output_folder, trained_model};
+use crate::{output_folder, paths, trained_model};
 
 /// What a run is prepared for.
 pub(crate) enum Wanted {
@@ -204,7 +204,7 @@ fn check_apart(
         read.push(("the adapter", dir));
     }
     read.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
-    output_folder::check_apart(output_dir, &read)
+    paths::check_apart(output_dir, &read)
 }
 
 /// Refuses data with tokens that the model has no embedding for. A tokenizer that fits in the model's

@@ -41,7 +41,11 @@ fn vectors_appear_whole_or_not_at_all() {
     bench.write("v.npy", "old");
     let before = bench.names("");
     let args = ["encode", "--model", &model, "--input", &input, "--role", "query", "--output"];
-    limited(8, &[&args[..], &[&output]].concat()).refused(&["cannot write", "v.npy", "hint: free"]);
+    limited(8, &[&args[..], &[&output, "--overwrite"]].concat()).refused(&[
+        "cannot write",
+        "v.npy",
+        "hint: free",
+    ]);
     assert_eq!(bench.names(""), before);
     assert_eq!(std::fs::read_to_string(bench.at("v.npy")).unwrap(), "old");
 }

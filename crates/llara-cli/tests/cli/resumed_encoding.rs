@@ -93,3 +93,27 @@ fn with_nothing_to_go_on_from_it_starts() {
     assert_eq!(encode(&bench, "v.npy", &["--resume"]).json()["rows"], 2);
     assert!(!bench.at("v.npy.partial").exists());
 }
+
+#[test]
+fn damaged_embeddings_are_computed_again_and_complete_ones_are_not() {
+    let bench = bench();
+    encode(&bench, "whole.npy", &[]).json();
+    let read = |name: &str| fs::read(bench.at(name)).unwrap();
+    killed(&bench, "v.npy");
+    let mut bytes = read("v.npy.partial");
+    bytes[4096] ^= 1;
+    bench.write("v.npy.partial", bytes);
+    let resumed = encode(&bench, "v.npy", &["--resume"]);
+    resumed.json();
+    assert!(resumed.stderr.contains("were damaged and are computed again"), "{}", resumed.stderr);
+    assert!(read("v.npy") == read("whole.npy"), "the resumed file is another one");
+
+    let again = encode(&bench, "v.npy", &["--resume"]);
+    assert_eq!(again.json()["rows"], TEXTS);
+    assert!(again.stderr.contains("complete already"), "{}", again.stderr);
+    let mut bytes = read("v.npy");
+    *bytes.last_mut().unwrap() ^= 1;
+    bench.write("v.npy", bytes);
+    encode(&bench, "v.npy", &["--resume"])
+        .refused(&["is not that of the text", "without --resume"]);
+}

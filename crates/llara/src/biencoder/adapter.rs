@@ -255,7 +255,7 @@ impl LoraConfig {
 }
 
 fn read_config(path: &Path) -> Result<LoraConfig> {
-    let text = std::fs::read(path).map_err(|e| {
+    let text = crate::storage::read_file(path).map_err(|e| {
         Error::io("read the adapter's configuration", path, e)
             .hint("an adapter folder as PEFT writes it has an adapter_config.json")
     })?;

@@ -86,13 +86,15 @@ impl Probes {
             }
             Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
         });
-        Ok(Probes { precision, probes: probes.collect::<Result<_>>()? })
+        let probes: Vec<Probe> = probes.collect::<Result<_>>()?;
+        refuse_constant(&probes)?;
+        Ok(Probes { precision, probes })
     }
 
     /// The probes of a model folder, if it has them.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(PROBES_FILE);
-        let text = match std::fs::read(&path) {
+        let text = match crate::storage::read_file(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.map_err(|e| Error::io("read the probes", &path, e))?,
         };
@@ -170,6 +172,28 @@ impl Probe {
         let what = format!("a probe vector differs by {difference:.1e} of its largest entry");
         Err(self.differs(&what).expected(format!("at most {tolerance:.0e}")))
     }
+}
+
+/// Refuses embeddings that are zero, or the same for different token ids: such a model was not trained.
+fn refuse_constant(probes: &[Probe]) -> Result<()> {
+    const HINT: &str = "the weights are zero or damaged: start again from an intact model";
+    let error = |what: &str, probe: &Probe| {
+        Error::new(ErrorKind::Numeric, what)
+            .got(format!("the {} {:?}", probe.role, probe.text))
+            .hint(HINT)
+    };
+    for (i, probe) in probes.iter().enumerate() {
+        if probe.embedding.iter().all(|&x| x == 0.0) {
+            return Err(error("the model's embedding of a text is zero", probe));
+        }
+        let same = |other: &Probe| {
+            other.embedding == probe.embedding && other.input_ids != probe.input_ids
+        };
+        if probes[..i].iter().any(same) {
+            return Err(error("the model gives different texts the same embedding", probe));
+        }
+    }
+    Ok(())
 }
 
 fn embed<B: Backend>(model: &BiEncoderModel<B>, ids: &[u32]) -> Result<Vec<f32>> {

@@ -64,7 +64,7 @@ impl Recipe {
     /// The recipe in a model folder, if it has one.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(RECIPE_FILE);
-        let text = match std::fs::read(&path) {
+        let text = match crate::storage::read_file(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.map_err(|e| Error::io("read the recipe", &path, e))?,
         };

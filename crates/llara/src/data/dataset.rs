@@ -213,11 +213,16 @@ impl Dataset {
 
     fn index_file(&mut self, path: PathBuf, on_bad_row: BadRows) -> Result<()> {
         let failed = |e| Error::io("read training data", &path, e);
-        let file = File::open(&path).map_err(failed)?;
+        let file = crate::storage::open_file(&path).map_err(failed)?;
         let first_row = self.rows.len();
         let mut lines = LineReader::new(BufReader::with_capacity(1 << 18, &file));
         let mut blank = true;
         while let Some(line) = lines.next_line().map_err(failed)? {
+            if line.number == 1
+                && let Some(error) = crate::storage::compressed(&path, line.start)
+            {
+                return Err(error);
+            }
             if line.content.is_some_and(|content| content.trim_ascii().is_empty()) {
                 continue;
             }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use super::names::{ModelId, is_commit};
-use crate::storage::read_file;
+use crate::storage::read_limited;
 use crate::{Error, Result};
 
 /// The cache of one model.
@@ -29,7 +29,7 @@ impl RepoCache {
             return Some(self.revision.clone());
         }
         let path = self.folder.join("refs").join(&self.revision);
-        let text = String::from_utf8(read_file(&path, "read the reference", 1024).ok()?).ok()?;
+        let text = String::from_utf8(read_limited(&path, "read the reference", 1024).ok()?).ok()?;
         Some(text.trim().to_owned()).filter(|commit| is_commit(commit))
     }
 

@@ -23,7 +23,7 @@ use serde_json::Value;
 use self::cache::RepoCache;
 use self::client::{Client, Listing, Timeouts};
 use self::names::ModelId;
-use crate::storage::read_file;
+use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
 /// Files beside the weights, which not every model has. They are fetched before the weights, so that a
@@ -233,7 +233,7 @@ fn complete_snapshot(cache: &RepoCache, commit: &str, files: Files) -> Result<Op
 
 /// The names of the shards in an index.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
-    let text = read_file(index, "read the index of shards", MAX_INDEX_BYTES)?;
+    let text = read_limited(index, "read the index of shards", MAX_INDEX_BYTES)?;
     let json: Value = serde_json::from_slice(&text).map_err(|e| {
         Error::new(ErrorKind::Weights, "not an index of shards").file(index).because(e)
     })?;

@@ -33,7 +33,7 @@ pub(super) fn endpoint() -> String {
 pub(super) fn token() -> Option<String> {
     let stored = || {
         let path = hub_home()?.join("token");
-        let bytes = crate::storage::read_file(&path, "read the token", 1 << 16).ok()?;
+        let bytes = crate::storage::read_limited(&path, "read the token", 1 << 16).ok()?;
         String::from_utf8(bytes).ok()
     };
     let token = variable("HF_TOKEN").or_else(stored)?;

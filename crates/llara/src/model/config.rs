@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use self::fields::{Fields, quote, quote_text};
 use super::rope::{RopeScaling, inverse_frequencies};
-use crate::storage::read_file;
+use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
 /// A family of models; what distinguishes it is data in [`DecoderConfig`].
@@ -113,12 +113,13 @@ impl DecoderConfig {
     /// When the file is missing or not JSON, when the architecture is not one of [`Family`], when a
     /// number is out of its range, or when a setting is not supported that would change the results.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = read_file(path, "read the model's configuration", MOST_BYTES).map_err(|e| {
-            if path.exists() {
-                return e;
-            }
-            e.hint("a model folder as `save_pretrained` writes it has a config.json")
-        })?;
+        let text =
+            read_limited(path, "read the model's configuration", MOST_BYTES).map_err(|e| {
+                if path.exists() {
+                    return e;
+                }
+                e.hint("a model folder as `save_pretrained` writes it has a config.json")
+            })?;
         Self::from_json(&text).map_err(|error| error.file(path))
     }
 

@@ -43,6 +43,16 @@ impl TextTable {
     }
 }
 
+/// What to do with a judgment of a query or a document that the collection does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UnknownIds {
+    /// Refuse the collection and list the ids.
+    #[default]
+    Error,
+    /// Leave the judgment out and count it. Metrics are then computed as if it had never been made.
+    Skip,
+}
+
 /// One split of a BEIR dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BeirDataset {
@@ -65,10 +75,24 @@ impl BeirDataset {
     /// or a malformed judgment; with the file for one that is empty and for judgments of unknown
     /// queries or documents; [`ErrorKind::Argument`] for a split that the folder does not have.
     pub fn open(folder: impl AsRef<Path>, split: &str) -> Result<Self> {
+        Self::open_with(folder, split, UnknownIds::Error).map(|(dataset, _)| dataset)
+    }
+
+    /// [`open`](Self::open) with a choice of what to do with judgments of unknown queries or documents; also
+    /// returns how many judgments were left out.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open); with [`UnknownIds::Skip`], unknown ids are an error only if no judgment
+    /// is left.
+    pub fn open_with(
+        folder: impl AsRef<Path>,
+        split: &str,
+        on_unknown: UnknownIds,
+    ) -> Result<(Self, usize)> {
         let folder = folder.as_ref();
-        // The small files first: what is wrong with them should not take a large corpus to tell.
+        // The small files first: an error in them should not need a large corpus to be found.
         let qrels_path = find_split(folder, split)?;
-        let qrels = Qrels::read_tsv(&qrels_path)?;
+        let mut qrels = Qrels::read_tsv(&qrels_path)?;
 
         let queries_path = folder.join("queries.jsonl");
         let queries = read_table(&queries_path, |line, id, _, text| {
@@ -80,18 +104,47 @@ impl BeirDataset {
             }
             Ok(Some(text))
         })?;
-        let known = queries.ids.iter().map(String::as_str).collect();
-        require_known(&qrels_path, "queries", &queries_path, qrels.queries(), &known)?;
+        let known: HashSet<&str> = queries.ids.iter().map(String::as_str).collect();
+        let mut skipped = 0;
+        match on_unknown {
+            UnknownIds::Error => {
+                require_known(&qrels_path, "queries", &queries_path, qrels.queries(), &known)?;
+            }
+            UnknownIds::Skip => skipped += qrels.retain(|query, _| known.contains(query)),
+        }
 
         let corpus_path = folder.join("corpus.jsonl");
         let corpus = TextTable::read_corpus(&corpus_path)?;
-        let known = corpus.ids.iter().map(String::as_str).collect();
-        let judged = qrels.queries().filter_map(|query| qrels.get(query));
-        let judged = judged.flat_map(|documents| documents.keys().map(String::as_str));
-        require_known(&qrels_path, "documents", &corpus_path, judged, &known)?;
-
-        Ok(BeirDataset { corpus, queries, qrels })
+        let known: HashSet<&str> = corpus.ids.iter().map(String::as_str).collect();
+        match on_unknown {
+            UnknownIds::Error => {
+                let judged = qrels.queries().filter_map(|query| qrels.get(query));
+                let judged = judged.flat_map(|documents| documents.keys().map(String::as_str));
+                require_known(&qrels_path, "documents", &corpus_path, judged, &known)?;
+            }
+            UnknownIds::Skip => skipped += qrels.retain(|_, document| known.contains(document)),
+        }
+        if qrels.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Data,
+                "no judgment is of a known query and document",
+            )
+            .file(&qrels_path)
+            .expected(format!("ids of {} and {}", queries_path.display(), corpus_path.display()))
+            .hint("check that the judgments belong to this collection"));
+        }
+        Ok((BeirDataset { corpus, queries: judged_only(queries, &qrels), qrels }, skipped))
     }
+}
+
+/// The queries that still have judgments.
+fn judged_only(queries: TextTable, qrels: &Qrels) -> TextTable {
+    if queries.ids.iter().all(|id| qrels.get(id).is_some()) {
+        return queries;
+    }
+    let pairs = queries.ids.iter().cloned().zip(queries.texts);
+    let (ids, texts): (Vec<_>, Vec<_>) = pairs.filter(|(id, _)| qrels.get(id).is_some()).unzip();
+    TextTable { ids: ids.into(), texts }
 }
 
 /// The judgment file of a split; if there is none, the error lists the splits that exist.
@@ -174,7 +227,10 @@ fn require_known<'a>(
         .file(qrels)
         .expected(format!("ids of {}", path.display()))
         .got(format!("{} unknown: {list}", unknown.len()))
-        .hint("check that the judgments belong to this collection and that no file is cut short"))
+        .hint(
+            "check that the judgments belong to this collection and that no file is cut short; \
+             `llara evaluate --on-unknown-id skip` leaves such judgments out",
+        ))
 }
 
 #[cfg(test)]
@@ -255,6 +311,25 @@ mod tests {
         }
         let error = BeirDataset::open(dir.path().join("qrels"), "test").unwrap_err().to_string();
         assert!(error.contains("a BEIR folder has"), "{error}");
+    }
+
+    #[test]
+    fn unknown_ids_are_left_out_on_request() {
+        let open = |qrels: &str| {
+            let dir = folder(CORPUS, QUERIES, qrels);
+            BeirDataset::open_with(dir.path(), "test", UnknownIds::Skip)
+        };
+        let (all, none) = open(QRELS).unwrap();
+        assert_eq!(none, 0);
+        let (dataset, skipped) =
+            open(&format!("{QRELS}9\t2\t1\nq2\tnone\t1\n9\tnone\t1\n")).unwrap();
+        assert_eq!((&dataset, skipped), (&all, 3));
+        // A query whose judgments are all left out is not measured.
+        let (dataset, skipped) = open("1\tnone\t1\nq2\tb1\t2\n").unwrap();
+        assert_eq!((&*dataset.queries.ids, skipped), (&["q2".to_owned()][..], 1));
+        assert_eq!((dataset.queries.texts.len(), dataset.qrels.len()), (1, 1));
+        let error = open("9\t2\t1\n").unwrap_err().to_string();
+        assert!(error.contains("no judgment is of a known query and document"), "{error}");
     }
 
     proptest! {

@@ -1,12 +1,13 @@
 //! Embedding files of texts and whole test collections with an encoder.
 
+use std::collections::HashSet;
 use std::num::NonZeroUsize;
 
-use ndarray::{Array2, s};
+use ndarray::{Array2, ArrayView2, s};
 
 use super::{
     BeirDataset, Metrics, Run, SearchOptions, Searcher, Similarity, TextFile, VectorWriter,
-    evaluate,
+    evaluate, lines::excerpt,
 };
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
@@ -14,6 +15,9 @@ use crate::{Error, ErrorKind, Result};
 /// Texts handed to the encoder at a time: enough to sort by length into full batches, few enough
 /// that memory does not grow with the collection.
 pub const BLOCK_TEXTS: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+/// So many different texts with equal embeddings are an error; a few may be equal after truncation.
+const MANY: usize = 8;
 
 /// What turns texts into embeddings.
 pub trait Embedder {
@@ -73,7 +77,7 @@ fn encode_blocks(
     let mut progress = Progress { role, done: output.written(), total: texts.len() };
     for block in texts.chunks(block)?.skip_texts(progress.done)? {
         let block = block?;
-        let embeddings = embed_checked(embedder, role, &block)?;
+        let embeddings = embed_checked(embedder, role, &block, progress.done)?;
         output.append(embeddings.as_standard_layout().as_slice().unwrap_or_default())?;
         progress.done += block.len();
         if progress.done < progress.total {
@@ -122,34 +126,102 @@ fn for_each_block(
 ) -> Result<()> {
     let mut progress = Progress { role, done: 0, total: texts.len() };
     for block in texts.chunks(BLOCK_TEXTS.get()) {
-        take(progress.done, embed_checked(embedder, role, block)?)?;
+        take(progress.done, embed_checked(embedder, role, block, progress.done)?)?;
         progress.done += block.len();
         on_progress(progress);
     }
     Ok(())
 }
 
-/// Embeds texts and holds the encoder to its shape: a missing row would shift all that follow.
-fn embed_checked(
+/// Embeds any number of texts with `embedder` and checks the embeddings: row i of the result `(texts, d)`
+/// belongs to text i.
+///
+/// # Errors
+/// Those of the encoder; [`ErrorKind::Backend`]: it returns another shape; [`ErrorKind::Numeric`]: an
+/// embedding is not finite, is zero, or is the same for all of many different texts.
+pub fn embed_texts(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
     texts: &[String],
 ) -> Result<Array2<f32>> {
+    let mut embeddings = Array2::zeros((texts.len(), embedder.dimension()));
+    for_each_block(embedder, role, texts, &mut |_| (), |start, block| {
+        embeddings.slice_mut(s![start..start + block.nrows(), ..]).assign(&block);
+        Ok(())
+    })?;
+    Ok(embeddings)
+}
+
+/// Embeds texts, of which the first is number `first`, and checks the result: its shape, because a missing
+/// row would shift all later ones, and its values.
+fn embed_checked(
+    embedder: &(impl Embedder + ?Sized),
+    role: Role,
+    texts: &[String],
+    first: usize,
+) -> Result<Array2<f32>> {
     let embeddings = embedder.embed(role, texts)?;
     let expected = (texts.len(), embedder.dimension());
-    if embeddings.dim() == expected {
-        return Ok(embeddings);
-    }
-    Err(Error::new(ErrorKind::Backend, "the encoder gave embeddings of the wrong shape")
+    if embeddings.dim() != expected {
+        return Err(Error::new(
+            ErrorKind::Backend,
+            "the encoder returned embeddings of the wrong shape",
+        )
         .expected(format!("{expected:?}"))
-        .got(format!("{:?}", embeddings.dim())))
+        .got(format!("{:?}", embeddings.dim())));
+    }
+    check_values(embeddings.view(), role, texts, first)?;
+    Ok(embeddings)
+}
+
+/// Refuses embeddings that no working model computes.
+fn check_values(
+    embeddings: ArrayView2<f32>,
+    role: Role,
+    texts: &[String],
+    first: usize,
+) -> Result<()> {
+    for (i, (embedding, text)) in embeddings.rows().into_iter().zip(texts).enumerate() {
+        let bad = |what: &str| {
+            let number = first + i + 1;
+            let what = format!("the embedding of {role} {number} (counted from 1) {what}");
+            Error::new(ErrorKind::Numeric, what)
+        };
+        if let Some(value) = embedding.iter().find(|x| !x.is_finite()) {
+            return Err(bad("is not finite").got(format!("{value} for {:?}", excerpt(text))).hint(
+                "the model computes numbers that are too large: check its weights, and rope_theta \
+                     and rms_norm_eps in config.json; in bf16, try --dtype f32",
+            ));
+        }
+        if embedding.iter().all(|&x| x == 0.0) {
+            return Err(bad("is zero").got(format!("zeros only for {:?}", excerpt(text))).hint(
+                "the model cannot tell texts apart: its weights are zero, damaged, or too large; fetch or \
+                 export it again",
+            ));
+        }
+    }
+    let (Some(same), true) = (embeddings.rows().into_iter().next(), texts.len() >= MANY) else {
+        return Ok(());
+    };
+    if embeddings.rows().into_iter().all(|row| row == same) {
+        let distinct = texts.iter().collect::<HashSet<_>>().len();
+        if distinct >= MANY {
+            let what =
+                format!("{distinct} different texts ({role}) have one and the same embedding");
+            return Err(Error::new(ErrorKind::Numeric, what).expected("different embeddings").hint(
+                "check that the weights are not damaged, and that texts are not cut to the same few \
+                 tokens by their maximum length",
+            ));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
 
-    use ndarray::{ArrayView2, ShapeBuilder};
+    use ndarray::ShapeBuilder;
 
     use super::*;
     use crate::retrieval::{Origin, Qrels, TextTable, read_vectors};
@@ -263,6 +335,49 @@ mod tests {
                 assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
             }
         }
+    }
+
+    /// Embeds a text as the numbers in it.
+    struct Parsed;
+    impl Embedder for Parsed {
+        fn dimension(&self) -> usize {
+            2
+        }
+
+        fn embed(&self, _: Role, texts: &[String]) -> Result<Array2<f32>> {
+            let numbers = texts.iter().flat_map(|text| text.split(' ').take(2));
+            let numbers: Vec<f32> = numbers.map(|word| word.parse().unwrap()).collect();
+            Ok(Array2::from_shape_vec((texts.len(), 2), numbers).unwrap())
+        }
+    }
+
+    #[test]
+    fn embeddings_of_a_broken_model_are_refused() {
+        let embed = |texts: Vec<String>| embed_texts(&Parsed, Role::Passage, &texts);
+        let many = |text: &str| (0..9).map(|i| format!("{text} {i}")).collect::<Vec<_>>();
+        let error = |texts: Vec<String>| {
+            let error = embed(texts).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Numeric);
+            error.to_string()
+        };
+        for (bad, expected) in
+            [("NaN 1", "is not finite"), ("1 -inf", "is not finite"), ("0 -0", "is zero")]
+        {
+            let mut texts: Vec<String> = (0..BLOCK_TEXTS.get()).map(|i| format!("1 {i}")).collect();
+            texts.extend(["1 2".to_owned(), bad.to_owned()]);
+            let error = error(texts);
+            assert!(
+                error.contains(&format!("passage 4098 (counted from 1) {expected}")),
+                "{error}"
+            );
+            assert!(error.contains(&format!("{bad:?}")) && error.contains("hint"), "{error}");
+        }
+        assert!(error(many("1 2")).contains("9 different texts"));
+        assert_eq!(embed(vec!["1 2".into(); 9]).unwrap().nrows(), 9);
+        assert_eq!(embed(many("1 2")[..7].to_vec()).unwrap().nrows(), 7);
+        let mut texts = many("1 2");
+        texts.push("2 2".into());
+        assert_eq!(embed(texts).unwrap().nrows(), 10);
     }
 
     #[test]

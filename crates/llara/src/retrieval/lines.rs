@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::storage::{LineReader, MAX_LINE_BYTES};
+use crate::storage::{LineReader, MAX_LINE_BYTES, compressed, open_file};
 use crate::{Error, ErrorKind, Result};
 
 /// Reads a text file line by line, and refuses what is no text.
@@ -34,6 +34,11 @@ impl<R: BufRead> Lines<R> {
         let path = &self.path;
         let line = self.reader.next_line().map_err(|e| Error::io("read the file", path, e))?;
         let Some(line) = line else { return Ok(None) };
+        if line.number == 1
+            && let Some(error) = compressed(path, line.start)
+        {
+            return Err(error);
+        }
         let content = line.content.ok_or_else(|| {
             Error::new(ErrorKind::Data, "the line is too long")
                 .line(path, line.number)
@@ -45,21 +50,18 @@ impl<R: BufRead> Lines<R> {
             Err(e) => Err(Error::new(ErrorKind::Data, "the line is not UTF-8")
                 .line(path, line.number)
                 .got(format!("an invalid byte at column {}", e.valid_up_to() + 1))
-                .hint("save the file as UTF-8, uncompressed")),
+                .hint("convert the file to UTF-8")),
         }
     }
 }
 
 /// Opens a file for reading and refuses folders, pipes and devices.
 pub(super) fn open_regular(path: &Path) -> Result<File> {
-    // Asked before opening: to open a pipe without a writer would wait for ever.
-    let metadata = std::fs::metadata(path).map_err(|e| Error::io("open the file", path, e))?;
-    if !metadata.is_file() {
-        return Err(Error::new(ErrorKind::Io, "this is not a regular file")
-            .file(path)
-            .hint("write the data to a file first: pipes and folders cannot be read here"));
-    }
-    File::open(path).map_err(|e| Error::io("open the file", path, e))
+    open_file(path).map_err(|e| {
+        let is_other_type = e.kind() == std::io::ErrorKind::InvalidInput;
+        let error = Error::io("open the file", path, e);
+        if is_other_type { error.hint("write the data to a regular file first") } else { error }
+    })
 }
 
 /// One line and where it stands.
@@ -199,6 +201,14 @@ mod tests {
         let mut endless = Lines { reader, path: "f.txt".into() };
         let error = endless.next_line().err().unwrap().to_string();
         assert!(error.starts_with("f.txt:1: the line is too long"), "{error}");
+    }
+
+    #[test]
+    fn compressed_files_are_named() {
+        for start in [&b"\x1f\x8b\x08\x00\n"[..], b"PK\x03\x04text"] {
+            let error = all(start).unwrap_err().to_string();
+            assert!(error.contains("compressed") && error.contains("hint: decompress"), "{error}");
+        }
     }
 
     #[test]

@@ -85,6 +85,27 @@ fn discounted(grade: i32, position: usize) -> f64 {
 }
 
 impl Metrics {
+    /// The metrics that a search for `top_k` of `documents` documents measures: the name for people, the
+    /// name in JSON, and the value. A metric at a cutoff of 10 or 100 is left out if fewer documents were
+    /// asked for, unless these were all there are; MAP is over what was retrieved.
+    pub fn measured(
+        &self,
+        top_k: usize,
+        documents: usize,
+    ) -> Vec<(&'static str, &'static str, f64)> {
+        let all = [
+            (10, "nDCG@10", "ndcg@10", self.ndcg_at_10),
+            (10, "MRR@10", "mrr@10", self.mrr_at_10),
+            (10, "Recall@10", "recall@10", self.recall_at_10),
+            (100, "Recall@100", "recall@100", self.recall_at_100),
+            (0, "MAP", "map", self.map),
+        ];
+        all.into_iter()
+            .filter(|(cutoff, ..)| top_k >= *cutoff.min(&documents))
+            .map(|(_, name, key, value)| (name, key, value))
+            .collect()
+    }
+
     fn add(&mut self, other: Metrics) {
         self.ndcg_at_10 += other.ndcg_at_10;
         self.mrr_at_10 += other.mrr_at_10;
@@ -136,6 +157,18 @@ mod tests {
             rankings.push(Ranking { query: query.to_string(), hits });
         }
         evaluate(&Run::new(documents.into(), rankings).unwrap(), &qrels)
+    }
+
+    #[test]
+    fn cutoffs_beyond_what_was_searched_for_are_left_out() {
+        let names = |top_k, documents| -> Vec<&str> {
+            let measured = Metrics::default().measured(top_k, documents);
+            measured.into_iter().map(|(name, ..)| name).collect()
+        };
+        assert_eq!(names(1, 1000), ["MAP"]);
+        assert_eq!(names(99, 1000), ["nDCG@10", "MRR@10", "Recall@10", "MAP"]);
+        assert_eq!(names(5, 5).len(), 5);
+        assert_eq!(names(100, 1000).len(), 5);
     }
 
     fn assert_close(metrics: Metrics, expected: [f64; 5]) {

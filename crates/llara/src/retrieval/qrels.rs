@@ -1,6 +1,7 @@
 //! Relevance judgments ("qrels"): which documents answer which query, and how well.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::{IntErrorKind, ParseIntError};
 use std::path::Path;
 
 use super::lines::{Line, Lines, excerpt};
@@ -56,6 +57,19 @@ impl Qrels {
         documents.insert(document.to_owned(), grade)
     }
 
+    /// Keeps the judgments of which `keep(query, document)` is true, and returns how many were removed.
+    /// Queries without any judgment are removed too.
+    pub fn retain(&mut self, keep: impl Fn(&str, &str) -> bool) -> usize {
+        let mut removed = 0;
+        self.queries.retain(|query, documents| {
+            let before = documents.len();
+            documents.retain(|document, _| keep(query, document));
+            removed += before - documents.len();
+            !documents.is_empty()
+        });
+        removed
+    }
+
     /// The judged documents of a query with their grades; nothing if the query is not judged.
     pub fn get(&self, query: &str) -> Option<&HashMap<String, i32>> {
         self.queries.get(query)
@@ -99,8 +113,12 @@ fn parse_judgment<'a>(line: Line<'a>) -> Result<(&'a str, &'a str, i32)> {
     if query.is_empty() || document.is_empty() {
         return Err(line.error("an id is empty").expected(COLUMNS));
     }
-    let grade = grade.parse().map_err(|_| {
-        line.error("the grade is not a whole number").expected(COLUMNS).got(excerpt(grade))
+    let grade = grade.parse().map_err(|e: ParseIntError| match e.kind() {
+        IntErrorKind::PosOverflow | IntErrorKind::NegOverflow => line
+            .error("the grade is not a whole number of 32 bits")
+            .expected(format!("{} to {}", i32::MIN, i32::MAX))
+            .got(excerpt(grade)),
+        _ => line.error("the grade is not a whole number").expected(COLUMNS).got(excerpt(grade)),
     })?;
     Ok((query, document, grade))
 }
@@ -135,7 +153,8 @@ mod tests {
         for (text, expected) in [
             ("1\ta\t1\n1\tb\t1.5\n", ":2: the grade is not a whole number"),
             ("1\ta\tx\n", ":1: the grade is not a whole number"),
-            ("1\ta\t99999999999\n", ":1: the grade is not a whole number"),
+            ("1\ta\t99999999999\n", ":1: the grade is not a whole number of 32 bits"),
+            ("1\ta\t-1000000000000\n", ":1: the grade is not a whole number of 32 bits"),
             ("1 0 a 1\n", ":1: a judgment has three columns"),
             ("1\t0\ta\t1\n", ":1: a judgment has three columns"),
             ("1\t\t1\n", ":1: an id is empty"),

@@ -1,10 +1,11 @@
 //! A run: for each query its ranked documents, in the order in which trec_eval would read them.
 
 use std::collections::HashSet;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::storage::OutputFile;
+use crate::storage::{OutputFile, check_output_path, open_file};
 use crate::{Error, ErrorKind, Result};
 
 /// One retrieved document.
@@ -118,6 +119,32 @@ pub fn write_trec_run(path: impl AsRef<Path>, run: &Run, tag: &str) -> Result<()
     file.commit()
 }
 
+/// Refuses ids that a run file at `path` cannot carry, and a path at which it cannot be written, so that
+/// [`write_trec_run`] does not fail after a long evaluation.
+///
+/// # Errors
+/// Those of [`write_trec_run`].
+pub fn check_trec_run<'a>(
+    path: impl AsRef<Path>,
+    ids: impl IntoIterator<Item = &'a String>,
+) -> Result<()> {
+    let path = path.as_ref();
+    check_output_path(path)?;
+    ids.into_iter().try_for_each(|id| one_word("id of a query or document", id, path).map(drop))
+}
+
+/// Whether the file at `path` begins as a run in trec_eval's format does.
+pub fn begins_like_trec_run(path: impl AsRef<Path>) -> std::io::Result<bool> {
+    let mut start = Vec::new();
+    open_file(path.as_ref())?.take(4096).read_to_end(&mut start)?;
+    let line = String::from_utf8_lossy(&start);
+    let columns: Vec<&str> = line.lines().next().unwrap_or_default().split_whitespace().collect();
+    Ok(columns.len() == 6
+        && columns[1] == "Q0"
+        && columns[3].parse::<u64>().is_ok()
+        && columns[4].parse::<f64>().is_ok())
+}
+
 fn one_word<'a>(what: &str, word: &'a str, path: &Path) -> Result<&'a str> {
     if !word.is_empty() && !word.contains(char::is_whitespace) {
         return Ok(word);
@@ -170,6 +197,18 @@ mod tests {
         write_trec_run(&path, &run, "llara").unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text, "q1 Q0 b 1 0.1 llara\nq1 Q0 a 2 0.00000001 llara\nq2 Q0 a 1 -3 llara\n");
+        assert!(begins_like_trec_run(&path).unwrap());
+        for other in ["", "q1\td1\t1\n", "q1 0 d1 1\n", "a b c d e f\n", "\u{1}\n"] {
+            let path = dir.path().join("other");
+            std::fs::write(&path, other).unwrap();
+            assert!(!begins_like_trec_run(path).unwrap(), "{other:?}");
+        }
+        assert!(check_trec_run(&path, &["q1".to_owned(), "a".to_owned()]).is_ok());
+        for bad in ["a b", "", "a\tb", "a\u{a0}b"] {
+            let error = check_trec_run(&path, &["q1".to_owned(), bad.to_owned()]).unwrap_err();
+            assert!(error.to_string().contains(&format!("{bad:?}")), "{error}");
+        }
+        assert!(check_trec_run(dir.path().join("no/run"), &[]).is_err());
         assert!(write_trec_run(&path, &run, "two words").is_err());
         let run = Run::new(ids(&["a b"]), vec![ranking("q", &[(0, 1.0)])]).unwrap();
         let error = write_trec_run(&path, &run, "t").unwrap_err().to_string();
@@ -178,6 +217,24 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn any_start_of_a_run_file_is_judged(bytes in prop::collection::vec(any::<u8>(), 0..99)) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("run");
+            std::fs::write(&path, bytes).unwrap();
+            begins_like_trec_run(path).unwrap();
+        }
+
+        #[test]
+        fn checked_ids_can_be_written(id in "\\PC{0,6}|[ a\t\n]{0,3}") {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("run");
+            let checked = check_trec_run(&path, [&id]).is_ok();
+            let run = Run::new(ids(&[&id]), vec![ranking("q", &[(0, 1.0)])]).unwrap();
+            prop_assert_eq!(write_trec_run(&path, &run, "t").is_ok(), checked);
+            prop_assert_eq!(checked && !begins_like_trec_run(&path).unwrap(), false);
+        }
+
         #[test]
         fn scores_read_back_bit_for_bit(bits: u32) {
             let score = f32::from_bits(bits);

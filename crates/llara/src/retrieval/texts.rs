@@ -4,6 +4,8 @@ use std::io::{BufReader, Read};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
+
 use super::lines::{Line, Lines, join_title, open_regular};
 use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
@@ -38,7 +40,8 @@ impl TextFile {
     /// is JSONL if its first character other than white space is `{`.
     ///
     /// # Errors
-    /// [`ErrorKind::Data`] with file and line: bad JSON, bytes that are not UTF-8, `text` missing
+    /// [`ErrorKind::Data`]: plain lines that are all JSON records, which is a file with the wrong name; with
+    /// file and line: bad JSON, bytes that are not UTF-8, `text` missing
     /// or not a string; or no text at all. [`ErrorKind::Io`]: the file cannot be
     /// read or is not a regular file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
@@ -46,7 +49,9 @@ impl TextFile {
         let format = detect_format(&path)?;
         let mut file = TextFile { path, format, len: 0, fingerprint: Fingerprint::new() };
         let mut lines = Lines::open(&file.path)?;
+        let mut only_records = file.format == TextFormat::Lines;
         while let Some(line) = lines.next_line()? {
+            only_records = only_records && is_record(line.text);
             if let Some(text) = file.parse(line)? {
                 file.len += 1;
                 file.fingerprint.add(text.as_bytes());
@@ -54,6 +59,15 @@ impl TextFile {
         }
         if file.len == 0 {
             return Err(Error::new(ErrorKind::Data, "there is no text in the file").file(file.path));
+        }
+        if only_records {
+            return Err(Error::new(ErrorKind::Data, "every line of the file is a JSON record")
+                .file(file.path)
+                .expected("plain text, one text per line: the name does not end in .jsonl")
+                .hint(
+                    "rename the file to .jsonl to embed each `text`; to embed the JSON itself, wrap \
+                     each line: jq -Rc '{text: .}'",
+                ));
         }
         Ok(file)
     }
@@ -103,6 +117,19 @@ impl TextFile {
             }
         }
     }
+}
+
+/// Whether a line is a JSON object with a field that usually holds a text.
+fn is_record(line: &str) -> bool {
+    const FIELDS: [&str; 9] =
+        ["text", "title", "query", "passage", "document", "contents", "content", "sentence", "pos"];
+    // Cheap, and true of hardly any plain text.
+    if !line.trim_start().starts_with('{') {
+        return false;
+    }
+    let object: Result<Map<String, Value>, _> = serde_json::from_str(line);
+    let holds_text = |value: &Value| value.is_string() || value.is_array();
+    object.is_ok_and(|object| FIELDS.iter().any(|f| object.get(*f).is_some_and(holds_text)))
 }
 
 fn detect_format(path: &Path) -> Result<TextFormat> {
@@ -221,6 +248,17 @@ mod tests {
         }
         for name in ["a", "a.data", "a.txt"] {
             assert_eq!(read(name, "[x] {\n").unwrap(), ["[x] {"], "{name}");
+        }
+    }
+
+    #[test]
+    fn records_in_a_file_of_plain_lines_are_refused() {
+        let records = "{\"text\": \"a\"}\n{\"_id\": 1, \"title\": \"b\", \"text\": \"c\"}\n";
+        let error = read("a.txt", records).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Data);
+        assert!(error.to_string().contains("rename the file to .jsonl"), "{error}");
+        for texts in ["{\"text\": \"a\"}\nplain", "{\"n\": 1}", "{a}", "{\"text\": 1}"] {
+            assert_eq!(read("a.txt", texts).unwrap(), texts.split('\n').collect::<Vec<_>>());
         }
     }
 

@@ -3,12 +3,11 @@
 
 use std::path::Path;
 
-use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::Origin;
-use super::vectors::{BLOCK, Format, NPY_MAGIC, TENSOR, require_finite};
-use crate::storage::{OutputFile, PartialFile, safetensors_header};
+use super::vectors::{BLOCK, Format, header, require_finite};
+use crate::storage::{Fingerprint, OutputFile, PartialFile, check_output_path};
 use crate::{Error, ErrorKind, Result};
 
 /// Writes an embedding matrix whose size is known, a few rows at a time.
@@ -27,13 +26,17 @@ pub struct VectorWriter {
     rows: usize,
     cols: usize,
     written: usize,
+    /// Fingerprint of the rows since the last [`keep`](Self::keep).
+    block: Fingerprint,
+    /// Rows that a resumed run had kept and that were found damaged.
+    discarded: usize,
 }
 
 /// Where the bytes go until the file is complete.
 #[derive(Debug)]
 enum Destination {
-    Fleeting(OutputFile),
-    Lasting(PartialFile, Origin),
+    Atomic(OutputFile),
+    Resumable(PartialFile, Origin, Vec<Block>),
 }
 
 /// `OUTPUT.partial.json`: what is in `OUTPUT.partial`, and what it was made from.
@@ -43,6 +46,18 @@ struct Manifest {
     rows: usize,
     dimension: usize,
     origin: Origin,
+    /// End to end. Rows that no block covers are not trusted.
+    #[serde(default)]
+    blocks: Vec<Block>,
+}
+
+/// Rows that were written between two calls of [`VectorWriter::keep`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Block {
+    /// The first row after the block.
+    end: usize,
+    /// Of its rows, one after the other.
+    fingerprint: String,
 }
 
 impl VectorWriter {
@@ -58,7 +73,16 @@ impl VectorWriter {
         let mut file = OutputFile::create(path)?;
         file.write(&header)?;
         let header_bytes = file.written();
-        Ok(VectorWriter { file: Destination::Fleeting(file), header_bytes, rows, cols, written: 0 })
+        Ok(Self::of(Destination::Atomic(file), header_bytes, (rows, cols)))
+    }
+
+    /// Refuses a path that [`create`](Self::create) would refuse, without leaving anything there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Io`]: no file can be written there.
+    pub fn check_path(path: impl AsRef<Path>) -> Result<()> {
+        Format::of(path.as_ref())?;
+        check_output_path(path.as_ref())
     }
 
     /// [`create`](Self::create), so that the run can be resumed. `origin` is what the embeddings
@@ -78,8 +102,11 @@ impl VectorWriter {
     ///
     /// # Errors
     /// Those of [`begin`](Self::begin); [`ErrorKind::Argument`]: what is there was made from
-    /// something else, which is named; [`ErrorKind::Data`]: it is damaged. It is left as it was
-    /// then.
+    /// something else, which is named; [`ErrorKind::Data`]: its header or its manifest is damaged. It is
+    /// left as it was then.
+    ///
+    /// Every kept row is compared with the fingerprint of its block. The rows from the first damaged block
+    /// on are discarded, and [`discarded`](Self::discarded) counts them.
     pub fn resume(
         path: impl AsRef<Path>,
         rows: usize,
@@ -122,17 +149,28 @@ impl VectorWriter {
         let length = header_bytes + (manifest.rows_done.min(rows) * cols * size_of::<f32>()) as u64;
         let mut start = vec![0; header.len()];
         let fits = manifest.rows_done <= rows && file.written() >= length;
-        if !fits || file.read_start(&mut start).is_err() || start != header {
+        if !fits || file.read_at(&mut start, 0).is_err() || start != header {
             return Err(damaged("what the interrupted run left is not what its manifest says"));
         }
-        file.cut(length)?;
-        Ok(VectorWriter {
-            file: Destination::Lasting(file, origin),
-            header_bytes,
-            rows,
-            cols,
-            written: manifest.rows_done,
-        })
+        let Manifest { rows_done, mut blocks, .. } = manifest;
+        let intact = intact_blocks(&file, header_bytes, cols, &blocks, rows_done)?;
+        blocks.truncate(intact);
+        let written = blocks.last().map_or(0, |block| block.end);
+        file.cut(header_bytes + (written * cols * size_of::<f32>()) as u64)?;
+        let mut writer =
+            Self::of(Destination::Resumable(file, origin, blocks), header_bytes, (rows, cols));
+        writer.written = written;
+        writer.discarded = rows_done - written;
+        if writer.discarded > 0 {
+            // The manifest must not claim the discarded rows while others are written in their place.
+            writer.keep()?;
+        }
+        Ok(writer)
+    }
+
+    fn of(file: Destination, header_bytes: u64, (rows, cols): (usize, usize)) -> Self {
+        let block = Fingerprint::new();
+        VectorWriter { file, header_bytes, rows, cols, written: 0, block, discarded: 0 }
     }
 
     /// How many rows of a file an interrupted run has kept; `None` if there is nothing to resume.
@@ -150,13 +188,8 @@ impl VectorWriter {
         file.clear()?;
         file.write(header)?;
         let header_bytes = file.written();
-        Ok(VectorWriter {
-            file: Destination::Lasting(file, origin),
-            header_bytes,
-            rows,
-            cols,
-            written: 0,
-        })
+        let file = Destination::Resumable(file, origin, Vec::new());
+        Ok(Self::of(file, header_bytes, (rows, cols)))
     }
 
     /// The number of embeddings that the file will have.
@@ -172,6 +205,11 @@ impl VectorWriter {
     /// How many embeddings it has already.
     pub fn written(&self) -> usize {
         self.written
+    }
+
+    /// How many kept rows [`resume`](Self::resume) found damaged and discarded; they are written again.
+    pub fn discarded(&self) -> usize {
+        self.discarded
     }
 
     /// Appends whole rows, end to end.
@@ -200,6 +238,7 @@ impl VectorWriter {
             bytes.extend(block.iter().flat_map(|value| value.to_le_bytes()));
             self.file.write(&bytes)?;
         }
+        values.chunks(self.cols).for_each(|row| self.block.add_numbers(row));
         self.written += rows;
         Ok(())
     }
@@ -210,12 +249,17 @@ impl VectorWriter {
     /// # Errors
     /// [`ErrorKind::Io`]: the write failed; what was kept before is kept still.
     pub fn keep(&mut self) -> Result<()> {
-        let Destination::Lasting(file, origin) = &mut self.file else { return Ok(()) };
+        let Destination::Resumable(file, origin, blocks) = &mut self.file else { return Ok(()) };
+        if blocks.last().map_or(0, |block| block.end) < self.written {
+            let block = std::mem::replace(&mut self.block, Fingerprint::new());
+            blocks.push(Block { end: self.written, fingerprint: block.to_string() });
+        }
         let manifest = Manifest {
             rows_done: self.written,
             rows: self.rows,
             dimension: self.cols,
             origin: origin.clone(),
+            blocks: blocks.clone(),
         };
         let manifest = serde_json::to_vec_pretty(&manifest).map_err(|e| {
             Error::new(ErrorKind::Io, "cannot describe what was written").because(e)
@@ -236,8 +280,8 @@ impl VectorWriter {
                 .got(self.written));
         }
         match self.file {
-            Destination::Fleeting(file) => file.commit(),
-            Destination::Lasting(file, _) => file.commit(),
+            Destination::Atomic(file) => file.commit(),
+            Destination::Resumable(file, ..) => file.commit(),
         }
     }
 }
@@ -245,54 +289,58 @@ impl VectorWriter {
 impl Destination {
     fn target(&self) -> &Path {
         match self {
-            Destination::Fleeting(file) => file.path(),
-            Destination::Lasting(file, _) => file.target(),
+            Destination::Atomic(file) => file.path(),
+            Destination::Resumable(file, ..) => file.target(),
         }
     }
 
     fn written(&self) -> u64 {
         match self {
-            Destination::Fleeting(file) => file.written(),
-            Destination::Lasting(file, _) => file.written(),
+            Destination::Atomic(file) => file.written(),
+            Destination::Resumable(file, ..) => file.written(),
         }
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         match self {
-            Destination::Fleeting(file) => file.write(bytes),
-            Destination::Lasting(file, _) => file.write(bytes),
+            Destination::Atomic(file) => file.write(bytes),
+            Destination::Resumable(file, ..) => file.write(bytes),
         }
     }
 }
 
-/// What stands in front of the numbers; refuses impossible shapes.
-fn header(path: &Path, rows: usize, cols: usize) -> Result<Vec<u8>> {
-    let format = Format::of(path)?;
-    let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(size_of::<f32>()));
-    if bytes.is_none() || cols == 0 {
-        return Err(Error::new(ErrorKind::Argument, "embeddings cannot have this shape")
-            .file(path)
-            .got(format!("{rows} rows of {cols}")));
-    }
-    match format {
-        Format::Safetensors => {
-            safetensors_header(path, &[(TENSOR.to_owned(), Dtype::F32, vec![rows, cols])])
+/// How many of the `blocks` from the first on have the fingerprint that the manifest says.
+fn intact_blocks(
+    file: &PartialFile,
+    header_bytes: u64,
+    cols: usize,
+    blocks: &[Block],
+    rows_done: usize,
+) -> Result<usize> {
+    let row_bytes = cols * size_of::<f32>();
+    let rows_at_a_time = (BLOCK * size_of::<f32>() / row_bytes).max(1);
+    let (mut bytes, mut numbers) = (Vec::new(), Vec::new());
+    let mut row = 0;
+    for (index, block) in blocks.iter().enumerate() {
+        if block.end <= row || block.end > rows_done {
+            return Ok(index);
         }
-        Format::Npy => Ok(npy_header(rows, cols)),
+        let mut fingerprint = Fingerprint::new();
+        while row < block.end {
+            let rows = rows_at_a_time.min(block.end - row);
+            bytes.resize(rows * row_bytes, 0);
+            file.read_at(&mut bytes, header_bytes + (row * row_bytes) as u64)
+                .map_err(|e| Error::io("read the file", file.path(), e))?;
+            numbers.clear();
+            numbers.extend(bytes.as_chunks().0.iter().map(|&number| f32::from_le_bytes(number)));
+            numbers.chunks(cols).for_each(|row| fingerprint.add_numbers(row));
+            row += rows;
+        }
+        if fingerprint.to_string() != block.fingerprint {
+            return Ok(index);
+        }
     }
-}
-
-/// Magic, version, length (u16, little endian), then a Python dict, padded so that the data is
-/// aligned to 64 and ended by a newline.
-pub(super) fn npy_header(rows: usize, cols: usize) -> Vec<u8> {
-    let dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {cols}), }}");
-    let before = NPY_MAGIC.len() + 2 + 2;
-    let length = (before + dict.len() + 1).next_multiple_of(64) - before;
-    let mut header = NPY_MAGIC.to_vec();
-    header.extend_from_slice(&[1, 0]);
-    header.extend_from_slice(&(length as u16).to_le_bytes()); // two numbers: some 100 bytes
-    header.extend_from_slice(format!("{dict:<width$}\n", width = length - 1).as_bytes());
-    header
+    Ok(blocks.len())
 }
 
 #[cfg(test)]
@@ -429,6 +477,78 @@ mod tests {
         writer.append(&values(0, 1)).unwrap();
         writer.finish().unwrap();
         assert_eq!(names(dir.path()), ["v.npy"]);
+    }
+
+    #[test]
+    fn rows_from_the_first_damaged_block_on_are_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in NAMES {
+            let path = dir.path().join(name);
+            let mut writer = VectorWriter::create(&path, 6, 2).unwrap();
+            writer.append(&values(0, 6)).unwrap();
+            writer.finish().unwrap();
+            let whole = std::fs::read(&path).unwrap();
+            let header = whole.len() - 6 * 8;
+            for (byte, intact) in [(0, 0), (15, 0), (16, 2), (39, 2), (40, 5)] {
+                let mut writer = VectorWriter::begin(&path, 6, 2, origin()).unwrap();
+                for (from, to) in [(0, 1), (1, 2), (2, 5)] {
+                    writer.append(&values(from, to)).unwrap();
+                    if from != 0 {
+                        writer.keep().unwrap();
+                        writer.keep().unwrap();
+                    }
+                }
+                drop(writer);
+                let partial = dir.path().join(format!("{name}.partial"));
+                let mut bytes = std::fs::read(&partial).unwrap();
+                if let Some(byte) = bytes.get_mut(header + byte) {
+                    *byte ^= 1;
+                }
+                std::fs::write(&partial, bytes).unwrap();
+                let writer = VectorWriter::resume(&path, 6, 2, origin()).unwrap();
+                assert_eq!((writer.written(), writer.discarded()), (intact, 5 - intact), "{byte}");
+                drop(writer);
+                assert_eq!(VectorWriter::kept(&path), Some(intact));
+                let mut writer = VectorWriter::resume(&path, 6, 2, origin()).unwrap();
+                assert_eq!((writer.written(), writer.discarded()), (intact, 0));
+                writer.append(&values(intact, 6)).unwrap();
+                writer.finish().unwrap();
+                assert_eq!(std::fs::read(&path).unwrap(), whole);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_manifest_is_refused_or_resumed(
+            text in "\\PC{0,60}", rows_done in any::<usize>(), ends in prop::collection::vec(any::<usize>(), 0..4),
+            changed in any::<prop::sample::Index>(), byte: u8, kind in 0..3,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let (path, manifest) = (dir.path().join("v.npy"), dir.path().join("v.npy.partial.json"));
+            interrupted(&path);
+            let mut bytes = std::fs::read(&manifest).unwrap();
+            match kind {
+                0 => bytes = text.into_bytes(),
+                1 => {
+                    let at = changed.index(bytes.len());
+                    bytes[at] = byte;
+                }
+                _ => {
+                    let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+                    json["rows_done"] = rows_done.into();
+                    json["blocks"] = ends.iter().map(|end| serde_json::json!({"end": end, "fingerprint": ""})).collect();
+                    bytes = json.to_string().into_bytes();
+                }
+            }
+            std::fs::write(&manifest, bytes).unwrap();
+            match VectorWriter::resume(&path, 4, 2, origin()) {
+                Ok(writer) => prop_assert!(matches!(writer.written(), 0 | 2)),
+                Err(e) => prop_assert!(matches!(e.kind(), ErrorKind::Data | ErrorKind::Argument), "{}", e),
+            }
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use ndarray::Array2;
 use safetensors::Dtype;
 
 use super::lines::{excerpt, open_regular};
-use crate::storage::SafetensorsFile;
+use crate::storage::{SafetensorsFile, open_file, safetensors_header};
 use crate::{Error, ErrorKind, Result};
 
 /// The name of the one tensor in a `.safetensors` file of embeddings.
@@ -58,6 +58,15 @@ fn read_safetensors(path: &Path) -> Result<Array2<f32>> {
     require_finite(&values, cols, 0, path)?;
     Array2::from_shape_vec((rows, cols), values)
         .map_err(|e| damaged("the shape is impossible".to_owned()).because(e))
+}
+
+/// Whether the file at `path` begins as a file of embeddings does. A file that is cut short does too.
+pub fn begins_like_embeddings(path: impl AsRef<Path>) -> std::io::Result<bool> {
+    let mut start = Vec::new();
+    open_file(path.as_ref())?.take(256).read_to_end(&mut start)?;
+    let tensor = format!("\"{TENSOR}\":{{");
+    let header = String::from_utf8_lossy(start.get(8..).unwrap_or_default());
+    Ok(start.starts_with(NPY_MAGIC) || header.starts_with('{') && header.contains(&tensor))
 }
 
 /// What the extension says.
@@ -196,6 +205,36 @@ fn parse_npy_dict(text: &str) -> Option<(usize, usize)> {
     Some((rows.trim().parse().ok()?, cols.trim().parse().ok()?))
 }
 
+/// What a file of this shape begins with; refuses impossible shapes.
+pub(super) fn header(path: &Path, rows: usize, cols: usize) -> Result<Vec<u8>> {
+    let format = Format::of(path)?;
+    let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(size_of::<f32>()));
+    if bytes.is_none() || cols == 0 {
+        return Err(Error::new(ErrorKind::Argument, "embeddings cannot have this shape")
+            .file(path)
+            .got(format!("{rows} rows of {cols}")));
+    }
+    match format {
+        Format::Safetensors => {
+            safetensors_header(path, &[(TENSOR.to_owned(), Dtype::F32, vec![rows, cols])])
+        }
+        Format::Npy => Ok(npy_header(rows, cols)),
+    }
+}
+
+/// Magic, version, length (u16, little endian), then a Python dict, padded so that the data is
+/// aligned to 64 and ended by a newline.
+pub(super) fn npy_header(rows: usize, cols: usize) -> Vec<u8> {
+    let dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {cols}), }}");
+    let before = NPY_MAGIC.len() + 2 + 2;
+    let length = (before + dict.len() + 1).next_multiple_of(64) - before;
+    let mut header = NPY_MAGIC.to_vec();
+    header.extend_from_slice(&[1, 0]);
+    header.extend_from_slice(&(length as u16).to_le_bytes()); // two numbers: some 100 bytes
+    header.extend_from_slice(format!("{dict:<width$}\n", width = length - 1).as_bytes());
+    header
+}
+
 /// Refuses numbers that are not finite; `values` are whole rows, the first of them row `first`.
 pub(super) fn require_finite(values: &[f32], cols: usize, first: usize, path: &Path) -> Result<()> {
     match values.iter().position(|value| !value.is_finite()) {
@@ -218,7 +257,6 @@ mod tests {
 
     use super::*;
     use crate::retrieval::VectorWriter;
-    use crate::retrieval::vector_writer::npy_header;
 
     const NAMES: [&str; 2] = ["v.safetensors", "v.npy"];
 
@@ -291,6 +329,7 @@ mod tests {
             std::fs::write(&path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
             let error = read_vectors(&path).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
+            assert_eq!(begins_like_embeddings(&path).unwrap(), name == TENSOR);
         }
     }
 
@@ -325,7 +364,9 @@ mod tests {
             let matrix = Array2::from_shape_vec((rows, cols), values[..rows * cols].to_vec()).unwrap();
             let dir = tempfile::tempdir().unwrap();
             for name in NAMES {
-                prop_assert_eq!(&read_vectors(write(&dir, name, &matrix)).unwrap(), &matrix);
+                let path = write(&dir, name, &matrix);
+                prop_assert!(begins_like_embeddings(&path).unwrap());
+                prop_assert_eq!(&read_vectors(path).unwrap(), &matrix);
             }
         }
 

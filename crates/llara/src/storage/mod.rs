@@ -4,6 +4,7 @@
 mod disk_space;
 mod fingerprint;
 mod folder_lock;
+mod input;
 mod lines;
 mod number;
 mod output;
@@ -16,15 +17,16 @@ mod staging;
 pub use disk_space::free_disk_bytes;
 pub(crate) use fingerprint::Fingerprint;
 pub use folder_lock::FolderLock;
+pub(crate) use input::{compressed, open_file, read_file};
 pub(crate) use lines::{LineReader, MAX_LINE_BYTES};
 pub(crate) use number::{is_readable, rounded};
-pub(crate) use output::OutputFile;
+pub(crate) use output::{OutputFile, check_output_path};
 pub(crate) use partial::PartialFile;
 pub use replace::{Recovered, finish_interrupted};
 pub(crate) use safetensors::{
     Declaration, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,
 };
-pub(crate) use small_file::read_file;
+pub(crate) use small_file::read_limited;
 pub(crate) use staging::Staging;
 
 use std::path::Path;

@@ -63,8 +63,23 @@ impl OutputFile {
     }
 }
 
-/// The file that writing `path` replaces, symbolic links followed. Refuses anything but a regular file.
+/// Refuses a path at which no file can be written: no regular file, no file name, or a folder that does
+/// not exist or is read-only. Nothing stays behind.
+pub(crate) fn check_output_path(path: &Path) -> Result<()> {
+    OutputFile::create(path).map(drop)
+}
+
+/// The file that writing `path` replaces: the target of a symbolic link, else `path` itself.
+///
+/// # Errors
+/// There is something other than a regular file, or `path` ends in a separator or `..`.
 pub(super) fn regular_target(path: &Path) -> Result<PathBuf> {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    if path.file_name().is_none() || bytes.ends_with(b"/") || bytes.ends_with(b"/.") {
+        return Err(Error::new(ErrorKind::Io, "cannot write: this is the path of a folder")
+            .file(path)
+            .hint("give the path of a file"));
+    }
     let target = match std::fs::canonicalize(path) {
         Ok(target) => target,
         Err(_) => path.to_owned(),
@@ -125,6 +140,13 @@ mod tests {
     fn folders_devices_and_missing_parents_are_refused_at_once() {
         let dir = tempfile::tempdir().unwrap();
         assert!(OutputFile::create(dir.path()).is_err());
+        for end in ["/", "/.", "/.."] {
+            let path = PathBuf::from(format!("{}/new.npy{end}", dir.path().display()));
+            let error = check_output_path(&path).unwrap_err().to_string();
+            assert!(error.contains("the path of a folder"), "{error}");
+        }
+        check_output_path(&dir.path().join("new.npy")).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         let error = OutputFile::create(&dir.path().join("no/such/file")).unwrap_err();
         assert!(error.to_string().contains("check the path"), "{error}");
         #[cfg(unix)]

@@ -139,9 +139,9 @@ impl PartialFile {
         Ok(())
     }
 
-    /// Fills `buffer` from the beginning of the file; the write position stays.
-    pub(crate) fn read_start(&self, buffer: &mut [u8]) -> std::io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(&self.file, buffer, 0)
+    /// Fills `buffer` with the bytes from `offset` on. The position for writing does not change.
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(&self.file, buffer, offset)
     }
 
     /// Appends bytes.

@@ -59,7 +59,7 @@ impl SafetensorsFile {
                 .hint("the file is damaged or was not copied in full: fetch or export it again")
         };
         let io = |e| Error::io("read weights", path, e);
-        let mut file = File::open(path).map_err(io)?;
+        let mut file = super::open_file(path).map_err(io)?;
         let stamp = Stamp::of(&file.metadata().map_err(io)?);
         let length = stamp.length;
         let mut prefix = [0; LENGTH_BYTES as usize];

@@ -11,7 +11,7 @@ use crate::{Error, ErrorKind, Result};
 /// # Errors
 /// The file cannot be read, is larger, or is not a regular file: reading a named pipe would block
 /// until somebody writes to it.
-pub(crate) fn read_file(path: &Path, action: &str, limit: u64) -> Result<Vec<u8>> {
+pub(crate) fn read_limited(path: &Path, action: &str, limit: u64) -> Result<Vec<u8>> {
     let io = |e| Error::io(action, path, e);
     let metadata = fs::metadata(path).map_err(io)?;
     if !metadata.is_file() {
@@ -50,15 +50,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         fs::write(&path, "12345").unwrap();
-        assert_eq!(read_file(&path, "read it", 5).unwrap(), b"12345");
-        let e = read_file(&path, "read it", 4).unwrap_err().to_string();
+        assert_eq!(read_limited(&path, "read it", 5).unwrap(), b"12345");
+        let e = read_limited(&path, "read it", 4).unwrap_err().to_string();
         assert!(e.contains("cannot read it: the file is too large"), "{e}");
-        let e = read_file(dir.path(), "read it", 4).unwrap_err().to_string();
+        let e = read_limited(dir.path(), "read it", 4).unwrap_err().to_string();
         assert!(e.contains("not a regular file") && e.contains("a folder"), "{e}");
         let pipe = dir.path().join("pipe");
         let made = std::process::Command::new("mkfifo").arg(&pipe).status();
         if made.is_ok_and(|status| status.success()) {
-            let e = read_file(&pipe, "read it", 4).unwrap_err().to_string();
+            let e = read_limited(&pipe, "read it", 4).unwrap_err().to_string();
             assert!(e.contains("a pipe, socket or device"), "{e}");
         }
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage::read_file;
+use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
 /// Largest template file that is read, in bytes.
@@ -121,8 +121,8 @@ impl Template {
     /// impossible (see [`Template::validate`]).
     pub fn from_toml_file(path: impl AsRef<Path>) -> Result<Template> {
         let path = path.as_ref();
-        let text =
-            String::from_utf8(read_file(path, "read the template", MOST_BYTES)?).map_err(|e| {
+        let text = String::from_utf8(read_limited(path, "read the template", MOST_BYTES)?)
+            .map_err(|e| {
                 let before = &e.as_bytes()[..e.utf8_error().valid_up_to()];
                 let line = 1 + before.iter().filter(|&&b| b == b'\n').count() as u64;
                 Error::new(ErrorKind::Config, "bad template: not UTF-8").line(path, line)

@@ -2,15 +2,13 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-#[cfg(test)]
-use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::storage::{OutputFile, read_file};
+use crate::storage::{OutputFile, read_limited};
 use crate::{Error, ErrorKind, Result};
 
 /// Cuts texts into token ids, whole: truncation and padding stored in the file are switched off.
@@ -276,7 +274,7 @@ fn missing(folder: &Path) -> Error {
 fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
     match path.metadata() {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        _ => read_file(path, "read the tokenizer", MAX_BYTES).map(Some),
+        _ => read_limited(path, "read the tokenizer", MAX_BYTES).map(Some),
     }
 }
 
@@ -288,6 +286,8 @@ fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::text::train_bpe;
 

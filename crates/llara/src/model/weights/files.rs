@@ -142,7 +142,8 @@ pub(super) const fn single_name() -> &'static str {
 }
 
 fn read_index(path: &Path) -> Result<Index> {
-    let text = std::fs::read(path).map_err(|e| Error::io("read the index of shards", path, e))?;
+    let text = crate::storage::read_file(path)
+        .map_err(|e| Error::io("read the index of shards", path, e))?;
     let index: Index = serde_json::from_slice(&text).map_err(|e| {
         Error::new(ErrorKind::Weights, "not an index of shards")
             .file(path)

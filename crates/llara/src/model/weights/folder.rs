@@ -1,7 +1,6 @@
 //! Saving a model folder: the files that were read, with the trained tensors in place of the old ones.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use rand::{SeedableRng, rngs::ChaCha8Rng};
@@ -12,7 +11,9 @@ use super::files::{WeightFiles, index_name, single_name};
 use super::load::{load_decoder, prefix_of, standard_normal};
 use crate::backend::{Backend, Shape};
 use crate::model::{Decoder, DecoderConfig, Parameter};
-use crate::storage::{Declaration, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
+use crate::storage::{
+    Declaration, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile, read_file,
+};
 use crate::{Error, ErrorKind, Result};
 
 /// Files of a model folder that training does not change; the tokenizer writes its own.
@@ -92,7 +93,7 @@ impl ModelFolder {
         }
         let path = dir.join("config.json");
         let config = DecoderConfig::from_file(&path)?;
-        let text = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        let text = read_file(&path).map_err(|e| Error::io("read", &path, e))?;
         let json = serde_json::from_slice(&text)
             .map_err(|e| Error::new(ErrorKind::Config, "not JSON").file(&path).because(e))?;
         let files = WeightFiles::open(dir)?;
@@ -147,7 +148,7 @@ impl ModelFolder {
             })
             .sum();
         let carried = self.source.iter().flat_map(|(dir, _)| CARRIED.map(|name| dir.join(name)));
-        weights + carried.filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum::<u64>()
+        weights + carried.filter_map(|path| Some(std::fs::metadata(path).ok()?.len())).sum::<u64>()
     }
 
     /// The values of a weight before any rounding in memory: those of the file that it was read from,
@@ -347,7 +348,7 @@ fn carry_files(from: &Path, staging: &Staging) -> Result<()> {
     for name in CARRIED {
         let path = from.join(name);
         if path.is_file() {
-            let contents = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+            let contents = read_file(&path).map_err(|e| Error::io("read", &path, e))?;
             staging.write(name, &contents)?;
         }
     }

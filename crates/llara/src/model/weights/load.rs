@@ -96,7 +96,10 @@ fn compare(files: &WeightFiles, prefix: &str, expected: &[NamedShape]) -> Result
                 faults.push(format!("misshapen: {name}: expected {shape:?}, got {:?}", info.shape));
             }
             Some(info) if !is_readable(info.dtype) => {
-                faults.push(format!("unsupported type: {name}: {:?}", info.dtype));
+                faults.push(format!(
+                    "unsupported dtype: {name}: {:?}; F32, F16 and BF16 can be read",
+                    info.dtype
+                ));
             }
             Some(_) => {}
         }
