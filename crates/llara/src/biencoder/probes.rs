@@ -48,8 +48,15 @@ struct Probe {
 
 impl Probes {
     /// Encodes the probe texts with `model`.
+    ///
+    /// # Errors
+    /// When an embedding is not finite or zero, or different texts have the same one.
     pub fn take<B: Backend>(model: &BiEncoderModel<B>) -> Result<Self> {
-        Self::take_with(model, model.precision(), &mut |ids| embed(model, ids))
+        let mut probes = tokenized(model)?;
+        for probe in &mut probes {
+            probe.embedding = embed(model, &probe.input_ids)?;
+        }
+        Self::checked(model.precision(), probes)
     }
 
     /// The same by `model` with other weights, in f32: `value` gives each by name and file shape. No
@@ -58,23 +65,18 @@ impl Probes {
         model: &BiEncoderModel<B>,
         value: &mut Values<'_, B>,
     ) -> Result<Self> {
-        let tokenized = Self::take_with(model, Dtype::F32, &mut |_| Ok(Vec::new()))?;
-        let batch = Batch::from_sequences(tokenized.probes.iter().map(|probe| &probe.input_ids))?;
+        let mut probes = tokenized(model)?;
+        let batch = Batch::from_sequences(probes.iter().map(|probe| &probe.input_ids))?;
         let values = model.embed_with(&batch, value)?;
-        let mut embeddings = values.chunks_exact(model.dimension());
-        Self::take_with(model, Dtype::F32, &mut |_| {
-            Ok(embeddings.next().unwrap_or_default().to_vec())
-        })
+        for (probe, embedding) in probes.iter_mut().zip(values.chunks_exact(model.dimension())) {
+            probe.embedding = embedding.to_vec();
+        }
+        Self::checked(Dtype::F32, probes)
     }
 
-    fn take_with<B: Backend>(
-        model: &BiEncoderModel<B>,
-        precision: Dtype,
-        embed: &mut dyn FnMut(&[u32]) -> Result<Vec<f32>>,
-    ) -> Result<Self> {
-        let probes = TEXTS.into_iter().map(|(role, text)| {
-            let input_ids = model.prompts().encode(role, text, model.recipe().max_len(role))?;
-            let embedding = embed(&input_ids)?;
+    /// Probes whose embeddings are finite, not zero, and not the same for different texts.
+    fn checked(precision: Dtype, probes: Vec<Probe>) -> Result<Self> {
+        for Probe { role, text, embedding, .. } in &probes {
             if let Some(x) = embedding.iter().find(|x| !x.is_finite()) {
                 return Err(Error::new(
                     ErrorKind::Numeric,
@@ -84,9 +86,7 @@ impl Probes {
                 .got(format!("{x} for the {role} {text:?}"))
                 .hint("lower the learning rate or lengthen the warm-up"));
             }
-            Ok(Probe { role, text: text.to_owned(), input_ids, embedding })
-        });
-        let probes: Vec<Probe> = probes.collect::<Result<_>>()?;
+        }
         refuse_constant(&probes)?;
         Ok(Probes { precision, probes })
     }
@@ -172,6 +172,15 @@ impl Probe {
         let what = format!("a probe vector differs by {difference:.1e} of its largest entry");
         Err(self.differs(&what).expected(format!("at most {tolerance:.0e}")))
     }
+}
+
+/// The probe texts and their token ids; embeddings are still empty.
+fn tokenized<B: Backend>(model: &BiEncoderModel<B>) -> Result<Vec<Probe>> {
+    let probes = TEXTS.into_iter().map(|(role, text)| {
+        let input_ids = model.prompts().encode(role, text, model.recipe().max_len(role))?;
+        Ok(Probe { role, text: text.to_owned(), input_ids, embedding: Vec::new() })
+    });
+    probes.collect()
 }
 
 /// Refuses embeddings that are zero, or the same for different token ids: such a model was not trained.
