@@ -67,8 +67,9 @@ fn check_space(
     let steps = config.length.steps(config.sampler(dataset.len(), 1)?.steps_per_epoch())?;
     let saving = &config.saving;
     let made = saving.every.map_or(0, |every| steps / every.max(1));
-    // A checkpoint is complete before the oldest one is removed. Without a limit, two must fit to start.
-    let kept = made.min(saving.keep.map_or(2, |keep| keep as u64 + 1));
+    // A checkpoint is complete before the oldest one is removed. Without a limit all are kept, and a
+    // disk that fills up after days would end the run.
+    let kept = saving.keep.map_or(made, |keep| made.min(keep as u64 + 1));
     let whole = model.saved_bytes(saving.dtype)?;
     let (one, merged) = match model.adapter() {
         Some(_) => (model.saved_adapter_bytes(), if merged { whole } else { 0 }),
@@ -79,16 +80,7 @@ fn check_space(
         0 => "the trained model".to_owned(),
         kept => format!("the trained model and {}", counted(kept as usize, "checkpoint")),
     };
-    output_folder::check_space(&config.output_dir, needed, &largest)?;
-    let all = one.saturating_mul(made.saturating_add(1)).saturating_add(merged);
-    if saving.keep.is_none() && output_folder::check_space(&config.output_dir, all, "").is_err() {
-        say!(
-            "warning: not all of the {} of this run fit on the disk; --save-total-limit 2 keeps the \
-             newest two",
-            counted(made as usize, "checkpoint")
-        );
-    }
-    Ok(())
+    output_folder::check_space(&config.output_dir, needed, &largest)
 }
 
 /// Saves the model, or its adapter and, if asked for, the model with the adapter merged.
