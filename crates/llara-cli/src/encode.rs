@@ -17,7 +17,7 @@ use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
 
-/// Turn a file of texts into a file of vectors, row i for text i.
+/// RopeDirection a file of texts into a file of vectors, row i for text i.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -9,7 +9,8 @@ mod timing;
 
 use llara::Result;
 use llara::backend::{
-    AdamWStep, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout, RopeTable, TokenIds, Turn,
+    AdamWStep, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout, RopeDirection, RopeTable,
+    TokenIds,
 };
 
 use timing::Cases;
@@ -149,7 +150,9 @@ impl Kernels<'_> {
             sin: cpu.upload(&sin, longest, half)?,
         };
         let in_place = Work::Bytes(2 * self.element() * TOKENS * HIDDEN);
-        self.time("rope", in_place, || cpu.rope(&mut q, &layout.positions, &table, Turn::Forward))?;
+        self.time("rope", in_place, || {
+            cpu.rope(&mut q, &layout.positions, &table, RopeDirection::Forward)
+        })?;
 
         let pairs: usize = SEQUENCES.iter().map(|length| length * (length + 1) / 2).sum();
         let product = 2 * pairs * SHAPE.heads * SHAPE.head_dim;

@@ -8,7 +8,7 @@ use llara::backend::Dtype;
 use llara::data::Batch;
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
-use llara::train::plan::{Cut, ForeseenBatch, Plan, Rehearsal, RunShape};
+use llara::train::plan::{Cut, DryRun, LargestBatch, Plan, RunShape};
 use llara::{BiEncoderOptions, Loader};
 
 /// The fixture's tokenizer with a model large enough for activations to matter.
@@ -37,14 +37,14 @@ fn shape() -> RunShape {
 }
 
 /// All sequences different, lengths uneven.
-fn batch(rows: usize, group: usize) -> ForeseenBatch {
+fn batch(rows: usize, group: usize) -> LargestBatch {
     let sequence = |i: usize, length: usize| {
         (0..length).map(|at| ((i * 31 + at * 7) % 350 + 1) as u32).collect::<Vec<_>>()
     };
     let sequences = |count: usize, first: usize, length: usize| {
         Batch::from_sequences((0..count).map(|i| sequence(first + i, length + i % 5))).unwrap()
     };
-    ForeseenBatch {
+    LargestBatch {
         query: sequences(rows, 0, 20),
         passage: sequences(rows * group, 1000, 50),
         steps: 1,
@@ -52,12 +52,12 @@ fn batch(rows: usize, group: usize) -> ForeseenBatch {
     }
 }
 
-fn lengths(batch: &ForeseenBatch) -> Vec<usize> {
+fn lengths(batch: &LargestBatch) -> Vec<usize> {
     batch.query.sequences().chain(batch.passage.sequences()).map(<[u32]>::len).collect()
 }
 
-fn one_pass(shape: RunShape, batch: &ForeseenBatch) -> Plan {
-    Rehearsal::new(shape).unwrap().plan(batch, Chunking::default()).unwrap()
+fn one_pass(shape: RunShape, batch: &LargestBatch) -> Plan {
+    DryRun::new(shape).unwrap().plan(batch, Chunking::default()).unwrap()
 }
 
 /// `2 · heads · head_dim` for each pair that attention looks at: scores, computed again backward.
@@ -118,10 +118,10 @@ fn persistent_memory_is_that_of_the_parameters() {
 #[test]
 fn a_second_forward_pass_is_what_chunks_cost() {
     let (shape, batch) = (shape(), batch(4, 3));
-    let mut rehearsal = Rehearsal::new(shape).unwrap();
-    let whole = rehearsal.plan(&batch, Chunking::default()).unwrap();
+    let mut dry_run = DryRun::new(shape).unwrap();
+    let whole = dry_run.plan(&batch, Chunking::default()).unwrap();
     let pieces = Chunking { max_tokens: 200, kept_tokens: 0, ..Chunking::default() };
-    let plan = rehearsal.plan(&batch, pieces).unwrap();
+    let plan = dry_run.plan(&batch, pieces).unwrap();
     assert!(plan.chunks.count > 2 && plan.chunks.largest_tokens <= 200 && plan.chunks.kept == 0);
     assert!((plan.chunks.recomputed_share - 1.0).abs() < 1e-9);
     let forward = (plan.work.done_flops - whole.work.done_flops) as f64;
@@ -130,45 +130,45 @@ fn a_second_forward_pass_is_what_chunks_cost() {
     assert!(plan.training.activations < whole.training.activations / 2);
 
     let half = Chunking { kept_tokens: plan.chunks.tokens / 2, ..pieces };
-    let kept = rehearsal.plan(&batch, half).unwrap();
+    let kept = dry_run.plan(&batch, half).unwrap();
     assert!(kept.chunks.kept > 0 && kept.chunks.recomputed_share < 0.8);
     assert!(kept.work.done_flops < plan.work.done_flops);
-    // The same rehearsal twice gives the same.
-    assert_eq!(rehearsal.plan(&batch, half).unwrap(), kept);
+    // The same dry run twice gives the same.
+    assert_eq!(dry_run.plan(&batch, half).unwrap(), kept);
 }
 
 #[test]
 fn one_pass_where_it_fits_and_less_work_with_more_memory() {
     let (shape, batch) = (shape(), batch(8, 4));
-    let mut rehearsal = Rehearsal::new(shape).unwrap();
-    let whole = rehearsal.plan(&batch, Chunking::default()).unwrap();
+    let mut dry_run = DryRun::new(shape).unwrap();
+    let whole = dry_run.plan(&batch, Chunking::default()).unwrap();
     let peak = whole.peak_bytes();
-    let chosen = rehearsal.choose(&batch, Cut::Free, peak).unwrap();
+    let chosen = dry_run.choose(&batch, Cut::Free, peak).unwrap();
     assert_eq!((chosen.chunks.count, chosen.chunks.recomputed_share), (1, 0.0));
     assert_eq!(chosen.training, whole.training);
 
     let mut work = u64::MAX;
     for budget in [60, 70, 80, 90, 99].map(|percent| peak * percent / 100) {
-        let plan = rehearsal.choose(&batch, Cut::Free, budget).unwrap();
+        let plan = dry_run.choose(&batch, Cut::Free, budget).unwrap();
         assert!(plan.peak_bytes() <= budget, "{} of {budget}", plan.peak_bytes());
         assert!(plan.chunks.count > 1 && plan.work.done_flops <= work);
         work = plan.work.done_flops;
     }
     let given = Chunking { max_tokens: 100, kept_tokens: 0, ..Chunking::default() };
-    let kept = rehearsal.choose(&batch, Cut::Size(given), peak * 9 / 10).unwrap();
+    let kept = dry_run.choose(&batch, Cut::Size(given), peak * 9 / 10).unwrap();
     assert!(kept.chunks.kept > 0 && kept.chunks.largest_tokens <= 100);
-    let fixed = rehearsal.choose(&batch, Cut::Fixed(given), peak * 9 / 10).unwrap();
+    let fixed = dry_run.choose(&batch, Cut::Fixed(given), peak * 9 / 10).unwrap();
     assert_eq!(fixed.chunks.chunking, given);
 }
 
 #[test]
 fn memory_is_flat_while_the_batch_grows() {
-    let mut rehearsal = Rehearsal::new(shape()).unwrap();
+    let mut dry_run = DryRun::new(shape()).unwrap();
     let small = batch(8, 4);
-    let budget = rehearsal.plan(&small, Chunking::default()).unwrap().peak_bytes();
+    let budget = dry_run.plan(&small, Chunking::default()).unwrap().peak_bytes();
     let mut recomputed = -1.0;
     for rows in [8, 16, 32, 64, 128] {
-        let plan = rehearsal.choose(&batch(rows, 4), Cut::Free, budget).unwrap();
+        let plan = dry_run.choose(&batch(rows, 4), Cut::Free, budget).unwrap();
         assert!(plan.peak_bytes() <= budget, "{rows}: {} of {budget}", plan.peak_bytes());
         assert!(plan.peak_bytes() > budget * 8 / 10, "{rows}: memory is left unused");
         assert!(plan.chunks.recomputed_share > recomputed);
@@ -178,12 +178,12 @@ fn memory_is_flat_while_the_batch_grows() {
 
 #[test]
 fn where_nothing_fits_the_least_is_told() {
-    let mut rehearsal = Rehearsal::new(shape()).unwrap();
+    let mut dry_run = DryRun::new(shape()).unwrap();
     let batch = batch(4, 2);
-    let plan = rehearsal.choose(&batch, Cut::Free, 1 << 20).unwrap();
+    let plan = dry_run.choose(&batch, Cut::Free, 1 << 20).unwrap();
     assert!(plan.peak_bytes() > 1 << 20);
     assert!(plan.chunks.count > 1 && plan.chunks.kept == 0);
     let least = Chunking { max_tokens: 1, kept_tokens: 0, ..Chunking::default() };
-    let fixed = rehearsal.plan(&batch, least).unwrap();
+    let fixed = dry_run.plan(&batch, least).unwrap();
     assert!(plan.training.total() <= fixed.training.total());
 }

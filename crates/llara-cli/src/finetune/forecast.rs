@@ -5,7 +5,7 @@ use std::fmt::Write;
 use llara::backend::Dtype;
 use llara::model::LoraConfig;
 use llara::train::Chunking;
-use llara::train::plan::{Cut, ForeseenBatch, MachineMemory, Plan, Rehearsal, RunShape};
+use llara::train::plan::{Cut, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
 use llara::{Error, ErrorKind, Result, Role};
 
 use super::{Args, Prepared};
@@ -14,7 +14,7 @@ use crate::talk::{bytes, count, counted, operations};
 /// A plan, the batch and run that it is for, and the available memory.
 pub(crate) struct Forecast {
     pub(crate) plan: Plan,
-    pub(crate) batch: ForeseenBatch,
+    pub(crate) batch: LargestBatch,
     /// The memory limit in bytes; `None`: unknown.
     pub(crate) budget: Option<u64>,
     /// Whether the budget was given; otherwise it is the free memory.
@@ -41,7 +41,7 @@ impl Forecast {
         };
         let Prepared { dataset, config, .. } = prepared;
         let batch =
-            ForeseenBatch::of_run(dataset, &shape.prompts, config, shape.encodes_equal_once())?;
+            LargestBatch::of_run(dataset, &shape.prompts, config, shape.encodes_equal_once())?;
         // Now, with tokenizer and data in memory.
         let machine = MachineMemory::read();
         shape.process_bytes = machine.process_in_training();
@@ -51,8 +51,7 @@ impl Forecast {
             None => machine.within_reach(),
         };
         let cut = args.training.cut();
-        let plan =
-            Rehearsal::new(shape.clone())?.choose(&batch, cut, budget.unwrap_or(u64::MAX))?;
+        let plan = DryRun::new(shape.clone())?.choose(&batch, cut, budget.unwrap_or(u64::MAX))?;
         Ok(Forecast { plan, batch, budget, asked: asked.is_some(), machine, shape, cut })
     }
 
@@ -159,8 +158,8 @@ impl Forecast {
     /// Settings with which the run would fit, each with what it would then take.
     fn remedies(&self, prepared: &Prepared, limit: u64) -> Result<Vec<String>> {
         let mut remedies = Vec::new();
-        let mut consider = |option: &str, shape: &RunShape, batch: &ForeseenBatch, cut| {
-            let peak = Rehearsal::new(shape.clone())?.choose(batch, cut, limit)?.peak_bytes();
+        let mut consider = |option: &str, shape: &RunShape, batch: &LargestBatch, cut| {
+            let peak = DryRun::new(shape.clone())?.choose(batch, cut, limit)?.peak_bytes();
             if peak <= limit {
                 remedies.push(format!("{option} takes {}", bytes(peak)));
             }

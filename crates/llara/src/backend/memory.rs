@@ -1,7 +1,7 @@
-//! Where buffers lie in one range of memory: best fit, and free neighbours join.
+//! Offsets of buffers in one range of memory: best fit, with adjacent free blocks merged.
 //!
-//! Offsets alone, no memory: a device hands out its memory by it, and whoever wants to know beforehand
-//! how much a step will take runs the same requests through it.
+//! It only computes offsets. The CPU allocates its memory by it, and the memory prediction runs the same
+//! requests through it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +10,7 @@ const GRAIN: usize = 64;
 
 /// A range of memory from 0 up, part of it taken.
 #[derive(Debug, Clone, Default)]
-pub struct Space {
+pub struct OffsetAllocator {
     /// Free holes below `end`: length by offset.
     holes: BTreeMap<usize, usize>,
     /// The same as (length, offset), for the best fit.
@@ -21,7 +21,7 @@ pub struct Space {
     peak: usize,
 }
 
-impl Space {
+impl OffsetAllocator {
     /// Takes `bytes` and returns their offset: in the smallest hole that holds them, or at the end.
     pub fn take(&mut self, bytes: usize) -> usize {
         let length = rounded(bytes);
@@ -39,7 +39,7 @@ impl Space {
         offset
     }
 
-    /// Gives back what [`take`](Space::take) gave for so many bytes.
+    /// Gives back what [`take`](OffsetAllocator::take) gave for so many bytes.
     pub fn put(&mut self, mut offset: usize, bytes: usize) {
         let mut length = rounded(bytes);
         self.taken -= length;
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn the_smallest_hole_is_taken_and_neighbours_join() {
-        let mut space = Space::default();
+        let mut space = OffsetAllocator::default();
         let [a, b, c, d] = [640, 64, 128, 64].map(|bytes| space.take(bytes));
         space.put(a, 640);
         space.put(c, 128);
@@ -126,7 +126,7 @@ mod tests {
         fn nothing_overlaps_and_all_comes_back(
             requests in prop::collection::vec((0usize..5000, any::<prop::sample::Index>()), 1..80),
         ) {
-            let mut space = Space::default();
+            let mut space = OffsetAllocator::default();
             let mut taken: Vec<(usize, usize)> = Vec::new();
             for (bytes, which) in requests {
                 if bytes % 3 == 0 && !taken.is_empty() {

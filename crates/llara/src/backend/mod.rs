@@ -22,13 +22,13 @@
 //! that suite.
 
 pub mod conformance;
+mod counting;
 mod cpu;
 mod memory;
-mod tally;
 
+pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
-pub use memory::Space;
-pub use tally::{Tally, TallyTensor};
+pub use memory::OffsetAllocator;
 
 use serde::{Deserialize, Serialize};
 
@@ -104,7 +104,7 @@ pub struct RopeTable<B: Backend> {
 
 /// The direction of [`Backend::rope`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub enum RopeDirection {
     /// The rotation of the forward pass.
     Forward,
     /// The inverse rotation, which is its transpose: the backward pass.
@@ -151,7 +151,7 @@ pub struct TokenIds<'i, B: Backend> {
 
 /// Whether a gradient is added to the buffer or overwrites it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Gather {
+pub enum Accumulate {
     /// The buffer holds values of an earlier step.
     Overwrite,
     /// The buffer holds a part of the same gradient.
@@ -159,7 +159,7 @@ pub enum Gather {
 }
 
 /// The output of an attention, with what its backward pass needs.
-pub struct Attended<B: Backend> {
+pub struct AttentionOutput<B: Backend> {
     /// The weighted values. `[rows of q, H · hd]`
     pub out: B::Tensor,
     /// Log of the sum of exponentials of each query's scaled scores. `[rows of q, H]`, f32
@@ -256,7 +256,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dy: &Self::Tensor,
         x: &Self::Tensor,
         dw: &mut Self::Tensor,
-        gather: Gather,
+        gather: Accumulate,
     ) -> Result<()>;
     /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
     fn linear_bias_grad(&self, dy: &Self::Tensor, db: &mut Self::Tensor) -> Result<()>;
@@ -325,7 +325,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         x: &mut Self::Tensor,
         positions: &Self::Index,
         table: &RopeTable<Self>,
-        turn: Turn,
+        turn: RopeDirection,
     ) -> Result<()>;
     /// Causal attention of each sequence over itself. q `[rows of queries, H·hd]`, k and v
     /// `[rows of keys, KV·hd]`; `keys` holds every position of its sequences.
@@ -337,7 +337,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         queries: &Layout<Self>,
         keys: &Layout<Self>,
         shape: &AttentionShape,
-    ) -> Result<Attended<Self>>;
+    ) -> Result<AttentionOutput<Self>>;
     /// Gradients of [`attention`](Backend::attention) by q, k and v, from what it returned.
     #[expect(clippy::too_many_arguments, reason = "the operation's own inputs, each once")]
     fn attention_backward(
@@ -346,7 +346,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         q: &Self::Tensor,
         k: &Self::Tensor,
         v: &Self::Tensor,
-        attended: &Attended<Self>,
+        attended: &AttentionOutput<Self>,
         queries: &Layout<Self>,
         keys: &Layout<Self>,
         shape: &AttentionShape,

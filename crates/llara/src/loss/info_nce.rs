@@ -4,7 +4,7 @@
 //! `loss = mean_i (log Σ_j exp s_ij − s_{i,t(i)})`.
 
 use crate::Result;
-use crate::backend::{Backend, Gather, Shape};
+use crate::backend::{Accumulate, Backend, Shape};
 
 /// The loss at a temperature.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,7 +51,7 @@ impl InfoNce {
         backend.scale(&mut dscores, factor / self.temperature)?;
         let dq = backend.linear_input_grad(&dscores, p, None)?;
         let mut dp = backend.zeros(p.rows(), p.cols())?;
-        backend.linear_weight_grad(&dscores, q, &mut dp, Gather::Overwrite)?;
+        backend.linear_weight_grad(&dscores, q, &mut dp, Accumulate::Overwrite)?;
         Ok((dq, dp))
     }
 }

@@ -5,7 +5,7 @@ use super::norm::{RmsNorm, SavedNorm};
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
-use crate::backend::{Attended, AttentionShape, Backend, Turn};
+use crate::backend::{AttentionOutput, AttentionShape, Backend, RopeDirection};
 
 pub(crate) struct Attention<B: Backend> {
     pub(crate) q: Linear<B>,
@@ -23,7 +23,7 @@ pub(crate) struct SavedAttention<B: Backend> {
     k: Heads<B>,
     /// `[T, KV·hd]`
     v: B::Tensor,
-    attended: Attended<B>,
+    attended: AttentionOutput<B>,
     /// Of v and o.
     linears: [SavedLinear<B>; 2],
 }
@@ -37,37 +37,37 @@ struct Heads<B: Backend> {
     linear: SavedLinear<B>,
 }
 
-/// Whose queries an attention computes: all rows', or those of some rows alone.
-pub(crate) struct Asking<'a, B: Backend> {
+/// The rows for which an attention computes queries.
+pub(crate) struct QueryRows<'a, B: Backend> {
     pub(crate) pass: &'a Pass<'a, B>,
-    /// Normed input of the asking rows. `[R, d]`
+    /// Normed input of these rows. `[R, d]`
     pub(crate) x: &'a B::Tensor,
-    /// Where they stand among all rows; `None`: they are all rows.
-    pub(crate) among: Option<&'a B::Index>,
+    /// Their indices among all rows; `None`: all rows.
+    pub(crate) rows: Option<&'a B::Index>,
 }
 
 impl<B: Backend> Attention<B> {
-    /// x (normed) `[T, d]` gives keys and values; the asking rows give queries and take the residual
+    /// x (normed) `[T, d]` gives keys and values; the query rows give queries and the residual
     /// `[R, d]`. Returns `residual + attention`, `[R, d]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Tensor,
-        asking: &Asking<'_, B>,
+        queries: &QueryRows<'_, B>,
         residual: &B::Tensor,
     ) -> Result<(B::Tensor, SavedAttention<B>)> {
-        let q = heads_forward(asking.pass, &self.q, self.q_norm.as_ref(), asking.x)?;
+        let q = heads_forward(queries.pass, &self.q, self.q_norm.as_ref(), queries.x)?;
         let k = heads_forward(pass, &self.k, self.k_norm.as_ref(), x)?;
         let (v, saved_v) = self.v.forward(pass, x, None)?;
         let attended = pass.backend.attention(
             &q.rotated,
             &k.rotated,
             &v,
-            &asking.pass.rows.layout,
+            &queries.pass.rows.layout,
             &pass.rows.layout,
             &self.shape,
         )?;
-        let (y, saved_o) = self.o.forward(asking.pass, &attended.out, Some(residual))?;
+        let (y, saved_o) = self.o.forward(queries.pass, &attended.out, Some(residual))?;
         Ok((y, SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] }))
     }
 
@@ -78,35 +78,35 @@ impl<B: Backend> Attention<B> {
         pass: &Pass<'_, B>,
         dy: &B::Tensor,
         (x, needed): (&B::Tensor, bool),
-        asking: &Asking<'_, B>,
+        queries: &QueryRows<'_, B>,
         saved: SavedAttention<B>,
     ) -> Result<Option<B::Tensor>> {
         let SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] } = saved;
-        let dout = self.o.backward(asking.pass, dy, &attended.out, saved_o, None)?;
+        let dout = self.o.backward(queries.pass, dy, &attended.out, saved_o, None)?;
         let (dq, dk, dv) = pass.backend.attention_backward(
             &dout,
             &q.rotated,
             &k.rotated,
             &v,
             &attended,
-            &asking.pass.rows.layout,
+            &queries.pass.rows.layout,
             &pass.rows.layout,
             &self.shape,
         )?;
-        let dq = heads_backward(asking.pass, self.q_norm.as_mut(), dq, &q)?;
+        let dq = heads_backward(queries.pass, self.q_norm.as_mut(), dq, &q)?;
         let dk = heads_backward(pass, self.k_norm.as_mut(), dk, &k)?;
         if !needed {
-            self.q.backward_weights(asking.pass, &dq, asking.x, q.linear)?;
+            self.q.backward_weights(queries.pass, &dq, queries.x, q.linear)?;
             self.k.backward_weights(pass, &dk, x, k.linear)?;
             self.v.backward_weights(pass, &dv, x, saved_v)?;
             return Ok(None);
         }
         let dx = self.k.backward(pass, &dk, x, k.linear, None)?;
         let mut dx = self.v.backward(pass, &dv, x, saved_v, Some(dx))?;
-        match asking.among {
+        match queries.rows {
             None => self.q.backward(pass, &dq, x, q.linear, Some(dx)).map(Some),
             Some(rows) => {
-                let from_queries = self.q.backward(asking.pass, &dq, asking.x, q.linear, None)?;
+                let from_queries = self.q.backward(queries.pass, &dq, queries.x, q.linear, None)?;
                 pass.backend.scatter_add_rows(&from_queries, rows, &mut dx)?;
                 Ok(Some(dx))
             }
@@ -142,7 +142,12 @@ fn heads_forward<B: Backend>(
         }
         None => (projected, None),
     };
-    pass.backend.rope(&mut rotated, &pass.rows.layout.positions, pass.rope, Turn::Forward)?;
+    pass.backend.rope(
+        &mut rotated,
+        &pass.rows.layout.positions,
+        pass.rope,
+        RopeDirection::Forward,
+    )?;
     Ok(Heads { rotated, normed, linear })
 }
 
@@ -153,7 +158,12 @@ fn heads_backward<B: Backend>(
     mut grad: B::Tensor,
     saved: &Heads<B>,
 ) -> Result<B::Tensor> {
-    pass.backend.rope(&mut grad, &pass.rows.layout.positions, pass.rope, Turn::Backward)?;
+    pass.backend.rope(
+        &mut grad,
+        &pass.rows.layout.positions,
+        pass.rope,
+        RopeDirection::Backward,
+    )?;
     match (norm, &saved.normed) {
         (Some(norm), Some((projected, saved))) => {
             norm.backward(pass.backend, &grad, projected, saved, None)

@@ -1,6 +1,6 @@
 //! One decoder layer: attention and MLP, each with a norm before it and a residual connection.
 
-use super::attention::{Asking, Attention, SavedAttention};
+use super::attention::{Attention, QueryRows, SavedAttention};
 use super::linear::Linear;
 use super::lora::PROJECTIONS;
 use super::mlp::{Mlp, SavedMlp};
@@ -29,34 +29,34 @@ pub(crate) struct SavedBlock<B: Backend> {
     mlp: SavedMlp<B>,
 }
 
-/// The rows whose output is wanted of a layer, where that is not all of them.
-pub(crate) struct Wanted<'a, B: Backend> {
+/// The rows at which a layer is computed, if not at all rows.
+pub(crate) struct OutputRows<'a, B: Backend> {
     /// The pass over these rows.
     pub(crate) pass: &'a Pass<'a, B>,
-    /// Where they stand among all rows. `[R]`
-    pub(crate) among: &'a B::Index,
+    /// Their indices among all rows. `[R]`
+    pub(crate) rows: &'a B::Index,
 }
 
 impl<B: Backend> Block<B> {
     /// `middle = x + attention(norm(x))`, `y = middle + mlp(norm(middle))`: x `[T, d]`, y `[R, d]` at
-    /// the wanted rows, or `[T, d]`.
+    /// the selected rows, or `[T, d]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
         x: B::Tensor,
-        wanted: Option<&Wanted<'_, B>>,
+        selected: Option<&OutputRows<'_, B>>,
     ) -> Result<(B::Tensor, SavedBlock<B>)> {
         let backend = pass.backend;
         let (x_normed, _) = self.input_norm.forward(backend, &x, pass.activations)?;
-        let pick = |x: &B::Tensor| wanted.map(|w| backend.gather_rows(x, w.among)).transpose();
-        let (asking, residual) = (pick(&x_normed)?, pick(&x)?);
+        let pick = |x: &B::Tensor| selected.map(|w| backend.gather_rows(x, w.rows)).transpose();
+        let (queries, residual) = (pick(&x_normed)?, pick(&x)?);
         let (middle, attention) = self.attention.forward(
             pass,
             &x_normed,
-            &ask(pass, &x_normed, asking.as_ref(), wanted),
+            &query_rows(pass, &x_normed, queries.as_ref(), selected),
             residual.as_ref().unwrap_or(&x),
         )?;
-        let pass = wanted.map_or(pass, |w| w.pass);
+        let pass = selected.map_or(pass, |w| w.pass);
         let (middle_normed, _) =
             self.post_attention_norm.forward(backend, &middle, pass.activations)?;
         let (y, mlp) = self.mlp.forward(pass, &middle_normed, &middle)?;
@@ -70,31 +70,31 @@ impl<B: Backend> Block<B> {
         pass: &Pass<'_, B>,
         dy: B::Tensor,
         saved: SavedBlock<B>,
-        wanted: Option<&Wanted<'_, B>>,
+        selected: Option<&OutputRows<'_, B>>,
         below_learns: bool,
     ) -> Result<Option<B::Tensor>> {
         let backend = pass.backend;
-        let at = wanted.map_or(pass, |w| w.pass);
+        let at = selected.map_or(pass, |w| w.pass);
         let to = pass.activations;
         let (normed, norm) = self.post_attention_norm.forward(backend, &saved.middle, to)?;
         let dnormed = self.mlp.backward(at, &*at.activation(&dy)?, &normed, saved.mlp)?;
         let dmiddle =
             self.post_attention_norm.backward(backend, &dnormed, &saved.middle, &norm, Some(dy))?;
         let (normed, norm) = self.input_norm.forward(backend, &saved.x, to)?;
-        let picked = wanted.map(|w| backend.gather_rows(&normed, w.among)).transpose()?;
-        let asking = ask(pass, &normed, picked.as_ref(), wanted);
+        let picked = selected.map(|w| backend.gather_rows(&normed, w.rows)).transpose()?;
+        let queries = query_rows(pass, &normed, picked.as_ref(), selected);
         let dnormed = {
             let dmiddle = pass.activation(&dmiddle)?;
             let needed = below_learns || self.input_norm.weight.is_trainable();
             let x = (&normed, needed);
-            self.attention.backward(pass, &dmiddle, x, &asking, saved.attention)?
+            self.attention.backward(pass, &dmiddle, x, &queries, saved.attention)?
         };
         let Some(dnormed) = dnormed else { return Ok(None) };
-        let dresidual = match wanted {
+        let dresidual = match selected {
             None => dmiddle,
-            Some(wanted) => {
+            Some(selected) => {
                 let mut all = backend.zeros(pass.rows.layout.rows, dmiddle.cols())?;
-                backend.scatter_add_rows(&dmiddle, wanted.among, &mut all)?;
+                backend.scatter_add_rows(&dmiddle, selected.rows, &mut all)?;
                 all
             }
         };
@@ -125,15 +125,17 @@ impl<B: Backend> Block<B> {
     }
 }
 
-/// The rows whose queries are computed: the wanted ones, or all.
-fn ask<'a, B: Backend>(
+/// The rows whose queries are computed: the selected ones, or all.
+fn query_rows<'a, B: Backend>(
     pass: &'a Pass<'a, B>,
     x_normed: &'a B::Tensor,
     picked: Option<&'a B::Tensor>,
-    wanted: Option<&'a Wanted<'a, B>>,
-) -> Asking<'a, B> {
-    match (picked, wanted) {
-        (Some(x), Some(wanted)) => Asking { pass: wanted.pass, x, among: Some(wanted.among) },
-        _ => Asking { pass, x: x_normed, among: None },
+    selected: Option<&'a OutputRows<'a, B>>,
+) -> QueryRows<'a, B> {
+    match (picked, selected) {
+        (Some(x), Some(selected)) => {
+            QueryRows { pass: selected.pass, x, rows: Some(selected.rows) }
+        }
+        _ => QueryRows { pass, x: x_normed, rows: None },
     }
 }

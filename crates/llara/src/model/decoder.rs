@@ -1,7 +1,7 @@
 //! The decoder: embeddings, layers, final norm.
 
 use super::attention::Attention;
-use super::block::{Block, SavedBlock, Wanted};
+use super::block::{Block, OutputRows, SavedBlock};
 use super::config::DecoderConfig;
 use super::input::Input;
 use super::linear::Linear;
@@ -111,14 +111,14 @@ impl<B: Backend> Decoder<B> {
         let activations = self.activations;
         let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
-        let wanted = Wanted { pass: &pooled_pass, among: &input.pooled_rows };
+        let selected = OutputRows { pass: &pooled_pass, rows: &input.pooled_rows };
         let mut x = backend.gather_rows(self.embed_tokens.value(), &input.ids)?;
         if x.dtype() != Dtype::F32 {
             x = backend.cast(&x, Dtype::F32)?; // the residual stream, from a frozen table
         }
         for (layer, block) in self.blocks.iter().enumerate() {
-            let wanted = self.ends_at_pooled_rows(layer).then_some(&wanted);
-            let (y, saved) = block.forward(&pass, x, wanted)?;
+            let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
+            let (y, saved) = block.forward(&pass, x, selected)?;
             keep(saved);
             x = y;
         }
@@ -143,7 +143,7 @@ impl<B: Backend> Decoder<B> {
         let (activations, dropout) = (self.activations, saved.dropout);
         let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
-        let wanted = Wanted { pass: &pooled_pass, among: &input.pooled_rows };
+        let selected = OutputRows { pass: &pooled_pass, rows: &input.pooled_rows };
         let mut dx = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
         if !self.last_block_at_pooled_rows {
             let mut all = backend.zeros(input.all.layout.rows, self.config.hidden_size)?;
@@ -152,9 +152,9 @@ impl<B: Backend> Decoder<B> {
         }
         let table_learns = self.embed_tokens.is_trainable();
         for (layer, saved) in saved.blocks.into_iter().enumerate().rev() {
-            let wanted = self.ends_at_pooled_rows(layer).then_some(&wanted);
+            let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
             let below_learns = layer > 0 || table_learns;
-            match self.blocks[layer].backward(&pass, dx, saved, wanted, below_learns)? {
+            match self.blocks[layer].backward(&pass, dx, saved, selected, below_learns)? {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }

@@ -1,6 +1,6 @@
 //! A trainable matrix: its name in the model's files, its value and its gradient.
 
-use crate::backend::{Backend, Dtype, Gather, Shape};
+use crate::backend::{Accumulate, Backend, Dtype, Shape};
 use crate::{Error, ErrorKind, Result};
 
 /// A weight of the model and its gradient, which backward passes accumulate.
@@ -20,7 +20,7 @@ pub struct Parameter<B: Backend> {
 
 /// A value and, if it is trainable, its gradient and whether to add to it or overwrite it.
 pub(crate) type ValueAndGrad<'p, B> =
-    (&'p <B as Backend>::Tensor, Option<(&'p mut <B as Backend>::Tensor, Gather)>);
+    (&'p <B as Backend>::Tensor, Option<(&'p mut <B as Backend>::Tensor, Accumulate)>);
 
 impl<B: Backend> Parameter<B> {
     pub(crate) fn new(name: String, shape: &[usize], value: B::Tensor) -> Self {
@@ -84,7 +84,7 @@ impl<B: Backend> Parameter<B> {
     ) -> Result<(&B::Tensor, Option<&mut B::Tensor>)> {
         let (value, grad) = self.value_and_any_grad(backend)?;
         match grad {
-            Some((grad, Gather::Overwrite)) => {
+            Some((grad, Accumulate::Overwrite)) => {
                 backend.clear(grad)?;
                 Ok((value, Some(grad)))
             }
@@ -97,7 +97,7 @@ impl<B: Backend> Parameter<B> {
         if !self.trainable {
             return Ok((&self.value, None));
         }
-        let gather = if self.reached { Gather::Add } else { Gather::Overwrite };
+        let gather = if self.reached { Accumulate::Add } else { Accumulate::Overwrite };
         self.reserve_grad(backend)?;
         self.reached = true;
         Ok((&self.value, self.grad.as_mut().map(|grad| (grad, gather))))

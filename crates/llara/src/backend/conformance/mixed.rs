@@ -6,7 +6,8 @@ use super::plain::Matrix;
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{
-    AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable, Shape, TokenIds, Turn,
+    Accumulate, AttentionShape, Backend, DropoutKey, Dtype, Layout, RopeDirection, RopeTable,
+    Shape, TokenIds,
 };
 
 /// The operations of a training step on bf16 matrices.
@@ -223,11 +224,11 @@ fn products<B: Backend>(
     }
     suite.case("mixed, linear_weight_grad");
     let (mut got, mut want) = (copy(suite, &w.wide)?, copy(suite, &w.wide)?);
-    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Gather::Add)?;
-    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Gather::Add)?;
+    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Accumulate::Add)?;
+    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Accumulate::Add)?;
     agree(suite, &what, &got, &want, (Dtype::F32, Bound::sum(n)))?;
-    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Gather::Overwrite)?;
-    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Gather::Overwrite)?;
+    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Accumulate::Overwrite)?;
+    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Accumulate::Overwrite)?;
     agree(suite, &format!("{what}, overwritten"), &got, &want, (Dtype::F32, Bound::sum(n)))?;
     let (mut got, mut want) = (backend.zeros(1, output)?, backend.zeros(1, output)?);
     backend.linear_bias_grad(&dy.narrow, &mut got)?;
@@ -262,8 +263,8 @@ fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<
     let sin = Matrix::from_fn(longest, half, |p, i| angle(p, i).sin()).rounded();
     let table = RopeTable { cos: suite.tensor(&cos)?, sin: suite.tensor(&sin)? };
     if let Ok(q) = &mut q {
-        backend.rope(&mut q.narrow, &layout.positions, &table, Turn::Forward)?;
-        backend.rope(&mut q.wide, &layout.positions, &table, Turn::Forward)?;
+        backend.rope(&mut q.narrow, &layout.positions, &table, RopeDirection::Forward)?;
+        backend.rope(&mut q.wide, &layout.positions, &table, RopeDirection::Forward)?;
         suite.case("mixed, rope");
         agree(suite, "queries", &q.narrow, &q.wide, (Dtype::Bf16, roundings(1.0)))?;
     }

@@ -4,7 +4,7 @@ use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::{Backend, DropoutKey, RopeTable, TokenIds, Turn};
+use crate::backend::{Backend, DropoutKey, RopeDirection, RopeTable, TokenIds};
 
 /// `rope`, `swiglu` and their gradients, `scale` and `dropout`.
 ///
@@ -45,12 +45,12 @@ fn rope<B: Backend>(
     let dy = suite.random(rows, heads * head_dim);
     let table = RopeTable { cos: suite.tensor(&cos)?, sin: suite.tensor(&sin)? };
     let positions_on = suite.backend.upload_index(&positions)?;
-    let turned = |x: &Matrix, turn: Turn| {
+    let turned = |x: &Matrix, turn: RopeDirection| {
         let mut x = suite.tensor(x)?;
         suite.backend.rope(&mut x, &positions_on, &table, turn)?;
         Ok::<_, crate::Error>(x)
     };
-    let (y, dx) = (turned(&x, Turn::Forward)?, turned(&dy, Turn::Backward)?);
+    let (y, dx) = (turned(&x, RopeDirection::Forward)?, turned(&dy, RopeDirection::Backward)?);
 
     let what = format!("{rows} rows of {heads} heads of {head_dim}");
     let want = plain::rope(&x, &positions, &cos, &sin);

@@ -4,7 +4,7 @@ use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::{Backend, Gather};
+use crate::backend::{Accumulate, Backend};
 
 /// Rows, input and output features.
 type Dims = (usize, usize, usize);
@@ -99,13 +99,13 @@ fn backward<B: Backend>(suite: &mut Suite<'_, B>, (n, input, output): Dims) -> R
     let what = format!("[{output}, {n}] by [{n}, {input}] twice");
     let before = suite.random(output, input);
     let mut dw = suite.tensor(&before)?;
-    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Gather::Add)?;
-    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Gather::Add)?;
+    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Accumulate::Add)?;
+    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Accumulate::Add)?;
     let once = plain::product(&dy.transposed(), &x);
     let want = before.plus(&once).plus(&once);
     suite.case("linear_weight_grad").check(&what, &dw, &want, Bound::sum(2 * n))?;
     let mut dw = suite.tensor(&once.clone().map(|_| f64::NAN))?;
-    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Gather::Overwrite)?;
+    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Accumulate::Overwrite)?;
     suite.check(&format!("{what}, then overwritten"), &dw, &once, Bound::sum(n))?;
 
     let what = format!("[{n}, {output}] twice");
@@ -140,7 +140,7 @@ fn differences<B: Backend>(suite: &mut Suite<'_, B>, (n, input, output): Dims) -
         |x| dy.dot(&y(x, &w, &bias)) + onto_x.dot(x),
     )?;
     let mut dw = suite.tensor(&onto_w)?;
-    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Gather::Add)?;
+    backend.linear_weight_grad(&dy_on, &x_on, &mut dw, Accumulate::Add)?;
     suite.case("linear_weight_grad by differences").check_gradient(
         &what,
         &dw,

@@ -15,7 +15,7 @@ use super::shared::SharedSlice;
 use super::vector::{dot, exp_scaled_sum, max, vectorised};
 use super::{Cpu, CpuTensor};
 use crate::Result;
-use crate::backend::{Attended, AttentionShape, Layout, Shape};
+use crate::backend::{AttentionOutput, AttentionShape, Layout, Shape};
 
 /// Rows of a tile, over all heads that share keys: enough to make a product worth its packing, few
 /// enough that little is computed which no query sees. A multiple of a kernel's six rows.
@@ -161,7 +161,7 @@ pub(super) fn attention(
     queries: &Layout<Cpu>,
     keys: &Layout<Cpu>,
     shape: &AttentionShape,
-) -> Result<Attended<Cpu>> {
+) -> Result<AttentionOutput<Cpu>> {
     let plan = Plan { queries, keys, shape };
     assert_eq!(q.shape(), (queries.rows, plan.q_cols()), "attention: queries");
     assert_eq!(k.shape(), (keys.rows, plan.kv_cols()), "attention: keys");
@@ -174,7 +174,7 @@ pub(super) fn attention(
         out.elements_mut(),
         log_sum_exp.as_mut_slice(),
     ));
-    Ok(Attended { out, log_sum_exp })
+    Ok(AttentionOutput { out, log_sum_exp })
 }
 
 fn attend<T: Element + Output>(
@@ -249,7 +249,7 @@ pub(super) fn attention_backward(
     cpu: &Cpu,
     dout: &CpuTensor,
     (q, k, v): (&CpuTensor, &CpuTensor, &CpuTensor),
-    attended: &Attended<Cpu>,
+    attended: &AttentionOutput<Cpu>,
     queries: &Layout<Cpu>,
     keys: &Layout<Cpu>,
     shape: &AttentionShape,

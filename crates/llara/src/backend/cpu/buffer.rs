@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::element::Element;
 use super::unit::Unit;
-use crate::backend::{Dtype, Shape, Space};
+use crate::backend::{Dtype, OffsetAllocator, Shape};
 use crate::{Error, ErrorKind, Result};
 
 use reserved::Reserved;
@@ -21,7 +21,7 @@ pub(super) struct Arena {
 
 struct AddressRange {
     memory: Reserved,
-    space: Space,
+    space: OffsetAllocator,
 }
 
 /// Addresses reserved at a time. Only as many as are used cost memory.
@@ -36,7 +36,9 @@ impl AddressRange {
         let mut length = bytes.checked_next_power_of_two().unwrap_or(bytes).max(RESERVED);
         loop {
             match Reserved::new(length) {
-                Ok(memory) => return Ok(AddressRange { memory, space: Space::default() }),
+                Ok(memory) => {
+                    return Ok(AddressRange { memory, space: OffsetAllocator::default() });
+                }
                 Err(_) if length / 2 >= bytes => length /= 2,
                 Err(error) => return Err(error),
             }

@@ -30,8 +30,8 @@ use rayon::prelude::*;
 use unit::Unit;
 
 use super::{
-    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
-    Shape, TokenIds, Turn,
+    Accumulate, AdamWStep, AttentionOutput, AttentionShape, Backend, DropoutKey, Dtype, Layout,
+    RopeDirection, RopeTable, Shape, TokenIds,
 };
 use crate::Result;
 
@@ -187,7 +187,7 @@ impl Backend for Cpu {
         dy: &CpuTensor,
         x: &CpuTensor,
         dw: &mut CpuTensor,
-        gather: Gather,
+        gather: Accumulate,
     ) -> Result<()> {
         products::linear_weight_grad(dy, x, dw, gather);
         Ok(())
@@ -260,7 +260,7 @@ impl Backend for Cpu {
         x: &mut CpuTensor,
         positions: &Vec<u32>,
         table: &RopeTable<Self>,
-        turn: Turn,
+        turn: RopeDirection,
     ) -> Result<()> {
         rope::rope(x, positions, (&table.cos, &table.sin), turn);
         Ok(())
@@ -274,7 +274,7 @@ impl Backend for Cpu {
         queries: &Layout<Self>,
         keys: &Layout<Self>,
         shape: &AttentionShape,
-    ) -> Result<Attended<Self>> {
+    ) -> Result<AttentionOutput<Self>> {
         attention::attention(self, (q, k, v), queries, keys, shape)
     }
 
@@ -284,7 +284,7 @@ impl Backend for Cpu {
         q: &CpuTensor,
         k: &CpuTensor,
         v: &CpuTensor,
-        attended: &Attended<Self>,
+        attended: &AttentionOutput<Self>,
         queries: &Layout<Self>,
         keys: &Layout<Self>,
         shape: &AttentionShape,

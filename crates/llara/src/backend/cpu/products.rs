@@ -9,7 +9,7 @@ use super::gemm::{Gemm, Onto, Operand, Output, Precision, View, ViewMut};
 use super::vector::vectorised;
 use super::{Cpu, CpuTensor};
 use crate::Result;
-use crate::backend::{Dtype, Gather, Shape};
+use crate::backend::{Accumulate, Dtype, Shape};
 
 pub(super) fn linear(
     cpu: &Cpu,
@@ -74,14 +74,14 @@ pub(super) fn linear_weight_grad(
     dy: &CpuTensor,
     x: &CpuTensor,
     dw: &mut CpuTensor,
-    gather: Gather,
+    gather: Accumulate,
 ) {
     let (n, output) = dy.shape();
     let input = x.cols();
     assert_eq!(x.rows(), n, "linear_weight_grad: rows");
     assert_eq!(dw.shape(), (output, input), "linear_weight_grad: gradient");
     let product = product::<f32>(dy);
-    let product = if gather == Gather::Add { product.accumulate() } else { product };
+    let product = if gather == Accumulate::Add { product.accumulate() } else { product };
     product.multiply(view_mut(dw), operand(dy).t(), operand(x));
 }
 

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::CpuTensor;
 use super::element::{Element, with_element};
 use super::vector::{rows_per_task, vectorised};
-use crate::backend::{Shape, Turn};
+use crate::backend::{RopeDirection, Shape};
 
 /// The table has `hd / 2` columns. Within a head, features `i` and `i + hd/2` are one pair (the
 /// "rotate half" order in which Hugging Face stores projections).
@@ -13,13 +13,13 @@ pub(super) fn rope(
     x: &mut CpuTensor,
     positions: &[u32],
     (cos, sin): (&CpuTensor, &CpuTensor),
-    turn: Turn,
+    turn: RopeDirection,
 ) {
     let (rows, cols) = x.shape();
     let half = cos.cols();
     assert_eq!(cols % (2 * half), 0, "rope: heads");
     assert_eq!(rows, positions.len(), "rope: positions");
-    let direction = if turn == Turn::Forward { 1.0 } else { -1.0 };
+    let direction = if turn == RopeDirection::Forward { 1.0 } else { -1.0 };
     let task = rows_per_task(cols);
     with_element!(x, T => {
         let tasks = x.elements_mut::<T>().par_chunks_mut(task * cols);

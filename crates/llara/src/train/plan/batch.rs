@@ -19,7 +19,7 @@ const DEVIATIONS: f64 = 4.0;
 
 /// A batch as large as any that a run is likely to draw.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ForeseenBatch {
+pub struct LargestBatch {
     /// `B` queries.
     pub query: Batch,
     /// `B·G` passages.
@@ -38,7 +38,7 @@ struct Seen {
     encoded: usize,
 }
 
-impl ForeseenBatch {
+impl LargestBatch {
     /// Draws some of the run's own batches. Where all were looked at it is the largest of them; else
     /// the largest made longer, to four standard deviations above the mean, if it is not that long.
     /// `equal_once` says whether equal sequences are encoded once.
@@ -94,7 +94,7 @@ impl ForeseenBatch {
             true => lengthened(&query, &passage, config, wanted, equal_once)?,
             false => (query, passage),
         };
-        Ok(ForeseenBatch { query, passage, steps, looked_at })
+        Ok(LargestBatch { query, passage, steps, looked_at })
     }
 
     /// The same with no passage longer than `max_len` tokens.
@@ -103,7 +103,7 @@ impl ForeseenBatch {
     /// When `max_len` is 0.
     pub fn with_passages_cut(&self, max_len: usize) -> Result<Self> {
         let cut = self.passage.sequences().map(|passage| &passage[..max_len.min(passage.len())]);
-        Ok(ForeseenBatch { passage: Batch::from_sequences(cut)?, ..self.clone() })
+        Ok(LargestBatch { passage: Batch::from_sequences(cut)?, ..self.clone() })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The pieces of a batch that cost least among those that fit.
 
-use super::{ForeseenBatch, Plan, Rehearsal};
+use super::{DryRun, LargestBatch, Plan};
 use crate::Result;
 use crate::train::step::Chunking;
 
@@ -29,7 +29,7 @@ fn overhead(max_tokens: usize) -> f64 {
 }
 
 /// Sizes of pieces, what should cost least first: a guess from `one_pass`, memory being taken to be in
-/// proportion to tokens, so that few must be rehearsed.
+/// proportion to tokens, so that few need a dry run.
 fn promising(one_pass: &Plan, budget: u64) -> Vec<usize> {
     let tokens = one_pass.chunks.tokens as f64;
     let for_activations = budget.saturating_sub(one_pass.training.without_activations()) as f64;
@@ -45,13 +45,13 @@ fn promising(one_pass: &Plan, budget: u64) -> Vec<usize> {
     sizes
 }
 
-impl Rehearsal {
+impl DryRun {
     /// The cheapest way through `batch` whose steps take at most `budget` bytes of the process; where
     /// there is none, the one that takes least.
     ///
     /// # Errors
     /// When the batch is impossible.
-    pub fn choose(&mut self, batch: &ForeseenBatch, cut: Cut, budget: u64) -> Result<Plan> {
+    pub fn choose(&mut self, batch: &LargestBatch, cut: Cut, budget: u64) -> Result<Plan> {
         match cut {
             Cut::Fixed(chunking) => self.plan(batch, chunking),
             Cut::Size(chunking) => self.keep_most(batch, chunking, budget),
@@ -59,7 +59,7 @@ impl Rehearsal {
         }
     }
 
-    fn cheapest(&mut self, batch: &ForeseenBatch, budget: u64) -> Result<Plan> {
+    fn cheapest(&mut self, batch: &LargestBatch, budget: u64) -> Result<Plan> {
         let whole = Chunking::default();
         let tokens = self.encoded(batch)?.tokens();
         // A batch that turns out larger than any that was foreseen goes in two pieces.
@@ -87,12 +87,7 @@ impl Rehearsal {
     }
 
     /// With as many pieces kept as fit.
-    fn keep_most(
-        &mut self,
-        batch: &ForeseenBatch,
-        chunking: Chunking,
-        budget: u64,
-    ) -> Result<Plan> {
+    fn keep_most(&mut self, batch: &LargestBatch, chunking: Chunking, budget: u64) -> Result<Plan> {
         let encoded = self.encoded(batch)?;
         let ends: Vec<usize> = std::iter::once(0)
             .chain(chunking.chunks(&encoded).iter().map(|c| encoded.offsets()[c.end] as usize))

@@ -1,25 +1,25 @@
 //! What a run will take, before it begins: memory by part, the pieces of a batch, the work of a step.
 //!
-//! Nothing here describes the model a second time. A [`Rehearsal`] runs the step itself on the device
-//! that counts ([`Tally`](crate::backend::Tally)), on a batch drawn from the data; what it counts is
+//! Nothing here describes the model a second time. A [`DryRun`] runs the step itself on the device
+//! that counts ([`CountingBackend`](crate::backend::CountingBackend)), on a batch drawn from the data; what it counts is
 //! what the CPU will do.
 
 mod batch;
 mod budget;
 mod choose;
+mod dry_run;
 mod lengths;
 mod machine;
-mod rehearsal;
 mod work;
 
 use serde::Serialize;
 
-pub use batch::ForeseenBatch;
+pub use batch::LargestBatch;
 pub use budget::MemoryBudget;
 pub use choose::Cut;
+pub use dry_run::{DryRun, RunShape};
 pub use lengths::{Histogram, LengthSummary, TextLengths};
 pub use machine::MachineMemory;
-pub use rehearsal::{Rehearsal, RunShape};
 
 use super::step::Chunking;
 

@@ -1,22 +1,22 @@
-//! A device that computes nothing and counts: what a step takes in memory and in work.
+//! A backend that computes nothing and counts the memory and the operations of a step.
 //!
-//! It gives every result its place as the CPU does: the same sizes, in the same order, in place where
-//! that works in place. So the code that trains, run on it, tells what training will take; a forecast
-//! made in any other way would drift from the code.
+//! It allocates every result as the CPU does: the same sizes, in the same order, in place where
+//! the CPU works in place. So the training code itself, run on it, predicts memory and work; an estimate
+//! made in any other way would diverge from the code.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
-    AdamWStep, Attended, AttentionShape, Backend, DropoutKey, Dtype, Gather, Layout, RopeTable,
-    Shape, Space, TokenIds, Turn, cpu,
+    Accumulate, AdamWStep, AttentionOutput, AttentionShape, Backend, DropoutKey, Dtype, Layout,
+    OffsetAllocator, RopeDirection, RopeTable, Shape, TokenIds, cpu,
 };
 use crate::Result;
 
 /// The backend that counts. Clones share one count.
 ///
 /// ```
-/// use llara::backend::{Backend, Tally};
-/// let tally = Tally::new();
+/// use llara::backend::{Backend, CountingBackend};
+/// let tally = CountingBackend::new();
 /// let (x, w) = (tally.zeros(100, 64)?, tally.zeros(32, 64)?);
 /// let y = tally.linear(&x, &w, None, None)?;
 /// assert_eq!(tally.flops(), 2 * 100 * 64 * 32);
@@ -24,26 +24,26 @@ use crate::Result;
 /// # Ok::<(), llara::Error>(())
 /// ```
 #[derive(Clone, Default)]
-pub struct Tally {
+pub struct CountingBackend {
     counts: Arc<Mutex<Counts>>,
 }
 
 #[derive(Default)]
 struct Counts {
-    space: Space,
+    space: OffsetAllocator,
     flops: u64,
 }
 
 /// A matrix that has a shape, a type and a place, and no elements.
-pub struct TallyTensor {
+pub struct CountedTensor {
     rows: usize,
     cols: usize,
     dtype: Dtype,
     offset: usize,
-    tally: Tally,
+    tally: CountingBackend,
 }
 
-impl Tally {
+impl CountingBackend {
     /// A device on which nothing has happened.
     pub fn new() -> Self {
         Self::default()
@@ -55,7 +55,7 @@ impl Tally {
     }
 
     /// Bytes up to the furthest that a tensor has lain since the last
-    /// [`forget_peak`](Tally::forget_peak), holes included: what a process keeps.
+    /// [`forget_peak`](CountingBackend::forget_peak), holes included: what a process keeps.
     pub fn peak(&self) -> usize {
         self.lock().space.peak()
     }
@@ -81,12 +81,12 @@ impl Tally {
         threads * (PACKED + 4 * (tile + 2 * longest * head_dim))
     }
 
-    fn tensor(&self, (rows, cols): (usize, usize), dtype: Dtype) -> TallyTensor {
+    fn tensor(&self, (rows, cols): (usize, usize), dtype: Dtype) -> CountedTensor {
         let offset = self.lock().space.take(rows * cols * dtype.bytes());
-        TallyTensor { rows, cols, dtype, offset, tally: self.clone() }
+        CountedTensor { rows, cols, dtype, offset, tally: self.clone() }
     }
 
-    fn like(&self, x: &TallyTensor) -> TallyTensor {
+    fn like(&self, x: &CountedTensor) -> CountedTensor {
         self.tensor(x.shape(), x.dtype)
     }
 
@@ -111,14 +111,14 @@ impl Tally {
     }
 }
 
-impl Drop for TallyTensor {
+impl Drop for CountedTensor {
     fn drop(&mut self) {
         let bytes = self.rows * self.cols * self.dtype.bytes();
         self.tally.lock().space.put(self.offset, bytes);
     }
 }
 
-impl Shape for TallyTensor {
+impl Shape for CountedTensor {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -132,23 +132,23 @@ impl Shape for TallyTensor {
     }
 }
 
-impl Backend for Tally {
-    type Tensor = TallyTensor;
+impl Backend for CountingBackend {
+    type Tensor = CountedTensor;
     type Index = Vec<u32>;
 
     fn description(&self) -> String {
         "nothing: memory and work are counted".to_owned()
     }
 
-    fn zeros(&self, rows: usize, cols: usize) -> Result<TallyTensor> {
+    fn zeros(&self, rows: usize, cols: usize) -> Result<CountedTensor> {
         Ok(self.tensor((rows, cols), Dtype::F32))
     }
 
-    fn clear(&self, _: &mut TallyTensor) -> Result<()> {
+    fn clear(&self, _: &mut CountedTensor) -> Result<()> {
         Ok(())
     }
 
-    fn upload(&self, _: &[f32], rows: usize, cols: usize) -> Result<TallyTensor> {
+    fn upload(&self, _: &[f32], rows: usize, cols: usize) -> Result<CountedTensor> {
         self.zeros(rows, cols)
     }
 
@@ -157,32 +157,32 @@ impl Backend for Tally {
     }
 
     /// Zeros.
-    fn download(&self, x: &TallyTensor) -> Result<Vec<f32>> {
+    fn download(&self, x: &CountedTensor) -> Result<Vec<f32>> {
         Ok(vec![0.0; x.rows * x.cols])
     }
 
-    fn slice_rows(&self, x: &TallyTensor, start: usize, count: usize) -> Result<TallyTensor> {
+    fn slice_rows(&self, x: &CountedTensor, start: usize, count: usize) -> Result<CountedTensor> {
         assert!(start + count <= x.rows, "slice_rows: rows");
         Ok(self.tensor((count, x.cols), x.dtype))
     }
 
-    fn concat_rows(&self, parts: &[&TallyTensor]) -> Result<TallyTensor> {
+    fn concat_rows(&self, parts: &[&CountedTensor]) -> Result<CountedTensor> {
         let rows = parts.iter().map(|part| part.rows).sum();
         let (cols, dtype) = parts.first().map_or((0, Dtype::F32), |part| (part.cols, part.dtype));
         Ok(self.tensor((rows, cols), dtype))
     }
 
-    fn cast(&self, x: &TallyTensor, to: Dtype) -> Result<TallyTensor> {
+    fn cast(&self, x: &CountedTensor, to: Dtype) -> Result<CountedTensor> {
         Ok(self.tensor(x.shape(), to))
     }
 
     fn linear(
         &self,
-        x: &TallyTensor,
-        w: &TallyTensor,
-        _bias: Option<&TallyTensor>,
-        residual: Option<&TallyTensor>,
-    ) -> Result<TallyTensor> {
+        x: &CountedTensor,
+        w: &CountedTensor,
+        _bias: Option<&CountedTensor>,
+        residual: Option<&CountedTensor>,
+    ) -> Result<CountedTensor> {
         assert_eq!(w.cols, x.cols, "linear: input features");
         self.count_product(x.rows, x.cols, w.rows);
         Ok(self.tensor((x.rows, w.rows), residual.unwrap_or(x).dtype))
@@ -190,10 +190,10 @@ impl Backend for Tally {
 
     fn linear_onto(
         &self,
-        x: &TallyTensor,
-        w: &TallyTensor,
-        onto: TallyTensor,
-    ) -> Result<TallyTensor> {
+        x: &CountedTensor,
+        w: &CountedTensor,
+        onto: CountedTensor,
+    ) -> Result<CountedTensor> {
         assert_eq!(onto.shape(), (x.rows, w.rows), "linear_onto: onto");
         self.count_product(x.rows, x.cols, w.rows);
         Ok(onto)
@@ -201,10 +201,10 @@ impl Backend for Tally {
 
     fn linear_input_grad(
         &self,
-        dy: &TallyTensor,
-        w: &TallyTensor,
-        onto: Option<TallyTensor>,
-    ) -> Result<TallyTensor> {
+        dy: &CountedTensor,
+        w: &CountedTensor,
+        onto: Option<CountedTensor>,
+    ) -> Result<CountedTensor> {
         assert_eq!(w.rows, dy.cols, "linear_input_grad: output features");
         self.count_product(dy.rows, dy.cols, w.cols);
         Ok(onto.unwrap_or_else(|| self.tensor((dy.rows, w.cols), dy.dtype)))
@@ -212,67 +212,67 @@ impl Backend for Tally {
 
     fn linear_weight_grad(
         &self,
-        dy: &TallyTensor,
-        x: &TallyTensor,
-        dw: &mut TallyTensor,
-        _gather: Gather,
+        dy: &CountedTensor,
+        x: &CountedTensor,
+        dw: &mut CountedTensor,
+        _gather: Accumulate,
     ) -> Result<()> {
         assert_eq!(dw.shape(), (dy.cols, x.cols), "linear_weight_grad: gradient");
         self.count_product(dy.cols, dy.rows, x.cols);
         Ok(())
     }
 
-    fn linear_bias_grad(&self, _: &TallyTensor, _: &mut TallyTensor) -> Result<()> {
+    fn linear_bias_grad(&self, _: &CountedTensor, _: &mut CountedTensor) -> Result<()> {
         Ok(())
     }
 
-    fn gather_rows(&self, x: &TallyTensor, rows: &Vec<u32>) -> Result<TallyTensor> {
+    fn gather_rows(&self, x: &CountedTensor, rows: &Vec<u32>) -> Result<CountedTensor> {
         Ok(self.tensor((rows.len(), x.cols), x.dtype))
     }
 
     fn scatter_add_rows(
         &self,
-        dy: &TallyTensor,
+        dy: &CountedTensor,
         rows: &Vec<u32>,
-        dx: &mut TallyTensor,
+        dx: &mut CountedTensor,
     ) -> Result<()> {
         assert_eq!(dy.shape(), (rows.len(), dx.cols), "scatter_add_rows: gradient");
         Ok(())
     }
 
-    fn segment_mean(&self, x: &TallyTensor, offsets: &Vec<u32>) -> Result<TallyTensor> {
+    fn segment_mean(&self, x: &CountedTensor, offsets: &Vec<u32>) -> Result<CountedTensor> {
         self.zeros(offsets.len() - 1, x.cols)
     }
 
     fn segment_mean_backward(
         &self,
-        dy: &TallyTensor,
+        dy: &CountedTensor,
         _offsets: &Vec<u32>,
         rows: usize,
-    ) -> Result<TallyTensor> {
+    ) -> Result<CountedTensor> {
         self.zeros(rows, dy.cols)
     }
 
     fn rms_norm(
         &self,
-        x: &TallyTensor,
-        w: &TallyTensor,
+        x: &CountedTensor,
+        w: &CountedTensor,
         _eps: f32,
         to: Dtype,
-    ) -> Result<(TallyTensor, TallyTensor)> {
+    ) -> Result<(CountedTensor, CountedTensor)> {
         let y = self.tensor(x.shape(), to);
         Ok((y, self.zeros(x.rows, x.cols / w.cols)?))
     }
 
     fn rms_norm_backward(
         &self,
-        _dy: &TallyTensor,
-        x: &TallyTensor,
-        w: &TallyTensor,
-        _inv_rms: &TallyTensor,
-        _dw: Option<&mut TallyTensor>,
-        onto: Option<TallyTensor>,
-    ) -> Result<TallyTensor> {
+        _dy: &CountedTensor,
+        x: &CountedTensor,
+        w: &CountedTensor,
+        _inv_rms: &CountedTensor,
+        _dw: Option<&mut CountedTensor>,
+        onto: Option<CountedTensor>,
+    ) -> Result<CountedTensor> {
         let dx = onto.unwrap_or_else(|| self.like(x));
         // Each task sums the weight's gradient over its rows.
         let tasks = (x.rows * x.cols / w.cols).div_ceil(cpu::rows_per_task(w.cols));
@@ -280,106 +280,112 @@ impl Backend for Tally {
         Ok(dx)
     }
 
-    fn normalize(&self, x: &TallyTensor) -> Result<(TallyTensor, TallyTensor)> {
+    fn normalize(&self, x: &CountedTensor) -> Result<(CountedTensor, CountedTensor)> {
         let y = self.zeros(x.rows, x.cols)?;
         Ok((y, self.zeros(x.rows, 1)?))
     }
 
     fn normalize_backward(
         &self,
-        dy: &TallyTensor,
-        _y: &TallyTensor,
-        _inv_norm: &TallyTensor,
-    ) -> Result<TallyTensor> {
+        dy: &CountedTensor,
+        _y: &CountedTensor,
+        _inv_norm: &CountedTensor,
+    ) -> Result<CountedTensor> {
         self.zeros(dy.rows, dy.cols)
     }
 
-    fn rope(&self, _: &mut TallyTensor, _: &Vec<u32>, _: &RopeTable<Self>, _: Turn) -> Result<()> {
+    fn rope(
+        &self,
+        _: &mut CountedTensor,
+        _: &Vec<u32>,
+        _: &RopeTable<Self>,
+        _: RopeDirection,
+    ) -> Result<()> {
         Ok(())
     }
 
     fn attention(
         &self,
-        q: &TallyTensor,
-        _k: &TallyTensor,
-        _v: &TallyTensor,
+        q: &CountedTensor,
+        _k: &CountedTensor,
+        _v: &CountedTensor,
         queries: &Layout<Self>,
         _keys: &Layout<Self>,
         shape: &AttentionShape,
-    ) -> Result<Attended<Self>> {
+    ) -> Result<AttentionOutput<Self>> {
         // Scores and values.
         self.count_attention(2, queries, shape);
         let out = self.like(q);
-        Ok(Attended { out, log_sum_exp: self.zeros(q.rows, shape.heads)? })
+        Ok(AttentionOutput { out, log_sum_exp: self.zeros(q.rows, shape.heads)? })
     }
 
     fn attention_backward(
         &self,
-        _dout: &TallyTensor,
-        q: &TallyTensor,
-        k: &TallyTensor,
-        v: &TallyTensor,
-        _attended: &Attended<Self>,
+        _dout: &CountedTensor,
+        q: &CountedTensor,
+        k: &CountedTensor,
+        v: &CountedTensor,
+        _attended: &AttentionOutput<Self>,
         queries: &Layout<Self>,
         _keys: &Layout<Self>,
         shape: &AttentionShape,
-    ) -> Result<(TallyTensor, TallyTensor, TallyTensor)> {
+    ) -> Result<(CountedTensor, CountedTensor, CountedTensor)> {
         // Gradients of q, k, v and probabilities, and the scores again.
         self.count_attention(5, queries, shape);
         Ok((self.like(q), self.like(k), self.like(v)))
     }
 
-    fn swiglu(&self, gate: &TallyTensor, up: &TallyTensor) -> Result<TallyTensor> {
+    fn swiglu(&self, gate: &CountedTensor, up: &CountedTensor) -> Result<CountedTensor> {
         assert_eq!(gate.shape(), up.shape(), "swiglu");
         Ok(self.like(gate))
     }
 
     fn swiglu_backward(
         &self,
-        _dy: &TallyTensor,
-        gate: &TallyTensor,
-        up: &TallyTensor,
-    ) -> Result<(TallyTensor, TallyTensor)> {
+        _dy: &CountedTensor,
+        gate: &CountedTensor,
+        up: &CountedTensor,
+    ) -> Result<(CountedTensor, CountedTensor)> {
         Ok((self.like(gate), self.like(up)))
     }
 
     fn dropout(
         &self,
-        x: &TallyTensor,
+        x: &CountedTensor,
         _tokens: TokenIds<'_, Self>,
         _key: &DropoutKey,
-        onto: Option<TallyTensor>,
-    ) -> Result<TallyTensor> {
+        onto: Option<CountedTensor>,
+    ) -> Result<CountedTensor> {
         Ok(onto.unwrap_or_else(|| self.like(x)))
     }
 
-    fn scale(&self, _: &mut TallyTensor, _: f32) -> Result<()> {
+    fn scale(&self, _: &mut CountedTensor, _: f32) -> Result<()> {
         Ok(())
     }
 
     fn cross_entropy(
         &self,
-        scores: &TallyTensor,
+        scores: &CountedTensor,
         _targets: &Vec<u32>,
-    ) -> Result<(TallyTensor, TallyTensor)> {
+    ) -> Result<(CountedTensor, CountedTensor)> {
         let dscores = self.like(scores);
         Ok((self.zeros(1, 1)?, dscores))
     }
 
-    fn add_sum_of_squares(&self, _: &TallyTensor, _: &mut TallyTensor) -> Result<()> {
+    fn add_sum_of_squares(&self, _: &CountedTensor, _: &mut CountedTensor) -> Result<()> {
         Ok(())
     }
 
-    fn clip_factor(&self, _: &TallyTensor, _: Option<f32>) -> Result<TallyTensor> {
+    fn clip_factor(&self, _: &CountedTensor, _: Option<f32>) -> Result<CountedTensor> {
         self.zeros(1, 2)
     }
 
     fn adamw(
         &self,
-        param: &mut TallyTensor,
-        grad: &TallyTensor,
-        _moments: (&mut TallyTensor, &mut TallyTensor),
-        _clip: &TallyTensor,
+        param: &mut CountedTensor,
+        grad: &CountedTensor,
+        _moments: (&mut CountedTensor, &mut CountedTensor),
+        _clip: &CountedTensor,
         _step: &AdamWStep,
     ) -> Result<()> {
         assert_eq!(param.shape(), grad.shape(), "adamw: gradient");
@@ -443,15 +449,15 @@ mod tests {
 
     #[test]
     fn results_are_shaped_as_the_cpu_shapes_them() {
-        let tally = Tally::new();
+        let tally = CountingBackend::new();
         assert_eq!(shapes(&tally), shapes(&Cpu::new()));
         assert_eq!(tally.taken(), 0, "a tensor kept its place");
     }
 
     #[test]
     fn attention_counts_the_pairs_that_see_each_other() {
-        let tally = Tally::new();
-        let layout = |offsets: Vec<u32>, positions: Vec<u32>| Layout::<Tally> {
+        let tally = CountingBackend::new();
+        let layout = |offsets: Vec<u32>, positions: Vec<u32>| Layout::<CountingBackend> {
             sequences: offsets.len() - 1,
             rows: positions.len(),
             longest: 5,
@@ -473,7 +479,7 @@ mod tests {
 
     #[test]
     fn mixed_precision_takes_half() {
-        let tally = Tally::new();
+        let tally = CountingBackend::new();
         let x = tally.cast(&tally.zeros(64, 32).unwrap(), Dtype::Bf16).unwrap();
         let w = tally.zeros(32, 32).unwrap();
         let residual = tally.zeros(64, 32).unwrap();

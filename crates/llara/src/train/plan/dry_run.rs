@@ -1,13 +1,13 @@
-//! A step run on the device that counts.
+//! A dry run: a step of the training code on the backend that counts.
 
 use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::batch::ForeseenBatch;
+use super::batch::LargestBatch;
 use super::work::needed_flops;
 use super::{Chunks, Parts, Plan, Work};
-use crate::backend::{Backend, Dtype, Tally};
+use crate::backend::{Backend, CountingBackend, Dtype};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
@@ -50,11 +50,11 @@ impl RunShape {
 }
 
 /// A model and its optimizer on the device that counts.
-pub struct Rehearsal {
+pub struct DryRun {
     shape: RunShape,
-    tally: Tally,
-    model: BiEncoderModel<Tally>,
-    optimizer: AdamW<Tally>,
+    tally: CountingBackend,
+    model: BiEncoderModel<CountingBackend>,
+    optimizer: AdamW<CountingBackend>,
     weights: usize,
     gradients: usize,
     moments: usize,
@@ -72,14 +72,14 @@ pub(super) struct Counted {
     pub(super) flops: u64,
 }
 
-impl Rehearsal {
+impl DryRun {
     /// Loads a model of this shape, as far as memory is concerned, and makes its optimizer's state.
     ///
     /// # Errors
     /// When the shape is impossible.
     pub fn new(shape: RunShape) -> Result<Self> {
         let saving = {
-            let tally = Tally::new();
+            let tally = CountingBackend::new();
             let mut trained = load(&tally, &shape)?;
             match &shape.lora {
                 // The saved adapter is checked on the weights that it was trained on.
@@ -92,23 +92,13 @@ impl Rehearsal {
             }
             tally.peak()
         };
-        let tally = Tally::new();
+        let tally = CountingBackend::new();
         let mut model = load(&tally, &shape)?;
         let (weights, loading) = (tally.taken(), tally.peak());
         let optimizer = AdamW::new(&tally, model.decoder_mut(), AdamWConfig::default())?;
         let moments = (tally.taken() - weights) / 3 * 2;
         let gradients = tally.taken() - weights - moments;
-        Ok(Rehearsal {
-            shape,
-            tally,
-            model,
-            optimizer,
-            weights,
-            gradients,
-            moments,
-            loading,
-            saving,
-        })
+        Ok(DryRun { shape, tally, model, optimizer, weights, gradients, moments, loading, saving })
     }
 
     /// The shape that it was made from.
@@ -120,7 +110,7 @@ impl Rehearsal {
     ///
     /// # Errors
     /// When the batch is impossible.
-    pub fn plan(&mut self, batch: &ForeseenBatch, chunking: Chunking) -> Result<Plan> {
+    pub fn plan(&mut self, batch: &LargestBatch, chunking: Chunking) -> Result<Plan> {
         let counted = self.step(batch, &chunking)?;
         let encoded = self.encoded(batch)?;
         let pieces = chunking.chunks(&encoded);
@@ -133,9 +123,11 @@ impl Rehearsal {
         };
         let host = self.host_bytes();
         let process = self.shape.process_bytes;
-        let workspace =
-            Tally::workspace(self.shape.threads, encoded.longest(), self.shape.decoder.head_dim)
-                as u64;
+        let workspace = CountingBackend::workspace(
+            self.shape.threads,
+            encoded.longest(),
+            self.shape.decoder.head_dim,
+        ) as u64;
         let fixed = self.weights + self.gradients + self.moments;
         let lengths: Vec<usize> = encoded.sequences().map(<[u32]>::len).collect();
         let pooled = self.shape.prompts.template().pooled_tokens;
@@ -172,7 +164,7 @@ impl Rehearsal {
     }
 
     /// One step, update included.
-    pub(super) fn step(&mut self, batch: &ForeseenBatch, chunking: &Chunking) -> Result<Counted> {
+    pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
         let objective = self.model.objective(Arc::new(Solo))?;
         self.tally.forget_peak();
@@ -183,11 +175,11 @@ impl Rehearsal {
     }
 
     /// The sequences that a step encodes, in their order.
-    pub(super) fn encoded(&self, batch: &ForeseenBatch) -> Result<Batch> {
+    pub(super) fn encoded(&self, batch: &LargestBatch) -> Result<Batch> {
         Ok(self.input(batch)?.batch)
     }
 
-    fn input(&self, batch: &ForeseenBatch) -> Result<StepInput> {
+    fn input(&self, batch: &LargestBatch) -> Result<StepInput> {
         let dropout = self.shape.has_dropout().then_some(Dropout { seed: 0, step: 0 });
         let deduplicate = self.shape.options.shortcuts.equal_once;
         StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
@@ -195,13 +187,14 @@ impl Rehearsal {
 
     /// The largest tensor in a file's bytes and as f32, while it is read or written.
     fn host_bytes(&self) -> u64 {
-        let elements = |p: &crate::model::Parameter<Tally>| p.shape().iter().product::<usize>();
+        let elements =
+            |p: &crate::model::Parameter<CountingBackend>| p.shape().iter().product::<usize>();
         self.model.decoder().parameters().map(elements).max().unwrap_or(0) as u64 * 8
     }
 }
 
 /// A model as it is loaded: frozen matrices in the run's precision, then adapters.
-fn load(tally: &Tally, shape: &RunShape) -> Result<BiEncoderModel<Tally>> {
+fn load(tally: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<CountingBackend>> {
     let matrices = if shape.lora.is_some() { shape.precision } else { Dtype::F32 };
     let decoder = Decoder::build(shape.decoder.clone(), &mut |_, sizes| match *sizes {
         [rows, cols] if matrices == Dtype::Bf16 => {
