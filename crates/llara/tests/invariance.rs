@@ -160,7 +160,7 @@ struct Way {
     precision: Dtype,
 }
 
-const NO_SHORTCUTS: Shortcuts = Shortcuts { last_layer_at_pooled: false, equal_once: false };
+const NO_SHORTCUTS: Shortcuts = Shortcuts { last_layer_at_pooled: false, dedup_sequences: false };
 
 const PLAIN: Chunking =
     Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX };
@@ -224,7 +224,7 @@ fn gradients_do_not_depend_on_the_chunks() {
 #[test]
 fn gradients_in_bf16_do_not_depend_on_the_chunks_either() {
     for adapter in [false, true] {
-        let shortcuts = Shortcuts { equal_once: false, ..Shortcuts::default() };
+        let shortcuts = Shortcuts { dedup_sequences: false, ..Shortcuts::default() };
         let way = |chunking| Way { chunking, adapter, shortcuts, precision: Dtype::Bf16 };
         // The same vectors and the same gradients of activations; only sums over chunks differ, in f32.
         let chunking = Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN };
@@ -238,8 +238,8 @@ fn work_that_is_not_done_changes_nothing() {
     for adapter in [false, true] {
         let (chunking, precision) = (PLAIN, Dtype::F32);
         let way = |shortcuts| Way { chunking, adapter, shortcuts, precision };
-        let equal_once = Shortcuts { equal_once: true, ..NO_SHORTCUTS };
-        agree(way(NO_SHORTCUTS), way(equal_once), 5e-6);
+        let dedup_sequences = Shortcuts { dedup_sequences: true, ..NO_SHORTCUTS };
+        agree(way(NO_SHORTCUTS), way(dedup_sequences), 5e-6);
         let last_layer_at_pooled = Shortcuts { last_layer_at_pooled: true, ..NO_SHORTCUTS };
         agree(way(NO_SHORTCUTS), way(last_layer_at_pooled), 5e-6);
     }

@@ -169,10 +169,10 @@ pub(super) struct TrainingArgs {
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) last_layer_at_pooled: bool,
     /// Encode equal texts of a batch once; has no effect with dropout
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, alias = "equal-once", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) equal_once: bool,
+    pub(super) dedup_sequences: bool,
     /// The reference's name for --dtype bf16
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set, hide = true)]
@@ -437,7 +437,7 @@ impl Args {
             sub_batch_size: None,
             shortcuts: Shortcuts {
                 last_layer_at_pooled: self.training.last_layer_at_pooled,
-                equal_once: self.training.equal_once,
+                dedup_sequences: self.training.dedup_sequences,
             },
         }
     }

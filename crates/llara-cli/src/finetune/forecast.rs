@@ -41,7 +41,7 @@ impl Forecast {
         };
         let Prepared { dataset, config, .. } = prepared;
         let batch =
-            LargestBatch::of_run(dataset, &shape.prompts, config, shape.encodes_equal_once())?;
+            LargestBatch::of_run(dataset, &shape.prompts, config, shape.dedups_sequences())?;
         // Now, with tokenizer and data in memory.
         let machine = MachineMemory::read();
         shape.process_bytes = machine.process_in_training();

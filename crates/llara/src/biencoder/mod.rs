@@ -40,22 +40,22 @@ pub struct BiEncoderOptions {
     pub temperature: f32,
     /// Sequences encoded at a time; `None`: all of a batch at once. The result is the same.
     pub sub_batch_size: Option<usize>,
-    /// Work that is left undone.
+    /// Optimizations.
     pub shortcuts: Shortcuts,
 }
 
-/// Work that no result depends on beyond rounding. All of it is left undone unless turned off.
+/// Optimizations that change results by rounding errors at most. All are on by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortcuts {
-    /// The last layer computes no more than keys and values but at the pooled positions.
+    /// The last layer is computed at the pooled positions only, except keys and values.
     pub last_layer_at_pooled: bool,
-    /// Equal sequences of a training batch are encoded once; never where dropout tells them apart.
-    pub equal_once: bool,
+    /// Equal sequences of a training batch are encoded once, unless dropout makes them different.
+    pub dedup_sequences: bool,
 }
 
 impl Default for Shortcuts {
     fn default() -> Self {
-        Shortcuts { last_layer_at_pooled: true, equal_once: true }
+        Shortcuts { last_layer_at_pooled: true, dedup_sequences: true }
     }
 }
 

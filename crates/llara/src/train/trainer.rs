@@ -128,7 +128,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
             config,
             sampler,
             prompts,
-            deduplicate: model.options().shortcuts.equal_once,
+            deduplicate: model.options().shortcuts.dedup_sequences,
             has_dropout: model.adapter().is_some_and(LoraConfig::has_dropout),
         });
         Ok(Trainer { model, config, batches, objective, optimizer, schedule, total_steps })

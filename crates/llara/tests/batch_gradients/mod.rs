@@ -16,7 +16,7 @@ pub(crate) fn batch_gradients(
     chunking: &Chunking,
     dropout: Option<Dropout>,
 ) -> llara::Result<f32> {
-    let deduplicate = model.options().shortcuts.equal_once;
+    let deduplicate = model.options().shortcuts.dedup_sequences;
     let input = StepInput::from_batches(query, passage, deduplicate, dropout)?;
     let objective = model.objective(Arc::new(Solo))?;
     let loss = accumulate_gradients(model, &objective, &input, chunking)?;

@@ -41,7 +41,7 @@ struct Seen {
 impl LargestBatch {
     /// Draws some of the run's own batches. Where all were looked at it is the largest of them; else
     /// the largest made longer, to four standard deviations above the mean, if it is not that long.
-    /// `equal_once` says whether equal sequences are encoded once.
+    /// `dedup_sequences` says whether equal sequences are encoded once.
     ///
     /// # Errors
     /// When a setting is out of its range or a row cannot be read or tokenized.
@@ -49,7 +49,7 @@ impl LargestBatch {
         dataset: &Dataset,
         prompts: &Arc<PromptEncoder>,
         config: &TrainConfig,
-        equal_once: bool,
+        dedup_sequences: bool,
     ) -> Result<Self> {
         let sampler = config.sampler(dataset.len(), 1)?;
         let steps = config.length.steps(sampler.steps_per_epoch())?;
@@ -59,14 +59,14 @@ impl LargestBatch {
             config,
             sampler,
             prompts: Arc::clone(prompts),
-            deduplicate: equal_once,
+            deduplicate: dedup_sequences,
             has_dropout: false,
         };
         let look = |step| -> Result<Seen> {
             let Tokenized { queries, passages, .. } = batches.tokenized(step)?;
             let query = Batch::from_sequences(queries)?;
             let passage = Batch::from_sequences(passages)?;
-            let encoded = encoded_tokens(&query, &passage, equal_once)?;
+            let encoded = encoded_tokens(&query, &passage, dedup_sequences)?;
             Ok(Seen { query, passage, encoded })
         };
         let looked_at = STEPS.min((TEXTS / texts) as u64).clamp(1, steps);
@@ -91,7 +91,7 @@ impl LargestBatch {
         let wanted = if looked_at < steps { (mean_encoded + margin) as usize } else { 0 };
         let Seen { query, passage, encoded } = largest;
         let (query, passage) = match wanted > encoded {
-            true => lengthened(&query, &passage, config, wanted, equal_once)?,
+            true => lengthened(&query, &passage, config, wanted, dedup_sequences)?,
             false => (query, passage),
         };
         Ok(LargestBatch { query, passage, steps, looked_at })
@@ -107,8 +107,8 @@ impl LargestBatch {
     }
 }
 
-fn encoded_tokens(query: &Batch, passage: &Batch, equal_once: bool) -> Result<usize> {
-    if !equal_once {
+fn encoded_tokens(query: &Batch, passage: &Batch, dedup_sequences: bool) -> Result<usize> {
+    if !dedup_sequences {
         return Ok(query.tokens() + passage.tokens());
     }
     let both = query.sequences().chain(passage.sequences());
@@ -136,7 +136,7 @@ fn lengthened(
     passage: &Batch,
     config: &TrainConfig,
     wanted: usize,
-    equal_once: bool,
+    dedup_sequences: bool,
 ) -> Result<(Batch, Batch)> {
     let by = |factor: f64| -> Result<(Batch, Batch)> {
         Ok((
@@ -149,7 +149,7 @@ fn lengthened(
     for _ in 0..16 {
         let middle = f64::midpoint(short, long);
         let (query, passage) = by(middle)?;
-        match encoded_tokens(&query, &passage, equal_once)? < wanted {
+        match encoded_tokens(&query, &passage, dedup_sequences)? < wanted {
             true => short = middle,
             false => long = middle,
         }

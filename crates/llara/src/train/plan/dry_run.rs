@@ -40,8 +40,8 @@ pub struct RunShape {
 
 impl RunShape {
     /// Whether equal sequences of a batch are encoded once.
-    pub fn encodes_equal_once(&self) -> bool {
-        self.options.shortcuts.equal_once && !self.has_dropout()
+    pub fn dedups_sequences(&self) -> bool {
+        self.options.shortcuts.dedup_sequences && !self.has_dropout()
     }
 
     fn has_dropout(&self) -> bool {
@@ -181,7 +181,7 @@ impl DryRun {
 
     fn input(&self, batch: &LargestBatch) -> Result<StepInput> {
         let dropout = self.shape.has_dropout().then_some(Dropout { seed: 0, step: 0 });
-        let deduplicate = self.shape.options.shortcuts.equal_once;
+        let deduplicate = self.shape.options.shortcuts.dedup_sequences;
         StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
     }
 

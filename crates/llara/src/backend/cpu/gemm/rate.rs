@@ -4,9 +4,8 @@
 //! of an f32 multiply-add, and the product then takes twice as long as in f32. There bf16 operands are
 //! widened while they are packed, which is exact, and multiplied by the f32 kernel; operands that are
 //! f32 are still rounded to bf16 first. The two kernels add in another order and treat denormal
-//! operands differently, so their results differ by rounding. On every processor measured so far the
-//! rates differ by more than a third, so that repeated runs decide alike; `LLARA_CPU=avx512bf16` or
-//! `LLARA_CPU=avx512` fixes the decision.
+//! operands differently, so their results differ by rounding. Where the rates are nearly equal, two
+//! processes may decide differently; `LLARA_CPU=avx512bf16` or `LLARA_CPU=avx512` fixes the decision.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
