@@ -57,7 +57,12 @@ fn check(path: &Path, overwrite: bool) -> Result<()> {
         .file(path)
         .expected("a new or an empty folder")
         .got(format!("{}{more}", names[..names.len().min(SHOWN)].join(", ")))
-        .hint("choose another folder, or replace what is there with --overwrite-output-dir"))
+        .hint(if names.iter().any(|name| name.starts_with("checkpoint-")) {
+            "choose another folder; a checkpoint can be trained further as --model. \
+             --overwrite-output-dir deletes the checkpoints and replaces the model"
+        } else {
+            "choose another folder, or replace its model with --overwrite-output-dir"
+        }))
 }
 
 /// Refuses work whose results need more than the free disk space. `largest` says what takes most of it.

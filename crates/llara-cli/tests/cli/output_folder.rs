@@ -76,6 +76,19 @@ fn what_does_not_fit_on_the_disk_is_refused_before_training() {
 }
 
 #[test]
+fn overwriting_checkpoints_is_warned_of() {
+    let bench = Bench::new();
+    fs::create_dir_all(bench.at("out/checkpoint-20")).unwrap();
+    bench.write("out/checkpoint-20/config.json", "{}");
+    bench.finetune(&["--max-steps", "1"]).refused(&[
+        "the output folder is not empty",
+        "checkpoint-20",
+        "--overwrite-output-dir deletes the checkpoints",
+    ]);
+    assert!(bench.at("out/checkpoint-20/config.json").is_file());
+}
+
+#[test]
 fn leftovers_of_a_killed_save_do_not_refuse_the_next() {
     let bench = Bench::new();
     fs::create_dir_all(bench.at("new/.partial-Xy1")).unwrap();
