@@ -200,7 +200,7 @@ pub(super) struct OptimizerArgs {
     /// Steps in which the learning rate rises from 0; if not 0, used instead of the ratio
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole_steps)]
     pub(super) warmup_steps: u64,
-    /// Decoupled weight decay, on every parameter
+    /// Decoupled weight decay, on every parameter but norms and biases
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub(super) weight_decay: f64,
     /// Decay of AdamW's first moment

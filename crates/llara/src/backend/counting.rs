@@ -16,11 +16,11 @@ use crate::Result;
 ///
 /// ```
 /// use llara::backend::{Backend, CountingBackend};
-/// let tally = CountingBackend::new();
-/// let (x, w) = (tally.zeros(100, 64)?, tally.zeros(32, 64)?);
-/// let y = tally.linear(&x, &w, None, None)?;
-/// assert_eq!(tally.flops(), 2 * 100 * 64 * 32);
-/// assert_eq!(tally.taken(), 4 * (100 * 64 + 32 * 64 + 100 * 32));
+/// let counting = CountingBackend::new();
+/// let (x, w) = (counting.zeros(100, 64)?, counting.zeros(32, 64)?);
+/// let y = counting.linear(&x, &w, None, None)?;
+/// assert_eq!(counting.flops(), 2 * 100 * 64 * 32);
+/// assert_eq!(counting.taken(), 4 * (100 * 64 + 32 * 64 + 100 * 32));
 /// # Ok::<(), llara::Error>(())
 /// ```
 #[derive(Clone, Default)]
@@ -40,7 +40,7 @@ pub struct CountedTensor {
     cols: usize,
     dtype: Dtype,
     offset: usize,
-    tally: CountingBackend,
+    counting: CountingBackend,
 }
 
 impl CountingBackend {
@@ -83,7 +83,7 @@ impl CountingBackend {
 
     fn tensor(&self, (rows, cols): (usize, usize), dtype: Dtype) -> CountedTensor {
         let offset = self.lock().space.take(rows * cols * dtype.bytes());
-        CountedTensor { rows, cols, dtype, offset, tally: self.clone() }
+        CountedTensor { rows, cols, dtype, offset, counting: self.clone() }
     }
 
     fn like(&self, x: &CountedTensor) -> CountedTensor {
@@ -114,7 +114,7 @@ impl CountingBackend {
 impl Drop for CountedTensor {
     fn drop(&mut self) {
         let bytes = self.rows * self.cols * self.dtype.bytes();
-        self.tally.lock().space.put(self.offset, bytes);
+        self.counting.lock().space.put(self.offset, bytes);
     }
 }
 
@@ -215,7 +215,7 @@ impl Backend for CountingBackend {
         dy: &CountedTensor,
         x: &CountedTensor,
         dw: &mut CountedTensor,
-        _gather: Accumulate,
+        _accumulate: Accumulate,
     ) -> Result<()> {
         assert_eq!(dw.shape(), (dy.cols, x.cols), "linear_weight_grad: gradient");
         self.count_product(dy.cols, dy.rows, x.cols);
@@ -449,14 +449,14 @@ mod tests {
 
     #[test]
     fn results_are_shaped_as_the_cpu_shapes_them() {
-        let tally = CountingBackend::new();
-        assert_eq!(shapes(&tally), shapes(&Cpu::new()));
-        assert_eq!(tally.taken(), 0, "a tensor kept its place");
+        let counting = CountingBackend::new();
+        assert_eq!(shapes(&counting), shapes(&Cpu::new()));
+        assert_eq!(counting.taken(), 0, "a tensor kept its place");
     }
 
     #[test]
     fn attention_counts_the_pairs_that_see_each_other() {
-        let tally = CountingBackend::new();
+        let counting = CountingBackend::new();
         let layout = |offsets: Vec<u32>, positions: Vec<u32>| Layout::<CountingBackend> {
             sequences: offsets.len() - 1,
             rows: positions.len(),
@@ -466,31 +466,31 @@ mod tests {
         };
         let shape = AttentionShape { heads: 3, kv_heads: 1, head_dim: 4, window: None, scale: 1.0 };
         let all = layout(vec![0, 5, 7], vec![0, 1, 2, 3, 4, 0, 1]);
-        let (q, kv) = (tally.zeros(7, 12).unwrap(), tally.zeros(7, 4).unwrap());
-        let attended = tally.attention(&q, &kv, &kv, &all, &all, &shape).unwrap();
-        assert_eq!(tally.flops(), 4 * 12 * (15 + 3));
-        tally.attention_backward(&q, &q, &kv, &kv, &attended, &all, &all, &shape).unwrap();
-        assert_eq!(tally.flops(), (4 + 10) * 12 * (15 + 3));
+        let (q, kv) = (counting.zeros(7, 12).unwrap(), counting.zeros(7, 4).unwrap());
+        let attended = counting.attention(&q, &kv, &kv, &all, &all, &shape).unwrap();
+        assert_eq!(counting.flops(), 4 * 12 * (15 + 3));
+        counting.attention_backward(&q, &q, &kv, &kv, &attended, &all, &all, &shape).unwrap();
+        assert_eq!(counting.flops(), (4 + 10) * 12 * (15 + 3));
         let windowed = AttentionShape { window: Some(2), ..shape };
-        let before = tally.flops();
-        tally.attention(&q, &kv, &kv, &all, &all, &windowed).unwrap();
-        assert_eq!(tally.flops() - before, 4 * 12 * (1 + 2 + 2 + 2 + 2 + 1 + 2));
+        let before = counting.flops();
+        counting.attention(&q, &kv, &kv, &all, &all, &windowed).unwrap();
+        assert_eq!(counting.flops() - before, 4 * 12 * (1 + 2 + 2 + 2 + 2 + 1 + 2));
     }
 
     #[test]
     fn mixed_precision_takes_half() {
-        let tally = CountingBackend::new();
-        let x = tally.cast(&tally.zeros(64, 32).unwrap(), Dtype::Bf16).unwrap();
-        let w = tally.zeros(32, 32).unwrap();
-        let residual = tally.zeros(64, 32).unwrap();
+        let counting = CountingBackend::new();
+        let x = counting.cast(&counting.zeros(64, 32).unwrap(), Dtype::Bf16).unwrap();
+        let w = counting.zeros(32, 32).unwrap();
+        let residual = counting.zeros(64, 32).unwrap();
         let dtypes = [
-            tally.linear(&x, &w, None, None).unwrap().dtype(),
-            tally.linear(&x, &w, None, Some(&residual)).unwrap().dtype(),
-            tally.linear_input_grad(&x, &w, None).unwrap().dtype(),
+            counting.linear(&x, &w, None, None).unwrap().dtype(),
+            counting.linear(&x, &w, None, Some(&residual)).unwrap().dtype(),
+            counting.linear_input_grad(&x, &w, None).unwrap().dtype(),
         ];
         assert_eq!(dtypes, [Dtype::Bf16, Dtype::F32, Dtype::Bf16]);
         drop((w, residual));
-        assert_eq!(tally.taken(), 64 * 32 * 2);
-        assert!(tally.peak() > tally.taken());
+        assert_eq!(counting.taken(), 64 * 32 * 2);
+        assert!(counting.peak() > counting.taken());
     }
 }

@@ -256,7 +256,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dy: &Self::Tensor,
         x: &Self::Tensor,
         dw: &mut Self::Tensor,
-        gather: Accumulate,
+        accumulate: Accumulate,
     ) -> Result<()>;
     /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
     fn linear_bias_grad(&self, dy: &Self::Tensor, db: &mut Self::Tensor) -> Result<()>;

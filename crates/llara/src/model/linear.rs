@@ -62,8 +62,8 @@ impl<B: Backend> Linear<B> {
         saved: SavedLinear<B>,
     ) -> Result<Option<B::Tensor>> {
         let backend = pass.backend;
-        if let (_, Some((dw, gather))) = self.weight.value_and_any_grad(backend)? {
-            backend.linear_weight_grad(dy, x, dw, gather)?;
+        if let (_, Some((dw, accumulate))) = self.weight.value_and_any_grad(backend)? {
+            backend.linear_weight_grad(dy, x, dw, accumulate)?;
         }
         if let Some(bias) = &mut self.bias
             && let (_, Some(db)) = bias.value_and_grad(backend)?

@@ -85,13 +85,13 @@ impl<B: Backend> Lora<B> {
         let backend = pass.backend;
         let dropped = self.dropped(pass, x)?;
         let (b, db) = self.b.value_and_any_grad(backend)?;
-        if let Some((db, gather)) = db {
-            backend.linear_weight_grad(dy, &saved.0, db, gather)?;
+        if let Some((db, accumulate)) = db {
+            backend.linear_weight_grad(dy, &saved.0, db, accumulate)?;
         }
         let mut g = backend.linear_input_grad(dy, b, None)?;
         backend.scale(&mut g, self.scale)?;
-        if let (_, Some((da, gather))) = self.a.value_and_any_grad(backend)? {
-            backend.linear_weight_grad(&g, dropped.as_ref().unwrap_or(x), da, gather)?;
+        if let (_, Some((da, accumulate))) = self.a.value_and_any_grad(backend)? {
+            backend.linear_weight_grad(&g, dropped.as_ref().unwrap_or(x), da, accumulate)?;
         }
         Ok(g)
     }

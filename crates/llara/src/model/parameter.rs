@@ -97,10 +97,10 @@ impl<B: Backend> Parameter<B> {
         if !self.trainable {
             return Ok((&self.value, None));
         }
-        let gather = if self.reached { Accumulate::Add } else { Accumulate::Overwrite };
+        let accumulate = if self.reached { Accumulate::Add } else { Accumulate::Overwrite };
         self.reserve_grad(backend)?;
         self.reached = true;
-        Ok((&self.value, self.grad.as_mut().map(|grad| (grad, gather))))
+        Ok((&self.value, self.grad.as_mut().map(|grad| (grad, accumulate))))
     }
 
     /// Allocates the gradient, so that it does not come to lie among activations.

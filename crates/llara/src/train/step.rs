@@ -7,13 +7,12 @@
 
 use std::ops::Range;
 
+use super::step_input::StepInput;
 use crate::Result;
 use crate::backend::{Backend, Shape};
 use crate::biencoder::{BiEncoderModel, Encoding};
 use crate::data::Batch;
 use crate::loss::{Embeddings, LossAndGradient, Objective};
-
-use super::step_input::StepInput;
 
 /// How a batch is split into chunks, and how many chunks keep their activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -187,9 +187,9 @@ impl Backend for Cpu {
         dy: &CpuTensor,
         x: &CpuTensor,
         dw: &mut CpuTensor,
-        gather: Accumulate,
+        accumulate: Accumulate,
     ) -> Result<()> {
-        products::linear_weight_grad(dy, x, dw, gather);
+        products::linear_weight_grad(dy, x, dw, accumulate);
         Ok(())
     }
 

@@ -74,14 +74,14 @@ pub(super) fn linear_weight_grad(
     dy: &CpuTensor,
     x: &CpuTensor,
     dw: &mut CpuTensor,
-    gather: Accumulate,
+    accumulate: Accumulate,
 ) {
     let (n, output) = dy.shape();
     let input = x.cols();
     assert_eq!(x.rows(), n, "linear_weight_grad: rows");
     assert_eq!(dw.shape(), (output, input), "linear_weight_grad: gradient");
     let product = product::<f32>(dy);
-    let product = if gather == Accumulate::Add { product.accumulate() } else { product };
+    let product = if accumulate == Accumulate::Add { product.accumulate() } else { product };
     product.multiply(view_mut(dw), operand(dy).t(), operand(x));
 }
 

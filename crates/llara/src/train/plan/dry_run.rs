@@ -52,7 +52,7 @@ impl RunShape {
 /// A model and its optimizer on the device that counts.
 pub struct DryRun {
     shape: RunShape,
-    tally: CountingBackend,
+    counting: CountingBackend,
     model: BiEncoderModel<CountingBackend>,
     optimizer: AdamW<CountingBackend>,
     weights: usize,
@@ -79,8 +79,8 @@ impl DryRun {
     /// When the shape is impossible.
     pub fn new(shape: RunShape) -> Result<Self> {
         let saving = {
-            let tally = CountingBackend::new();
-            let mut trained = load(&tally, &shape)?;
+            let counting = CountingBackend::new();
+            let mut trained = load(&counting, &shape)?;
             match &shape.lora {
                 // The saved adapter is checked on the weights that it was trained on.
                 Some(lora) => {
@@ -88,17 +88,27 @@ impl DryRun {
                     trained.attach_zero_adapter(lora)?;
                     drop(adapters);
                 }
-                None => drop(load(&tally, &shape)?),
+                None => drop(load(&counting, &shape)?),
             }
-            tally.peak()
+            counting.peak()
         };
-        let tally = CountingBackend::new();
-        let mut model = load(&tally, &shape)?;
-        let (weights, loading) = (tally.taken(), tally.peak());
-        let optimizer = AdamW::new(&tally, model.decoder_mut(), AdamWConfig::default())?;
-        let moments = (tally.taken() - weights) / 3 * 2;
-        let gradients = tally.taken() - weights - moments;
-        Ok(DryRun { shape, tally, model, optimizer, weights, gradients, moments, loading, saving })
+        let counting = CountingBackend::new();
+        let mut model = load(&counting, &shape)?;
+        let (weights, loading) = (counting.taken(), counting.peak());
+        let optimizer = AdamW::new(&counting, model.decoder_mut(), AdamWConfig::default())?;
+        let moments = (counting.taken() - weights) / 3 * 2;
+        let gradients = counting.taken() - weights - moments;
+        Ok(DryRun {
+            shape,
+            counting,
+            model,
+            optimizer,
+            weights,
+            gradients,
+            moments,
+            loading,
+            saving,
+        })
     }
 
     /// The shape that it was made from.
@@ -167,11 +177,11 @@ impl DryRun {
     pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
         let objective = self.model.objective(Arc::new(Solo))?;
-        self.tally.forget_peak();
-        let before = self.tally.flops();
+        self.counting.forget_peak();
+        let before = self.counting.flops();
         drop(accumulate_gradients(&mut self.model, &objective, &input, chunking)?);
-        drop(self.optimizer.step(&self.tally, self.model.decoder_mut(), 0.0)?);
-        Ok(Counted { peak: self.tally.peak(), flops: self.tally.flops() - before })
+        drop(self.optimizer.step(&self.counting, self.model.decoder_mut(), 0.0)?);
+        Ok(Counted { peak: self.counting.peak(), flops: self.counting.flops() - before })
     }
 
     /// The sequences that a step encodes, in their order.
@@ -194,18 +204,18 @@ impl DryRun {
 }
 
 /// A model as it is loaded: frozen matrices in the run's precision, then adapters.
-fn load(tally: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<CountingBackend>> {
+fn load(counting: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<CountingBackend>> {
     let matrices = if shape.lora.is_some() { shape.precision } else { Dtype::F32 };
     let decoder = Decoder::build(shape.decoder.clone(), &mut |_, sizes| match *sizes {
         [rows, cols] if matrices == Dtype::Bf16 => {
-            tally.cast(&tally.zeros(rows, cols)?, Dtype::Bf16)
+            counting.cast(&counting.zeros(rows, cols)?, Dtype::Bf16)
         }
-        [rows, cols] => tally.zeros(rows, cols),
-        [cols] => tally.zeros(1, cols),
+        [rows, cols] => counting.zeros(rows, cols),
+        [cols] => counting.zeros(1, cols),
         _ => Err(Error::new(ErrorKind::Weights, "a parameter is neither a matrix nor a vector")),
     })?;
     let parts = ModelParts {
-        backend: tally.clone(),
+        backend: counting.clone(),
         decoder,
         folder: ModelFolder::new(Value::Null),
         prompts: Arc::clone(&shape.prompts),
