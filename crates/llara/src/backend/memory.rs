@@ -96,6 +96,25 @@ fn rounded(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(GRAIN)
 }
 
+/// How a device allocates and what its kernels take: see [`Backend::memory`](super::Backend::memory).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DeviceMemory {
+    /// Every allocation starts at a multiple of this many bytes.
+    pub alignment: usize,
+    /// Bytes that the device takes before the first tensor: context, handles, fixed workspaces.
+    pub fixed_bytes: usize,
+    /// f32 elements of an attention's state for each row of queries and each query head.
+    pub attention_state: usize,
+    /// f32 rows of a norm's weight gradient that are summed apart: one for so many elements of x.
+    pub norm_task_elements: usize,
+    /// Bytes of an element that a product's operand is copied to, beside the values, for a trainable
+    /// matrix multiplied by bf16 activations; 0: it is multiplied from its values.
+    pub working_copy_bytes: usize,
+    /// Scratch memory of the kernels, in bytes, for sequences of `longest` tokens and heads of
+    /// `head_dim` features.
+    pub scratch: fn(longest: usize, head_dim: usize) -> usize,
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
