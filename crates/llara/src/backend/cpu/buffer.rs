@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::element::Element;
 use super::unit::Unit;
-use crate::backend::{Dtype, OffsetAllocator, Shape};
+use crate::backend::{Dtype, OffsetAllocator, PreparedWeight, Shape, View, ViewMut};
 use crate::{Error, ErrorKind, Result};
 
 use reserved::Reserved;
@@ -281,6 +281,40 @@ impl Shape for CpuTensor {
 
     fn dtype(&self) -> Dtype {
         self.dtype
+    }
+}
+
+/// The CPU multiplies by the values themselves: packing them is a small part of a product, and a copy
+/// would take as much memory as the weights.
+impl PreparedWeight<CpuTensor> for CpuTensor {
+    fn values(&self) -> &CpuTensor {
+        self
+    }
+
+    fn into_values(self) -> CpuTensor {
+        self
+    }
+}
+
+impl<'t> View<'t, CpuTensor> {
+    /// The elements of its rows, with the columns outside the view.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub(super) fn rows_of<T: Element>(self) -> &'t [T] {
+        let cols = self.tensor.cols;
+        &self.tensor.elements()[self.row * cols..(self.row + self.rows) * cols]
+    }
+}
+
+impl<'t> ViewMut<'t, CpuTensor> {
+    /// The elements of its rows, with the columns outside the view, to be written.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub(super) fn rows_of<T: Element>(self) -> &'t mut [T] {
+        let cols = self.tensor.cols;
+        &mut self.tensor.elements_mut()[self.row * cols..(self.row + self.rows) * cols]
     }
 }
 
