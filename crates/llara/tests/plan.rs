@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use llara::backend::Dtype;
+use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
@@ -31,7 +31,7 @@ fn shape() -> RunShape {
         lora: None,
         precision: Dtype::F32,
         options: BiEncoderOptions::default(),
-        threads: 2,
+        memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }
 }

@@ -204,6 +204,15 @@ impl Backend for CountingBackend {
         Ok(self.tensor((rows, cols), data.into().dtype()))
     }
 
+    fn upload_into<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        to: ViewMut<'_, CountedTensor>,
+    ) -> Result<()> {
+        assert_eq!(data.into().len(), to.rows * to.cols, "upload_into: elements");
+        Ok(())
+    }
+
     /// Their lengths: what they hold does not change what is counted.
     fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[usize; N]> {
         Ok(lists.map(<[u32]>::len))
@@ -289,6 +298,7 @@ impl Backend for CountingBackend {
         &self,
         _: View<'_, CountedTensor>,
         _: ViewMut<'_, CountedTensor>,
+        _: Accumulate,
     ) -> Result<()> {
         Ok(())
     }

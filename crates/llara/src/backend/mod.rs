@@ -91,6 +91,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
         rows: usize,
         cols: usize,
     ) -> Result<Self::Tensor>;
+    /// Copies `data` to some rows and columns of a matrix of the same dtype.
+    fn upload_into<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        to: ViewMut<'_, Self::Tensor>,
+    ) -> Result<()>;
     /// Copies lists of indices to the device, all of them in one transfer.
     fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[Self::Index; N]>;
     /// Asks for a copy of a matrix on the host as it is after all operations asked for so far, without
@@ -102,6 +108,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Waits for the device and copies a matrix to the host, widened to f32.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>> {
         self.finish_download(self.start_download(x)?)
+    }
+    /// [`download`](Backend::download) of some rows and columns.
+    fn download_view(&self, x: View<'_, Self::Tensor>) -> Result<Vec<f32>> {
+        if x.is_whole() {
+            return self.download(x.tensor);
+        }
+        let mut block = self.zeros(x.rows, x.cols, x.dtype())?;
+        self.copy(x, block.view_mut())?;
+        self.download(&block)
     }
     /// Copies elements, rounded or widened to the dtype of `to`. Both have the same shape.
     fn copy(&self, x: View<'_, Self::Tensor>, to: ViewMut<'_, Self::Tensor>) -> Result<()>;
@@ -153,11 +168,13 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dw: ViewMut<'_, Self::Tensor>,
         accumulate: Accumulate,
     ) -> Result<()>;
-    /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
+    /// Gradient of [`linear`](Backend::linear) by its bias: `db = Σ_rows dy`, or `db += Σ_rows dy`.
+    /// `[1, out]`
     fn linear_bias_grad(
         &self,
         dy: View<'_, Self::Tensor>,
         db: ViewMut<'_, Self::Tensor>,
+        accumulate: Accumulate,
     ) -> Result<()>;
 
     /// A low-rank adapter (Hu et al. 2021): with `hidden = scale · x · aᵀ`, `y += hidden · bᵀ`. x

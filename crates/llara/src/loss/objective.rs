@@ -76,11 +76,11 @@ impl<B: Backend> Contrastive<B> {
     ) -> Result<(B::Tensor, B::Tensor, B::Index)> {
         let Embeddings { queries, passages } = embeddings;
         if !self.negatives_cross_device {
-            return Ok((queries, passages, backend.upload_index(positives)?));
+            return Ok((queries, passages, upload(backend, positives)?));
         }
         let first = (self.collective.rank() * passages.rows()) as u32;
         let targets: Vec<u32> = positives.iter().map(|positive| first + positive).collect();
-        let targets = backend.upload_index(&targets)?;
+        let targets = upload(backend, &targets)?;
         Ok((queries, self.collective.all_gather(passages)?, targets))
     }
 
@@ -103,11 +103,16 @@ impl<B: Backend> Objective<B> for Contrastive<B> {
             self.info_nce.forward(backend, &queries, &passages, &targets)?;
         let factor = self.gradient_factor();
         let (dqueries, dpassages) =
-            self.info_nce.backward(backend, &queries, &passages, dscores, factor)?;
+            self.info_nce.backward(backend, &queries, &passages, &dscores, factor)?;
         let dpassages = match self.negatives_cross_device {
             true => self.collective.reduce_scatter(dpassages)?,
             false => dpassages,
         };
         Ok(LossAndGradient { loss, dqueries, dpassages })
     }
+}
+
+fn upload<B: Backend>(backend: &B, rows: &[u32]) -> Result<B::Index> {
+    let [rows] = backend.upload_indices([rows])?;
+    Ok(rows)
 }

@@ -21,10 +21,10 @@ mod streamed;
 pub mod weights;
 
 pub use config::{DecoderConfig, Family};
-pub use decoder::{Decoder, SavedDecoder, Values};
+pub use decoder::{Decoder, SavedDecoder};
 pub use input::Input;
 pub use lora::{LoraConfig, PROJECTIONS};
-pub use parameter::Parameter;
+pub use parameter::{NamedTensor, Parameter, ParameterValues, Values};
 pub use pass::Dropout;
 pub use pool::mean_pool;
 pub(crate) use pool::mean_pool_backward;

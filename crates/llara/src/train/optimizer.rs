@@ -1,6 +1,6 @@
 //! AdamW with clipping by the global norm.
 
-use crate::backend::{AdamWStep, Backend, Shape};
+use crate::backend::{AdamWStep, Backend, Dtype, Shape};
 use crate::model::Decoder;
 use crate::{Error, ErrorKind, Result};
 
@@ -92,8 +92,9 @@ impl<B: Backend> AdamW<B> {
         let moments = decoder
             .trainable_parameters()
             .map(|parameter| {
-                let (rows, cols) = parameter.value().shape();
-                Ok((backend.zeros(rows, cols)?, backend.zeros(rows, cols)?))
+                let (rows, cols) = parameter.values().shape();
+                let zeros = || backend.zeros(rows, cols, Dtype::F32);
+                Ok((zeros()?, zeros()?))
             })
             .collect::<Result<_>>()?;
         Ok(AdamW { config, steps: 0, moments })
@@ -112,9 +113,10 @@ impl<B: Backend> AdamW<B> {
         decoder: &mut Decoder<B>,
         learning_rate: f64,
     ) -> Result<B::Tensor> {
-        let mut sum = backend.zeros(1, 1)?;
+        let mut sum = backend.zeros(1, 1, Dtype::F32)?;
         for parameter in decoder.trainable_parameters() {
-            backend.add_sum_of_squares(parameter.grad()?, &mut sum)?;
+            let grad = parameter.grad()?;
+            backend.add_sum_of_squares(grad, 0..grad.rows() * grad.cols(), &mut sum)?;
         }
         let clip = backend.clip_factor(&sum, self.config.max_grad_norm)?;
         self.steps += 1;
@@ -131,8 +133,9 @@ impl<B: Backend> AdamW<B> {
         {
             let weight_decay = if is_decayed(parameter.name()) { update.weight_decay } else { 0.0 };
             let update = AdamWStep { weight_decay, ..update };
-            let (value, grad) = parameter.value_mut_and_grad()?;
-            backend.adamw(value, grad, (first, second), &clip, &update)?;
+            let (weight, grad) = parameter.weight_mut_and_grad()?;
+            let all = 0..grad.rows() * grad.cols();
+            backend.adamw(weight, all, grad, (first, second), &clip, &update)?;
         }
         decoder.clear_gradients();
         Ok(clip)

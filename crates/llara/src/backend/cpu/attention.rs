@@ -186,11 +186,7 @@ pub(super) fn attention(
 }
 
 /// Writes the weighted values and the log-sum-exp of each query's scaled scores. `[rows, H]`
-fn attend<T: Element + Output>(
-    plan: &Plan<'_>,
-    out: &mut CpuTensor,
-    log_sum_exp: &mut CpuTensor,
-) {
+fn attend<T: Element + Output>(plan: &Plan<'_>, out: &mut CpuTensor, log_sum_exp: &mut CpuTensor) {
     let AttentionInput { q, k, v, shape, .. } = *plan.input;
     let (heads, hd) = (shape.heads, shape.head_dim);
     let [q, k, v] = [q, k, v].map(|x| HeadsOf::<T>::new(x, hd));

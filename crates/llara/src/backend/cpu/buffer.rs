@@ -257,12 +257,6 @@ impl CpuTensor {
         self.elements_mut()
     }
 
-    /// All bytes, of either type.
-    pub(super) fn bytes(&self) -> &[u8] {
-        // SAFETY: as in `elements`.
-        unsafe { std::slice::from_raw_parts(self.block.start, self.block.bytes) }
-    }
-
     /// All bytes, of either type, to be written.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `elements`, borrowed mutably.
@@ -338,7 +332,7 @@ mod tests {
         let mut third = CpuTensor::unspecified(&arena, (3, 5), Dtype::Bf16).expect("memory");
         third.elements_mut().fill(half::bf16::from_f32(2.0));
         assert!(second.as_slice().iter().all(|&x| x == 7.0));
-        assert_eq!(third.bytes().len(), 30);
+        assert_eq!(third.bytes_mut().len(), 30);
     }
 
     /// Under Miri: a new matrix must not invalidate borrows of those before it.

@@ -145,6 +145,20 @@ impl Backend for Cpu {
         Ok(x)
     }
 
+    fn upload_into<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        to: ViewMut<'_, CpuTensor>,
+    ) -> Result<()> {
+        let data = data.into();
+        assert_eq!(data.len(), to.rows * to.cols, "upload_into: elements");
+        match data {
+            Elements::F32(data) => rows::write(data, to),
+            Elements::Bf16(data) => rows::write(data, to),
+        }
+        Ok(())
+    }
+
     fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[Vec<u32>; N]> {
         let mut copies = [const { Vec::new() }; N];
         for (copy, list) in copies.iter_mut().zip(lists) {
@@ -219,8 +233,9 @@ impl Backend for Cpu {
         &self,
         dy: View<'_, CpuTensor>,
         db: ViewMut<'_, CpuTensor>,
+        accumulate: Accumulate,
     ) -> Result<()> {
-        products::linear_bias_grad(dy, db);
+        products::linear_bias_grad(dy, db, accumulate);
         Ok(())
     }
 
@@ -339,11 +354,7 @@ impl Backend for Cpu {
         activation::swiglu(self, gate_up)
     }
 
-    fn swiglu_backward(
-        &self,
-        dy: CpuTensor,
-        gate_up: CpuTensor,
-    ) -> Result<(CpuTensor, CpuTensor)> {
+    fn swiglu_backward(&self, dy: CpuTensor, gate_up: CpuTensor) -> Result<(CpuTensor, CpuTensor)> {
         Ok(activation::swiglu_backward(dy, gate_up))
     }
 

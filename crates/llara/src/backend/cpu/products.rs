@@ -84,9 +84,16 @@ pub(super) fn linear_weight_grad(
 /// Columns that one task sums over all rows; a multiple of the cache line.
 const COLUMN_BLOCK: usize = 64;
 
-pub(super) fn linear_bias_grad(dy: View<'_, CpuTensor>, db: ViewMut<'_, CpuTensor>) {
+pub(super) fn linear_bias_grad(
+    dy: View<'_, CpuTensor>,
+    db: ViewMut<'_, CpuTensor>,
+    accumulate: Accumulate,
+) {
     assert_eq!(db.shape(), (1, dy.cols), "linear_bias_grad: gradient");
     let db = &mut db.tensor.as_mut_slice()[db.col..db.col + db.cols];
+    if accumulate == Accumulate::Overwrite {
+        db.fill(0.0);
+    }
     let blocks = db.par_chunks_mut(COLUMN_BLOCK).enumerate();
     with_element!(dy, T => blocks.for_each(|(block, db)| {
         let start = dy.col + block * COLUMN_BLOCK;

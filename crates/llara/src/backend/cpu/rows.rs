@@ -76,6 +76,16 @@ pub(super) fn copy(x: View<'_, CpuTensor>, to: ViewMut<'_, CpuTensor>) {
     }));
 }
 
+/// Copies elements from the host, row by row.
+pub(super) fn write<T: Element>(data: &[T], to: ViewMut<'_, CpuTensor>) {
+    let (cols, stride, columns) = (to.cols, to.tensor.cols(), to.col..to.col + to.cols);
+    if cols == 0 {
+        return;
+    }
+    let rows = to.rows_of().chunks_exact_mut(stride).zip(data.chunks_exact(cols));
+    rows.for_each(|(row, data)| row[columns.clone()].copy_from_slice(data));
+}
+
 vectorised! {
     fn convert<Y: Element, X: Element>(y: &mut [Y], x: &[X]) {
         y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::rounded(x.single()));
