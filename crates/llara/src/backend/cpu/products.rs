@@ -25,7 +25,7 @@ pub(super) fn linear(
         let mut product = product::<T>(x.dtype()).alpha(alpha);
         if let Some(bias) = epilogue.bias {
             assert_eq!(bias.shape(), (1, w.rows), "linear: bias");
-            product = product.bias(&bias.tensor.as_slice()[bias.col..bias.col + bias.cols]);
+            product = product.bias(&bias.rows_of()[bias.col..bias.col + bias.cols]);
         }
         if let Some(residual) = epilogue.residual {
             assert_eq!(residual.shape(), (x.rows, w.rows), "linear: residual");
@@ -90,7 +90,8 @@ pub(super) fn linear_bias_grad(
     accumulate: Accumulate,
 ) {
     assert_eq!(db.shape(), (1, dy.cols), "linear_bias_grad: gradient");
-    let db = &mut db.tensor.as_mut_slice()[db.col..db.col + db.cols];
+    let columns = db.col..db.col + db.cols;
+    let db: &mut [f32] = &mut db.rows_of()[columns];
     if accumulate == Accumulate::Overwrite {
         db.fill(0.0);
     }
