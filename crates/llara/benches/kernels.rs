@@ -193,7 +193,9 @@ impl Kernels<'_> {
             (matrix()?, matrix()?, cpu.zeros(VOCABULARY, HIDDEN)?, cpu.zeros(VOCABULARY, HIDDEN)?);
         let mut sum = cpu.zeros(1, 1)?;
         let read = Work::Bytes(4 * elements);
-        self.time("add_sum_of_squares", read, || cpu.add_sum_of_squares(&grad, &mut sum))?;
+        self.time("add_sum_of_squares", read, || {
+            cpu.add_sum_of_squares(&grad, 0..elements, &mut sum)
+        })?;
         let clip = cpu.clip_factor(&sum, Some(1.0))?;
         let update = AdamWStep {
             learning_rate: 1e-5,
@@ -204,7 +206,7 @@ impl Kernels<'_> {
             step: 1,
         };
         self.time("adamw", Work::Bytes(7 * 4 * elements), || {
-            cpu.adamw(&mut param, &grad, (&mut first, &mut second), &clip, &update)
+            cpu.adamw(&mut param, 0..elements, &grad, (&mut first, &mut second), &clip, &update)
         })
     }
 }

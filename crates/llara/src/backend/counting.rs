@@ -4,6 +4,7 @@
 //! the CPU works in place. So the training code itself, run on it, predicts memory and work; an estimate
 //! made in any other way would diverge from the code.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
@@ -159,6 +160,16 @@ impl Backend for CountingBackend {
     /// Zeros.
     fn download(&self, x: &CountedTensor) -> Result<Vec<f32>> {
         Ok(vec![0.0; x.rows * x.cols])
+    }
+
+    fn read_elements(&self, x: &CountedTensor, range: Range<usize>) -> Result<Vec<f32>> {
+        assert!(range.end <= x.rows * x.cols, "read_elements: range");
+        Ok(vec![0.0; range.len()])
+    }
+
+    fn write_elements(&self, x: &mut CountedTensor, start: usize, data: &[f32]) -> Result<()> {
+        assert!(start + data.len() <= x.rows * x.cols, "write_elements: range");
+        Ok(())
     }
 
     fn slice_rows(&self, x: &CountedTensor, start: usize, count: usize) -> Result<CountedTensor> {
@@ -372,7 +383,12 @@ impl Backend for CountingBackend {
         Ok((self.zeros(1, 1)?, dscores))
     }
 
-    fn add_sum_of_squares(&self, _: &CountedTensor, _: &mut CountedTensor) -> Result<()> {
+    fn add_sum_of_squares(
+        &self,
+        _: &CountedTensor,
+        _: Range<usize>,
+        _: &mut CountedTensor,
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -383,6 +399,7 @@ impl Backend for CountingBackend {
     fn adamw(
         &self,
         param: &mut CountedTensor,
+        _range: Range<usize>,
         grad: &CountedTensor,
         _moments: (&mut CountedTensor, &mut CountedTensor),
         _clip: &CountedTensor,

@@ -30,6 +30,8 @@ pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
 pub use memory::OffsetAllocator;
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
@@ -217,6 +219,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// The rows of all `parts`, concatenated.
     fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor>;
 
+    /// Waits for the device and copies the elements `range` of an f32 matrix, row by row, to the host.
+    fn read_elements(&self, x: &Self::Tensor, range: Range<usize>) -> Result<Vec<f32>>;
+    /// Overwrites elements of an f32 matrix, row by row, from the element `start` on.
+    fn write_elements(&self, x: &mut Self::Tensor, start: usize, data: &[f32]) -> Result<()>;
+
     /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
     fn cast(&self, x: &Self::Tensor, to: Dtype) -> Result<Self::Tensor>;
 
@@ -387,16 +394,23 @@ pub trait Backend: Clone + Send + Sync + 'static {
         scores: &Self::Tensor,
         targets: &Self::Index,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
-    /// `sum[0] += Σ x²`. sum `[1, 1]`
-    fn add_sum_of_squares(&self, x: &Self::Tensor, sum: &mut Self::Tensor) -> Result<()>;
+    /// `sum[0] += Σ x²` over the elements `range` of x, row by row. sum `[1, 1]`
+    fn add_sum_of_squares(
+        &self,
+        x: &Self::Tensor,
+        range: Range<usize>,
+        sum: &mut Self::Tensor,
+    ) -> Result<()>;
     /// From a sum of squares, the norm and the factor that clips it to `max_norm`:
     /// `[norm, min(1, max_norm / (norm + 1e-6))]`, or factor 1 without a limit. `[1, 2]`
     fn clip_factor(&self, sum: &Self::Tensor, max_norm: Option<f32>) -> Result<Self::Tensor>;
-    /// One AdamW update of `param` with `grad · clip[1]`; does nothing when `clip[0]` is not finite,
-    /// so that a failed step does not change the weights.
+    /// One AdamW update of the elements `range` of `param`, row by row, with `grad · clip[1]`; does
+    /// nothing when `clip[0]` is not finite, so that a failed step does not change the weights. The
+    /// moments have `range.len()` elements, grad has the parameter's shape.
     fn adamw(
         &self,
         param: &mut Self::Tensor,
+        range: Range<usize>,
         grad: &Self::Tensor,
         moments: (&mut Self::Tensor, &mut Self::Tensor),
         clip: &Self::Tensor,

@@ -77,6 +77,28 @@ impl<B: Backend> Parameter<B> {
         }
     }
 
+    /// The same, for a sum over processes.
+    ///
+    /// # Errors
+    /// As for [`grad`](Parameter::grad).
+    pub(crate) fn grad_mut(&mut self) -> Result<&mut B::Tensor> {
+        self.grad()?;
+        match &mut self.grad {
+            Some(grad) => Ok(grad),
+            None => unreachable!("grad() has just found it"),
+        }
+    }
+
+    /// Makes the gradient zero, for a process that has no sequence in a step.
+    pub(crate) fn set_zero_grad(&mut self, backend: &B) -> Result<()> {
+        self.reserve_grad(backend)?;
+        if let Some(grad) = &mut self.grad {
+            backend.clear(grad)?;
+            self.reached = true;
+        }
+        Ok(())
+    }
+
     /// The value to read and, if trainable, the gradient to add to, for a backward pass.
     pub(crate) fn value_and_grad(
         &mut self,

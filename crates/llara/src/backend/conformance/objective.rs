@@ -1,5 +1,7 @@
 //! Checks of the loss, of clipping and of AdamW.
 
+use std::ops::Range;
+
 use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
@@ -31,6 +33,9 @@ pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         for max_norm in [None, Some(0.5), Some(1e4)] {
             adamw(&mut suite, shape, max_norm)?;
         }
+    }
+    for ends in [(0, 1), (5, 6), (33, 66), (100, 561), (0, 561)] {
+        part_of_a_parameter(&mut suite, ends.0..ends.1)?;
     }
     failed_step(&mut suite)?;
     Ok(suite.finish())
@@ -67,8 +72,8 @@ fn sum_of_squares<B: Backend>(
 ) -> Result<()> {
     let (first, second) = (suite.random(rows, cols), suite.random(3, 17));
     let mut sum = suite.backend.zeros(1, 1)?;
-    suite.backend.add_sum_of_squares(&suite.tensor(&first)?, &mut sum)?;
-    suite.backend.add_sum_of_squares(&suite.tensor(&second)?, &mut sum)?;
+    suite.backend.add_sum_of_squares(&suite.tensor(&first)?, 0..rows * cols, &mut sum)?;
+    suite.backend.add_sum_of_squares(&suite.tensor(&second)?, 0..51, &mut sum)?;
     let want = Matrix::from_fn(1, 1, |_, _| first.dot(&first) + second.dot(&second));
     let bound = Bound::roundings(8.0 + ((rows * cols) as f64).sqrt());
     let what = format!("[{rows}, {cols}], then [3, 17]");
@@ -129,10 +134,11 @@ fn adamw<B: Backend>(
         let grad = suite.random(rows, cols);
         let grad_on = suite.tensor(&grad)?;
         let mut sum = backend.zeros(1, 1)?;
-        backend.add_sum_of_squares(&grad_on, &mut sum)?;
+        backend.add_sum_of_squares(&grad_on, 0..rows * cols, &mut sum)?;
         let clip = backend.clip_factor(&sum, max_norm)?;
         let hyper = hyperparameters(step);
-        backend.adamw(&mut param, &grad_on, (&mut first, &mut second), &clip, &hyper)?;
+        let all = 0..rows * cols;
+        backend.adamw(&mut param, all, &grad_on, (&mut first, &mut second), &clip, &hyper)?;
         let factor = factor_of(grad.dot(&grad).sqrt(), max_norm);
         want.update(&grad, factor, &hyper);
 
@@ -149,6 +155,57 @@ fn adamw<B: Backend>(
     Ok(())
 }
 
+/// A range of a parameter gets the bits that it gets as part of the whole, and its neighbours stay.
+fn part_of_a_parameter<B: Backend>(suite: &mut Suite<'_, B>, range: Range<usize>) -> Result<()> {
+    const SHAPE: (usize, usize) = (17, 33);
+    let backend = suite.backend;
+    let (param, grad) = (suite.random(SHAPE.0, SHAPE.1), suite.random(SHAPE.0, SHAPE.1));
+    let grad_on = suite.tensor(&grad)?;
+    let mut sum = backend.zeros(1, 1)?;
+    backend.add_sum_of_squares(&grad_on, range.clone(), &mut sum)?;
+    let squares = grad.data[range.clone()].iter().map(|x| x * x).sum();
+    let bound = Bound::roundings(8.0 + (range.len() as f64).sqrt());
+    suite.case("add_sum_of_squares, of a range").check(
+        &format!("{range:?}"),
+        &sum,
+        &Matrix::from_fn(1, 1, |_, _| squares),
+        bound,
+    )?;
+    let clip = backend.clip_factor(&sum, None)?;
+    let [mut whole, mut part] = [suite.tensor(&param)?, suite.tensor(&param)?];
+    let mut moments = [backend.zeros(SHAPE.0, SHAPE.1)?, backend.zeros(SHAPE.0, SHAPE.1)?];
+    let mut part_moments = [backend.zeros(1, range.len())?, backend.zeros(1, range.len())?];
+    for step in 1..=2 {
+        let update = hyperparameters(step);
+        let [first, second] = &mut moments;
+        backend.adamw(&mut whole, 0..561, &grad_on, (first, second), &clip, &update)?;
+        let [first, second] = &mut part_moments;
+        backend.adamw(&mut part, range.clone(), &grad_on, (first, second), &clip, &update)?;
+    }
+    let of = |tensor: &B::Tensor| -> Result<Vec<f64>> {
+        Ok(backend.read_elements(tensor, 0..561)?.into_iter().map(f64::from).collect())
+    };
+    let mut want = param.data;
+    want[range.clone()].copy_from_slice(&of(&whole)?[range.clone()]);
+    let want = Matrix { rows: SHAPE.0, cols: SHAPE.1, data: want };
+    suite.case("adamw, of a range").check(&format!("{range:?}"), &part, &want, Bound::EXACT)?;
+    for (name, whole, part) in
+        [("first", &moments[0], &part_moments[0]), ("second", &moments[1], &part_moments[1])]
+    {
+        let data = of(whole)?[range.clone()].to_vec();
+        let want = Matrix { rows: 1, cols: range.len(), data };
+        suite.check(&format!("{range:?}, {name} moment"), part, &want, Bound::EXACT)?;
+    }
+
+    let written: Vec<f32> = (0..range.len()).map(|i| i as f32).collect();
+    let mut want = backend.read_elements(&part, 0..561)?;
+    backend.write_elements(&mut part, range.start, &written)?;
+    want[range.clone()].copy_from_slice(&written);
+    let data = want.into_iter().map(f64::from).collect();
+    let want = Matrix { rows: SHAPE.0, cols: SHAPE.1, data };
+    suite.case("write_elements").check(&format!("{range:?}"), &part, &want, Bound::EXACT)
+}
+
 /// A gradient that is not finite must leave parameters and moments exactly as they were.
 fn failed_step<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     let backend = suite.backend;
@@ -160,11 +217,12 @@ fn failed_step<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
             grad.data[100] = spoilt;
             let grad = suite.tensor(&grad)?;
             let mut sum = backend.zeros(1, 1)?;
-            backend.add_sum_of_squares(&grad, &mut sum)?;
+            backend.add_sum_of_squares(&grad, 0..17 * 33, &mut sum)?;
             let clip = backend.clip_factor(&sum, max_norm)?;
             let mut after = [suite.tensor(&param)?, suite.tensor(&first)?, suite.tensor(&second)?];
             let [param_on, first_on, second_on] = &mut after;
-            backend.adamw(param_on, &grad, (first_on, second_on), &clip, &hyperparameters(3))?;
+            let moments = (first_on, second_on);
+            backend.adamw(param_on, 0..17 * 33, &grad, moments, &clip, &hyperparameters(3))?;
             suite.case("adamw, norm not finite");
             for (name, (after, before)) in ["parameters", "first moment", "second moment"]
                 .into_iter()

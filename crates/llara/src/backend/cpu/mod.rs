@@ -20,6 +20,7 @@ mod shared;
 mod unit;
 mod vector;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 pub(super) use attention::TILE_ROWS;
@@ -132,6 +133,15 @@ impl Backend for Cpu {
 
     fn download(&self, x: &CpuTensor) -> Result<Vec<f32>> {
         rows::widen(x)
+    }
+
+    fn read_elements(&self, x: &CpuTensor, range: Range<usize>) -> Result<Vec<f32>> {
+        Ok(x.as_slice()[range].to_vec())
+    }
+
+    fn write_elements(&self, x: &mut CpuTensor, start: usize, data: &[f32]) -> Result<()> {
+        x.as_mut_slice()[start..start + data.len()].copy_from_slice(data);
+        Ok(())
     }
 
     fn slice_rows(&self, x: &CpuTensor, start: usize, count: usize) -> Result<CpuTensor> {
@@ -328,8 +338,13 @@ impl Backend for Cpu {
         loss::cross_entropy(self, scores, targets)
     }
 
-    fn add_sum_of_squares(&self, x: &CpuTensor, sum: &mut CpuTensor) -> Result<()> {
-        optimizer::add_sum_of_squares(x, sum);
+    fn add_sum_of_squares(
+        &self,
+        x: &CpuTensor,
+        range: Range<usize>,
+        sum: &mut CpuTensor,
+    ) -> Result<()> {
+        optimizer::add_sum_of_squares(x, range, sum);
         Ok(())
     }
 
@@ -342,12 +357,13 @@ impl Backend for Cpu {
     fn adamw(
         &self,
         param: &mut CpuTensor,
+        range: Range<usize>,
         grad: &CpuTensor,
         moments: (&mut CpuTensor, &mut CpuTensor),
         clip: &CpuTensor,
         step: &AdamWStep,
     ) -> Result<()> {
-        optimizer::adamw(param, grad, moments, clip, step);
+        optimizer::adamw(param, range, grad, moments, clip, step);
         Ok(())
     }
 }
