@@ -109,7 +109,7 @@ impl Kernels<'_> {
         let (x, dy, w) = (
             self.singles(TOKENS, HIDDEN)?,
             self.values(TOKENS, HIDDEN)?,
-            cpu.upload(&vec![1.0; HIDDEN], 1, HIDDEN)?,
+            cpu.upload(&[1.0; HIDDEN], 1, HIDDEN)?,
         );
         let forward = Work::Bytes((4 + self.element()) * elements);
         self.time("rms_norm", forward, || cpu.rms_norm(x.view(), &w, 1e-6, self.precision))?;

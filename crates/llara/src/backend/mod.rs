@@ -120,6 +120,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     }
     /// Copies elements, rounded or widened to the dtype of `to`. Both have the same shape.
     fn copy(&self, x: View<'_, Self::Tensor>, to: ViewMut<'_, Self::Tensor>) -> Result<()>;
+    /// Waits for the device and copies the elements `range` of an f32 matrix, row by row, to the host.
+    fn read_elements(&self, x: &Self::Tensor, range: Range<usize>) -> Result<Vec<f32>>;
+    /// Overwrites elements of an f32 matrix, row by row, from the element `start` on.
+    fn write_elements(&self, x: &mut Self::Tensor, start: usize, data: &[f32]) -> Result<()>;
     /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
     fn cast(&self, x: &Self::Tensor, dtype: Dtype) -> Result<Self::Tensor>;
 

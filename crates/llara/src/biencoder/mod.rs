@@ -23,8 +23,8 @@ use crate::dist::{Collective, Solo};
 use crate::loss::{Contrastive, Embeddings, InfoNce};
 use crate::model::weights::ModelFolder;
 use crate::model::{
-    Decoder, Dropout, Input, LoraConfig, SavedDecoder, Values, embed_streamed, mean_pool,
-    mean_pool_backward,
+    Decoder, Dropout, GradientsReady, Input, LoraConfig, SavedDecoder, Values, embed_streamed,
+    mean_pool, mean_pool_backward,
 };
 use crate::text::{PromptEncoder, Role};
 use crate::{Error, ErrorKind, Result};
@@ -185,6 +185,12 @@ impl<B: Backend> BiEncoderModel<B> {
     /// The options that the model was made with.
     pub fn options(&self) -> &BiEncoderOptions {
         &self.options
+    }
+
+    /// Scores queries against the passages of every process, in a run on several processes. In one
+    /// process [`forward`](Self::forward) then fails in training mode.
+    pub fn set_negatives_cross_device(&mut self, on: bool) {
+        self.options.negatives_cross_device = on;
     }
 
     /// The device.
@@ -377,11 +383,13 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(Encoding { embeddings, input, decoder, inv_norm })
     }
 
-    /// Adds every parameter's gradient, from the gradient by the embeddings `[S, d]`.
+    /// Adds every parameter's gradient, from the gradient by the embeddings `[S, d]`; `ready` receives
+    /// parameters as in [`Decoder::backward`].
     pub(crate) fn backward(
         &mut self,
         encoding: Encoding<B>,
         gradient: View<'_, B::Tensor>,
+        ready: &mut dyn GradientsReady<B>,
     ) -> Result<()> {
         let Encoding { embeddings, input, decoder, inv_norm } = encoding;
         let backend = &self.backend;
@@ -394,7 +402,7 @@ impl<B: Backend> BiEncoderModel<B> {
             }
         };
         let dhidden = mean_pool_backward(&self.backend, &dpooled, &input)?;
-        self.decoder.backward(&self.backend, &input, &dhidden, decoder)
+        self.decoder.backward(&self.backend, &input, &dhidden, decoder, ready)
     }
 
     /// Embeddings of one batch by other weights, in f32; see [`embed_streamed`]. On the host.

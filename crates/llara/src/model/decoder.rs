@@ -3,6 +3,7 @@
 use super::attention::Attention;
 use super::block::{Block, SavedBlock};
 use super::config::DecoderConfig;
+use super::gradients_ready::GradientsReady;
 use super::input::Input;
 use super::linear::{Linear, Projection};
 use super::lora::PROJECTIONS;
@@ -119,13 +120,15 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Adds the gradient of every parameter that learns, from the gradient by the hidden states
-    /// `[R, d]` that [`forward_saving`](Decoder::forward_saving) returned for the same input.
+    /// `[R, d]` that [`forward_saving`](Decoder::forward_saving) returned for the same input. `ready`
+    /// receives the parameters of each layer when this pass has added all of their gradient.
     pub fn backward(
         &mut self,
         backend: &B,
         input: &Input<B>,
         dhidden: &B::Tensor,
         saved: SavedDecoder<B>,
+        ready: &mut dyn GradientsReady<B>,
     ) -> Result<()> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
         let (activations, dropout) = (self.activations, saved.dropout);
@@ -133,6 +136,7 @@ impl<B: Backend> Decoder<B> {
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let selected = input.selected(&pooled_pass);
         let mut dx = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
+        ready.ready(&mut std::iter::once(&mut self.norm.weight))?;
         if !self.last_block_at_pooled_rows {
             let rows = input.all.layout.rows();
             let mut all = backend.zeros(rows, self.config.hidden_size, Dtype::F32)?;
@@ -143,7 +147,9 @@ impl<B: Backend> Decoder<B> {
         for (layer, saved) in saved.blocks.into_iter().enumerate().rev() {
             let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
             let below_learns = layer > 0 || table_learns;
-            match self.blocks[layer].backward(&pass, dx, saved, selected, below_learns)? {
+            let below = self.blocks[layer].backward(&pass, dx, saved, selected, below_learns)?;
+            ready.ready(&mut self.blocks[layer].parameters_mut())?;
+            match below {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }
@@ -151,7 +157,7 @@ impl<B: Backend> Decoder<B> {
         if let (_, Some(dtable)) = self.embed_tokens.values_and_grad(backend)? {
             backend.scatter_add_rows(&dx, &input.ids_scatter, dtable)?;
         }
-        Ok(())
+        ready.ready(&mut std::iter::once(&mut self.embed_tokens))
     }
 
     /// Nothing after the last layer but pooling reads its output, so all of it but keys and values is

@@ -8,6 +8,7 @@ mod attention;
 mod block;
 mod config;
 mod decoder;
+mod gradients_ready;
 mod input;
 mod linear;
 mod lora;
@@ -22,6 +23,7 @@ pub mod weights;
 
 pub use config::{DecoderConfig, Family};
 pub use decoder::{Decoder, SavedDecoder};
+pub use gradients_ready::GradientsReady;
 pub use input::Input;
 pub use lora::{LoraConfig, PROJECTIONS};
 pub use parameter::{NamedTensor, Parameter, ParameterValues, Values};

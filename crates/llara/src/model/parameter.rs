@@ -285,6 +285,28 @@ impl<B: Backend> Parameter<B> {
         Ok(Some((grad, accumulate)))
     }
 
+    /// The same as [`grad`](Self::grad), for a sum over processes.
+    ///
+    /// # Errors
+    /// As for [`grad`](Self::grad).
+    pub(crate) fn grad_mut(&mut self) -> Result<&mut B::Tensor> {
+        self.grad()?;
+        match &mut self.grad {
+            Some(grad) => Ok(grad),
+            None => unreachable!("grad() has just found it"),
+        }
+    }
+
+    /// Makes the gradient zero, for a process that has no sequence in a step.
+    pub(crate) fn set_zero_grad(&mut self, backend: &B) -> Result<()> {
+        self.reserve_grad(backend)?;
+        if let Some(grad) = &mut self.grad {
+            backend.clear(grad)?;
+            self.parts.iter_mut().for_each(|part| part.reached = true);
+        }
+        Ok(())
+    }
+
     /// The values to read and, if trainable, the whole gradient to add to: it is zero if no backward
     /// pass has reached it before.
     pub(crate) fn values_and_grad(
@@ -365,9 +387,19 @@ impl<B: Backend> Parameter<B> {
         backend: &B,
         change: impl FnOnce(B::Tensor) -> Result<B::Tensor>,
     ) -> Result<()> {
+        let values = self.take_values(backend)?;
+        self.put_values(backend, change(values)?)
+    }
+
+    /// Takes the values out, to be changed and [put back](Self::put_values).
+    pub(crate) fn take_values(&mut self, backend: &B) -> Result<B::Tensor> {
         let nothing = backend.prepare(backend.zeros(0, 0, Dtype::F32)?, WeightUse::Elementwise)?;
-        let values = std::mem::replace(&mut self.weight, nothing).into_values();
-        self.weight = backend.prepare(change(values)?, self.purpose)?;
+        Ok(std::mem::replace(&mut self.weight, nothing).into_values())
+    }
+
+    /// Puts in values of the same shape, and prepares the weight from them.
+    pub(crate) fn put_values(&mut self, backend: &B, values: B::Tensor) -> Result<()> {
+        self.weight = backend.prepare(values, self.purpose)?;
         Ok(())
     }
 

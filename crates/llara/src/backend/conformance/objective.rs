@@ -1,5 +1,7 @@
 //! Checks of the loss, of clipping and of AdamW.
 
+use std::ops::Range;
+
 use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
@@ -33,6 +35,9 @@ pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         }
     }
     part_of_a_weight(&mut suite)?;
+    for ends in [(0, 1), (5, 6), (33, 66), (100, 561), (0, 561)] {
+        part_of_a_parameter(&mut suite, ends.0..ends.1)?;
+    }
     failed_step(&mut suite)?;
     Ok(suite.finish())
 }
@@ -155,6 +160,67 @@ fn adamw<B: Backend>(
         suite.case("adamw, second moment").check(&what, &second, &want.second, bound)?;
     }
     Ok(())
+}
+
+/// A range of a parameter gets the bits that it gets as part of the whole, and its neighbours stay.
+fn part_of_a_parameter<B: Backend>(suite: &mut Suite<'_, B>, range: Range<usize>) -> Result<()> {
+    const SHAPE: (usize, usize) = (17, 33);
+    let backend = suite.backend;
+    let (param, grad) = (suite.random(SHAPE.0, SHAPE.1), suite.random(SHAPE.0, SHAPE.1));
+    let grad_on = suite.tensor(&grad)?;
+    let mut sum = backend.zeros(1, 1, Dtype::F32)?;
+    backend.add_sum_of_squares(&grad_on, range.clone(), &mut sum)?;
+    let squares = grad.data[range.clone()].iter().map(|x| x * x).sum();
+    let bound = Bound::roundings(8.0 + (range.len() as f64).sqrt());
+    suite.case("add_sum_of_squares, of a range").check(
+        &format!("{range:?}"),
+        &sum,
+        &Matrix::from_fn(1, 1, |_, _| squares),
+        bound,
+    )?;
+    let clip = backend.clip_factor(&sum, None)?;
+    let [mut whole, mut part] = [trainable(suite, &param)?, trainable(suite, &param)?];
+    let mut moments = [
+        backend.zeros(SHAPE.0, SHAPE.1, Dtype::F32)?,
+        backend.zeros(SHAPE.0, SHAPE.1, Dtype::F32)?,
+    ];
+    let mut part_moments =
+        [backend.zeros(1, range.len(), Dtype::F32)?, backend.zeros(1, range.len(), Dtype::F32)?];
+    for step in 1..=2 {
+        let update = hyperparameters(step);
+        let [first, second] = &mut moments;
+        backend.adamw(&mut whole, 0..561, &grad_on, (first, second), &clip, &update)?;
+        let [first, second] = &mut part_moments;
+        backend.adamw(&mut part, range.clone(), &grad_on, (first, second), &clip, &update)?;
+    }
+    let of = |tensor: &B::Tensor| -> Result<Vec<f64>> {
+        Ok(backend.read_elements(tensor, 0..561)?.into_iter().map(f64::from).collect())
+    };
+    let mut want = param.data;
+    want[range.clone()].copy_from_slice(&of(whole.values())?[range.clone()]);
+    let want = Matrix { rows: SHAPE.0, cols: SHAPE.1, data: want };
+    suite.case("adamw, of a range").check(
+        &format!("{range:?}"),
+        part.values(),
+        &want,
+        Bound::EXACT,
+    )?;
+    for (name, whole, part) in
+        [("first", &moments[0], &part_moments[0]), ("second", &moments[1], &part_moments[1])]
+    {
+        let data = of(whole)?[range.clone()].to_vec();
+        let want = Matrix { rows: 1, cols: range.len(), data };
+        suite.check(&format!("{range:?}, {name} moment"), part, &want, Bound::EXACT)?;
+    }
+
+    let written: Vec<f32> = (0..range.len()).map(|i| i as f32).collect();
+    let mut part = part.into_values();
+    let mut want = backend.read_elements(&part, 0..561)?;
+    backend.write_elements(&mut part, range.start, &written)?;
+    want[range.clone()].copy_from_slice(&written);
+    let data = want.into_iter().map(f64::from).collect();
+    let want = Matrix { rows: SHAPE.0, cols: SHAPE.1, data };
+    suite.case("write_elements").check(&format!("{range:?}"), &part, &want, Bound::EXACT)
 }
 
 /// A gradient that is not finite must leave parameters and moments exactly as they were.

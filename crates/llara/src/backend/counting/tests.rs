@@ -21,13 +21,13 @@ fn layout<B: Backend>(backend: &B, sequences: &[Range<u32>]) -> Layout<B> {
 fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
     let mut seen = Vec::new();
     let mut see = |x: &B::Tensor| seen.push((x.rows(), x.cols(), x.dtype()));
-    let x = backend.upload(&vec![0.5; 6 * 8], 6, 8).unwrap();
-    let w = backend.upload(&vec![0.5; 4 * 8], 4, 8).unwrap();
+    let x = backend.upload(&[0.5; 6 * 8], 6, 8).unwrap();
+    let w = backend.upload(&[0.5; 4 * 8], 4, 8).unwrap();
     let weight = backend.prepare(w, WeightUse::Trainable(Dtype::F32)).unwrap();
     let y = backend.linear(x.view(), weight.view(), 1.0, Epilogue::default()).unwrap();
     see(&y);
     see(&backend.linear_input_grad(y.view(), weight.view(), 1.0, None).unwrap());
-    let gain = backend.upload(&vec![1.0; 4], 1, 4).unwrap();
+    let gain = backend.upload(&[1.0; 4], 1, 4).unwrap();
     let (normed, inv_rms) = backend.rms_norm(x.view(), &gain, 1e-5, Dtype::F32).unwrap();
     see(&normed);
     see(&inv_rms);
@@ -47,7 +47,7 @@ fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
     let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 4, window: Some(3), scale: 0.5 };
     for queries in [layout(backend, &[1..2, 3..4]), layout(backend, &[0..2, 0..4])] {
         let rows = queries.rows();
-        let q = backend.upload(&vec![0.1; rows * 16], rows, 16).unwrap();
+        let q = backend.upload(&[0.1; rows * 16], rows, 16).unwrap();
         let input = AttentionInput {
             q: q.view(),
             k: x.view(),
@@ -63,7 +63,7 @@ fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
             AttentionGradients::Separate { dq, dkv } => [dq, dkv].iter().for_each(&mut see),
         }
     }
-    let gate_up = backend.upload(&vec![0.5; 6 * 8], 6, 8).unwrap();
+    let gate_up = backend.upload(&[0.5; 6 * 8], 6, 8).unwrap();
     let hidden = backend.swiglu(&gate_up).unwrap();
     see(&hidden);
     let (dgate_up, hidden) = backend.swiglu_backward(hidden, gate_up).unwrap();

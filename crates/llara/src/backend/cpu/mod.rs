@@ -175,6 +175,15 @@ impl Backend for Cpu {
         Ok(download)
     }
 
+    fn read_elements(&self, x: &CpuTensor, range: Range<usize>) -> Result<Vec<f32>> {
+        buffer::copied(&x.as_slice()[range])
+    }
+
+    fn write_elements(&self, x: &mut CpuTensor, start: usize, data: &[f32]) -> Result<()> {
+        x.as_mut_slice()[start..start + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
     fn copy(&self, x: View<'_, CpuTensor>, to: ViewMut<'_, CpuTensor>) -> Result<()> {
         rows::copy(x, to);
         Ok(())
