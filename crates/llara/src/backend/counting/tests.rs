@@ -47,7 +47,7 @@ fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
     let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 4, window: Some(3), scale: 0.5 };
     for queries in [layout(backend, &[1..2, 3..4]), layout(backend, &[0..2, 0..4])] {
         let rows = queries.rows();
-        let q = backend.upload(&[0.1; rows * 16], rows, 16).unwrap();
+        let q = backend.upload(&vec![0.1; rows * 16], rows, 16).unwrap();
         let input = AttentionInput {
             q: q.view(),
             k: x.view(),
