@@ -1,3 +1,5 @@
+//! Checks of the backend that counts: shapes as the CPU has them, operations and memory.
+
 use super::*;
 use crate::backend::{AttentionShape, Cpu, Layout, ScatterRows};
 
