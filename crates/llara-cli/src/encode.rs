@@ -6,7 +6,7 @@ use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::backend::Cpu;
 use llara::retrieval::{
-    BLOCK_TEXTS, Embedder, TextEmbedder, TextFile, VectorWriter, begins_like_embeddings,
+    BLOCK_TEXTS, Embedder, TextEmbedder, TextFile, EmbeddingWriter, begins_like_embeddings,
     encode_stream, verify_embeddings,
 };
 use llara::{Result, Role};
@@ -85,7 +85,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     check_max_len(&model, args.role, "--max-len", *max_len)?;
     warn_if_too_long(&model, args.role, *max_len);
 
-    if args.resume && args.output.exists() && VectorWriter::kept(&args.output).is_none() {
+    if args.resume && args.output.exists() && EmbeddingWriter::kept(&args.output).is_none() {
         let checked = verify_embeddings(&embedder, args.role, &texts, &args.output)?;
         say!(
             "{}: complete already; {} computed again, all equal",
@@ -100,7 +100,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     embedder.on_batch = Some(&on_batch);
     let (path, all, resumable) =
         (args.output.clone(), texts.len(), texts.len() > BLOCK_TEXTS.get());
-    interrupt::stop_at_once(move || match VectorWriter::kept(&path).filter(|_| resumable) {
+    interrupt::stop_at_once(move || match EmbeddingWriter::kept(&path).filter(|_| resumable) {
         Some(kept) => format!(
             "{} of {} are kept; the same command with --resume continues from them",
             count(kept),
@@ -110,7 +110,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     })?;
     let encoded = encode_stream(&embedder, args.role, &texts, output, &mut |_| ());
     if let Err(error) = encoded {
-        if let Some(kept) = VectorWriter::kept(&args.output) {
+        if let Some(kept) = EmbeddingWriter::kept(&args.output) {
             let (kept, all) = (count(kept), counted(texts.len(), "vector"));
             say!(
                 "note: {kept} of {all} are kept; the same command with --resume goes on from them"
@@ -144,7 +144,7 @@ fn check_output(args: &Args) -> Result<()> {
     for path in [&args.output, &partial, &beside(".partial.json")] {
         check_apart(path, &inputs)?;
     }
-    VectorWriter::check_path(&args.output)?;
+    EmbeddingWriter::check_path(&args.output)?;
     for path in [&args.output, &partial] {
         let own = ("a file of embeddings", |path: &Path| begins_like_embeddings(path));
         check_replaceable(path, own, args.overwrite)?;
@@ -157,20 +157,20 @@ fn open_output(
     args: &Args,
     embedder: &TextEmbedder<'_, Cpu>,
     texts: &TextFile,
-) -> Result<VectorWriter> {
+) -> Result<EmbeddingWriter> {
     let (path, rows, cols) = (&args.output, texts.len(), embedder.dimension());
     if rows <= BLOCK_TEXTS.get() {
-        return VectorWriter::create(path, rows, cols);
+        return EmbeddingWriter::create(path, rows, cols);
     }
     let origin = embedder.origin(args.role, texts)?;
     if !args.resume {
-        if let Some(kept) = VectorWriter::kept(path) {
+        if let Some(kept) = EmbeddingWriter::kept(path) {
             let kept = counted(kept, "vector");
             say!("note: starting over; --resume would go on from the {kept} of an interrupted run");
         }
-        return VectorWriter::begin(path, rows, cols, origin);
+        return EmbeddingWriter::begin(path, rows, cols, origin);
     }
-    let output = VectorWriter::resume(path, rows, cols, origin)?;
+    let output = EmbeddingWriter::resume(path, rows, cols, origin)?;
     if output.discarded() > 0 {
         say!(
             "warning: {} of the interrupted run were damaged and are computed again",

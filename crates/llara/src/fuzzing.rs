@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::biencoder::Recipe;
 use crate::data::{BadRows, Dataset, TrainingRow};
 use crate::model::{DecoderConfig, LoraConfig};
-use crate::retrieval::{Origin, Qrels, TextFile, VectorWriter};
+use crate::retrieval::{Origin, Qrels, TextFile, EmbeddingWriter};
 use crate::storage::SafetensorsFile;
 use crate::text::{PromptEncoder, Template, TextTokenizer, train_bpe};
 
@@ -129,7 +129,7 @@ pub fn manifest(bytes: &[u8]) {
     in_folder("e.npy.partial.json", bytes, |dir| {
         let path = dir.join("e.npy");
         let whole = dir.join("whole.npy");
-        let written = VectorWriter::create(&whole, 3, 2).and_then(|mut writer| {
+        let written = EmbeddingWriter::create(&whole, 3, 2).and_then(|mut writer| {
             writer.append(&[0.5; 6])?;
             writer.finish()
         });
@@ -138,8 +138,8 @@ pub fn manifest(bytes: &[u8]) {
         if std::fs::write(dir.join("e.npy.partial"), &data[..kept]).is_err() {
             return;
         }
-        let _ = VectorWriter::kept(&path);
-        let _ = VectorWriter::resume(&path, 3, 2, Origin::new().with("role", "query"));
+        let _ = EmbeddingWriter::kept(&path);
+        let _ = EmbeddingWriter::resume(&path, 3, 2, Origin::new().with("role", "query"));
         let _ = std::fs::remove_file(dir.join("e.npy.partial"));
     });
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use llara::retrieval::read_vectors;
+use llara::retrieval::read_embeddings;
 
 use crate::fixture::{Bench, llara};
 
@@ -18,7 +18,7 @@ fn vectors(bench: &Bench, model: &str, adapter: Option<&str>) -> Vec<f32> {
         args.extend(["--adapter", adapter]);
     }
     llara(&args).json();
-    read_vectors(output).unwrap().into_iter().collect()
+    read_embeddings(output).unwrap().into_iter().collect()
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f32 {

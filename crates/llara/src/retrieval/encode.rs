@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use ndarray::{Array2, ArrayView2, s};
 
 use super::{
-    BeirDataset, Metrics, Run, SearchOptions, Searcher, Similarity, TextFile, VectorWriter,
+    BeirDataset, Metrics, Run, SearchOptions, Searcher, Similarity, TextFile, EmbeddingWriter,
     evaluate, lines::excerpt,
 };
 use crate::text::Role;
@@ -44,17 +44,17 @@ pub struct Progress {
 /// Embeds every text of a file into a file of embeddings: row i is text i. Memory is bounded.
 ///
 /// Texts whose embeddings the output has already are passed over. After every block but the last,
-/// what is there is [kept](VectorWriter::keep), and then `on_progress` is told. On an error the
+/// what is there is [kept](EmbeddingWriter::keep), and then `on_progress` is told. On an error the
 /// output's place is left as it was.
 ///
 /// # Errors
 /// [`ErrorKind::Argument`]: the output was made for another shape; otherwise those of the encoder,
-/// of reading ([`TextFile::chunks`]) and of writing ([`VectorWriter::append`]).
+/// of reading ([`TextFile::chunks`]) and of writing ([`EmbeddingWriter::append`]).
 pub fn encode_stream(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
     texts: &TextFile,
-    output: VectorWriter,
+    output: EmbeddingWriter,
     on_progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     encode_blocks(embedder, (role, texts), output, BLOCK_TEXTS, on_progress)
@@ -64,7 +64,7 @@ pub fn encode_stream(
 fn encode_blocks(
     embedder: &(impl Embedder + ?Sized),
     (role, texts): (Role, &TextFile),
-    mut output: VectorWriter,
+    mut output: EmbeddingWriter,
     block: NonZeroUsize,
     on_progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
@@ -224,7 +224,7 @@ mod tests {
     use ndarray::ShapeBuilder;
 
     use super::*;
-    use crate::retrieval::{Origin, Qrels, TextTable, read_vectors};
+    use crate::retrieval::{Origin, Qrels, TextTable, read_embeddings};
 
     /// Embeds a text as its number and 1, column by column in memory; remembers the block sizes.
     #[derive(Default)]
@@ -279,12 +279,12 @@ mod tests {
         std::fs::write(&input, texts).unwrap();
         let file = TextFile::open(&input).unwrap();
         let (embedder, mut seen) = (Numbers::default(), Vec::new());
-        let writer = VectorWriter::create(&output, file.len(), 2).unwrap();
+        let writer = EmbeddingWriter::create(&output, file.len(), 2).unwrap();
         let mut on_progress = |p: Progress| seen.push((p.done, p.total));
         encode_stream(&embedder, Role::Passage, &file, writer, &mut on_progress).unwrap();
         let expected =
             Array2::from_shape_fn((n, 2), |(i, j)| if j == 0 { (i * 7 % n) as f32 } else { 1.0 });
-        assert_eq!(read_vectors(&output).unwrap(), expected);
+        assert_eq!(read_embeddings(&output).unwrap(), expected);
         assert_eq!(seen, [(BLOCK_TEXTS.get(), n), (n, n)]);
         assert_eq!(*embedder.0.borrow(), [(Role::Passage, BLOCK_TEXTS.get()), (Role::Passage, 10)]);
     }
@@ -315,7 +315,7 @@ mod tests {
                 .unwrap();
             let file = TextFile::open(&input).unwrap();
             let encode = |embedder: &dyn Embedder, seen: &mut Vec<usize>| {
-                let writer = VectorWriter::resume(&output, texts, 2, Origin::new())?;
+                let writer = EmbeddingWriter::resume(&output, texts, 2, Origin::new())?;
                 let mut on_progress = |p: Progress| seen.push(p.done);
                 encode_blocks(embedder, (Role::Query, &file), writer, BLOCK, &mut on_progress)
             };
@@ -325,7 +325,7 @@ mod tests {
             for done in 0..texts.div_ceil(BLOCK.get()) {
                 let mut seen = Vec::new();
                 encode(&Failing(Numbers::default(), done), &mut seen).unwrap_err();
-                assert_eq!(VectorWriter::kept(&output).unwrap_or(0), done * BLOCK.get());
+                assert_eq!(EmbeddingWriter::kept(&output).unwrap_or(0), done * BLOCK.get());
                 assert!(!output.exists());
                 encode(&Numbers::default(), &mut seen).unwrap();
                 let ends = (1..).map(|i| (i * BLOCK.get()).min(texts));
@@ -387,7 +387,7 @@ mod tests {
         std::fs::write(&input, "1\n2\n").unwrap();
         let file = TextFile::open(&input).unwrap();
         let encode = |embedder: &dyn Embedder, rows| {
-            let writer = VectorWriter::create(&output, rows, 2).unwrap();
+            let writer = EmbeddingWriter::create(&output, rows, 2).unwrap();
             encode_stream(embedder, Role::Query, &file, writer, &mut |_| {}).unwrap_err().kind()
         };
         assert_eq!(encode(&Wrong, 2), ErrorKind::Backend);

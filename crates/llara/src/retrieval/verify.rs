@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use super::vectors::{BLOCK, header, require_finite};
+use super::embeddings::{BLOCK, header, require_finite};
 use super::{BLOCK_TEXTS, Embedder, TextFile, embed_texts};
 use crate::storage::open_file;
 use crate::text::Role;
@@ -103,7 +103,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-    use crate::retrieval::VectorWriter;
+    use crate::retrieval::EmbeddingWriter;
 
     struct Numbers;
     impl Embedder for Numbers {
@@ -125,7 +125,7 @@ mod tests {
             std::fs::write(&input, (0..rows).map(|i| format!("{i}\n")).collect::<String>())
                 .unwrap();
             let texts = TextFile::open(&input).unwrap();
-            let mut writer = VectorWriter::create(&path, rows, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&path, rows, 2).unwrap();
             let values: Vec<f32> = (0..rows).flat_map(|i| [1.0, 1.0 + i as f32]).collect();
             writer.append(&values).unwrap();
             writer.finish().unwrap();

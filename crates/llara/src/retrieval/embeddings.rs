@@ -25,7 +25,7 @@ pub(super) const BLOCK: usize = 16 * 1024;
 /// # Errors
 /// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Data`] or, of a damaged safetensors file,
 /// [`ErrorKind::Weights`]: a damaged file, or one that holds something else; [`ErrorKind::Numeric`]: a number that is not finite, with its row.
-pub fn read_vectors(path: impl AsRef<Path>) -> Result<Array2<f32>> {
+pub fn read_embeddings(path: impl AsRef<Path>) -> Result<Array2<f32>> {
     let path = path.as_ref();
     let format = Format::of(path)?;
     let file = open_regular(path)?;
@@ -256,13 +256,13 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::retrieval::VectorWriter;
+    use crate::retrieval::EmbeddingWriter;
 
     const NAMES: [&str; 2] = ["v.safetensors", "v.npy"];
 
     fn write(dir: &TempDir, name: &str, matrix: &Array2<f32>) -> std::path::PathBuf {
         let path = dir.path().join(name);
-        let mut writer = VectorWriter::create(&path, matrix.nrows(), matrix.ncols()).unwrap();
+        let mut writer = EmbeddingWriter::create(&path, matrix.nrows(), matrix.ncols()).unwrap();
         for row in matrix.rows() {
             writer.append(row.as_slice().unwrap()).unwrap();
         }
@@ -327,7 +327,7 @@ mod tests {
         ] {
             let view = safetensors::tensor::TensorView::new(dtype, shape, &[0; 8]).unwrap();
             std::fs::write(&path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
-            let error = read_vectors(&path).unwrap_err();
+            let error = read_embeddings(&path).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
             assert_eq!(begins_like_embeddings(&path).unwrap(), name == TENSOR);
         }
@@ -344,15 +344,15 @@ mod tests {
         let path = dir.path().join(NAMES[0]);
         std::fs::write(&path, [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat())
             .unwrap();
-        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Weights);
+        assert_eq!(read_embeddings(&path).unwrap_err().kind(), ErrorKind::Weights);
         for rows in [rows, 1 << 40] {
             let path = dir.path().join(NAMES[1]);
             std::fs::write(&path, npy_header(rows as usize, 2)).unwrap();
-            assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Data);
+            assert_eq!(read_embeddings(&path).unwrap_err().kind(), ErrorKind::Data);
         }
         let path = dir.path().join(NAMES[0]);
         std::fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
-        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Weights);
+        assert_eq!(read_embeddings(&path).unwrap_err().kind(), ErrorKind::Weights);
     }
 
     proptest! {
@@ -366,7 +366,7 @@ mod tests {
             for name in NAMES {
                 let path = write(&dir, name, &matrix);
                 prop_assert!(begins_like_embeddings(&path).unwrap());
-                prop_assert_eq!(&read_vectors(path).unwrap(), &matrix);
+                prop_assert_eq!(&read_embeddings(path).unwrap(), &matrix);
             }
         }
 
@@ -386,7 +386,7 @@ mod tests {
             }
             bytes.truncate(length.unwrap_or(usize::MAX));
             std::fs::write(&path, bytes).unwrap();
-            match read_vectors(&path) {
+            match read_embeddings(&path) {
                 Ok(matrix) => prop_assert!(matrix.iter().all(|value| value.is_finite())),
                 Err(e) => {
                     use ErrorKind::{Data, Numeric, Weights};

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::Origin;
-use super::vectors::{BLOCK, Format, header, require_finite};
+use super::embeddings::{BLOCK, Format, header, require_finite};
 use crate::storage::{Fingerprint, OutputFile, PartialFile, check_output_path};
 use crate::{Error, ErrorKind, Result};
 
@@ -20,7 +20,7 @@ use crate::{Error, ErrorKind, Result};
 ///   [`keep`](Self::keep) stay as `OUTPUT.partial`, with a manifest `OUTPUT.partial.json`, and
 ///   [`resume`](Self::resume) goes on behind them. Without any, nothing stays.
 #[derive(Debug)]
-pub struct VectorWriter {
+pub struct EmbeddingWriter {
     file: Destination,
     header_bytes: u64,
     rows: usize,
@@ -51,7 +51,7 @@ struct Manifest {
     blocks: Vec<Block>,
 }
 
-/// Rows that were written between two calls of [`VectorWriter::keep`].
+/// Rows that were written between two calls of [`EmbeddingWriter::keep`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Block {
     /// The first row after the block.
@@ -60,7 +60,7 @@ struct Block {
     fingerprint: String,
 }
 
-impl VectorWriter {
+impl EmbeddingWriter {
     /// Starts a file of `rows` embeddings of `cols` f32 numbers, as the extension says:
     /// `.safetensors` (one tensor, `embeddings`) or `.npy` (version 1.0, little endian, C order).
     ///
@@ -170,7 +170,7 @@ impl VectorWriter {
 
     fn of(file: Destination, header_bytes: u64, (rows, cols): (usize, usize)) -> Self {
         let block = Fingerprint::new();
-        VectorWriter { file, header_bytes, rows, cols, written: 0, block, discarded: 0 }
+        EmbeddingWriter { file, header_bytes, rows, cols, written: 0, block, discarded: 0 }
     }
 
     /// How many rows of a file an interrupted run has kept; `None` if there is nothing to resume.
@@ -357,7 +357,7 @@ mod tests {
         for name in NAMES {
             let path = dir.path().join(name);
             std::fs::write(&path, "old").unwrap();
-            let mut writer = VectorWriter::create(&path, 3, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&path, 3, 2).unwrap();
             assert_eq!(writer.append(&[1.0]).unwrap_err().kind(), ErrorKind::Argument);
             assert_eq!(writer.append(&[1.0; 8]).unwrap_err().kind(), ErrorKind::Argument);
             writer.append(&[1.0; 2]).unwrap();
@@ -374,13 +374,13 @@ mod tests {
     fn impossible_requests_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["v.csv", "v", ".npy"] {
-            let error = VectorWriter::create(dir.path().join(name), 1, 1).unwrap_err().to_string();
+            let error = EmbeddingWriter::create(dir.path().join(name), 1, 1).unwrap_err().to_string();
             assert!(error.contains(".safetensors or .npy"), "{error}");
         }
         let path = dir.path().join("v.npy");
-        assert!(VectorWriter::create(&path, 1, 0).is_err());
-        assert!(VectorWriter::create(&path, usize::MAX, 2).is_err());
-        assert!(VectorWriter::create(dir.path().join("no/v.npy"), 1, 1).is_err());
+        assert!(EmbeddingWriter::create(&path, 1, 0).is_err());
+        assert!(EmbeddingWriter::create(&path, usize::MAX, 2).is_err());
+        assert!(EmbeddingWriter::create(dir.path().join("no/v.npy"), 1, 1).is_err());
     }
 
     fn origin() -> Origin {
@@ -409,16 +409,16 @@ mod tests {
         ) {
             let dir = tempfile::tempdir().unwrap();
             let whole = dir.path().join("whole").with_extension(if npy { "npy" } else { "safetensors" });
-            let mut writer = VectorWriter::create(&whole, rows, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&whole, rows, 2).unwrap();
             writer.append(&values(0, rows)).unwrap();
             writer.finish().unwrap();
 
             let path = dir.path().join(NAMES[usize::from(npy)]);
             let mut expected = 0;
             for (kept, unkept, torn) in cuts {
-                let mut writer = VectorWriter::resume(&path, rows, 2, origin()).unwrap();
+                let mut writer = EmbeddingWriter::resume(&path, rows, 2, origin()).unwrap();
                 prop_assert_eq!(writer.written(), expected);
-                prop_assert_eq!(VectorWriter::kept(&path).unwrap_or(0), expected);
+                prop_assert_eq!(EmbeddingWriter::kept(&path).unwrap_or(0), expected);
                 let kept = (expected + kept).min(rows);
                 if kept > expected {
                     writer.append(&values(expected, kept)).unwrap();
@@ -437,7 +437,7 @@ mod tests {
                 }
                 expected = kept;
             }
-            let mut writer = VectorWriter::resume(&path, rows, 2, origin()).unwrap();
+            let mut writer = EmbeddingWriter::resume(&path, rows, 2, origin()).unwrap();
             writer.append(&values(expected, rows)).unwrap();
             writer.finish().unwrap();
             prop_assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&whole).unwrap());
@@ -447,7 +447,7 @@ mod tests {
 
     /// A file of 4 rows of which 2 are kept.
     fn interrupted(path: &Path) {
-        let mut writer = VectorWriter::begin(path, 4, 2, origin()).unwrap();
+        let mut writer = EmbeddingWriter::begin(path, 4, 2, origin()).unwrap();
         writer.append(&values(0, 2)).unwrap();
         writer.keep().unwrap();
     }
@@ -458,9 +458,9 @@ mod tests {
         let path = dir.path().join("v.npy");
         interrupted(&path);
         let refuse = |rows, cols, origin| {
-            let error = VectorWriter::resume(&path, rows, cols, origin).unwrap_err();
+            let error = EmbeddingWriter::resume(&path, rows, cols, origin).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Argument);
-            assert_eq!(VectorWriter::kept(&path), Some(2));
+            assert_eq!(EmbeddingWriter::kept(&path), Some(2));
             error.to_string()
         };
         let error = refuse(4, 2, origin().with("role", "passage"));
@@ -472,8 +472,8 @@ mod tests {
         assert!(refuse(5, 2, origin()).contains("expected: texts 5\n  got: texts 4"));
         assert!(refuse(4, 3, origin()).contains("expected: dimension 3\n  got: dimension 2"));
         // Begun anew, all of it is forgotten.
-        let mut writer = VectorWriter::begin(&path, 1, 2, Origin::new()).unwrap();
-        assert_eq!(VectorWriter::kept(&path), None);
+        let mut writer = EmbeddingWriter::begin(&path, 1, 2, Origin::new()).unwrap();
+        assert_eq!(EmbeddingWriter::kept(&path), None);
         writer.append(&values(0, 1)).unwrap();
         writer.finish().unwrap();
         assert_eq!(names(dir.path()), ["v.npy"]);
@@ -484,13 +484,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for name in NAMES {
             let path = dir.path().join(name);
-            let mut writer = VectorWriter::create(&path, 6, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&path, 6, 2).unwrap();
             writer.append(&values(0, 6)).unwrap();
             writer.finish().unwrap();
             let whole = std::fs::read(&path).unwrap();
             let header = whole.len() - 6 * 8;
             for (byte, intact) in [(0, 0), (15, 0), (16, 2), (39, 2), (40, 5)] {
-                let mut writer = VectorWriter::begin(&path, 6, 2, origin()).unwrap();
+                let mut writer = EmbeddingWriter::begin(&path, 6, 2, origin()).unwrap();
                 for (from, to) in [(0, 1), (1, 2), (2, 5)] {
                     writer.append(&values(from, to)).unwrap();
                     if from != 0 {
@@ -505,11 +505,11 @@ mod tests {
                     *byte ^= 1;
                 }
                 std::fs::write(&partial, bytes).unwrap();
-                let writer = VectorWriter::resume(&path, 6, 2, origin()).unwrap();
+                let writer = EmbeddingWriter::resume(&path, 6, 2, origin()).unwrap();
                 assert_eq!((writer.written(), writer.discarded()), (intact, 5 - intact), "{byte}");
                 drop(writer);
-                assert_eq!(VectorWriter::kept(&path), Some(intact));
-                let mut writer = VectorWriter::resume(&path, 6, 2, origin()).unwrap();
+                assert_eq!(EmbeddingWriter::kept(&path), Some(intact));
+                let mut writer = EmbeddingWriter::resume(&path, 6, 2, origin()).unwrap();
                 assert_eq!((writer.written(), writer.discarded()), (intact, 0));
                 writer.append(&values(intact, 6)).unwrap();
                 writer.finish().unwrap();
@@ -544,7 +544,7 @@ mod tests {
                 }
             }
             std::fs::write(&manifest, bytes).unwrap();
-            match VectorWriter::resume(&path, 4, 2, origin()) {
+            match EmbeddingWriter::resume(&path, 4, 2, origin()) {
                 Ok(writer) => prop_assert!(matches!(writer.written(), 0 | 2)),
                 Err(e) => prop_assert!(matches!(e.kind(), ErrorKind::Data | ErrorKind::Argument), "{}", e),
             }
@@ -562,7 +562,7 @@ mod tests {
             let mut changed = whole.clone();
             change(&mut changed);
             std::fs::write(file, &changed).unwrap();
-            let error = VectorWriter::resume(&path, 4, 2, origin()).unwrap_err();
+            let error = EmbeddingWriter::resume(&path, 4, 2, origin()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Data);
             assert!(error.to_string().contains("hint: start over"), "{error}");
             assert_eq!(std::fs::read(file).unwrap(), changed);
@@ -575,6 +575,6 @@ mod tests {
             let text = String::from_utf8(bytes.clone()).unwrap();
             *bytes = text.replace("\"rows_done\": 2", "\"rows_done\": 9").into_bytes();
         });
-        assert_eq!(VectorWriter::resume(&path, 4, 2, origin()).unwrap().written(), 2);
+        assert_eq!(EmbeddingWriter::resume(&path, 4, 2, origin()).unwrap().written(), 2);
     }
 }
