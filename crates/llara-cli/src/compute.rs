@@ -1,4 +1,4 @@
-//! Options of the computation: device, threads, number format.
+//! Options for the computation: device, threads, number format.
 
 use clap::ValueEnum;
 use llara::backend::{Cpu, Dtype};
@@ -13,16 +13,16 @@ const MAX_THREADS_PER_CORE: usize = 4;
 #[derive(clap::Args)]
 #[command(next_help_heading = "Compute")]
 pub(super) struct Compute {
-    /// Device that computes: only `cpu` is supported
+    /// Device: only `cpu` is supported
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
-    /// Threads that compute, at most 4 for each core [default: 1 for each core]
+    /// Number of threads, at most 4 per core [default: 1 per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 }
 
 impl Compute {
-    /// Refuses unsupported devices and more threads than could be of use.
+    /// Refuses unsupported devices and too many threads.
     pub(super) fn check(&self) -> Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let most = MAX_THREADS_PER_CORE * cores;
@@ -30,7 +30,7 @@ impl Compute {
             return Err(Error::new(ErrorKind::Argument, "too many threads")
                 .expected(format!("at most {most}, 4 for each of {cores} cores"))
                 .got(format!("--threads {threads}"))
-                .hint("leave --threads out for one thread for each core"));
+                .hint("omit --threads to use one thread per core"));
         }
         match self.device.as_str() {
             "cpu" | "auto" => Cpu::check_environment(),
@@ -39,7 +39,7 @@ impl Compute {
                 Err(Error::new(ErrorKind::Argument, what)
                     .expected("cpu")
                     .got(device)
-                    .hint("leave --device out"))
+                    .hint("omit --device"))
             }
         }
     }
@@ -48,7 +48,7 @@ impl Compute {
     pub(super) fn start(&self) -> Cpu {
         if let Some(threads) = self.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
-            // Fails only where threads were started before.
+            // Fails only if the global thread pool was started before.
             if let Err(e) = pool.build_global() {
                 say!("note: --threads {threads}: {e}");
             }
@@ -61,8 +61,8 @@ impl Compute {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Compute")]
 pub(super) struct Precision {
-    /// Number format of the computation: f32; bf16 (trained weights and the residual stream stay
-    /// f32); or auto: bf16 if a short measurement finds its products faster, else f32
+    /// Number format of activations and products: f32; bf16 (trained weights and the residual stream
+    /// are still f32); or auto (bf16 if a short measurement shows that it is faster, otherwise f32)
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = Choice::F32)]
     #[arg(hide_possible_values = true)]
     dtype: Choice,
@@ -99,8 +99,8 @@ pub(super) fn describe(precision: Dtype) -> &'static str {
         Dtype::F32 => "computes in f32",
         Dtype::Bf16 if multiplies_bf16() => "computes in bf16, products by vdpbf16ps with f32 sums",
         Dtype::Bf16 => {
-            "computes in bf16, products by the f32 kernel on operands rounded to bf16, because this \
-             processor multiplies bf16 no faster: less memory, but no faster than --dtype f32"
+            "computes in bf16; products use the f32 kernel on operands rounded to bf16, because bf16 \
+             products are not faster on this processor: bf16 saves memory, but no time"
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `llara evaluate`: how well a model finds what it should, on a test collection.
+//! `llara evaluate`: retrieval metrics of a model on a test collection.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{Roles, TrainedModel, check_top_k};
 
-/// Measure retrieval on a test collection: exact search, metrics as trec_eval defines them.
+/// Evaluate retrieval on a test collection with exact search and trec_eval's metrics.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -23,35 +23,35 @@ Examples:
   llara evaluate --model tuned --dataset beir/arguana --ignore-identical-ids --run-file run.trec
 
 Prints one JSON object: model, dataset, split, ndcg@10, mrr@10, recall@10, recall@100, map and
-queries; with --on-unknown-id skip also skipped_judgments. A metric at a cutoff above --top-k is
-left out.")]
+queries; with --on-unknown-id skip also skipped_judgments. Metrics at a cutoff above --top-k are
+omitted.")]
 pub(super) struct Args {
     #[command(flatten)]
     model: TrainedModel,
     /// BEIR folder: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv
     #[arg(long, value_name = "DIR", help_heading = "Data")]
     dataset: PathBuf,
-    /// Which judgments to use
+    /// Split of the dataset: the name of a file in qrels/
     #[arg(long, value_name = "SPLIT", default_value = "test", help_heading = "Data")]
     split: String,
-    /// Passages retrieved for a query
+    /// Number of passages that are retrieved per query
     #[arg(long, value_name = "N", default_value_t = 1000, help_heading = "Data")]
     top_k: usize,
-    /// Leave out the passage whose id is the query's own (ArguAna, Quora)
+    /// Exclude the passage with the query's id (for ArguAna and Quora)
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true, help_heading = "Data")]
     ignore_identical_ids: bool,
-    /// What to do with a judgment of a query or document that the dataset does not have: error (refuse
-    /// the dataset) or skip (leave the judgment out and count it)
+    /// What to do with a judgment whose query or document is not in the dataset: error (stop) or skip
+    /// (ignore the judgment and count it)
     #[arg(long, value_name = "ACTION", value_parser = crate::values::unknown_ids(), default_value = "error")]
     #[arg(hide_possible_values = true, help_heading = "Data")]
     on_unknown_id: UnknownIds,
-    /// Write the rankings here, in trec_eval's format; an earlier run file is replaced
+    /// Output file of the rankings, in trec_eval's format; an earlier run file is replaced
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     run_file: Option<PathBuf>,
-    /// Replace RUN_FILE even if it is a file of another kind
+    /// Replace the run file even if it is a file of another kind
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new())]
@@ -75,7 +75,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         BeirDataset::open_with(&args.dataset, &args.split, args.on_unknown_id)?;
     if skipped > 0 {
         say!(
-            "warning: {} of unknown queries or documents left out; the metrics do not count them",
+            "warning: {} of unknown queries or documents ignored; the metrics do not include them",
             counted(skipped, "judgment")
         );
     }
@@ -95,13 +95,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     drop(embedder);
     progress.finish();
     if metrics.queries == 0 {
-        return Err(Error::new(
-            ErrorKind::Data,
-            "no judged query is in the run, so nothing can be measured",
-        )
-        .file(&args.dataset)
-        .hint("check that queries.jsonl and qrels use the same ids")
-        .into());
+        return Err(Error::new(ErrorKind::Data, "no query has judgments, so there are no metrics")
+            .file(&args.dataset)
+            .hint("check that queries.jsonl and qrels use the same ids")
+            .into());
     }
     if let Some(path) = &args.run_file {
         write_trec_run(path, &run, "llara")?;
@@ -137,7 +134,7 @@ fn table(args: &Args, dataset: &BeirDataset, metrics: &Metrics) {
     }
     if args.top_k < 100.min(dataset.corpus.len()) {
         say!(
-            "note: metrics at a cutoff above --top-k {} are left out; MAP is over the first {}",
+            "note: metrics at a cutoff above --top-k {} are omitted; MAP is over the first {}",
             args.top_k,
             counted(args.top_k, "passage")
         );

@@ -1,4 +1,4 @@
-//! `llara merge`: add an adapter to the weights of its model.
+//! `llara merge`: merge an adapter into the weights of its model.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use super::talk::{print, say};
 use super::trained_model::Source;
 use super::{output_folder, paths};
 
-/// Add an adapter to the weights of its model, and save the merged model.
+/// Merge an adapter into the weights of its model, and save the merged model.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Example:
@@ -23,11 +23,11 @@ Prints one JSON object: model, adapter, output_dir.")]
 pub(super) struct Args {
     #[command(flatten)]
     source: Source,
-    /// Template around texts: llara, e5-mistral, qwen3-embedding, or a TOML file; saved with the
-    /// model [default: the adapter folder's own, or llara]
+    /// Template of queries and passages: llara, e5-mistral, qwen3-embedding, or a TOML file; saved with
+    /// the model [default: that of the adapter folder, or llara]
     #[arg(long, value_name = "NAME|FILE.toml", help_heading = "Model")]
     template: Option<String>,
-    /// Folder for the model; new or empty
+    /// Output folder of the model; new or empty
     #[arg(long, value_name = "DIR", help_heading = "Output")]
     output_dir: PathBuf,
     /// Replace an earlier model in the output folder
@@ -35,7 +35,7 @@ pub(super) struct Args {
     #[arg(default_value = "false", action = ArgAction::Set, help_heading = "Output")]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     overwrite_output_dir: bool,
-    /// Number format of saved weights: f32, bf16, f16, or auto, as they were loaded
+    /// Number format of saved weights: f32, bf16, f16, or auto (that of the loaded weights)
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = SavedAs::Auto)]
     #[arg(hide_possible_values = true, help_heading = "Output")]
     save_dtype: SavedAs,
@@ -55,7 +55,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     output_folder::check_space(&args.output_dir, size, "the merged model")?;
     model.merge_adapter()?;
     model.save_as(&args.output_dir, args.save_dtype.into())?;
-    say!("{}: merged, saved and checked", args.output_dir.display());
+    say!("{}: merged, saved and verified", args.output_dir.display());
     Ok(print(serde_json::json!({
         "model": args.source.name(),
         "adapter": adapter.to_string_lossy(),

@@ -36,7 +36,7 @@ fn damaged_weight_files() {
     refused(&bench, &["model.safetensors: the weights are truncated", "fetch or export it again"]);
 
     bench.write(WEIGHTS, [&u64::MAX.to_le_bytes(), &whole[8..]].concat());
-    refused(&bench, &["model.safetensors: the header's length reaches beyond the file", "hint"]);
+    refused(&bench, &["model.safetensors: the header is longer than the file", "hint"]);
 
     let nan = f32::NAN.to_le_bytes();
     bench.write(WEIGHTS, [&whole[..whole.len() - 4], &nan].concat());
@@ -102,7 +102,7 @@ fn a_tokenizer_without_the_templates_tokens() {
     llara(&[&init[..], &rest].concat()).json();
     let refused = bench.finetune(&["--template", "llara"]);
     refused.refused(&[
-        "does not know <s1> <s2>",
+        "has no single tokens for <s1> <s2>",
         "single tokens",
         "llara finetune --use-lora false --add-special-tokens",
     ]);

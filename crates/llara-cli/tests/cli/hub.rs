@@ -60,9 +60,9 @@ fn a_mirror_cannot_name_a_path_outside_the_cache() {
     let bad_list = list.replace(COMMIT, "../../../../out");
     let length = list.len();
     for (headers, body, parts) in [
-        ("ETag: \"../../../../out\"", &list, ["ETag that cannot be a file name", "hint"]),
-        ("ETag: \"a\"\r\nX-Repo-Commit: ../../x", &list, ["a commit that is not one", "hint"]),
-        ("ETag: \"a\"", &bad_list, ["a commit that is not one", "40 hexadecimal digits"]),
+        ("ETag: \"../../../../out\"", &list, ["ETag that is not a valid file name", "hint"]),
+        ("ETag: \"a\"\r\nX-Repo-Commit: ../../x", &list, ["an invalid commit hash", "hint"]),
+        ("ETag: \"a\"", &bad_list, ["an invalid commit hash", "40 hexadecimal digits"]),
     ] {
         let bench = Bench::new();
         bench.write("texts.txt", "an otter");

@@ -14,7 +14,7 @@ fn a_folder_that_another_process_writes_to_is_refused() {
     let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));
     let lock = llara::FolderLock::acquire(&bench.at("out")).unwrap();
     let holder = format!("process {}", std::process::id());
-    let parts = ["another process is writing into this folder", &holder, "hint: wait"];
+    let parts = ["another process is writing to this folder", &holder, "hint: wait"];
     bench.finetune(&["--overwrite-output-dir"]).refused(&parts);
     let args = ["--overwrite-output-dir", "--output-dir", &out];
     llara(&[&["init", "--preset", "tiny", "--train-data", &data], &args[..]].concat())

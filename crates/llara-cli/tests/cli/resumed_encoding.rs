@@ -71,7 +71,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 
     let resumed = encode(&bench, "v.npy", &["--resume"]);
     assert_eq!(resumed.json()["rows"], TEXTS);
-    assert!(resumed.stderr.contains("going on after "), "{}", resumed.stderr);
+    assert!(resumed.stderr.contains("continuing after "), "{}", resumed.stderr);
     assert!(!resumed.stderr.contains("after 0 "), "{}", resumed.stderr);
     let read = |name: &str| fs::read(bench.at(name)).unwrap();
     assert!(read("v.npy") == read("whole.npy"), "the resumed file is another one");
@@ -105,15 +105,15 @@ fn damaged_embeddings_are_computed_again_and_complete_ones_are_not() {
     bench.write("v.npy.partial", bytes);
     let resumed = encode(&bench, "v.npy", &["--resume"]);
     resumed.json();
-    assert!(resumed.stderr.contains("were damaged and are computed again"), "{}", resumed.stderr);
+    assert!(resumed.stderr.contains("were damaged and are recomputed"), "{}", resumed.stderr);
     assert!(read("v.npy") == read("whole.npy"), "the resumed file is another one");
 
     let again = encode(&bench, "v.npy", &["--resume"]);
     assert_eq!(again.json()["rows"], TEXTS);
-    assert!(again.stderr.contains("complete already"), "{}", again.stderr);
+    assert!(again.stderr.contains("already complete"), "{}", again.stderr);
     let mut bytes = read("v.npy");
     *bytes.last_mut().unwrap() ^= 1;
     bench.write("v.npy", bytes);
     encode(&bench, "v.npy", &["--resume"])
-        .refused(&["is not that of the text", "without --resume"]);
+        .refused(&["differs from that of its text", "without --resume"]);
 }

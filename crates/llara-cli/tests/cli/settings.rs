@@ -10,7 +10,7 @@ fn recipe(bench: &Bench, folder: &str) -> serde_json::Value {
     serde_json::from_slice(&fs::read(bench.at(folder).join("llara.json")).unwrap()).unwrap()
 }
 
-/// The bytes of the vectors of `texts.txt`.
+/// The bytes of the embeddings of `texts.txt`.
 fn encoded(bench: &Bench, model: &[&str], rest: &[&str]) -> Vec<u8> {
     let (input, output) = (bench.path("texts.txt"), bench.path("out.npy"));
     let mut args = vec!["encode"];
@@ -73,11 +73,11 @@ fn cut_texts_are_a_warning() {
     run.json();
     for stderr in [&run.stderr, &plan.stderr] {
         assert!(stderr.contains(" % of 12 queries are longer than --query-max-len"), "{stderr}");
-        assert!(stderr.contains("raise --query-max-len"), "{stderr}");
+        assert!(stderr.contains("increase --query-max-len"), "{stderr}");
     }
     let enough = bench.finetune(&["--max-steps", "1", "--overwrite-output-dir"]);
     enough.json();
-    assert!(!enough.stderr.contains("are cut"), "{}", enough.stderr);
+    assert!(!enough.stderr.contains("are truncated"), "{}", enough.stderr);
 }
 
 #[test]

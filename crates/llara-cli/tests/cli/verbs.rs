@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
-use llara::retrieval::read_vectors;
+use llara::retrieval::read_embeddings;
 use serde_json::Value;
 
 use crate::fixture::{Bench, LLARA, llara, outcome};
@@ -72,7 +72,7 @@ fn both_kinds_of_vector_files_agree_and_batch_mates_do_not_matter() {
         args.extend(["--output", &output]);
         args.extend(rest);
         assert_eq!(llara(&args).json()["rows"], texts.len());
-        read_vectors(output).unwrap()
+        read_embeddings(output).unwrap()
     };
     let all = encode(&texts, "v.safetensors", &[]);
     assert_eq!(all.dim(), (3, 128));

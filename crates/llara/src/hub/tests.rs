@@ -211,7 +211,7 @@ fn names_that_leave_the_cache_are_refused() {
         let linked = format!("\r\nX-Linked-Etag: \"{tag}\"\r\nETag: \"ok\"");
         refused([(file_path("config.json"), ok(&linked, b"{}"))], &["ETag", "hint"]);
     }
-    refused([(file_path("config.json"), ok("", b"{}"))], &["names no ETag"]);
+    refused([(file_path("config.json"), ok("", b"{}"))], &["sent no ETag"]);
     for sha in ["../../../x", "main", "", "0123456789ABCDEF0123456789ABCDEF01234567"] {
         let files = ["config.json", "tokenizer.json"];
         refused([(LISTING.into(), listing(&files, sha))], &["commit", "40 hexadecimal digits"]);
@@ -223,7 +223,7 @@ fn names_that_leave_the_cache_are_refused() {
     refused([(file_path("config.json"), ok(&other, b"{}"))], &["another commit"]);
     for name in ["../x", "/etc/x", "a\u{1b}[31m", "a/../../x", "a\\..\\x"] {
         let files = ["config.json", "tokenizer.json", "model.safetensors", name];
-        refused([(LISTING.into(), listing(&files, COMMIT))], &["a file name that could leave"]);
+        refused([(LISTING.into(), listing(&files, COMMIT))], &["a file name outside the folder"]);
     }
 }
 
@@ -231,20 +231,20 @@ fn names_that_leave_the_cache_are_refused() {
 fn shards_outside_the_folder_are_refused() {
     for shard in ["../../x.safetensors", "/x.safetensors", "a/b.safetensors", "x.bin", ""] {
         let index = serde_json::json!({"weight_map": {"w": shard}}).to_string();
-        let files = ["config.json", "tokenizer.json", INDEX];
+        let files = ["config.json", "tokenizer.json", INDEX_FILE];
         let mut answers = honest();
         answers.insert(LISTING.into(), listing(&files, COMMIT));
-        answers.insert(file_path(INDEX), etag("i0", index.as_bytes()));
+        answers.insert(file_path(INDEX_FILE), etag("i0", index.as_bytes()));
         let (_dir, found) = fetch(&Mirror::start(answers), None);
         let e = found.unwrap_err().to_string();
         assert!(e.contains("a shard outside the model folder"), "{e}");
     }
     let index = r#"{"weight_map": {"w": "m-1.safetensors"}}"#;
     let mut answers = honest();
-    answers.insert(LISTING.into(), listing(&["config.json", "tokenizer.json", INDEX], COMMIT));
-    answers.insert(file_path(INDEX), etag("i0", index.as_bytes()));
+    answers.insert(LISTING.into(), listing(&["config.json", "tokenizer.json", INDEX_FILE], COMMIT));
+    answers.insert(file_path(INDEX_FILE), etag("i0", index.as_bytes()));
     let (_dir, found) = fetch(&Mirror::start(answers), None);
-    assert!(found.unwrap_err().to_string().contains("the index names a missing shard"));
+    assert!(found.unwrap_err().to_string().contains("the index lists a missing shard"));
 }
 
 #[test]
@@ -253,9 +253,9 @@ fn lengths_and_contents_are_verified() {
         let headers = format!("\r\nETag: \"w0\"\r\nX-Linked-Size: {size}");
         (file_path("model.safetensors"), ok(&headers, b"weights"))
     };
-    refused([weights("8")], &["two lengths"]);
-    refused([weights("-1")], &["impossible length"]);
-    refused([weights("99999999999999999999")], &["impossible length"]);
+    refused([weights("8")], &["two different lengths"]);
+    refused([weights("-1")], &["invalid length"]);
+    refused([weights("99999999999999999999")], &["invalid length"]);
     let head = |length: &str| {
         (format!("200 OK\r\nETag: \"w0\"\r\nContent-Length: {length}"), b"abc".to_vec())
     };
@@ -293,7 +293,7 @@ fn a_silent_server_is_given_up() {
     let client = Client::new(&address, None, timeouts).unwrap();
     let start = std::time::Instant::now();
     let e = client.list(&ModelId::parse("org/name").unwrap()).unwrap_err().to_string();
-    assert!(e.contains("cannot fetch this") && e.contains("hint"), "{e}");
+    assert!(e.contains("cannot download") && e.contains("hint"), "{e}");
     assert!(start.elapsed() < Duration::from_secs(10));
 }
 
@@ -302,9 +302,9 @@ fn redirects_are_limited_and_take_no_token_along() {
     let to = |location: &str| {
         (format!("302 Found\r\nLocation: {location}\r\nContent-Length: 0"), Vec::new())
     };
-    refused([(LISTING.to_owned(), to(LISTING))], &["redirects without end", "at most 5"]);
+    refused([(LISTING.to_owned(), to(LISTING))], &["too many redirects", "at most 5"]);
     for bad in ["", "ftp://127.0.0.1/x", "file:///etc/passwd", "//host/x", "http://a@127.0.0.1/"] {
-        refused([(LISTING.to_owned(), to(bad))], &["an impossible address"]);
+        refused([(LISTING.to_owned(), to(bad))], &["an invalid address"]);
     }
     let other = Mirror::start(HashMap::from([("/w".to_owned(), ok("", b"weights"))]));
     let mut answers = honest();
@@ -335,7 +335,7 @@ fn refusals_say_what_to_do() {
     refused([status("404 Not Found", b"")], &["404", "spelling", "revision `main`"]);
     refused([status("429 Too Many Requests", b"")], &["429", "wait 17 seconds"]);
     refused([status("503 Service Unavailable", &[b'x'; 9999])], &["503", "try again later"]);
-    refused([(LISTING.to_owned(), ok("", b"<html>"))], &["list of files cannot be read"]);
+    refused([(LISTING.to_owned(), ok("", b"<html>"))], &["list of files is not valid"]);
     let empty = listing(&["config.json", "tokenizer.json"], COMMIT);
     refused([(LISTING.to_owned(), empty)], &["not a usable model", "2 files"]);
 }
@@ -381,7 +381,7 @@ fn cache(files: &[&str], index: &str) -> (tempfile::TempDir, RepoCache) {
 #[test]
 fn a_snapshot_is_complete_with_all_its_shards() {
     let index = r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}"#;
-    let mut files = vec!["config.json", "tokenizer.json", INDEX, "m-1.safetensors"];
+    let mut files = vec!["config.json", "tokenizer.json", INDEX_FILE, "m-1.safetensors"];
     let (dir, repo) = cache(&files, index);
     let complete = |repo: &RepoCache, files| complete_snapshot(repo, COMMIT, files);
     assert_eq!(complete(&repo, Files::All).unwrap(), None);
@@ -398,7 +398,7 @@ fn a_snapshot_is_complete_with_all_its_shards() {
 
 #[test]
 fn a_reference_that_is_no_commit_is_not_followed() {
-    let (dir, repo) = cache(&["config.json", "tokenizer.json", SINGLE], "{}");
+    let (dir, repo) = cache(&["config.json", "tokenizer.json", WEIGHTS_FILE], "{}");
     assert_eq!(repo.commit().as_deref(), Some(COMMIT));
     for bad in ["../../..", "main", "", "abc"] {
         fs::write(dir.path().join("models--org--name/refs/main"), bad).unwrap();
@@ -429,7 +429,7 @@ proptest! {
     #[test]
     fn no_index_panics(text in any::<String>()) {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(INDEX);
+        let path = dir.path().join(INDEX_FILE);
         fs::write(&path, text).unwrap();
         let _ = shards(&path);
     }

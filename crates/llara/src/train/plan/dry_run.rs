@@ -1,4 +1,4 @@
-//! A dry run: a step of the training code on the backend that counts.
+//! A dry run: a step of the training code on the [`CountingBackend`].
 
 use std::sync::Arc;
 
@@ -19,22 +19,22 @@ use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::step::{Chunking, accumulate_gradients};
 use crate::train::step_input::StepInput;
 
-/// What memory and work depend on besides the batch.
+/// The properties of a run, other than the batch, that determine its memory and work.
 #[derive(Clone)]
 pub struct RunShape {
-    /// The decoder's sizes.
+    /// The decoder's configuration.
     pub decoder: DecoderConfig,
     /// Tokenizer and template.
     pub prompts: Arc<PromptEncoder>,
-    /// Adapters, if they are what learns.
+    /// The adapter, if one is trained.
     pub lora: Option<LoraConfig>,
-    /// Type of activations, and of matrices that do not learn.
+    /// Number format of activations and of frozen matrices.
     pub precision: Dtype,
-    /// How vectors are made.
+    /// Options of the model.
     pub options: BiEncoderOptions,
     /// How the device that the run will use allocates.
     pub memory: DeviceMemory,
-    /// Memory that the process has before the weights are read, in bytes.
+    /// Memory of the process before the weights are read, in bytes.
     pub process_bytes: u64,
 }
 
@@ -49,7 +49,7 @@ impl RunShape {
     }
 }
 
-/// A model and its optimizer on the device that counts.
+/// A model and its optimizer on the [`CountingBackend`].
 pub struct DryRun {
     shape: RunShape,
     counting: CountingBackend,
@@ -58,31 +58,31 @@ pub struct DryRun {
     weights: usize,
     gradients: usize,
     moments: usize,
-    /// Highest end of tensors while weights were read.
+    /// Peak memory of tensors while weights are read, in bytes.
     loading: usize,
-    /// The same while the trained model is saved and read again.
+    /// Peak memory of tensors while the trained model is saved and verified, in bytes.
     saving: usize,
 }
 
-/// What one step took.
+/// Memory and work of one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Counted {
-    /// Highest end of tensors.
+    /// Peak memory of tensors in bytes.
     pub(super) peak: usize,
     pub(super) flops: u64,
 }
 
 impl DryRun {
-    /// Loads a model of this shape, as far as memory is concerned, and makes its optimizer's state.
+    /// Allocates a model of this shape and its optimizer state.
     ///
     /// # Errors
-    /// When the shape is impossible.
+    /// The shape is not valid.
     pub fn new(shape: RunShape) -> Result<Self> {
         let saving = {
             let counting = CountingBackend::new(shape.memory);
             let mut trained = load(&counting, &shape)?;
             match &shape.lora {
-                // The saved adapter is checked on the weights that it was trained on.
+                // The saved adapter is verified with the weights that it was trained on.
                 Some(lora) => {
                     let adapters = trained.decoder_mut().detach_adapters();
                     trained.attach_zero_adapter(lora)?;
@@ -111,25 +111,25 @@ impl DryRun {
         })
     }
 
-    /// The shape that it was made from.
+    /// The properties of the run.
     pub fn shape(&self) -> &RunShape {
         &self.shape
     }
 
-    /// What a run takes whose batches are like `batch` and go through in pieces of `chunking`.
+    /// Memory and work of a run with batches like `batch`, divided into chunks by `chunking`.
     ///
     /// # Errors
-    /// When the batch is impossible.
+    /// The batch is not valid.
     pub fn plan(&mut self, batch: &LargestBatch, chunking: Chunking) -> Result<Plan> {
         let counted = self.step(batch, &chunking)?;
         let encoded = self.encoded(batch)?;
-        let pieces = chunking.chunks(&encoded);
-        let end_of = |piece: &std::ops::Range<usize>| encoded.offsets()[piece.end] as usize;
+        let chunks = chunking.chunks(&encoded);
+        let end_of = |chunk: &std::ops::Range<usize>| encoded.offsets()[chunk.end] as usize;
         let kept: Vec<_> =
-            pieces.iter().take_while(|piece| end_of(piece) <= chunking.kept_tokens).collect();
-        let kept_tokens = kept.last().map_or(0, |piece| end_of(piece));
-        let size = |piece: &std::ops::Range<usize>| {
-            end_of(piece) - encoded.offsets()[piece.start] as usize
+            chunks.iter().take_while(|chunk| end_of(chunk) <= chunking.kept_tokens).collect();
+        let kept_tokens = kept.last().map_or(0, |chunk| end_of(chunk));
+        let size = |chunk: &std::ops::Range<usize>| {
+            end_of(chunk) - encoded.offsets()[chunk.start] as usize
         };
         let host = self.host_bytes();
         let process = self.shape.process_bytes;
@@ -152,9 +152,9 @@ impl DryRun {
             saving_bytes: process + self.saving as u64 + host,
             chunks: Chunks {
                 chunking,
-                count: pieces.len(),
+                count: chunks.len(),
                 kept: kept.len(),
-                largest_tokens: pieces.iter().map(size).max().unwrap_or(0),
+                largest_tokens: chunks.iter().map(size).max().unwrap_or(0),
                 tokens: encoded.tokens(),
                 recomputed_share: 1.0 - kept_tokens as f64 / encoded.tokens().max(1) as f64,
             },
@@ -170,7 +170,7 @@ impl DryRun {
         })
     }
 
-    /// One step, update included.
+    /// Runs one step including the optimizer's update.
     pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
         let objective = self.model.objective(Arc::new(Solo))?;
@@ -181,7 +181,7 @@ impl DryRun {
         Ok(Counted { peak: self.counting.peak(), flops: self.counting.flops() - before })
     }
 
-    /// The sequences that a step encodes, in their order.
+    /// The sequences that a step encodes, in order.
     pub(super) fn encoded(&self, batch: &LargestBatch) -> Result<Batch> {
         Ok(self.input(batch)?.batch)
     }
@@ -192,14 +192,14 @@ impl DryRun {
         StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
     }
 
-    /// The largest tensor in a file's bytes and as f32, while it is read or written.
+    /// Host memory while a tensor is read or written: the bytes of the largest one in the file and as f32.
     fn host_bytes(&self) -> u64 {
         let tensors = self.model.decoder().tensors();
         tensors.map(|tensor| tensor.elements()).max().unwrap_or(0) as u64 * 8
     }
 }
 
-/// A model as it is loaded: frozen matrices in the run's precision, then adapters.
+/// Allocates a model like loading does: frozen matrices in the run's number format, then the adapter.
 fn load(counting: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<CountingBackend>> {
     let matrices = if shape.lora.is_some() { shape.precision } else { Dtype::F32 };
     let decoder = Decoder::build(counting, shape.decoder.clone(), &mut |_, sizes| {
@@ -212,7 +212,7 @@ fn load(counting: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<C
         prompts: Arc::clone(&shape.prompts),
         recipe: Recipe::new(shape.prompts.template().clone()),
     };
-    // Several processes hold what one holds, but for the gathered vectors.
+    // The memory of each process is that of a single one, except for the gathered embeddings.
     let options = BiEncoderOptions { negatives_cross_device: false, ..shape.options };
     let mut model = BiEncoderModel::new(parts, options)?;
     if let Some(lora) = &shape.lora {
