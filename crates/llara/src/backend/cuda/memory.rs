@@ -46,7 +46,7 @@ struct MappedRange {
 impl Memory {
     /// Nothing taken yet. `LLARA_CUDA_ALLOCATOR=pool` selects the driver's pool.
     pub(super) fn new(context: Arc<Context>) -> Result<Arc<Self>> {
-        use cu::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED as MAPS;
+        use cu::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED as MAPS;
         let wants_pool = std::env::var_os("LLARA_CUDA_ALLOCATOR").is_some_and(|v| v == "pool");
         let range = if wants_pool || !context.has(MAPS) {
             None

@@ -144,11 +144,23 @@ impl Backend for Cuda {
     }
 
     fn start_download(&self, x: &CudaTensor) -> Result<CudaDownload> {
-        transfer::start_download(&self.device.context, &self.device.staging, x)
+        transfer::start_download(&self.device.context, &self.device.staging, x.into())
     }
 
     fn finish_download(&self, download: CudaDownload) -> Result<Vec<f32>> {
         transfer::finish_download(&self.device.staging, download)
+    }
+
+    fn read_elements(&self, x: &CudaTensor, range: Range<usize>) -> Result<Vec<f32>> {
+        let elements = tensor::elements(x, range);
+        let Device { context, staging, .. } = &*self.device;
+        let download = transfer::start_download(context, staging, elements)?;
+        transfer::finish_download(staging, download)
+    }
+
+    fn write_elements(&self, x: &mut CudaTensor, start: usize, data: &[f32]) -> Result<()> {
+        let elements = tensor::elements(x, start..start + data.len());
+        transfer::upload(&self.device.context, Elements::F32(data), elements)
     }
 
     fn copy(&self, x: View<'_, CudaTensor>, to: ViewMut<'_, CudaTensor>) -> Result<()> {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::device::{BLOCK, Device, kernel_args};
 use super::rows::octets;
-use super::tensor::{Block, CudaIndex, CudaTensor, CudaWeight};
+use super::tensor::{Block, CudaIndex, CudaTensor, CudaWeight, elements};
 use crate::Result;
 use crate::backend::{AdamWStep, Dtype, Shape};
 
@@ -82,7 +82,7 @@ impl Device {
         range: Range<usize>,
         sum: &mut CudaTensor,
     ) -> Result<()> {
-        assert!(range.end <= x.len(), "add_sum_of_squares: range");
+        let squares = elements(x, range.clone());
         assert_eq!((x.dtype(), sum.dtype()), (Dtype::F32, Dtype::F32), "add_sum_of_squares: dtype");
         assert_eq!(sum.shape(), (1, 1), "add_sum_of_squares: sum");
         let tasks = range.len().div_ceil(SQUARES_TASK);
@@ -91,10 +91,10 @@ impl Device {
         }
         let partial = self.unspecified(tasks, 2, Dtype::F32)?;
         let args = SquaresArgs {
-            x: element(x, range.start),
+            x: squares.pointer,
             partial: partial.pointer(),
             count: range.len() as u64,
-            wide: u32::from(element(x, range.start).is_multiple_of(16)),
+            wide: u32::from(squares.pointer.is_multiple_of(16)),
         };
         self.launch("sum_of_squares", [tasks, 1], BLOCK, args)?;
         let total = TotalArgs {
@@ -134,13 +134,13 @@ impl Device {
     ) -> Result<()> {
         let values = &weight.values;
         assert_eq!(values.shape(), grad.shape(), "adamw: gradient");
-        assert!(range.end <= values.len(), "adamw: range");
         assert_eq!((first.len(), second.len()), (range.len(), range.len()), "adamw: moments");
         let dtypes = [values, grad, &*first, &*second, clip].map(Shape::dtype);
         assert_eq!(dtypes, [Dtype::F32; 5], "adamw: dtypes");
         assert_eq!(clip.shape(), (1, 2), "adamw: clip");
-        let working = weight.working.as_ref().map_or(0, |working| element(working, range.start));
-        let [value_at, grad_at] = [values, grad].map(|x| element(x, range.start));
+        let address = |x: &CudaTensor| elements(x, range.clone()).pointer;
+        let working = weight.working.as_ref().map_or(0, address);
+        let [value_at, grad_at] = [values, grad].map(address);
         let pointers = [value_at, grad_at, working, first.pointer(), second.pointer()];
         let t = step.step as f64;
         let args = AdamWArgs {
@@ -163,9 +163,4 @@ impl Device {
         };
         self.launch_items("adamw", octets(range.len()), args)
     }
-}
-
-/// Address of an element, counted row by row.
-fn element(x: &CudaTensor, at: usize) -> u64 {
-    x.pointer() + (at * x.dtype().bytes()) as u64
 }

@@ -169,3 +169,11 @@ pub(super) fn block(
     let pointer = x.pointer() + (first * x.dtype.bytes()) as u64;
     Block { pointer, rows, cols, stride: x.cols, dtype: x.dtype }
 }
+
+/// Some elements, counted row by row, as one row.
+pub(super) fn elements(x: &CudaTensor, range: std::ops::Range<usize>) -> Block {
+    assert!(range.start <= range.end && range.end <= x.len(), "elements beyond their matrix");
+    let pointer = x.pointer() + (range.start * x.dtype.bytes()) as u64;
+    let cols = range.len();
+    Block { pointer, rows: 1, cols, stride: cols, dtype: x.dtype }
+}

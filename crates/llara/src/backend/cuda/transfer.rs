@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::driver::{Context, Event, Pinned, check};
 use super::memory::Memory;
-use super::tensor::{Block, CudaIndex, CudaTensor};
+use super::tensor::{Block, CudaIndex};
 use crate::Result;
 use crate::backend::{Dtype, Elements};
 
@@ -181,23 +181,25 @@ fn copy_to_device(context: &Context, to: u64, bytes: &[u8]) -> Result<()> {
 pub(super) fn start_download(
     context: &Arc<Context>,
     staging: &Staging,
-    x: &CudaTensor,
+    x: Block,
 ) -> Result<CudaDownload> {
-    let bytes = x.bytes();
+    assert!(x.rows <= 1 || x.stride == x.cols, "download: rows must follow each other");
+    let len = x.rows * x.cols;
+    let bytes = len * x.dtype.bytes();
     let mut pinned = staging.take(bytes)?;
     if bytes > 0 {
         context.enter()?;
         // SAFETY: the tensor has that many bytes, and so has the pinned buffer, which nobody reads
         // before the event.
         let result = unsafe {
-            cu::cuMemcpyDtoHAsync_v2(pinned.as_mut_ptr(), x.pointer(), bytes, context.stream())
+            cu::cuMemcpyDtoHAsync_v2(pinned.as_mut_ptr(), x.pointer, bytes, context.stream())
         };
         check(result, "copy from the GPU")?;
     }
     let event = Event::new(context)?;
     context.record(&event)?;
     let (context, pinned) = (context.clone(), Some(pinned));
-    Ok(CudaDownload { context, pinned, event, len: x.len(), dtype: x.dtype })
+    Ok(CudaDownload { context, pinned, event, len, dtype: x.dtype })
 }
 
 pub(super) fn finish_download(

@@ -70,22 +70,10 @@ DEVICE Split split(u64 x, u64 by) {
 /// Number of this thread in the grid.
 DEVICE u64 thread_in_grid() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
 
-/// Sum over the warp, the same in every lane.
-template <class T> DEVICE T warp_total(T x) {
-#pragma unroll
-    for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-DEVICE float warp_largest(float x) {
-#pragma unroll
-    for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-}
-
 /// Sum over the block, the same in every thread: within warps, then over warps in order. All threads call.
 template <class T> DEVICE T block_total(T x) {
     __shared__ T parts[32];
-    x = warp_total(x);
+    x = warp_sum(x);
     __syncthreads(); // an earlier sum has been read
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
@@ -95,7 +83,7 @@ template <class T> DEVICE T block_total(T x) {
 }
 DEVICE float block_largest(float x) {
     __shared__ float parts[32];
-    x = warp_largest(x);
+    x = warp_max(x);
     __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();

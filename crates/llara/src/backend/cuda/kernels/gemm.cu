@@ -39,10 +39,10 @@ template <class T, class D> DEVICE void gemm(const GemmArgs& g) {
     if (g.beta != 0.0f) sum += g.beta * widened(((const D*)g.c)[row * g.c_row + col]);
     ((D*)g.d)[row * g.d_row + col] = rounded<D>(sum);
 }
-extern "C" __global__ void __launch_bounds__(256) gemm_f32_f32(GemmArgs a) { gemm<float, float>(a); }
-extern "C" __global__ void __launch_bounds__(256) gemm_f32_bf16(GemmArgs a) { gemm<float, bf16>(a); }
-extern "C" __global__ void __launch_bounds__(256) gemm_bf16_f32(GemmArgs a) { gemm<bf16, float>(a); }
-extern "C" __global__ void __launch_bounds__(256) gemm_bf16_bf16(GemmArgs a) { gemm<bf16, bf16>(a); }
+KERNEL(256, 1) gemm_f32_f32(GemmArgs a) { gemm<float, float>(a); }
+KERNEL(256, 1) gemm_f32_bf16(GemmArgs a) { gemm<float, bf16>(a); }
+KERNEL(256, 1) gemm_bf16_f32(GemmArgs a) { gemm<bf16, float>(a); }
+KERNEL(256, 1) gemm_bf16_bf16(GemmArgs a) { gemm<bf16, bf16>(a); }
 
 /// y = product + bias (+ residual), rounded once; product and y may be the same matrix. One thread an octet.
 struct FinishArgs {
@@ -67,5 +67,5 @@ template <class T> DEVICE void finish(const FinishArgs& a) {
     for (u32 j = 0; j < OCTET; j++) x[j] += bias[j] + more[j];
     store8((T*)a.y + first, x, left, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(256) finish_f32(FinishArgs a) { finish<float>(a); }
-extern "C" __global__ void __launch_bounds__(256) finish_bf16(FinishArgs a) { finish<bf16>(a); }
+KERNEL(256, 1) finish_f32(FinishArgs a) { finish<float>(a); }
+KERNEL(256, 1) finish_bf16(FinishArgs a) { finish<bf16>(a); }

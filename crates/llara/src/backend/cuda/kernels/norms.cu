@@ -20,7 +20,7 @@ struct NormArgs {
 };
 
 /// Sum over the threads that share a group.
-template <u32 LANES> DEVICE float group_total(float x) { return LANES == 32 ? warp_total(x) : block_total(x); }
+template <u32 LANES> DEVICE float group_total(float x) { return LANES == 32 ? warp_sum(x) : block_total(x); }
 /// The group of this thread, and its number among those that share it.
 template <u32 LANES> DEVICE u64 group_of_thread() {
     return LANES == 32 ? (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 : (u64)blockIdx.x;
@@ -52,8 +52,8 @@ template <class X, class Y, u32 LANES> DEVICE void rms_norm(const NormArgs& a) {
     }
 }
 #define RMS_NORM(X_NAME, Y_NAME, X, Y)                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) rms_norm_##X_NAME##_##Y_NAME##_warp(NormArgs a) { rms_norm<X, Y, 32>(a); } \
-    extern "C" __global__ void __launch_bounds__(256) rms_norm_##X_NAME##_##Y_NAME##_block(NormArgs a) { rms_norm<X, Y, 256>(a); }
+    KERNEL(256, 1) rms_norm_##X_NAME##_##Y_NAME##_warp(NormArgs a) { rms_norm<X, Y, 32>(a); } \
+    KERNEL(256, 1) rms_norm_##X_NAME##_##Y_NAME##_block(NormArgs a) { rms_norm<X, Y, 256>(a); }
 RMS_NORM(f32, f32, float, float)
 RMS_NORM(f32, bf16, float, bf16)
 RMS_NORM(bf16, f32, bf16, float)
@@ -107,8 +107,8 @@ template <class G, class X, class D, u32 LANES> DEVICE void rms_norm_backward(co
     }
 }
 #define RMS_NORM_BACKWARD(NAME, G, X, D)                                                                      \
-    extern "C" __global__ void __launch_bounds__(256) rms_norm_backward_##NAME##_warp(NormBackwardArgs a) { rms_norm_backward<G, X, D, 32>(a); } \
-    extern "C" __global__ void __launch_bounds__(256) rms_norm_backward_##NAME##_block(NormBackwardArgs a) { rms_norm_backward<G, X, D, 256>(a); }
+    KERNEL(256, 1) rms_norm_backward_##NAME##_warp(NormBackwardArgs a) { rms_norm_backward<G, X, D, 32>(a); } \
+    KERNEL(256, 1) rms_norm_backward_##NAME##_block(NormBackwardArgs a) { rms_norm_backward<G, X, D, 256>(a); }
 // Named by the types of dy, x and dx.
 RMS_NORM_BACKWARD(f32_f32_f32, float, float, float)
 RMS_NORM_BACKWARD(bf16_f32_f32, bf16, float, float)
@@ -163,10 +163,10 @@ template <class G, class X> DEVICE void rms_norm_weight(const NormWeightArgs& a)
         store8(a.partial + (u64)blockIdx.x * a.group + col, sum, a.group - col, false);
     }
 }
-extern "C" __global__ void __launch_bounds__(256) rms_norm_weight_f32_f32(NormWeightArgs a) { rms_norm_weight<float, float>(a); }
-extern "C" __global__ void __launch_bounds__(256) rms_norm_weight_f32_bf16(NormWeightArgs a) { rms_norm_weight<float, bf16>(a); }
-extern "C" __global__ void __launch_bounds__(256) rms_norm_weight_bf16_f32(NormWeightArgs a) { rms_norm_weight<bf16, float>(a); }
-extern "C" __global__ void __launch_bounds__(256) rms_norm_weight_bf16_bf16(NormWeightArgs a) { rms_norm_weight<bf16, bf16>(a); }
+KERNEL(256, 1) rms_norm_weight_f32_f32(NormWeightArgs a) { rms_norm_weight<float, float>(a); }
+KERNEL(256, 1) rms_norm_weight_f32_bf16(NormWeightArgs a) { rms_norm_weight<float, bf16>(a); }
+KERNEL(256, 1) rms_norm_weight_bf16_f32(NormWeightArgs a) { rms_norm_weight<bf16, float>(a); }
+KERNEL(256, 1) rms_norm_weight_bf16_bf16(NormWeightArgs a) { rms_norm_weight<bf16, bf16>(a); }
 
 /// y = x · inv with inv = 1 / max(‖x‖, 1e-12). One block a row; y has `cols` columns.
 struct NormalizeArgs {
@@ -196,8 +196,8 @@ template <class X> DEVICE void normalize(const NormalizeArgs& a) {
         store8(a.y + row * a.cols + col, v, a.cols - col, a.wide);
     }
 }
-extern "C" __global__ void __launch_bounds__(256) normalize_f32(NormalizeArgs a) { normalize<float>(a); }
-extern "C" __global__ void __launch_bounds__(256) normalize_bf16(NormalizeArgs a) { normalize<bf16>(a); }
+KERNEL(256, 1) normalize_f32(NormalizeArgs a) { normalize<float>(a); }
+KERNEL(256, 1) normalize_bf16(NormalizeArgs a) { normalize<bf16>(a); }
 
 /// dx = (dy − y · (y·dy)) · inv. One block a row.
 struct NormalizeBackwardArgs {
@@ -232,5 +232,5 @@ template <class G> DEVICE void normalize_backward(const NormalizeBackwardArgs& a
         store8((G*)a.dx + row * a.cols + col, d, a.cols - col, a.wide);
     }
 }
-extern "C" __global__ void __launch_bounds__(256) normalize_backward_f32(NormalizeBackwardArgs a) { normalize_backward<float>(a); }
-extern "C" __global__ void __launch_bounds__(256) normalize_backward_bf16(NormalizeBackwardArgs a) { normalize_backward<bf16>(a); }
+KERNEL(256, 1) normalize_backward_f32(NormalizeBackwardArgs a) { normalize_backward<float>(a); }
+KERNEL(256, 1) normalize_backward_bf16(NormalizeBackwardArgs a) { normalize_backward<bf16>(a); }

@@ -11,7 +11,7 @@ struct CrossEntropyArgs {
     u64 cols;
     u32 wide;
 };
-extern "C" __global__ void __launch_bounds__(256) cross_entropy(CrossEntropyArgs a) {
+KERNEL(256, 1) cross_entropy(CrossEntropyArgs a) {
     const u64 row = blockIdx.x;
     const float* scores = a.scores + row * a.cols;
     float* grad = a.grad + row * a.cols;
@@ -54,7 +54,7 @@ struct SquaresArgs {
     u64 count;
     u32 wide;
 };
-extern "C" __global__ void __launch_bounds__(256) sum_of_squares(SquaresArgs a) {
+KERNEL(256, 1) sum_of_squares(SquaresArgs a) {
     constexpr u64 TASK = 65536;
     const u64 first = blockIdx.x * TASK;
     const u64 end = a.count - first < TASK ? a.count : first + TASK;
@@ -79,7 +79,7 @@ struct TotalArgs {
     double factor;
     u32 add;
 };
-extern "C" __global__ void __launch_bounds__(256) total(TotalArgs a) {
+KERNEL(256, 1) total(TotalArgs a) {
     double sum = 0.0;
     for (u64 at = threadIdx.x; at < a.count; at += blockDim.x) sum += a.x[at];
     sum = block_total(sum);
@@ -93,7 +93,7 @@ struct ClipArgs {
     float limit;
     u32 limited;
 };
-extern "C" __global__ void clip_factor(ClipArgs a) {
+KERNEL(32, 1) clip_factor(ClipArgs a) {
     const float norm = sqrtf(*a.sum);
     float factor = 1.0f;
     if (a.limited) {
@@ -125,7 +125,7 @@ struct AdamWArgs {
     float epsilon;
     u32 wide;
 };
-extern "C" __global__ void __launch_bounds__(256) adamw(AdamWArgs a) {
+KERNEL(256, 1) adamw(AdamWArgs a) {
     const u64 at = thread_in_grid() * OCTET;
     if (at >= a.count) return;
     const u64 left = a.count - at;

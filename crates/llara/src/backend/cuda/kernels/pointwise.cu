@@ -36,8 +36,8 @@ template <class T> DEVICE void rope(const RopeArgs& a) {
     store8(first, x, left, a.wide);
     store8(first + a.half, y, left, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(256) rope_f32(RopeArgs a) { rope<float>(a); }
-extern "C" __global__ void __launch_bounds__(256) rope_bf16(RopeArgs a) { rope<bf16>(a); }
+KERNEL(256, 1) rope_f32(RopeArgs a) { rope<float>(a); }
+KERNEL(256, 1) rope_bf16(RopeArgs a) { rope<bf16>(a); }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -78,10 +78,10 @@ template <class T> DEVICE void swiglu(const SwigluArgs& a, bool backward) {
     }
     store8(y_at, y, left, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(256) swiglu_f32(SwigluArgs a) { swiglu<float>(a, false); }
-extern "C" __global__ void __launch_bounds__(256) swiglu_bf16(SwigluArgs a) { swiglu<bf16>(a, false); }
-extern "C" __global__ void __launch_bounds__(256) swiglu_backward_f32(SwigluArgs a) { swiglu<float>(a, true); }
-extern "C" __global__ void __launch_bounds__(256) swiglu_backward_bf16(SwigluArgs a) { swiglu<bf16>(a, true); }
+KERNEL(256, 1) swiglu_f32(SwigluArgs a) { swiglu<float>(a, false); }
+KERNEL(256, 1) swiglu_bf16(SwigluArgs a) { swiglu<bf16>(a, false); }
+KERNEL(256, 1) swiglu_backward_f32(SwigluArgs a) { swiglu<float>(a, true); }
+KERNEL(256, 1) swiglu_backward_bf16(SwigluArgs a) { swiglu<bf16>(a, true); }
 
 /// y = x where a draw is at least `threshold`, times `keep`, else zero; or y += that. The generator is
 /// Philox4x32-10 (Salmon et al. 2011). One thread half a block of 64 columns: eight counters, whose words
@@ -141,5 +141,5 @@ template <class T> DEVICE void dropout(const DropoutArgs& a) {
         store8((T*)a.y + row * a.cols + col, y, a.cols - col, a.wide);
     }
 }
-extern "C" __global__ void __launch_bounds__(256) dropout_f32(DropoutArgs a) { dropout<float>(a); }
-extern "C" __global__ void __launch_bounds__(256) dropout_bf16(DropoutArgs a) { dropout<bf16>(a); }
+KERNEL(256, 1) dropout_f32(DropoutArgs a) { dropout<float>(a); }
+KERNEL(256, 1) dropout_bf16(DropoutArgs a) { dropout<bf16>(a); }

@@ -20,10 +20,10 @@ template <class X, class Y> DEVICE void copy(const CopyArgs& a) {
     load8(x, (const X*)a.x + row * a.x_stride + col, a.cols - col, a.wide);
     store8((Y*)a.y + row * a.y_stride + col, x, a.cols - col, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(256) copy_f32_f32(CopyArgs a) { copy<float, float>(a); }
-extern "C" __global__ void __launch_bounds__(256) copy_f32_bf16(CopyArgs a) { copy<float, bf16>(a); }
-extern "C" __global__ void __launch_bounds__(256) copy_bf16_f32(CopyArgs a) { copy<bf16, float>(a); }
-extern "C" __global__ void __launch_bounds__(256) copy_bf16_bf16(CopyArgs a) { copy<bf16, bf16>(a); }
+KERNEL(256, 1) copy_f32_f32(CopyArgs a) { copy<float, float>(a); }
+KERNEL(256, 1) copy_f32_bf16(CopyArgs a) { copy<float, bf16>(a); }
+KERNEL(256, 1) copy_bf16_f32(CopyArgs a) { copy<bf16, float>(a); }
+KERNEL(256, 1) copy_bf16_bf16(CopyArgs a) { copy<bf16, bf16>(a); }
 
 /// y[i] = x[rows[i]]: x and y have `cols` columns, y has n rows. One thread an octet.
 struct GatherArgs {
@@ -43,8 +43,8 @@ template <class T> DEVICE void gather(const GatherArgs& a) {
     load8(x, (const T*)a.x + (u64)a.rows[at.quotient] * a.cols + col, a.cols - col, a.wide);
     store8((T*)a.y + at.quotient * a.cols + col, x, a.cols - col, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(256) gather_f32(GatherArgs a) { gather<float>(a); }
-extern "C" __global__ void __launch_bounds__(256) gather_bf16(GatherArgs a) { gather<bf16>(a); }
+KERNEL(256, 1) gather_f32(GatherArgs a) { gather<float>(a); }
+KERNEL(256, 1) gather_bf16(GatherArgs a) { gather<bf16>(a); }
 
 /// dx[targets[i]] += Σ dy[sources[j]] over starts[i] <= j < starts[i + 1], in this order. Block (i, b) has
 /// octets blockDim.x · b and following of target i.
@@ -86,10 +86,10 @@ template <class G, class X> DEVICE void scatter(const ScatterArgs& a) {
     }
     store8(dx, sum, left, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(128) scatter_f32_f32(ScatterArgs a) { scatter<float, float>(a); }
-extern "C" __global__ void __launch_bounds__(128) scatter_f32_bf16(ScatterArgs a) { scatter<float, bf16>(a); }
-extern "C" __global__ void __launch_bounds__(128) scatter_bf16_f32(ScatterArgs a) { scatter<bf16, float>(a); }
-extern "C" __global__ void __launch_bounds__(128) scatter_bf16_bf16(ScatterArgs a) { scatter<bf16, bf16>(a); }
+KERNEL(128, 1) scatter_f32_f32(ScatterArgs a) { scatter<float, float>(a); }
+KERNEL(128, 1) scatter_f32_bf16(ScatterArgs a) { scatter<float, bf16>(a); }
+KERNEL(128, 1) scatter_bf16_f32(ScatterArgs a) { scatter<bf16, float>(a); }
+KERNEL(128, 1) scatter_bf16_bf16(ScatterArgs a) { scatter<bf16, bf16>(a); }
 
 /// Forward: y[s] = mean of rows offsets[s]..offsets[s + 1] of x, zeros where there are none. Backward: each
 /// of these rows of y becomes x[s] over their number. Block (s, b) as in ScatterArgs.
@@ -117,8 +117,8 @@ template <class T> DEVICE void segment_mean(const SegmentArgs& a) {
     for (u32 j = 0; j < OCTET; j++) sum[j] *= share;
     store8((T*)a.y + (u64)blockIdx.x * a.cols + col, sum, left, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(128) segment_mean_f32(SegmentArgs a) { segment_mean<float>(a); }
-extern "C" __global__ void __launch_bounds__(128) segment_mean_bf16(SegmentArgs a) { segment_mean<bf16>(a); }
+KERNEL(128, 1) segment_mean_f32(SegmentArgs a) { segment_mean<float>(a); }
+KERNEL(128, 1) segment_mean_bf16(SegmentArgs a) { segment_mean<bf16>(a); }
 
 template <class T> DEVICE void segment_mean_backward(const SegmentArgs& a) {
     const u64 col = ((u64)blockIdx.y * blockDim.x + threadIdx.x) * OCTET;
@@ -133,8 +133,8 @@ template <class T> DEVICE void segment_mean_backward(const SegmentArgs& a) {
     for (u32 j = 0; j < OCTET; j++) x[j] *= share;
     for (u32 row = start; row < end; row++) store8((T*)a.y + (u64)row * a.cols + col, x, left, a.wide);
 }
-extern "C" __global__ void __launch_bounds__(128) segment_mean_backward_f32(SegmentArgs a) { segment_mean_backward<float>(a); }
-extern "C" __global__ void __launch_bounds__(128) segment_mean_backward_bf16(SegmentArgs a) { segment_mean_backward<bf16>(a); }
+KERNEL(128, 1) segment_mean_backward_f32(SegmentArgs a) { segment_mean_backward<float>(a); }
+KERNEL(128, 1) segment_mean_backward_bf16(SegmentArgs a) { segment_mean_backward<bf16>(a); }
 
 /// partial[t] = Σ x[row] over rows t · task_rows and the following task_rows, with x as f32. Block (t, b) has
 /// octets 32 · b and following; its eight warps take every eighth row each.
@@ -174,8 +174,8 @@ template <class T> DEVICE void column_sum(const ColumnSumArgs& a) {
         store8(a.partial + (u64)blockIdx.x * a.cols + col, sum, a.cols - col, false);
     }
 }
-extern "C" __global__ void __launch_bounds__(256) column_sum_f32(ColumnSumArgs a) { column_sum<float>(a); }
-extern "C" __global__ void __launch_bounds__(256) column_sum_bf16(ColumnSumArgs a) { column_sum<bf16>(a); }
+KERNEL(256, 1) column_sum_f32(ColumnSumArgs a) { column_sum<float>(a); }
+KERNEL(256, 1) column_sum_bf16(ColumnSumArgs a) { column_sum<bf16>(a); }
 
 /// sum = Σ partial[t] over all tasks, or sum += that. One thread a column; eight sums of every eighth task, then
 /// their sum, so that loads do not wait for each other.
@@ -186,7 +186,7 @@ struct ColumnFinishArgs {
     u64 cols;
     u32 add;
 };
-extern "C" __global__ void __launch_bounds__(256) column_finish(ColumnFinishArgs a) {
+KERNEL(256, 1) column_finish(ColumnFinishArgs a) {
     const u64 col = thread_in_grid();
     if (col >= a.cols) return;
     float sums[8] = {};
