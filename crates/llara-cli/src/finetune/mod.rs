@@ -14,7 +14,6 @@ use std::path::Path;
 
 use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::{Dataset, Sampling};
-use llara::model::Parameter;
 use llara::train::{RunLog, Summary, TrainConfig, Trainer};
 use llara::{BiEncoderModel, Error, Loader, Role};
 
@@ -169,9 +168,9 @@ fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
 
 fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
     let decoder = model.decoder();
-    let size = |p: &Parameter<Cpu>| p.shape().iter().product::<usize>();
-    let parameters: usize = decoder.parameters().map(size).sum();
-    let learning: usize = decoder.trainable_parameters().map(size).sum();
+    let parameters: usize = decoder.tensors().map(|tensor| tensor.elements()).sum();
+    let trainable = decoder.tensors().filter(|tensor| tensor.is_trainable());
+    let learning: usize = trainable.map(|tensor| tensor.elements()).sum();
     let learning = match model.adapter() {
         Some(lora) => format!("adapters of rank {}, {} parameters", lora.rank, count(learning)),
         None => "all weights".to_owned(),

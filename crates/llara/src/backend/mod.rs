@@ -91,6 +91,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
         rows: usize,
         cols: usize,
     ) -> Result<Self::Tensor>;
+    /// Copies `data` to some rows and columns of a matrix of the same dtype.
+    fn upload_into<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        to: ViewMut<'_, Self::Tensor>,
+    ) -> Result<()>;
     /// Copies lists of indices to the device, all of them in one transfer.
     fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[Self::Index; N]>;
     /// Asks for a copy of a matrix on the host as it is after all operations asked for so far, without
@@ -103,8 +109,21 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>> {
         self.finish_download(self.start_download(x)?)
     }
+    /// [`download`](Backend::download) of some rows and columns.
+    fn download_view(&self, x: View<'_, Self::Tensor>) -> Result<Vec<f32>> {
+        if x.is_whole() {
+            return self.download(x.tensor);
+        }
+        let mut block = self.zeros(x.rows, x.cols, x.dtype())?;
+        self.copy(x, block.view_mut())?;
+        self.download(&block)
+    }
     /// Copies elements, rounded or widened to the dtype of `to`. Both have the same shape.
     fn copy(&self, x: View<'_, Self::Tensor>, to: ViewMut<'_, Self::Tensor>) -> Result<()>;
+    /// Waits for the device and copies the elements `range` of an f32 matrix, row by row, to the host.
+    fn read_elements(&self, x: &Self::Tensor, range: Range<usize>) -> Result<Vec<f32>>;
+    /// Overwrites elements of an f32 matrix, row by row, from the element `start` on.
+    fn write_elements(&self, x: &mut Self::Tensor, start: usize, data: &[f32]) -> Result<()>;
     /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
     fn cast(&self, x: &Self::Tensor, dtype: Dtype) -> Result<Self::Tensor>;
 
@@ -153,11 +172,13 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dw: ViewMut<'_, Self::Tensor>,
         accumulate: Accumulate,
     ) -> Result<()>;
-    /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
+    /// Gradient of [`linear`](Backend::linear) by its bias: `db = Σ_rows dy`, or `db += Σ_rows dy`.
+    /// `[1, out]`
     fn linear_bias_grad(
         &self,
         dy: View<'_, Self::Tensor>,
         db: ViewMut<'_, Self::Tensor>,
+        accumulate: Accumulate,
     ) -> Result<()>;
 
     /// A low-rank adapter (Hu et al. 2021): with `hidden = scale · x · aᵀ`, `y += hidden · bᵀ`. x
