@@ -84,7 +84,10 @@ DEVICE float rsqrt_approx(float x) {
 DEVICE Bytes16 load16(const void* p) { return *(const Bytes16*)p; }
 /// 16 bytes to an address that is a multiple of 16.
 DEVICE void store16(void* p, Bytes16 v) { *(Bytes16*)p = v; }
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+/// An address in shared memory as a number: what the instructions below take. It is as wide as a pointer in
+/// the emulator.
+typedef u32 SharedAddress;
+DEVICE SharedAddress shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 /// Starts an asynchronous copy of 16 bytes from global to shared memory, both addresses multiples of 16.
 /// With `valid` false, zeros are written and `from` is not read.
@@ -110,17 +113,17 @@ template <int N> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group
 
 /// Four 8x8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 of matrix
 /// l / 8, a multiple of 16. Lane l receives in r[i] elements 2·(l % 4) and + 1 of row l / 4 of matrix i.
-DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) {
+DEVICE void ldmatrix_x4(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 /// The same, each matrix transposed.
-DEVICE void ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
+DEVICE void ldmatrix_x4_trans(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 /// d += a · b with a [16, 16] and b [16, 8] in bf16, d [16, 8] in f32. With g = lane / 4 and t = 2·(lane % 4):
