@@ -32,10 +32,13 @@ const UNITS: &[Unit] = &[
     source!("pointwise.cu"),
     source!("objective.cu"),
     source!("gemm.cu"),
+    source!("attention_plain.cu"),
+    source!("attention_forward.cu"),
+    source!("attention_backward.cu"),
 ];
 
 /// What they include.
-const HEADERS: &[Unit] = &[source!("prelude.cuh"), source!("elements.cuh")];
+const HEADERS: &[Unit] = &[source!("prelude.cuh"), source!("elements.cuh"), source!("attention.cuh")];
 
 /// The compiled kernels of a device.
 pub(super) struct Kernels {

@@ -135,3 +135,73 @@ impl Device {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{attention, norms, objective, pointwise, products, rows};
+    use super::KernelArgs;
+
+    /// All files of kernels.
+    const SOURCES: [&str; 6] = [
+        include_str!("kernels/rows.cu"),
+        include_str!("kernels/norms.cu"),
+        include_str!("kernels/pointwise.cu"),
+        include_str!("kernels/objective.cu"),
+        include_str!("kernels/gemm.cu"),
+        include_str!("kernels/attention.cuh"),
+    ];
+
+    /// Names and types of the fields of a struct, types in the words of Rust.
+    fn declared(name: &str) -> Vec<(String, String)> {
+        let start = format!("struct {name} {{");
+        let text = SOURCES.iter().find_map(|text| text.split_once(&start)).unwrap().1;
+        let body = text.split_once("\n};").unwrap().0;
+        let fields = body.lines().map(|line| line.split("//").next().unwrap().trim());
+        fields
+            .filter(|field| !field.is_empty())
+            .map(|field| {
+                let (kind, name) = field.strip_suffix(';').unwrap().rsplit_once(' ').unwrap();
+                let kind = match kind {
+                    pointer if pointer.ends_with('*') => "u64",
+                    "float" => "f32",
+                    "double" => "f64",
+                    same => same,
+                };
+                (name.to_owned(), kind.to_owned())
+            })
+            .collect()
+    }
+
+    fn agrees<A: KernelArgs>() {
+        let here: Vec<_> =
+            A::FIELDS.iter().map(|&(name, kind)| (name.to_owned(), kind.to_owned())).collect();
+        assert_eq!(here, declared(A::NAME), "{}", A::NAME);
+        assert!(!here.is_empty());
+    }
+
+    #[test]
+    fn arguments_are_declared_alike_on_both_sides() {
+        agrees::<rows::CopyArgs>();
+        agrees::<rows::GatherArgs>();
+        agrees::<rows::ScatterArgs>();
+        agrees::<rows::SegmentArgs>();
+        agrees::<rows::ColumnSumArgs>();
+        agrees::<rows::ColumnFinishArgs>();
+        agrees::<norms::NormArgs>();
+        agrees::<norms::NormBackwardArgs>();
+        agrees::<norms::NormWeightArgs>();
+        agrees::<norms::NormalizeArgs>();
+        agrees::<norms::NormalizeBackwardArgs>();
+        agrees::<pointwise::RopeArgs>();
+        agrees::<pointwise::SwigluArgs>();
+        agrees::<pointwise::DropoutArgs>();
+        agrees::<objective::CrossEntropyArgs>();
+        agrees::<objective::SquaresArgs>();
+        agrees::<objective::TotalArgs>();
+        agrees::<objective::ClipArgs>();
+        agrees::<objective::AdamWArgs>();
+        agrees::<products::GemmArgs>();
+        agrees::<products::FinishArgs>();
+        agrees::<attention::AttentionArgs>();
+    }
+}

@@ -62,8 +62,6 @@ pub(super) struct Context {
     pub(super) name: String,
     /// Compute capability, major and minor.
     pub(super) capability: (i32, i32),
-    /// Streaming multiprocessors.
-    pub(super) multiprocessors: u32,
     /// Version of CUDA that the driver supports, `1000 · major + 10 · minor`.
     pub(super) driver_version: i32,
     /// Bytes of memory, whoever uses them.
@@ -140,7 +138,6 @@ impl Context {
                 .got(format!("{major}.{minor}"))
                 .hint("compute on the CPU, or choose another GPU with cuda:N"));
         }
-        let multiprocessors = attribute(device, A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let mut context = std::ptr::null_mut();
         // SAFETY: writes a handle that `drop` gives back.
         check(unsafe { cu::cuDevicePrimaryCtxRetain(&mut context, device) }, "open the device")?;
@@ -150,7 +147,6 @@ impl Context {
             stream: std::ptr::null_mut(),
             name,
             capability,
-            multiprocessors,
             driver_version,
             total_memory: 0,
         };

@@ -5,7 +5,7 @@ use super::device::{Device, kernel_args};
 use super::rows::octets;
 use super::tensor::{Block, CudaIndex, CudaTensor};
 use crate::Result;
-use crate::backend::{DropoutKey, Dtype, RopeDirection, RopeTable, Shape, TokenIds};
+use crate::backend::{DropoutKey, RopeDirection, RopeTable, Shape, TokenIds};
 
 kernel_args!(RopeArgs {
     x: u64,
@@ -130,10 +130,5 @@ impl Device {
         let items = rows * 2 * cols.div_ceil(DROPOUT_BLOCK);
         self.launch_items(&format!("dropout_{}", x.dtype()), items, args)?;
         Ok(y)
-    }
-
-    /// A copy of its own.
-    pub(super) fn duplicated(&self, x: &CudaTensor, dtype: Dtype) -> Result<CudaTensor> {
-        self.converted(Block::from(x), dtype)
     }
 }
