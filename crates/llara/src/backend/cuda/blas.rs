@@ -116,11 +116,7 @@ impl Blas {
         Ok(false)
     }
 
-    fn algorithm(
-        &self,
-        product: &Product,
-        key: Key,
-    ) -> Result<Option<lts::cublasLtMatmulAlgo_t>> {
+    fn algorithm(&self, product: &Product, key: Key) -> Result<Option<lts::cublasLtMatmulAlgo_t>> {
         // A panic elsewhere cannot leave the map half-changed.
         let mut known = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = known.get(&key) {
@@ -145,7 +141,8 @@ impl Blas {
         let preference = Preference::new()?;
         preference.set(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)?;
         // Partial sums of a split inner dimension stay f32, and are added in a fixed order.
-        let reduction = lts::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        let reduction =
+            lts::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
         preference.set(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction)?;
         // cuBLASLt's A is our right operand.
         let [left, right, onto, out] = key.alignments;
@@ -332,7 +329,11 @@ impl Preference {
         lt::create_matmul_pref().map(Preference).map_err(|e| failed("describe a preference", e))
     }
 
-    fn set<V>(&self, attribute: lts::cublasLtMatmulPreferenceAttributes_t, value: &V) -> Result<()> {
+    fn set<V>(
+        &self,
+        attribute: lts::cublasLtMatmulPreferenceAttributes_t,
+        value: &V,
+    ) -> Result<()> {
         // SAFETY: callers pass the attribute's type, which is read before the call returns.
         let result = unsafe {
             lt::set_matmul_pref_attribute(

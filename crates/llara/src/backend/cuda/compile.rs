@@ -38,7 +38,8 @@ const UNITS: &[Unit] = &[
 ];
 
 /// What they include.
-const HEADERS: &[Unit] = &[source!("prelude.cuh"), source!("elements.cuh"), source!("attention.cuh")];
+const HEADERS: &[Unit] =
+    &[source!("prelude.cuh"), source!("elements.cuh"), source!("attention.cuh")];
 
 /// The compiled kernels of a device.
 pub(super) struct Kernels {
@@ -222,8 +223,9 @@ fn compile(unit: &Unit, options: &[String]) -> Result<Vec<u8>> {
     let result = unsafe {
         nvrtc::nvrtcCompileProgram(program.0, options.len() as i32, options_at.as_ptr().cast())
     };
-    check(result, &format!("compile the kernels in {}", unit.name))
-        .map_err(|e| e.got(log(&program)).hint("an older NVRTC may not know this GPU: update it"))?;
+    check(result, &format!("compile the kernels in {}", unit.name)).map_err(|e| {
+        e.got(log(&program)).hint("an older NVRTC may not know this GPU: update it")
+    })?;
     let mut bytes = 0;
     // SAFETY: writes one number.
     check(unsafe { nvrtc::nvrtcGetCUBINSize(program.0, &mut bytes) }, "read the compiled size")?;

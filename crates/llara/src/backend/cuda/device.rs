@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::blas::Blas;
 use super::compile::Kernels;
 use super::driver::{Context, version_text};
 use super::memory::Memory;
-use super::blas::Blas;
 use super::tensor::CudaTensor;
 use super::transfer::Staging;
 use crate::Result;
@@ -130,9 +130,7 @@ impl Device {
         let function = self.kernels.get(kernel, shared_bytes)?;
         // SAFETY: the layout is that of `KernelArgs`; whoever made the arguments took pointers and
         // sizes from the same tensors and asserted their shapes.
-        unsafe {
-            self.context.launch(function.0, [x, y, z], block, shared_bytes as u32, &args)
-        }
+        unsafe { self.context.launch(function.0, [x, y, z], block, shared_bytes as u32, &args) }
     }
 }
 

@@ -124,7 +124,10 @@ impl Context {
         use cu::CUdevice_attribute_enum as A;
         let mut name = [0i8; 256];
         // SAFETY: writes at most 256 bytes, with a zero at the end.
-        check(unsafe { cu::cuDeviceGetName(name.as_mut_ptr().cast(), 256, device) }, "read its name")?;
+        check(
+            unsafe { cu::cuDeviceGetName(name.as_mut_ptr().cast(), 256, device) },
+            "read its name",
+        )?;
         // SAFETY: the driver ended it with a zero.
         let name = unsafe { CStr::from_ptr(name.as_ptr().cast()) }.to_string_lossy().into_owned();
         let capability = (
@@ -332,7 +335,9 @@ impl Pinned {
         let mut start = std::ptr::null_mut();
         // SAFETY: writes a pointer to `bytes` bytes that `drop` gives back.
         check(unsafe { cu::cuMemHostAlloc(&mut start, bytes, 0) }, "take pinned host memory")
-            .map_err(|e| e.hint("the host has too little memory left, or `ulimit -l` is too low"))?;
+            .map_err(|e| {
+                e.hint("the host has too little memory left, or `ulimit -l` is too low")
+            })?;
         // SAFETY: that is what was taken.
         unsafe { start.cast::<u8>().write_bytes(0, bytes) };
         Ok(Pinned { start: start.cast(), bytes })
@@ -403,7 +408,10 @@ impl Module {
             use cu::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
             // SAFETY: the function is alive.
             let result = unsafe { cu::cuFuncSetAttribute(function, MOST, shared_bytes as i32) };
-            check(result, &format!("give the kernel {name} {shared_bytes} bytes of shared memory"))?;
+            check(
+                result,
+                &format!("give the kernel {name} {shared_bytes} bytes of shared memory"),
+            )?;
         }
         Ok(Function(function))
     }

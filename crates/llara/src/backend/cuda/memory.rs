@@ -48,11 +48,8 @@ impl Memory {
     pub(super) fn new(context: Arc<Context>) -> Result<Arc<Self>> {
         use cu::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED as MAPS;
         let wants_pool = std::env::var_os("LLARA_CUDA_ALLOCATOR").is_some_and(|v| v == "pool");
-        let range = if wants_pool || !context.has(MAPS) {
-            None
-        } else {
-            MappedRange::reserve(&context)?
-        };
+        let range =
+            if wants_pool || !context.has(MAPS) { None } else { MappedRange::reserve(&context)? };
         let state = match range {
             Some(range) => State::Range(range),
             None => {
@@ -71,8 +68,9 @@ impl Memory {
             State::Pool => {
                 let mut pointer = 0;
                 // SAFETY: writes a pointer that `put` gives back.
-                let result =
-                    unsafe { cu::cuMemAllocAsync(&mut pointer, bytes.max(1), self.context.stream()) };
+                let result = unsafe {
+                    cu::cuMemAllocAsync(&mut pointer, bytes.max(1), self.context.stream())
+                };
                 check(result, &format!("take {bytes} bytes of GPU memory"))?;
                 pointer
             }
@@ -153,14 +151,12 @@ impl MappedRange {
             self.offsets.put(offset, units);
             let taken = self.offsets.taken() * UNIT;
             let (free, total) = context.memory_info()?;
-            return Err(cause
-                .expected(format!("{} free", mebibytes(bytes)))
-                .got(format!(
-                    "{} in use here, {} free of {}",
-                    mebibytes(taken),
-                    mebibytes(free),
-                    mebibytes(total)
-                )));
+            return Err(cause.expected(format!("{} free", mebibytes(bytes))).got(format!(
+                "{} in use here, {} free of {}",
+                mebibytes(taken),
+                mebibytes(free),
+                mebibytes(total)
+            )));
         }
         Ok(self.base + (offset * UNIT) as u64)
     }

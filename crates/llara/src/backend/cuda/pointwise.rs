@@ -78,7 +78,11 @@ impl Device {
     }
 
     /// Writes the gradients by gate and up over `gate_up` and the forward's result over `dy`.
-    pub(super) fn swiglu_backward(&self, dy: &mut CudaTensor, gate_up: &mut CudaTensor) -> Result<()> {
+    pub(super) fn swiglu_backward(
+        &self,
+        dy: &mut CudaTensor,
+        gate_up: &mut CudaTensor,
+    ) -> Result<()> {
         assert_eq!(gate_up.shape(), (dy.rows(), 2 * dy.cols()), "swiglu_backward: shapes");
         assert_eq!(gate_up.dtype(), dy.dtype(), "swiglu_backward: dtypes");
         self.swiglu_kernel("swiglu_backward", gate_up, dy)

@@ -51,9 +51,8 @@ impl Device {
         }
         self.context.enter()?;
         // SAFETY: the tensor has that many bytes.
-        let result = unsafe {
-            cu::cuMemsetD8Async(x.pointer(), 0, x.bytes(), self.context.stream())
-        };
+        let result =
+            unsafe { cu::cuMemsetD8Async(x.pointer(), 0, x.bytes(), self.context.stream()) };
         check(result, "fill GPU memory")
     }
 

@@ -202,10 +202,7 @@ pub(super) fn start_download(
     Ok(CudaDownload { context, pinned, event, len, dtype: x.dtype })
 }
 
-pub(super) fn finish_download(
-    staging: &Staging,
-    mut download: CudaDownload,
-) -> Result<Vec<f32>> {
+pub(super) fn finish_download(staging: &Staging, mut download: CudaDownload) -> Result<Vec<f32>> {
     let (len, dtype) = (download.len, download.dtype);
     download.event.wait(&download.context)?;
     let Some(pinned) = download.pinned.take() else { return Ok(Vec::new()) };
