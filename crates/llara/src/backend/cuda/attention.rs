@@ -1,8 +1,7 @@
 //! Causal attention over packed sequences: bf16 with heads of 64, 96 or 128 features by tensor cores, anything
 //! else by plain kernels.
 
-use super::Cuda;
-use super::device::{Device, kernel_args};
+use super::device::{Cuda, Device, kernel_args};
 use super::driver::error;
 use super::tensor::{Block, CudaTensor, block};
 use crate::Result;

@@ -48,6 +48,12 @@ pub(super) use kernel_args;
 /// Threads of a block, where the kernel does not say otherwise.
 pub(super) const BLOCK: u32 = 256;
 
+/// The CUDA backend. Clones share one device.
+#[derive(Clone)]
+pub struct Cuda {
+    pub(super) device: Arc<Device>,
+}
+
 /// A device with everything that operations need. Fields are dropped in this order: what uses the
 /// context before the context.
 pub(super) struct Device {

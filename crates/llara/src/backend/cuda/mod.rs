@@ -24,6 +24,7 @@ mod transfer;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use device::Cuda;
 pub use tensor::{CudaIndex, CudaTensor, CudaWeight};
 pub use transfer::CudaDownload;
 
@@ -39,12 +40,6 @@ use crate::Result;
 
 /// Bytes that the driver's context and the libraries' kernels take on a GPU.
 const CONTEXT_BYTES: usize = 600 << 20;
-
-/// The CUDA backend. Clones share one device.
-#[derive(Clone)]
-pub struct Cuda {
-    device: Arc<Device>,
-}
 
 impl Cuda {
     /// Opens GPU number `ordinal`, as `nvidia-smi -L` counts those that CUDA_VISIBLE_DEVICES leaves.
@@ -399,5 +394,20 @@ impl Backend for Cuda {
         step: &AdamWStep,
     ) -> Result<()> {
         self.device.adamw(weight, range, grad, moments, clip, step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a machine without a GPU answers, or one with fewer than a thousand.
+    #[test]
+    fn a_gpu_that_is_not_there_is_an_error() {
+        let Err(error) = Cuda::new(1000) else { panic!("there are not that many") };
+        let text = error.to_string();
+        let said = ["no NVIDIA driver", "no GPU 1000", "too old", "initialise the driver"];
+        assert!(said.iter().any(|said| text.contains(said)), "{text}");
+        assert!(text.contains("hint: "), "{text}");
     }
 }

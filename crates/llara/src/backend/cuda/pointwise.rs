@@ -1,7 +1,6 @@
 //! Rotary embedding, SwiGLU and dropout.
 
-use super::Cuda;
-use super::device::{Device, kernel_args};
+use super::device::{Cuda, Device, kernel_args};
 use super::rows::octets;
 use super::tensor::{Block, CudaIndex, CudaTensor};
 use crate::Result;

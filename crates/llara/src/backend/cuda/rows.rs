@@ -2,8 +2,7 @@
 
 use cudarc::driver::sys as cu;
 
-use super::Cuda;
-use super::device::{Device, kernel_args};
+use super::device::{Cuda, Device, kernel_args};
 use super::driver::check;
 use super::tensor::{Block, CudaIndex, CudaTensor};
 use crate::Result;
