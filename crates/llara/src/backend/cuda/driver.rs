@@ -206,7 +206,7 @@ impl Context {
     pub(super) fn record(&self, event: &Event) -> Result<()> {
         self.enter()?;
         // SAFETY: event and stream are alive and of one context.
-        check(unsafe { cu::cuEventRecord(event.0, self.stream) }, "record an event")
+        check(unsafe { cu::cuEventRecord(event.event, self.stream) }, "record an event")
     }
 
     /// A kernel's launch; `args` is its only parameter.
@@ -274,7 +274,10 @@ pub(super) fn version_text(version: i32) -> String {
 }
 
 /// A point in the stream that the host can wait for.
-pub(super) struct Event(cu::CUevent);
+pub(super) struct Event {
+    event: cu::CUevent,
+    context: Arc<Context>,
+}
 
 // SAFETY: the driver's functions on events are thread-safe.
 unsafe impl Send for Event {}
@@ -282,27 +285,27 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    pub(super) fn new(context: &Context) -> Result<Self> {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self> {
         context.enter()?;
         const DISABLE_TIMING: u32 = 2;
         let mut event = std::ptr::null_mut();
         // SAFETY: writes a handle that `drop` gives back.
         check(unsafe { cu::cuEventCreate(&mut event, DISABLE_TIMING) }, "make an event")?;
-        Ok(Event(event))
+        Ok(Event { event, context: context.clone() })
     }
 
     /// Waits until the device has reached it.
-    pub(super) fn wait(&self, context: &Context) -> Result<()> {
-        context.enter()?;
+    pub(super) fn wait(&self) -> Result<()> {
+        self.context.enter()?;
         // SAFETY: the event is alive.
-        check(unsafe { cu::cuEventSynchronize(self.0) }, "finish the work on the GPU")
+        check(unsafe { cu::cuEventSynchronize(self.event) }, "finish the work on the GPU")
     }
 
     /// Whether the device has reached it.
-    pub(super) fn is_reached(&self, context: &Context) -> Result<bool> {
-        context.enter()?;
+    pub(super) fn is_reached(&self) -> Result<bool> {
+        self.context.enter()?;
         // SAFETY: the event is alive.
-        match unsafe { cu::cuEventQuery(self.0) } {
+        match unsafe { cu::cuEventQuery(self.event) } {
             cu::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             result => check(result, "ask for the progress of the GPU").map(|()| true),
         }
@@ -311,8 +314,9 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let _ = self.context.enter();
         // SAFETY: nobody else has it; the driver keeps it until the device has passed it.
-        let _ = unsafe { cu::cuEventDestroy_v2(self.0) };
+        let _ = unsafe { cu::cuEventDestroy_v2(self.event) };
     }
 }
 
@@ -320,6 +324,7 @@ impl Drop for Event {
 pub(super) struct Pinned {
     start: *mut u8,
     bytes: usize,
+    context: Arc<Context>,
 }
 
 // SAFETY: it is plain memory with one owner.
@@ -329,7 +334,7 @@ unsafe impl Sync for Pinned {}
 
 impl Pinned {
     /// Zeroed, so that it may be read.
-    pub(super) fn new(context: &Context, bytes: usize) -> Result<Self> {
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         context.enter()?;
         let bytes = bytes.max(1);
         let mut start = std::ptr::null_mut();
@@ -340,7 +345,7 @@ impl Pinned {
             })?;
         // SAFETY: that is what was taken.
         unsafe { start.cast::<u8>().write_bytes(0, bytes) };
-        Ok(Pinned { start: start.cast(), bytes })
+        Ok(Pinned { start: start.cast(), bytes, context: context.clone() })
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -364,6 +369,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        let _ = self.context.enter();
         // SAFETY: nobody else has it; whoever drops it has waited for the device.
         let _ = unsafe { cu::cuMemFreeHost(self.start.cast()) };
     }

@@ -177,3 +177,33 @@ pub(super) fn elements(x: &CudaTensor, range: std::ops::Range<usize>) -> Block {
     let cols = range.len();
     Block { pointer, rows: 1, cols, stride: cols, dtype: x.dtype }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(pointer: u64, rows: usize, cols: usize, stride: usize) -> Block {
+        Block { pointer, rows, cols, stride, dtype: Dtype::Bf16 }
+    }
+
+    #[test]
+    fn octets_are_loaded_at_once_only_where_every_row_allows_it() {
+        assert!(block(256, 3, 16, 24).is_wide());
+        assert!(!block(256, 3, 15, 24).is_wide(), "an incomplete octet");
+        assert!(block(256, 3, 15, 24).is_aligned());
+        assert!(!block(256, 3, 16, 20).is_aligned(), "the second row");
+        assert!(block(256, 1, 16, 20).is_aligned(), "there is no second row");
+        assert!(!block(258, 1, 16, 16).is_aligned());
+        assert!(block(256, 0, 16, 20).is_empty());
+    }
+
+    #[test]
+    fn only_rows_that_follow_each_other_are_regrouped() {
+        let whole = block(256, 6, 4, 4).regrouped(8).unwrap();
+        assert_eq!((whole.rows, whole.cols, whole.stride, whole.pointer), (3, 8, 8, 256));
+        assert_eq!(block(256, 1, 24, 99).regrouped(24).unwrap().rows, 1);
+        assert!(block(256, 6, 4, 5).regrouped(8).is_none());
+        assert!(block(256, 6, 4, 4).regrouped(7).is_none());
+        assert!(block(256, 6, 0, 0).regrouped(0).is_none());
+    }
+}

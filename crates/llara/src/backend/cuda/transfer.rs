@@ -38,7 +38,7 @@ impl Staging {
     fn take(&self, bytes: usize) -> Result<Pinned> {
         let mut state = self.lock();
         while let Some((_, event)) = state.in_flight.first() {
-            if !event.is_reached(&self.context)? {
+            if !event.is_reached()? {
                 break;
             }
             let (pinned, _) = state.in_flight.remove(0);
@@ -91,7 +91,6 @@ impl Drop for Staging {
 
 /// A matrix on its way to the host.
 pub struct CudaDownload {
-    context: Arc<Context>,
     /// Taken when the download is finished.
     pinned: Option<Pinned>,
     event: Event,
@@ -103,7 +102,7 @@ impl Drop for CudaDownload {
     fn drop(&mut self) {
         if self.pinned.is_some() {
             // The device may still be writing to it.
-            let _ = self.event.wait(&self.context);
+            let _ = self.event.wait();
         }
     }
 }
@@ -198,13 +197,12 @@ pub(super) fn start_download(
     }
     let event = Event::new(context)?;
     context.record(&event)?;
-    let (context, pinned) = (context.clone(), Some(pinned));
-    Ok(CudaDownload { context, pinned, event, len, dtype: x.dtype })
+    Ok(CudaDownload { pinned: Some(pinned), event, len, dtype: x.dtype })
 }
 
 pub(super) fn finish_download(staging: &Staging, mut download: CudaDownload) -> Result<Vec<f32>> {
     let (len, dtype) = (download.len, download.dtype);
-    download.event.wait(&download.context)?;
+    download.event.wait()?;
     let Some(pinned) = download.pinned.take() else { return Ok(Vec::new()) };
     let bytes = &pinned.as_slice()[..len * dtype.bytes()];
     let mut elements = Vec::new();
