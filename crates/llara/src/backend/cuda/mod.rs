@@ -97,6 +97,17 @@ impl Backend for Cuda {
         self.device.description()
     }
 
+    fn describe_products(&self, dtype: Dtype) -> String {
+        match dtype {
+            Dtype::F32 => "f32".to_owned(),
+            Dtype::Bf16 => "bf16, by tensor cores with f32 sums".to_owned(),
+        }
+    }
+
+    fn fastest_dtype(&self) -> Dtype {
+        Dtype::Bf16
+    }
+
     fn memory(&self) -> DeviceMemory {
         Self::device_memory()
     }
