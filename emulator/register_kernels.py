@@ -26,8 +26,10 @@ def main():
     if not found:
         raise SystemExit(f"{path}: no kernel found")
     lines = [f'#include "{os.path.abspath(path)}"', "namespace {"]
+    lines.append("thread_local volatile char local;")
+    lines.append("void touch_locals() { local = 0; }")
     for name, bounds in found:
-        lines.append(f'emu::Registration<{name}> registration_{name}("{name}", {bounds});')
+        lines.append(f'emu::Registration<{name}> registration_{name}("{name}", {bounds}, touch_locals);')
     lines.append("}")
     with open(out, "w") as file:
         file.write("\n".join(lines) + "\n")

@@ -84,7 +84,8 @@ void store16(void* p, Bytes16 v, const char* file, int line);
 // ---- Kernels by name ----
 
 typedef void (*Entry)(void** arguments);
-void add_kernel(const char* name, Entry entry, const size_t* sizes, size_t count, u32 most_threads);
+/// `locals` touches the thread-local variables of the kernel's library, so that they exist in this thread.
+void add_kernel(const char* name, Entry entry, const size_t* sizes, size_t count, u32 most_threads, void (*locals)());
 template <auto F> struct Registration;
 template <class... A, void (*F)(A...)> struct Registration<F> {
     template <size_t... I>
@@ -94,9 +95,9 @@ template <class... A, void (*F)(A...)> struct Registration<F> {
     __attribute__((no_sanitize("thread"))) static void entry(void** p) {
         call(p, std::make_index_sequence<sizeof...(A)>());
     }
-    Registration(const char* name, u32 most_threads) {
+    Registration(const char* name, u32 most_threads, void (*locals)()) {
         const size_t sizes[] = {sizeof(A)...};
-        add_kernel(name, entry, sizes, sizeof...(A), most_threads);
+        add_kernel(name, entry, sizes, sizeof...(A), most_threads, locals);
     }
 };
 

@@ -81,6 +81,7 @@ struct Kernel {
     Entry entry;
     std::vector<size_t> sizes;
     u32 most_threads;
+    void (*locals)();
 };
 std::map<std::string, Kernel>& kernels() {
     static std::map<std::string, Kernel> all;
@@ -350,8 +351,8 @@ void fail(const std::string& what) {
     _exit(101);
 }
 
-void add_kernel(const char* name, Entry entry, const size_t* sizes, size_t count, u32 most_threads) {
-    kernels()[name] = {entry, {sizes, sizes + count}, most_threads};
+void add_kernel(const char* name, Entry entry, const size_t* sizes, size_t count, u32 most_threads, void (*locals)()) {
+    kernels()[name] = {entry, {sizes, sizes + count}, most_threads, locals};
 }
 bool has_kernel(const std::string& name) { return kernels().count(name); }
 const std::vector<size_t>& argument_sizes(const std::string& name) { return kernels().at(name).sizes; }
@@ -442,6 +443,7 @@ void launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes,
     m.shared_storage.resize(shared_bytes + 1024);
     m.shared = (unsigned char*)(((uintptr_t)m.shared_storage.data() + 1023) / 1024 * 1024);
     Library library{(const void*)found->second.entry};
+    found->second.locals();
     dl_iterate_phdr(inspect, &library);
     if (shared_bytes + library.locals_bytes / 16 > MOST_SHARED) fail("more shared memory than a block can have");
     check::begin_launch(name, library.begin, library.end - library.begin);

@@ -1,40 +1,25 @@
-// What the tests share: buffers of the emulated device, random numbers, and attention in f64.
+// What tests in the emulator and on a GPU share: attention in f64, and how results are compared with it.
 #pragma once
-#include "machine.h"
+#include "attention.cuh"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-
-/// Device memory of exactly `count` elements, filled with NaN, with a gap to the next buffer.
-template <class T> class Buffer {
-  public:
-    explicit Buffer(size_t count, bool written = false) : count(count) {
-        const size_t bytes = count * sizeof(T);
-        data = (T*)aligned_alloc(256, (bytes + 511) / 256 * 256);
-        memset((void*)data, 0xff, (bytes + 511) / 256 * 256);
-        emu::check::add_memory(data, bytes, written);
-    }
-    Buffer(const std::vector<T>& values) : Buffer(values.size(), true) {
-        std::copy(values.begin(), values.end(), data);
-    }
-    Buffer(const Buffer&) = delete;
-    ~Buffer() {
-        emu::check::remove_memory(data);
-        free(data);
-    }
-    T& operator[](size_t i) { return data[i]; }
-    const T& operator[](size_t i) const { return data[i]; }
-
-    T* data;
-    size_t count;
-};
+#include <cmath>
+#include <cstring>
+#include <vector>
 
 inline float value(float x) { return x; }
-inline float value(bf16 x) { return bf16_to_float(x); }
+inline float value(bf16 x) {
+    const u32 bits = (u32)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
 inline void assign(float& to, float x) { to = x; }
-inline void assign(bf16& to, float x) { to = float_to_bf16(x); }
+inline void assign(bf16& to, float x) { // of finite numbers
+    u32 bits;
+    memcpy(&bits, &x, 4);
+    to = (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 /// The largest error of a row of `width` elements, relative to the length of the wanted row and a fifth of
 /// the length of `terms`, the sums of the absolute values that were added: where they cancel, what is left
