@@ -169,16 +169,15 @@ std::string where(const char* file, u64 line) {
     }
     Dl_info info;
     if (!dladdr((void*)line, &info) || !info.dli_fname) return "unknown";
-    char command[4096], text[512] = "";
-    snprintf(command, sizeof command, "addr2line -e '%s' %llx", info.dli_fname, line - 1 - (u64)info.dli_fbase);
+    char command[4096], function[512] = "", place[512] = "";
+    snprintf(command, sizeof command, "addr2line -f -C -e '%s' %llx", info.dli_fname, line - 1 - (u64)info.dli_fbase);
     if (FILE* pipe = popen(command, "r")) {
-        if (!fgets(text, sizeof text, pipe)) text[0] = 0;
+        if (!fgets(function, sizeof function, pipe) || !fgets(place, sizeof place, pipe)) place[0] = 0;
         pclose(pipe);
     }
-    std::string s = text;
-    s = s.substr(0, s.find_first_of(" \n"));
-    const size_t slash = s.rfind('/');
-    return slash == std::string::npos ? s : s.substr(slash + 1);
+    auto until = [](std::string s, const char* end) { return s.substr(0, s.find_first_of(end)); };
+    const std::string path = until(place, " \n");
+    return path.substr(path.rfind('/') + 1) + " in " + until(function, "(\n");
 }
 
 [[noreturn]] void wrong(const char* what, const Range& r, uintptr_t at, const char* file, u64 line) {
@@ -295,14 +294,16 @@ int report(double bank_limit, double sector_limit, bool all, const std::vector<s
     int above = 0;
     for (const auto& [key, site] : sites) {
         const double ratio = site.least ? (double)site.units / site.least : 1;
-        bool counts = true;
-        for (const auto& part : exempt) counts &= key.kernel.find(part) == std::string::npos;
-        const bool over = counts && ratio > (key.shared ? bank_limit : sector_limit);
+        bool over = ratio > (key.shared ? bank_limit : sector_limit);
+        if (!all && !over) continue;
+        const std::string at = where(key.file, key.line);
+        for (const auto& part : exempt)
+            if (key.kernel.find(part) != std::string::npos || at.find(part) != std::string::npos) over = false;
         above += over;
         if (all || over)
             printf("%s%s: %s %s, %u bytes a lane, %s: %llu requests, %llu %s, %.2f of the least\n",
                    over ? "ABOVE THE LIMIT: " : "", key.kernel.c_str(), key.shared ? "shared" : "device",
-                   key.write ? "write" : "read", key.bytes, where(key.file, key.line).c_str(), site.requests,
+                   key.write ? "write" : "read", key.bytes, at.c_str(), site.requests,
                    site.units, key.shared ? "wavefronts" : "sectors", ratio);
     }
     return above;

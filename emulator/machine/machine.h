@@ -58,7 +58,7 @@ void access(const void* at, size_t bytes, Kind kind, const char* file, u64 line)
 /// Prints the places in the source that access memory, with the requests of warps and how many wavefronts
 /// (shared memory) or sectors of 32 bytes (device memory) they took: all places, or those above `bank_limit`
 /// times the least wavefronts or `sector_limit` times the least sectors. Returns the number of the latter.
-/// Kernels whose name contains an element of `exempt` are not counted.
+/// Not counted are kernels and functions whose name contains an element of `exempt`.
 int report(double bank_limit, double sector_limit, bool all, const std::vector<std::string>& exempt);
 
 } // namespace emu::check
