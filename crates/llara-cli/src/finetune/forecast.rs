@@ -43,8 +43,11 @@ impl Forecast {
         let batch =
             LargestBatch::of_run(dataset, &shape.prompts, config, shape.dedups_sequences())?;
         // Read here, with tokenizer and data in memory.
-        let machine = MachineMemory::read();
-        shape.process_bytes = machine.process_in_training();
+        let machine = MachineMemory::of(&prepared.backend)?;
+        shape.process_bytes = match prepared.backend.free_and_total_bytes()? {
+            None => machine.process_in_training(),
+            Some(_) => 0,
+        };
         let given = args.training.memory_budget;
         let budget = match given {
             Some(budget) => Some(budget.bytes(machine.total.unwrap_or(u64::MAX))),

@@ -80,6 +80,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// memory needs to know.
     fn memory(&self) -> DeviceMemory;
 
+    /// Free and total bytes of the device's own memory; `None` if tensors are in the machine's main
+    /// memory.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    fn free_and_total_bytes(&self) -> Result<Option<(usize, usize)>> {
+        Ok(None)
+    }
+
     /// Whether calls return before the device has finished, so that a caller should ask for the next
     /// step before it reads the results of this one.
     fn is_asynchronous(&self) -> bool {

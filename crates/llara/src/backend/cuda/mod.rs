@@ -112,6 +112,10 @@ impl Backend for Cuda {
         Self::device_memory()
     }
 
+    fn free_and_total_bytes(&self) -> Result<Option<(usize, usize)>> {
+        Ok(Some(self.memory_info()?))
+    }
+
     fn is_asynchronous(&self) -> bool {
         true
     }

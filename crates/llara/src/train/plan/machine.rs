@@ -1,7 +1,10 @@
-//! The memory of the machine and of this process.
+//! The memory of the machine, or of a device, and of this process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use crate::Result;
+use crate::backend::Backend;
 
 /// Fraction of the free memory that is reserved for other programs.
 const RESERVED: f64 = 0.1;
@@ -38,6 +41,22 @@ impl MachineMemory {
             available: least(kibibytes(&meminfo, "MemAvailable:"), Group::available),
             process: kibibytes(&status, "VmRSS:").unwrap_or(PROCESS_BYTES),
         }
+    }
+
+    /// The memory in which `backend` puts tensors: its own, or the machine's.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn of<B: Backend>(backend: &B) -> Result<Self> {
+        Ok(match backend.free_and_total_bytes()? {
+            None => Self::read(),
+            Some((free, total)) => MachineMemory {
+                total: Some(total as u64),
+                available: Some(free as u64),
+                // What it has already is not free; the plan counts it as workspace.
+                process: backend.memory().fixed_bytes as u64,
+            },
+        })
     }
 
     /// Memory of this process during training, without tensors and workspace.
