@@ -44,11 +44,6 @@ impl Compute {
         }
     }
 
-    /// The number of threads.
-    pub(super) fn threads(&self) -> usize {
-        self.threads.map_or_else(rayon::current_num_threads, usize::from)
-    }
-
     /// The device, once [`check`](Self::check) has passed.
     pub(super) fn start(&self) -> Cpu {
         if let Some(threads) = self.threads {

@@ -84,8 +84,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     output_folder::check_space(&args.output_dir, size, "the new model")?;
     model.save(&args.output_dir)?;
 
-    let parameters: usize =
-        model.decoder().parameters().map(|p| p.shape().iter().product::<usize>()).sum();
+    let parameters: usize = model.decoder().tensors().map(|tensor| tensor.elements()).sum();
     let vocab_size = model.decoder().config().vocab_size;
     let recipe = model.recipe();
     say!(

@@ -147,7 +147,7 @@ impl Source {
         if let Some(adapter) = &self.adapter {
             model.attach_adapter(adapter).map_err(|e| name_recorded_base(e, adapter))?;
         }
-        model.decoder_mut().freeze();
+        model.freeze()?;
         model.set_precision(precision)?;
         match saved {
             Some(saved) if saved == *model.recipe() => {

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use llara::backend::Dtype;
+use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
@@ -31,7 +31,7 @@ fn shape() -> RunShape {
         lora: None,
         precision: Dtype::F32,
         options: BiEncoderOptions::default(),
-        threads: 2,
+        memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }
 }
@@ -171,7 +171,9 @@ fn memory_is_flat_while_the_batch_grows() {
         let plan = dry_run.choose(&batch(rows, 4), ChunkPolicy::Auto, budget).unwrap();
         assert!(plan.peak_bytes() <= budget, "{rows}: {} of {budget}", plan.peak_bytes());
         assert!(plan.peak_bytes() > budget * 8 / 10, "{rows}: memory is left unused");
-        assert!(plan.chunks.recomputed_share > recomputed);
+        // It rises until all of it is computed twice.
+        let share = plan.chunks.recomputed_share;
+        assert!(share > recomputed || share == 1.0 && recomputed == 1.0, "{rows}: {share}");
         recomputed = plan.chunks.recomputed_share;
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use llara::backend::Dtype;
+use llara::backend::{Backend, Cpu, Dtype};
 use llara::model::LoraConfig;
 use llara::train::Chunking;
 use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
@@ -36,7 +36,7 @@ impl Forecast {
             lora: prepared.lora()?,
             precision: args.precision(),
             options: args.model_options(&prepared.recipe),
-            threads: args.compute.threads(),
+            memory: Cpu::new().memory(),
             process_bytes: 0,
         };
         let Prepared { dataset, config, .. } = prepared;

@@ -18,7 +18,6 @@ use std::path::Path;
 
 use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::{Dataset, Sampling};
-use llara::model::Parameter;
 use llara::train::{RunLog, Summary, TrainConfig, Trainer};
 use llara::{BiEncoderModel, Error, Loader, Role};
 
@@ -173,9 +172,9 @@ fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
 
 fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
     let decoder = model.decoder();
-    let size = |p: &Parameter<Cpu>| p.shape().iter().product::<usize>();
-    let parameters: usize = decoder.parameters().map(size).sum();
-    let trainable: usize = decoder.trainable_parameters().map(size).sum();
+    let parameters: usize = decoder.tensors().map(|tensor| tensor.elements()).sum();
+    let trainable = decoder.tensors().filter(|tensor| tensor.is_trainable());
+    let trainable: usize = trainable.map(|tensor| tensor.elements()).sum();
     let training = match model.adapter() {
         Some(lora) => format!("adapter of rank {}, {} parameters", lora.rank, count(trainable)),
         None => "all weights".to_owned(),

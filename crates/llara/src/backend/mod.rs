@@ -1,8 +1,9 @@
 //! The operations that a device must provide for a model to be trained on it.
 //!
-//! A backend owns its memory: [`Backend::Tensor`] and [`Backend::Index`] are opaque, and nothing
-//! above this module reads an element of one inside a training step. The loss and the gradient norm
-//! of a step stay on the device until [`Backend::download`] is called.
+//! A backend owns its memory: [`Backend::Tensor`], [`Backend::Index`] and [`Backend::Weight`] are
+//! opaque, and nothing above this module reads an element of one inside a training step. The loss and
+//! the gradient norm of a step stay on the device; [`Backend::start_download`] asks for them without
+//! stopping it. Backends whose calls return before the device has finished run them in order.
 //!
 //! Every matrix is row-major `[rows, cols]`. `T` is the number of tokens in a packed batch,
 //! `S` the number of its sequences, `d` the hidden size, `H` and `KV` the query and key/value
@@ -25,174 +26,51 @@ pub mod conformance;
 mod counting;
 mod cpu;
 mod memory;
+mod operands;
+mod tensor;
 
 pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
-pub use memory::OffsetAllocator;
+pub use memory::{DeviceMemory, OffsetAllocator};
+pub use operands::{
+    Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, AttentionShape,
+    DropoutKey, Epilogue, Layout, RopeDirection, RopeTable, ScatterPlan, ScatterRows, TokenIds,
+    WeightUse,
+};
+pub use tensor::{Dtype, Elements, Shape, View, ViewMut};
 
-use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 use crate::Result;
 
-/// The dtype of a matrix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// Single precision, 4 bytes.
-    #[default]
-    F32,
-    /// bfloat16: the exponent of f32 with 8 bits of precision instead of 24, 2 bytes.
-    Bf16,
-}
-
-impl Dtype {
-    /// Bytes of an element.
-    pub fn bytes(self) -> usize {
-        match self {
-            Dtype::F32 => 4,
-            Dtype::Bf16 => 2,
-        }
-    }
-}
-
-impl std::fmt::Display for Dtype {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Dtype::F32 => "f32",
-            Dtype::Bf16 => "bf16",
-        })
-    }
-}
-
-/// The shape of a matrix on a device, and the type of its elements.
-pub trait Shape {
-    /// Number of rows.
-    fn rows(&self) -> usize;
-    /// Number of columns.
-    fn cols(&self) -> usize;
-    /// Type of the elements.
-    fn dtype(&self) -> Dtype;
-    /// `(rows, cols)`.
-    fn shape(&self) -> (usize, usize) {
-        (self.rows(), self.cols())
-    }
-}
-
-/// Which sequence each row belongs to, and its position there.
-///
-/// Usually all tokens of a packed batch; the queries of an attention may be some of them.
-pub struct Layout<B: Backend> {
-    /// Rows of sequence `s` are `offsets[s]..offsets[s + 1]`. `[S + 1]`
-    pub offsets: B::Index,
-    /// Position of each row in its sequence, from 0, ascending within a sequence. `[rows]`
-    pub positions: B::Index,
-    /// Number of sequences, `S`.
-    pub sequences: usize,
-    /// Number of rows.
-    pub rows: usize,
-    /// One more than the largest position.
-    pub longest: usize,
-}
-
-/// Cosines and sines of the rotary embedding, one row a position. Both `[positions, hd / 2]`.
-pub struct RopeTable<B: Backend> {
-    /// `cos(position · inv_freq)`.
-    pub cos: B::Tensor,
-    /// `sin(position · inv_freq)`.
-    pub sin: B::Tensor,
-}
-
-/// The direction of [`Backend::rope`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RopeDirection {
-    /// The rotation of the forward pass.
-    Forward,
-    /// The inverse rotation, which is its transpose: the backward pass.
-    Backward,
-}
-
-/// The heads of an attention.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AttentionShape {
-    /// Query heads, `H`.
-    pub heads: usize,
-    /// Key and value heads, `KV`; divides `H`. Query head `h` reads key head `h / (H / KV)`.
-    pub kv_heads: usize,
-    /// Features of a head, `hd`.
-    pub head_dim: usize,
-    /// A query at position `i` sees keys at positions `i - window < j <= i`; `None` sees all `j <= i`.
-    pub window: Option<usize>,
-    /// Factor on `q · k` before the softmax, usually `1 / sqrt(hd)`.
-    pub scale: f32,
-}
-
-/// Selects the mask of a dropout: the same key gives the same mask on every device and in every
-/// recomputation.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DropoutKey {
-    /// Seed of the run.
-    pub seed: u64,
-    /// Number of the step.
-    pub step: u64,
-    /// Number of the module within the model.
-    pub module: u32,
-    /// Probability that an element becomes zero, below 1.
-    pub probability: f32,
-}
-
-/// Which token each row of a matrix belongs to. The same token has the same identity in whatever
-/// chunk, process or order it is computed. Both `[rows]`.
-pub struct TokenIds<'i, B: Backend> {
-    /// Number of the row's sequence among all sequences of the step, over all processes.
-    pub sequences: &'i B::Index,
-    /// Position of the row in its sequence.
-    pub positions: &'i B::Index,
-}
-
-/// Whether a gradient is added to the buffer or overwrites it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Accumulate {
-    /// The buffer holds values of an earlier step.
-    Overwrite,
-    /// The buffer holds a part of the same gradient.
-    Add,
-}
-
-/// The output of an attention, with what its backward pass needs.
-pub struct AttentionOutput<B: Backend> {
-    /// The weighted values. `[rows of q, H · hd]`
-    pub out: B::Tensor,
-    /// Log of the sum of exponentials of each query's scaled scores. `[rows of q, H]`, f32
-    pub log_sum_exp: B::Tensor,
-}
-
-/// Hyperparameters of one AdamW update (Loshchilov and Hutter 2019, algorithm 2). f64, because
-/// `1 - beta2` would lose half its digits in f32.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamWStep {
-    /// Learning rate of this step, schedule applied.
-    pub learning_rate: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub epsilon: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Number of this update, from 1, for the bias correction.
-    pub step: u64,
+/// A parameter's values as a backend keeps them; see [`Backend::prepare`].
+pub trait PreparedWeight<T>: Shape {
+    /// The values: f32 for a trainable parameter, else f32 or bf16.
+    fn values(&self) -> &T;
+    /// The values alone, without what was made from them.
+    fn into_values(self) -> T;
 }
 
 /// A device: its buffers, and the operations of an embedding model on them.
 pub trait Backend: Clone + Send + Sync + 'static {
     /// A row-major matrix of f32 or bf16.
     type Tensor: Shape + Send + Sync;
+    /// A parameter, prepared for the operations that read it: its values, and whatever copies of them
+    /// the device multiplies by (rounded, packed, scaled). Shape and dtype are those of the values.
+    type Weight: PreparedWeight<Self::Tensor> + Send + Sync;
     /// A list of u32: token ids, row numbers, offsets, positions.
     type Index: Send + Sync;
+    /// What the backward pass of an attention needs besides its input and output.
+    type AttentionState: Send + Sync;
+    /// A matrix on its way to the host.
+    type Download: Send;
 
     /// What runs the kernels, in words for the log.
     fn description(&self) -> String;
+
+    /// How this backend allocates, and what its kernels take besides tensors: what a prediction of
+    /// memory needs to know.
+    fn memory(&self) -> DeviceMemory;
 
     /// Whether calls return before the device has finished, so that a caller should ask for the next
     /// step before it reads the results of this one.
@@ -202,74 +80,142 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     // ---- Buffers ------------------------------------------------------------------------------
 
-    /// A matrix of zeros, f32.
-    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+    /// A matrix of zeros.
+    fn zeros(&self, rows: usize, cols: usize, dtype: Dtype) -> Result<Self::Tensor>;
     /// `x = 0`, in place.
     fn clear(&self, x: &mut Self::Tensor) -> Result<()>;
-    /// Copies `data` (`rows * cols` elements, row-major) to the device, as f32.
-    fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<Self::Tensor>;
-    /// Copies a list of indices to the device.
-    fn upload_index(&self, data: &[u32]) -> Result<Self::Index>;
-    /// Waits for the device and copies a matrix to the host, widened.
-    fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
-    /// Rows `start..start + count` of `x`.
-    fn slice_rows(&self, x: &Self::Tensor, start: usize, count: usize) -> Result<Self::Tensor>;
-    /// The rows of all `parts`, concatenated.
-    fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor>;
-
+    /// Copies `data` (`rows * cols` elements, row-major) to the device, in its dtype.
+    fn upload<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self::Tensor>;
+    /// Copies `data` to some rows and columns of a matrix of the same dtype.
+    fn upload_into<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        to: ViewMut<'_, Self::Tensor>,
+    ) -> Result<()>;
+    /// Copies lists of indices to the device, all of them in one transfer.
+    fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[Self::Index; N]>;
+    /// Asks for a copy of a matrix on the host as it is after all operations asked for so far, without
+    /// waiting for it.
+    fn start_download(&self, x: &Self::Tensor) -> Result<Self::Download>;
+    /// Waits for the copy and returns its elements, widened to f32. Operations that were asked for
+    /// after it may still be running.
+    fn finish_download(&self, download: Self::Download) -> Result<Vec<f32>>;
+    /// Waits for the device and copies a matrix to the host, widened to f32.
+    fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>> {
+        self.finish_download(self.start_download(x)?)
+    }
+    /// [`download`](Backend::download) of some rows and columns.
+    fn download_view(&self, x: View<'_, Self::Tensor>) -> Result<Vec<f32>> {
+        if x.is_whole() {
+            return self.download(x.tensor);
+        }
+        let mut block = self.zeros(x.rows, x.cols, x.dtype())?;
+        self.copy(x, block.view_mut())?;
+        self.download(&block)
+    }
+    /// Copies elements, rounded or widened to the dtype of `to`. Both have the same shape.
+    fn copy(&self, x: View<'_, Self::Tensor>, to: ViewMut<'_, Self::Tensor>) -> Result<()>;
+    /// Waits for the device and copies the elements `range` of an f32 matrix, row by row, to the host.
+    fn read_elements(&self, x: &Self::Tensor, range: Range<usize>) -> Result<Vec<f32>>;
+    /// Overwrites elements of an f32 matrix, row by row, from the element `start` on.
+    fn write_elements(&self, x: &mut Self::Tensor, start: usize, data: &[f32]) -> Result<()>;
     /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
-    fn cast(&self, x: &Self::Tensor, to: Dtype) -> Result<Self::Tensor>;
+    fn cast(&self, x: &Self::Tensor, dtype: Dtype) -> Result<Self::Tensor>;
+
+    // ---- Weights ------------------------------------------------------------------------------
+
+    /// Takes the values of a parameter and makes from them what the operations that read it want.
+    fn prepare(&self, values: Self::Tensor, purpose: WeightUse) -> Result<Self::Weight>;
 
     // ---- Products -----------------------------------------------------------------------------
     //
     // The precision is that of the left operand, x or dy: if it is bf16, the other operand is rounded
     // to bf16 before it is multiplied. Weights have either dtype; biases and weight gradients are f32.
+    // A view of a weight has all of its columns.
 
-    /// `x · wᵀ (+ bias) (+ residual)`: x `[n, in]`, w `[out, in]`, bias `[1, out]`, residual and
+    /// `alpha · x · wᵀ (+ bias) (+ residual)`: x `[n, in]`, w `[out, in]`, bias `[1, out]`, residual and
     /// result `[n, out]`. The result has the dtype of the residual, or of x.
     fn linear(
         &self,
-        x: &Self::Tensor,
-        w: &Self::Tensor,
-        bias: Option<&Self::Tensor>,
-        residual: Option<&Self::Tensor>,
+        x: View<'_, Self::Tensor>,
+        w: View<'_, Self::Weight>,
+        alpha: f32,
+        epilogue: Epilogue<'_, Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// `onto + x · wᵀ`, written over onto. `[n, out]`
-    fn linear_onto(
+    /// `y += x · wᵀ`: y `[n, out]`
+    fn linear_add(
         &self,
-        x: &Self::Tensor,
-        w: &Self::Tensor,
-        onto: Self::Tensor,
-    ) -> Result<Self::Tensor>;
-    /// Gradient of [`linear`](Backend::linear) by its input: `dy · w (+ onto)`, in the dtype of onto,
-    /// or of dy. `[n, in]`
+        x: View<'_, Self::Tensor>,
+        w: View<'_, Self::Weight>,
+        y: ViewMut<'_, Self::Tensor>,
+    ) -> Result<()>;
+    /// Gradient of [`linear`](Backend::linear) by its input: `alpha · dy · w (+ onto)`, in the dtype of
+    /// onto, or of dy. `[n, in]`
     fn linear_input_grad(
         &self,
-        dy: &Self::Tensor,
-        w: &Self::Tensor,
+        dy: View<'_, Self::Tensor>,
+        w: View<'_, Self::Weight>,
+        alpha: f32,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// Gradient of [`linear`](Backend::linear) by its weight: `dw = dyᵀ · x`, or `dw += dyᵀ · x`.
-    /// `[out, in]`
+    /// Gradient of [`linear`](Backend::linear) with `alpha = 1` by its weight: `dw = dyᵀ · x`, or
+    /// `dw += dyᵀ · x`. `[out, in]`
     fn linear_weight_grad(
         &self,
-        dy: &Self::Tensor,
-        x: &Self::Tensor,
-        dw: &mut Self::Tensor,
+        dy: View<'_, Self::Tensor>,
+        x: View<'_, Self::Tensor>,
+        dw: ViewMut<'_, Self::Tensor>,
         accumulate: Accumulate,
     ) -> Result<()>;
-    /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
-    fn linear_bias_grad(&self, dy: &Self::Tensor, db: &mut Self::Tensor) -> Result<()>;
+    /// Gradient of [`linear`](Backend::linear) by its bias: `db = Σ_rows dy`, or `db += Σ_rows dy`.
+    /// `[1, out]`
+    fn linear_bias_grad(
+        &self,
+        dy: View<'_, Self::Tensor>,
+        db: ViewMut<'_, Self::Tensor>,
+        accumulate: Accumulate,
+    ) -> Result<()>;
+
+    /// A low-rank adapter (Hu et al. 2021): with `hidden = scale · x · aᵀ`, `y += hidden · bᵀ`. x
+    /// `[n, in]`, a `[r, in]`, b `[out, r]`, y `[n, out]`; returns hidden `[n, r]`.
+    fn lora(
+        &self,
+        x: View<'_, Self::Tensor>,
+        (a, b): (&Self::Weight, &Self::Weight),
+        scale: f32,
+        y: ViewMut<'_, Self::Tensor>,
+    ) -> Result<Self::Tensor> {
+        let hidden = self.linear(x, a.view(), scale, Epilogue::default())?;
+        self.linear_add(hidden.view(), b.view(), y)?;
+        Ok(hidden)
+    }
+
+    /// `scale · q · pᵀ`, f32: q `[n, d]`, p `[m, d]`, result `[n, m]`.
+    fn scores(&self, q: &Self::Tensor, p: &Self::Tensor, scale: f32) -> Result<Self::Tensor>;
+    /// Gradients of [`scores`](Backend::scores): `scale · ds · p` `[n, d]` and `scale · dsᵀ · q` `[m, d]`.
+    fn scores_backward(
+        &self,
+        ds: &Self::Tensor,
+        q: &Self::Tensor,
+        p: &Self::Tensor,
+        scale: f32,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
 
     // ---- Rows ---------------------------------------------------------------------------------
 
     /// Row `rows[i]` of `x` as row `i` of the result; an embedding when `x` is a table.
     fn gather_rows(&self, x: &Self::Tensor, rows: &Self::Index) -> Result<Self::Tensor>;
-    /// Gradient of [`gather_rows`](Backend::gather_rows): `dx[rows[i]] += dy[i]`; rows may repeat.
+    /// Gradient of [`gather_rows`](Backend::gather_rows): `dx[target] += Σ dy[source]` over the pairs of
+    /// the plan. The sources of a target are added in the order of the plan.
     fn scatter_add_rows(
         &self,
         dy: &Self::Tensor,
-        rows: &Self::Index,
+        plan: &ScatterPlan<Self>,
         dx: &mut Self::Tensor,
     ) -> Result<()>;
     /// Mean of rows `offsets[s]..offsets[s + 1]` as row `s`. `[S, d]`
@@ -285,14 +231,14 @@ pub trait Backend: Clone + Send + Sync + 'static {
     // ---- Norms --------------------------------------------------------------------------------
 
     /// `y = x / rms(x) · w` with `rms = sqrt(mean(x²) + eps)`, over each group of `w.cols()` columns
-    /// (a whole row, or one head of it). w `[1, g]`, f32. Returns y in the dtype `to`, and `1 / rms`
+    /// (a whole row, or one head of it). w `[1, g]`, f32. Returns y in `dtype`, and `1 / rms`
     /// `[n, cols / g]`, f32.
     fn rms_norm(
         &self,
-        x: &Self::Tensor,
+        x: View<'_, Self::Tensor>,
         w: &Self::Tensor,
         eps: f32,
-        to: Dtype,
+        dtype: Dtype,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
     /// Gradients of [`rms_norm`](Backend::rms_norm), with `x̂ = x · inv_rms`:
     /// `dx = inv_rms · (dy∘w − x̂ · mean(dy∘w∘x̂)) (+ onto)`, in the dtype of x, and
@@ -306,12 +252,21 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dw: Option<&mut Self::Tensor>,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;
+    /// The same with dx written over dy.
+    fn rms_norm_backward_in_place(
+        &self,
+        dy: ViewMut<'_, Self::Tensor>,
+        x: View<'_, Self::Tensor>,
+        w: &Self::Tensor,
+        inv_rms: &Self::Tensor,
+        dw: Option<&mut Self::Tensor>,
+    ) -> Result<()>;
     /// `y = x / max(‖x‖₂, 1e-12)` row by row, f32. Returns y and the reciprocal `[n, 1]`.
     fn normalize(&self, x: &Self::Tensor) -> Result<(Self::Tensor, Self::Tensor)>;
     /// Gradient of [`normalize`](Backend::normalize): `dx = (dy − y · (y·dy)) · inv_norm`.
     fn normalize_backward(
         &self,
-        dy: &Self::Tensor,
+        dy: View<'_, Self::Tensor>,
         y: &Self::Tensor,
         inv_norm: &Self::Tensor,
     ) -> Result<Self::Tensor>;
@@ -322,43 +277,28 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// by the angle of the row's position.
     fn rope(
         &self,
-        x: &mut Self::Tensor,
+        x: ViewMut<'_, Self::Tensor>,
         positions: &Self::Index,
         table: &RopeTable<Self>,
-        turn: RopeDirection,
+        direction: RopeDirection,
     ) -> Result<()>;
-    /// Causal attention of each sequence over itself. q `[rows of queries, H·hd]`, k and v
-    /// `[rows of keys, KV·hd]`; `keys` holds every position of its sequences.
-    fn attention(
-        &self,
-        q: &Self::Tensor,
-        k: &Self::Tensor,
-        v: &Self::Tensor,
-        queries: &Layout<Self>,
-        keys: &Layout<Self>,
-        shape: &AttentionShape,
-    ) -> Result<AttentionOutput<Self>>;
-    /// Gradients of [`attention`](Backend::attention) by q, k and v, from what it returned.
-    #[expect(clippy::too_many_arguments, reason = "the operation's own inputs, each once")]
+    /// Causal attention of each sequence over itself, by the last rows of each sequence.
+    fn attention(&self, input: &AttentionInput<'_, Self>) -> Result<AttentionOutput<Self>>;
+    /// Gradients of [`attention`](Backend::attention) by its inputs, from what it returned.
     fn attention_backward(
         &self,
         dout: &Self::Tensor,
-        q: &Self::Tensor,
-        k: &Self::Tensor,
-        v: &Self::Tensor,
-        attended: &AttentionOutput<Self>,
-        queries: &Layout<Self>,
-        keys: &Layout<Self>,
-        shape: &AttentionShape,
-    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)>;
-    /// `silu(gate) ∘ up` (Shazeer 2020).
-    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Gradients of [`swiglu`](Backend::swiglu) by gate and up.
+        input: &AttentionInput<'_, Self>,
+        output: &AttentionOutput<Self>,
+    ) -> Result<AttentionGradients<Self::Tensor>>;
+    /// `silu(gate) ∘ up` (Shazeer 2020): gate and up side by side `[n, 2·i]`, result `[n, i]`.
+    fn swiglu(&self, gate_up: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Gradient of [`swiglu`](Backend::swiglu), written over `gate_up`; the result of
+    /// [`swiglu`](Backend::swiglu) once more, written over `dy`. Returns `(dgate_up, y)`.
     fn swiglu_backward(
         &self,
-        dy: &Self::Tensor,
-        gate: &Self::Tensor,
-        up: &Self::Tensor,
+        dy: Self::Tensor,
+        gate_up: Self::Tensor,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
 
     /// Each element of x with probability `1 − p` and divided by it, else zero `(+ onto)`; also its own
@@ -378,8 +318,6 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     // ---- Loss and optimizer -------------------------------------------------------------------
 
-    /// `x *= factor`.
-    fn scale(&self, x: &mut Self::Tensor, factor: f32) -> Result<()>;
     /// Mean over rows of `−log softmax(scores[i])[targets[i]]`, and its gradient by the scores.
     /// Returns loss `[1, 1]` and dscores `[n, m]`.
     fn cross_entropy(
@@ -387,16 +325,23 @@ pub trait Backend: Clone + Send + Sync + 'static {
         scores: &Self::Tensor,
         targets: &Self::Index,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
-    /// `sum[0] += Σ x²`. sum `[1, 1]`
-    fn add_sum_of_squares(&self, x: &Self::Tensor, sum: &mut Self::Tensor) -> Result<()>;
+    /// `sum[0] += Σ x²` over the elements `range` of x, row by row. sum `[1, 1]`
+    fn add_sum_of_squares(
+        &self,
+        x: &Self::Tensor,
+        range: Range<usize>,
+        sum: &mut Self::Tensor,
+    ) -> Result<()>;
     /// From a sum of squares, the norm and the factor that clips it to `max_norm`:
     /// `[norm, min(1, max_norm / (norm + 1e-6))]`, or factor 1 without a limit. `[1, 2]`
     fn clip_factor(&self, sum: &Self::Tensor, max_norm: Option<f32>) -> Result<Self::Tensor>;
-    /// One AdamW update of `param` with `grad · clip[1]`; does nothing when `clip[0]` is not finite,
-    /// so that a failed step does not change the weights.
+    /// One AdamW update of the elements `range` of a weight, row by row, and of what was prepared from
+    /// them, with `grad · clip[1]`; does nothing when `clip[0]` is not finite, so that a failed step does
+    /// not change the weights. The moments have `range.len()` elements, grad has the weight's shape.
     fn adamw(
         &self,
-        param: &mut Self::Tensor,
+        weight: &mut Self::Weight,
+        range: Range<usize>,
         grad: &Self::Tensor,
         moments: (&mut Self::Tensor, &mut Self::Tensor),
         clip: &Self::Tensor,

@@ -69,9 +69,9 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
         let mut tokenizer = Fingerprint::new();
         tokenizer.add(&prompts.tokenizer().contents()?);
         let mut weights = Fingerprint::new();
-        for parameter in self.model.decoder().parameters() {
-            weights.add(parameter.name().as_bytes());
-            weights.add_numbers(&self.model.backend().download(parameter.value())?);
+        for tensor in self.model.decoder().tensors() {
+            weights.add(tensor.name().as_bytes());
+            weights.add_numbers(&self.model.backend().download_view(tensor.values())?);
         }
         let mut probe = Fingerprint::new();
         for sequence in self.tokenize(role, &[PROBE.to_owned()])? {
@@ -145,7 +145,7 @@ impl<B: Backend> Similarity for TextEmbedder<'_, B> {
             let x = x.as_standard_layout();
             backend.upload(x.as_slice().unwrap_or_default(), x.nrows(), x.ncols())
         };
-        let scores = backend.linear(&upload(queries)?, &upload(passages)?, None, None)?;
+        let scores = backend.scores(&upload(queries)?, &upload(passages)?, 1.0)?;
         let shape = (queries.nrows(), passages.nrows());
         Array2::from_shape_vec(shape, backend.download(&scores)?)
             .map_err(|e| Error::new(ErrorKind::Backend, "scores of the wrong shape").because(e))

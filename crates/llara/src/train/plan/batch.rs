@@ -61,6 +61,7 @@ impl LargestBatch {
             prompts: Arc::clone(prompts),
             deduplicate: dedup_sequences,
             has_dropout: false,
+            rank: (0, 1),
         };
         let sample = |step| -> Result<Sample> {
             let Tokenized { queries, passages, .. } = batches.tokenized(step)?;

@@ -7,17 +7,17 @@ use serde_json::Value;
 use super::batch::LargestBatch;
 use super::work::needed_flops;
 use super::{Chunks, Parts, Plan, Work};
-use crate::backend::{Backend, CountingBackend, Dtype};
+use crate::Result;
+use crate::backend::{CountingBackend, DeviceMemory, Dtype};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
 use crate::model::weights::ModelFolder;
-use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig};
+use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
 use crate::text::PromptEncoder;
 use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::step::{Chunking, accumulate_gradients};
 use crate::train::step_input::StepInput;
-use crate::{Error, ErrorKind, Result};
 
 /// The properties of a run, other than the batch, that determine its memory and work.
 #[derive(Clone)]
@@ -32,8 +32,8 @@ pub struct RunShape {
     pub precision: Dtype,
     /// Options of the model.
     pub options: BiEncoderOptions,
-    /// Number of threads.
-    pub threads: usize,
+    /// How the device of the run allocates memory.
+    pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
     pub process_bytes: u64,
 }
@@ -79,7 +79,7 @@ impl DryRun {
     /// The shape is not valid.
     pub fn new(shape: RunShape) -> Result<Self> {
         let saving = {
-            let counting = CountingBackend::new();
+            let counting = CountingBackend::new(shape.memory);
             let mut trained = load(&counting, &shape)?;
             match &shape.lora {
                 // The saved adapter is verified with the weights that it was trained on.
@@ -92,7 +92,7 @@ impl DryRun {
             }
             counting.peak()
         };
-        let counting = CountingBackend::new();
+        let counting = CountingBackend::new(shape.memory);
         let mut model = load(&counting, &shape)?;
         let (weights, loading) = (counting.taken(), counting.peak());
         let optimizer = AdamW::new(&counting, model.decoder_mut(), AdamWConfig::default())?;
@@ -133,11 +133,8 @@ impl DryRun {
         };
         let host = self.host_bytes();
         let process = self.shape.process_bytes;
-        let workspace = CountingBackend::workspace(
-            self.shape.threads,
-            encoded.longest(),
-            self.shape.decoder.head_dim,
-        ) as u64;
+        let head_dim = self.shape.decoder.head_dim;
+        let workspace = self.shape.memory.workspace(encoded.longest(), head_dim) as u64;
         let fixed = self.weights + self.gradients + self.moments;
         let lengths: Vec<usize> = encoded.sequences().map(<[u32]>::len).collect();
         let pooled = self.shape.prompts.template().pooled_tokens;
@@ -197,22 +194,16 @@ impl DryRun {
 
     /// Host memory while a tensor is read or written: the bytes of the largest one in the file and as f32.
     fn host_bytes(&self) -> u64 {
-        let elements =
-            |p: &crate::model::Parameter<CountingBackend>| p.shape().iter().product::<usize>();
-        self.model.decoder().parameters().map(elements).max().unwrap_or(0) as u64 * 8
+        let tensors = self.model.decoder().tensors();
+        tensors.map(|tensor| tensor.elements()).max().unwrap_or(0) as u64 * 8
     }
 }
 
 /// Allocates a model like loading does: frozen matrices in the run's number format, then the adapter.
 fn load(counting: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<CountingBackend>> {
     let matrices = if shape.lora.is_some() { shape.precision } else { Dtype::F32 };
-    let decoder = Decoder::build(shape.decoder.clone(), &mut |_, sizes| match *sizes {
-        [rows, cols] if matrices == Dtype::Bf16 => {
-            counting.cast(&counting.zeros(rows, cols)?, Dtype::Bf16)
-        }
-        [rows, cols] => counting.zeros(rows, cols),
-        [cols] => counting.zeros(1, cols),
-        _ => Err(Error::new(ErrorKind::Weights, "a parameter is neither a matrix nor a vector")),
+    let decoder = Decoder::build(counting, shape.decoder.clone(), &mut |_, sizes| {
+        Ok(ParameterValues::Zeros(if sizes.len() == 2 { matrices } else { Dtype::F32 }))
     })?;
     let parts = ModelParts {
         backend: counting.clone(),

@@ -1,0 +1,272 @@
+//! Arguments and results of the operations of a [`Backend`].
+
+use super::{Backend, Dtype, View};
+use crate::Result;
+
+/// Which sequence each row belongs to, and its position there: the last rows of each sequence of a
+/// packed batch, or all of them.
+pub struct Layout<B: Backend> {
+    /// Rows of sequence `s` are `bounds[s]..bounds[s + 1]`, on the host. `[S + 1]`
+    pub bounds: Vec<u32>,
+    /// The same on the device. `[S + 1]`
+    pub offsets: B::Index,
+    /// Position of each row in its sequence, from 0, ascending within a sequence. `[rows]`
+    pub positions: B::Index,
+    /// One more than the largest position.
+    pub longest: usize,
+}
+
+impl<B: Backend> Layout<B> {
+    /// Number of sequences, `S`.
+    pub fn sequences(&self) -> usize {
+        self.bounds.len() - 1
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.bounds.last().map_or(0, |&end| end as usize)
+    }
+}
+
+/// What a weight is for, which decides what is prepared from its values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightUse {
+    /// Norms, biases and tables of embeddings: read as they are.
+    Elementwise,
+    /// A matrix that does not change, multiplied by activations of this dtype. Its values keep their
+    /// dtype.
+    Frozen(Dtype),
+    /// A matrix in f32 that [`Backend::adamw`] changes, multiplied by activations of this dtype.
+    Trainable(Dtype),
+}
+
+/// What is added to a product before it is rounded to the dtype of the result.
+pub struct Epilogue<'e, T> {
+    /// Added to every row. `[1, out]`
+    pub bias: Option<View<'e, T>>,
+    /// Added element by element. `[n, out]`
+    pub residual: Option<&'e T>,
+}
+
+impl<T> Default for Epilogue<'_, T> {
+    /// Nothing.
+    fn default() -> Self {
+        Epilogue { bias: None, residual: None }
+    }
+}
+
+/// Cosines and sines of the rotary embedding, one row a position. Both `[positions, hd / 2]`.
+pub struct RopeTable<B: Backend> {
+    /// `cos(position · inv_freq)`.
+    pub cos: B::Tensor,
+    /// `sin(position · inv_freq)`.
+    pub sin: B::Tensor,
+}
+
+/// The direction of [`Backend::rope`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeDirection {
+    /// The rotation of the forward pass.
+    Forward,
+    /// The inverse rotation, which is its transpose: the backward pass.
+    Backward,
+}
+
+/// The heads of an attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads, `H`.
+    pub heads: usize,
+    /// Key and value heads, `KV`; divides `H`. Query head `h` reads key head `h / (H / KV)`.
+    pub kv_heads: usize,
+    /// Features of a head, `hd`.
+    pub head_dim: usize,
+    /// A query at position `i` sees keys at positions `i - window < j <= i`; `None` sees all `j <= i`.
+    pub window: Option<usize>,
+    /// Factor on `q · k` before the softmax, usually `1 / sqrt(hd)`.
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// Columns of the queries, `H·hd`.
+    pub fn q_cols(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Columns of the keys, and of the values, `KV·hd`.
+    pub fn kv_cols(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+}
+
+/// The input of an attention.
+pub struct AttentionInput<'a, B: Backend> {
+    /// `[rows of queries, H·hd]`
+    pub q: View<'a, B::Tensor>,
+    /// `[rows of keys, KV·hd]`
+    pub k: View<'a, B::Tensor>,
+    /// `[rows of keys, KV·hd]`
+    pub v: View<'a, B::Tensor>,
+    /// The rows of q: the last ones of each sequence of `keys`, as many as the bounds say.
+    pub queries: &'a Layout<B>,
+    /// The rows of k and v: every position of each sequence.
+    pub keys: &'a Layout<B>,
+    /// The heads.
+    pub shape: &'a AttentionShape,
+}
+
+/// The output of an attention, with what its backward pass needs.
+pub struct AttentionOutput<B: Backend> {
+    /// The weighted values. `[rows of q, H·hd]`
+    pub out: B::Tensor,
+    /// What the backend saved.
+    pub state: B::AttentionState,
+}
+
+/// Gradients by the input of an attention.
+pub enum AttentionGradients<T> {
+    /// Where every row is a query: dq, dk and dv side by side. `[T, (H + 2·KV)·hd]`
+    Fused(T),
+    /// Where only some are.
+    Separate {
+        /// `[rows of q, H·hd]`
+        dq: T,
+        /// dk and dv side by side. `[T, 2·KV·hd]`
+        dkv: T,
+    },
+}
+
+/// Selects the mask of a dropout: the same key gives the same mask on every device and in every
+/// recomputation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DropoutKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of the step.
+    pub step: u64,
+    /// Number of the module within the model.
+    pub module: u32,
+    /// Probability that an element becomes zero, below 1.
+    pub probability: f32,
+}
+
+/// Which token each row of a matrix belongs to. The same token has the same identity in whatever
+/// chunk, process or order it is computed. Both `[rows]`.
+pub struct TokenIds<'i, B: Backend> {
+    /// Number of the row's sequence among all sequences of the step, over all processes.
+    pub sequences: &'i B::Index,
+    /// Position of the row in its sequence.
+    pub positions: &'i B::Index,
+}
+
+/// Whether a gradient is added to the buffer or overwrites it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accumulate {
+    /// The buffer holds values of an earlier step.
+    Overwrite,
+    /// The buffer holds a part of the same gradient.
+    Add,
+}
+
+/// Which rows are added to which, sorted by target, so that a device can give each target to one task
+/// and add its sources in a fixed order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ScatterRows {
+    /// Source rows, those of one target after another, ascending within a target. `[n]`
+    pub sources: Vec<u32>,
+    /// The targets, ascending, each once. `[u]`
+    pub targets: Vec<u32>,
+    /// Sources of target `i` are `starts[i]..starts[i + 1]` of `sources`. `[u + 1]`
+    pub starts: Vec<u32>,
+}
+
+impl ScatterRows {
+    /// Row `i` of the source goes to row `rows[i]`.
+    pub fn new(rows: &[u32]) -> Self {
+        let mut sources: Vec<u32> = (0..rows.len() as u32).collect();
+        sources.sort_by_key(|&source| rows[source as usize]); // stable: ascending within a target
+        let (mut targets, mut starts) = (Vec::new(), Vec::new());
+        for (at, &source) in (0..).zip(&sources) {
+            let target = rows[source as usize];
+            if targets.last() != Some(&target) {
+                targets.push(target);
+                starts.push(at);
+            }
+        }
+        starts.push(rows.len() as u32);
+        ScatterRows { sources, targets, starts }
+    }
+
+    /// On a device.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn upload<B: Backend>(&self, backend: &B) -> Result<ScatterPlan<B>> {
+        let lists = [&self.sources, &self.targets, &self.starts].map(Vec::as_slice);
+        Ok(self.on_device(backend.upload_indices(lists)?))
+    }
+
+    /// With sources, targets and starts uploaded.
+    pub(crate) fn on_device<B: Backend>(
+        &self,
+        [sources, targets, starts]: [B::Index; 3],
+    ) -> ScatterPlan<B> {
+        let (sources_len, targets_len) = (self.sources.len(), self.targets.len());
+        ScatterPlan { sources, targets, starts, sources_len, targets_len }
+    }
+}
+
+/// [`ScatterRows`] on a device.
+pub struct ScatterPlan<B: Backend> {
+    /// See [`ScatterRows::sources`].
+    pub sources: B::Index,
+    /// See [`ScatterRows::targets`].
+    pub targets: B::Index,
+    /// See [`ScatterRows::starts`].
+    pub starts: B::Index,
+    /// Number of sources.
+    pub sources_len: usize,
+    /// Number of targets.
+    pub targets_len: usize,
+}
+
+/// Hyperparameters of one AdamW update (Loshchilov and Hutter 2019, algorithm 2). f64, because
+/// `1 - beta2` would lose half its digits in f32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Learning rate of this step, schedule applied.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Number of this update, from 1, for the bias correction.
+    pub step: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_plan_has_every_pair_once(rows in prop::collection::vec(0u32..9, 0..40)) {
+            let plan = ScatterRows::new(&rows);
+            prop_assert!(plan.targets.is_sorted_by(|a, b| a < b));
+            let mut pairs = Vec::new();
+            for (bounds, &target) in plan.starts.windows(2).zip(&plan.targets) {
+                let sources = &plan.sources[bounds[0] as usize..bounds[1] as usize];
+                prop_assert!(!sources.is_empty() && sources.is_sorted_by(|a, b| a < b));
+                pairs.extend(sources.iter().map(|&source| (source, target)));
+            }
+            pairs.sort_unstable();
+            let want: Vec<_> = (0..).zip(rows).collect();
+            prop_assert_eq!(pairs, want);
+        }
+    }
+}
