@@ -31,6 +31,15 @@ struct Source {
     uses: BTreeSet<Vec<String>>,
 }
 
+/// Files that import each other.
+#[derive(Debug)]
+pub(crate) struct Cycle {
+    /// All files of the group, sorted.
+    pub(crate) files: BTreeSet<String>,
+    /// A shortest cycle through one of them, which is at both ends.
+    pub(crate) shortest: Vec<String>,
+}
+
 /// The imports between the files of one crate.
 pub(crate) struct ImportGraph {
     sources: BTreeMap<Module, Source>,
@@ -60,24 +69,24 @@ impl ImportGraph {
         ImportGraph { sources }
     }
 
-    /// A shortest cycle of each group of files that import each other, as paths with the first one at both
-    /// ends.
-    pub(crate) fn cycles(&self) -> Vec<Vec<String>> {
+    /// The groups of files that import each other, directly or through others of the group.
+    pub(crate) fn cycles(&self) -> Vec<Cycle> {
         let edges: BTreeMap<&Module, BTreeSet<&Module>> =
             self.sources.keys().map(|module| (module, self.edges(module))).collect();
+        let name = |module: &Module| self.sources[module].file.display().to_string();
         let mut done: BTreeSet<&Module> = BTreeSet::new();
         let mut cycles = Vec::new();
         for start in self.sources.keys() {
             if done.contains(start) {
                 continue;
             }
-            if let Some(cycle) = shortest_cycle(start, &edges) {
-                // The whole group is reported once.
-                let reachable = |from| reach(from, &edges);
-                let group = reachable(start).into_iter().filter(|m| reachable(m).contains(start));
+            if let Some(shortest) = shortest_cycle(start, &edges) {
+                let reachable = reach(start, &edges);
+                let is_in_cycle = |module: &&Module| reach(module, &edges).contains(start);
+                let group: Vec<&Module> = reachable.into_iter().filter(is_in_cycle).collect();
+                let files = group.iter().map(|module| name(module)).collect();
                 done.extend(group);
-                let name = |module: &&Module| self.sources[*module].file.display().to_string();
-                cycles.push(cycle.iter().map(name).collect());
+                cycles.push(Cycle { files, shortest: shortest.into_iter().map(name).collect() });
             }
         }
         cycles
@@ -342,7 +351,9 @@ mod tests {
         let root = Path::new("src");
         let files: Vec<(PathBuf, &str)> =
             files.iter().map(|(name, text)| (root.join(name), *text)).collect();
-        ImportGraph::new(root, files.iter().map(|(path, text)| (path.as_path(), *text))).cycles()
+        let graph =
+            ImportGraph::new(root, files.iter().map(|(path, text)| (path.as_path(), *text)));
+        graph.cycles().into_iter().map(|cycle| cycle.shortest).collect()
     }
 
     #[test]

@@ -426,7 +426,7 @@ mod tests {
             |name: &str| open(dir.path().join(name), BadRows::Skip).unwrap_err().to_string();
         assert!(refuse("empty").contains("empty: the file has no rows"));
         assert!(refuse("blank").contains("no rows"));
-        assert!(refuse("array").contains("array:2: the file is one JSON array"));
+        assert!(refuse("array").contains("array:2: the file is a JSON array"));
         assert!(refuse("").contains("no training data"));
         assert!(refuse("nowhere").contains("check the path"));
         assert!(Dataset::open(&[], BadRows::Error).is_err());
@@ -445,7 +445,7 @@ mod tests {
         assert_eq!(dataset.location(1).unwrap().1, 3);
         fs::write(&path, format!("[{long}]")).unwrap();
         let e = open(&path, BadRows::Skip).unwrap_err().to_string();
-        assert!(e.contains("x.jsonl:1: the file is one JSON array"), "{e}");
+        assert!(e.contains("x.jsonl:1: the file is a JSON array"), "{e}");
     }
 
     #[test]
