@@ -202,9 +202,9 @@ fn files_have_a_description_a_specific_name_and_at_most_600_lines() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Groups of files of the library that still import each other: every file of the group starts with one of the
-/// prefixes. Every other cycle fails the test, and so does an entry that is no longer a cycle. Each of these
-/// can be resolved by moving what the children use out of `mod.rs` into a file.
+/// Groups of files of the library that still import each other: every file of the group starts with one of
+/// the prefixes. Every other cycle fails the test, and so does an entry that is no longer a cycle. Each of
+/// these can be resolved by moving what the children use out of `mod.rs` into a file.
 const KNOWN_CYCLES: [&[&str]; 4] = [
     // `mod.rs` has the trait `Backend`, which is generic over its operands and which they name.
     &["backend/mod.rs", "backend/operands.rs"],
