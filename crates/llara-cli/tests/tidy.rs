@@ -1,7 +1,7 @@
 //! Rules for the source code that the compiler does not check: dependencies between modules and files, where
 //! `unsafe`, printing and some crates may be used, names and lengths of files.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a test fails at the line of the panic")]
 
 #[path = "tidy/imports.rs"]
 mod imports;
@@ -29,7 +29,7 @@ const DEPENDENCIES: [(&str, &[&str]); 14] = [
     ("cli", &["llara"]),
 ];
 
-/// Names that belong to the crate as a whole.
+/// Names that every module may use.
 const EVERYWHERE: [&str; 4] = ["Error", "ErrorKind", "Result", "self"];
 
 fn sources() -> Vec<(PathBuf, String)> {

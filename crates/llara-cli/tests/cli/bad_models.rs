@@ -1,4 +1,4 @@
-//! Model folders that must be refused, each with the place and a hint.
+//! Model folders that must be refused, each with a location and a hint.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::fixture::{Bench, copy_folder, llara};
 
-/// Trains and encodes with a spoilt model: both must be refused, and write nothing.
+/// Trains and encodes with a damaged model: both must be refused, and write nothing.
 #[track_caller]
 fn refused(bench: &Bench, parts: &[&str]) {
     bench.finetune(&[]).refused(parts);
@@ -108,7 +108,7 @@ fn a_tokenizer_without_the_templates_tokens() {
     ]);
     assert!(!bench.at("out").exists());
 
-    // A vocabulary of so few tokens spells the template's words letter by letter.
+    // This small vocabulary has no words, so the template needs many tokens.
     let lengths = ["--query-max-len", "128", "--passage-max-len", "128"];
     let grown = ["--template", "llara", "--add-special-tokens"];
     bench.finetune(&[&grown[..], &lengths].concat()).json();
@@ -121,7 +121,7 @@ fn a_tokenizer_without_the_templates_tokens() {
 fn tokens_beyond_the_vocabulary() {
     let bench = Bench::new();
     let (data, larger) = (bench.path("train.jsonl"), bench.path("larger"));
-    // Words that only this tokenizer knows, so that their ids are its last.
+    // Words that are only in these texts, so their ids are the last ones.
     let words: String = (0..40)
         .map(|_| "{\"query\": \"quokka\", \"pos\": [\"zyzzyva xylophone\"], \"neg\": [\"jukebox\"]}\n")
         .collect();
@@ -152,6 +152,6 @@ fn a_model_that_was_changed_since_it_was_saved() {
     let run = llara(&[&args[..], &[&output]].concat());
     run.refused(&["does not answer as it did", "changed", "hint"]);
     assert!(!bench.at("v.npy").exists());
-    // Asked for in so many words, another template is no mistake.
+    // A template that is given explicitly is not an error.
     llara(&[&args[..], &[&output, "--template", "llara"]].concat()).json();
 }

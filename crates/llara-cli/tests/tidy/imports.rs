@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// A source file by the path of its module: `["backend", "cpu"]` is `backend/cpu/mod.rs`.
 pub(crate) type Module = Vec<String>;
 
-/// One name that a `use` declaration brings into scope, and the path that it stands for.
+/// A name that a `use` declaration brings into scope, and its path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Import {
     name: String,

@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn every_fault_is_named_with_its_field() {
+    fn errors_name_the_field() {
         let with = |extra: &str| format!(r#"{{"query":"q","pos":["a"],"neg":["b","c"],{extra}}}"#);
         for (line, part) in [
             ("{\"query\":".to_owned(), "not JSON at column"),
