@@ -1,7 +1,7 @@
 //! Options for the computation: device, threads, number format.
 
 use clap::ValueEnum;
-use llara::backend::{Cpu, Dtype};
+use llara::backend::{Backend, Cpu, Dtype};
 use llara::{Error, ErrorKind, Result};
 
 use super::talk::say;
@@ -22,8 +22,8 @@ pub(super) struct Compute {
 }
 
 impl Compute {
-    /// Refuses unsupported devices and too many threads.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Checks the options, starts the threads and opens the device. Verbs call it through [`on_device`].
+    pub(super) fn start(&self) -> Result<Device> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let most = MAX_THREADS_PER_CORE * cores;
         if let Some(threads) = self.threads.filter(|&threads| usize::from(threads) > most) {
@@ -32,20 +32,19 @@ impl Compute {
                 .got(format!("--threads {threads}"))
                 .hint("omit --threads to use one thread per core"));
         }
-        match self.device.as_str() {
-            "cpu" | "auto" => Cpu::check_environment(),
+        let device = match self.device.as_str() {
+            "cpu" | "auto" => {
+                Cpu::check_environment()?;
+                Device::Cpu(Cpu::new())
+            }
             device => {
                 let what = format!("`--device {device}` is not supported");
-                Err(Error::new(ErrorKind::Argument, what)
+                return Err(Error::new(ErrorKind::Argument, what)
                     .expected("cpu")
                     .got(device)
-                    .hint("omit --device"))
+                    .hint("omit --device"));
             }
-        }
-    }
-
-    /// The device, once [`check`](Self::check) has passed.
-    pub(super) fn start(&self) -> Cpu {
+        };
         if let Some(threads) = self.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
             // Fails only if the global thread pool was started before.
@@ -53,9 +52,25 @@ impl Compute {
                 say!("note: --threads {threads}: {e}");
             }
         }
-        Cpu::new()
+        Ok(device)
     }
 }
+
+/// A device that `--device` names.
+pub(super) enum Device {
+    Cpu(Cpu),
+}
+
+/// Evaluates `$body` with `$backend` as the device of `$compute`. This is the only place that knows which
+/// devices there are.
+macro_rules! on_device {
+    ($compute:expr, $backend:ident => $body:expr) => {
+        match $compute.start()? {
+            $crate::compute::Device::Cpu($backend) => $body,
+        }
+    };
+}
+pub(super) use on_device;
 
 /// Number format of the computation.
 #[derive(clap::Args)]
@@ -78,29 +93,12 @@ enum Choice {
 }
 
 impl Precision {
-    /// The number format of activations.
-    pub(super) fn dtype(&self) -> Dtype {
+    /// The number format of activations on a device.
+    pub(super) fn dtype(&self, backend: &impl Backend) -> Dtype {
         match self.dtype {
             Choice::F32 => Dtype::F32,
             Choice::Bf16 => Dtype::Bf16,
-            Choice::Auto if multiplies_bf16() => Dtype::Bf16,
-            Choice::Auto => Dtype::F32,
-        }
-    }
-}
-
-fn multiplies_bf16() -> bool {
-    Cpu::multiplies_bf16_faster()
-}
-
-/// Describes which number format and instructions are used.
-pub(super) fn describe(precision: Dtype) -> &'static str {
-    match precision {
-        Dtype::F32 => "computes in f32",
-        Dtype::Bf16 if multiplies_bf16() => "computes in bf16, products by vdpbf16ps with f32 sums",
-        Dtype::Bf16 => {
-            "computes in bf16; products use the f32 kernel on operands rounded to bf16, because bf16 \
-             products are not faster on this processor: bf16 saves memory, but no time"
+            Choice::Auto => backend.fastest_dtype(),
         }
     }
 }

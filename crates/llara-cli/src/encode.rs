@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::backend::Cpu;
+use llara::backend::Backend;
 use llara::retrieval::{
     BLOCK_TEXTS, Embedder, EmbeddingWriter, TextEmbedder, TextFile, begins_like_embeddings,
     encode_stream, verify_embeddings,
 };
 use llara::{OutputLock, Result, Role};
 
+use super::compute::on_device;
 use super::interrupt;
 use super::paths::{check_apart, check_replaceable};
 use super::progress::TextProgress;
@@ -72,7 +73,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     check_output(args)?;
     let _lock = OutputLock::acquire(&args.output)?;
     let texts = TextFile::open(&args.input)?;
-    let model = args.model.load()?;
+    on_device!(args.model.compute, backend => encode(args, &texts, backend))
+}
+
+fn encode(args: &Args, texts: &TextFile, backend: impl Backend) -> anyhow::Result<()> {
+    let model = args.model.load(backend)?;
     let mut embedder = args.model.embedder(&model);
     let (max_len, instruction) = match args.role {
         Role::Query => (&mut embedder.query_max_len, &mut embedder.query_instruction),
@@ -86,7 +91,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     warn_if_too_long(&model, args.role, *max_len);
 
     if args.resume && args.output.exists() && EmbeddingWriter::kept(&args.output).is_none() {
-        let checked = verify_embeddings(&embedder, args.role, &texts, &args.output)?;
+        let checked = verify_embeddings(&embedder, args.role, texts, &args.output)?;
         say!(
             "{}: already complete; {} recomputed for verification, all equal",
             args.output.display(),
@@ -94,7 +99,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         );
         return report(args, texts.len(), embedder.dimension());
     }
-    let output = open_output(args, &embedder, &texts)?;
+    let output = open_output(args, &embedder, texts)?;
     let progress = TextProgress::new(texts.len() - output.written());
     let on_batch = |texts| progress.add(texts);
     embedder.on_batch = Some(&on_batch);
@@ -108,7 +113,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         ),
         None => format!("{} was not written", path.display()),
     })?;
-    let encoded = encode_stream(&embedder, args.role, &texts, output, &mut |_| ());
+    let encoded = encode_stream(&embedder, args.role, texts, output, &mut |_| ());
     if let Err(error) = encoded {
         if let Some(kept) = EmbeddingWriter::kept(&args.output) {
             let (kept, all) = (count(kept), counted(texts.len(), "embedding"));
@@ -156,7 +161,7 @@ fn check_output(args: &Args) -> Result<()> {
 /// Opens the output. A run of a single block cannot be resumed.
 fn open_output(
     args: &Args,
-    embedder: &TextEmbedder<'_, Cpu>,
+    embedder: &TextEmbedder<'_, impl Backend>,
     texts: &TextFile,
 ) -> Result<EmbeddingWriter> {
     let (path, rows, cols) = (&args.output, texts.len(), embedder.dimension());

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
+use llara::backend::Backend;
 use llara::retrieval::{
-    BeirDataset, Metrics, SearchOptions, UnknownIds, begins_like_trec_run, check_trec_run,
+    BeirDataset, Metrics, Run, SearchOptions, UnknownIds, begins_like_trec_run, check_trec_run,
     evaluate_dataset, write_trec_run,
 };
 use llara::{Error, ErrorKind};
 
+use super::compute::on_device;
 use super::paths::{check_apart, check_replaceable};
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
@@ -82,18 +84,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(path) = &args.run_file {
         check_trec_run(path, dataset.queries.ids.iter().chain(dataset.corpus.ids.iter()))?;
     }
-    let model = args.model.load()?;
-    let mut embedder = args.model.embedder(&model);
-    args.roles.apply(&mut embedder)?;
-
-    let progress = TextProgress::new(dataset.queries.len() + dataset.corpus.len());
-    let on_batch = |texts| progress.add(texts);
-    embedder.on_batch = Some(&on_batch);
-    let options =
-        SearchOptions { top_k: args.top_k, ignore_identical_ids: args.ignore_identical_ids };
-    let (metrics, run) = evaluate_dataset(&embedder, &embedder, &dataset, options, &mut |_| ())?;
-    drop(embedder);
-    progress.finish();
+    let (metrics, run) = on_device!(args.model.compute, backend => rank(args, &dataset, backend))?;
     if metrics.queries == 0 {
         return Err(Error::new(ErrorKind::Data, "no query has judgments, so there are no metrics")
             .file(&args.dataset)
@@ -117,6 +108,27 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         result["skipped_judgments"] = skipped.into();
     }
     Ok(print(result)?)
+}
+
+/// Encodes queries and passages, and ranks the passages for each query.
+fn rank(
+    args: &Args,
+    dataset: &BeirDataset,
+    backend: impl Backend,
+) -> anyhow::Result<(Metrics, Run)> {
+    let model = args.model.load(backend)?;
+    let mut embedder = args.model.embedder(&model);
+    args.roles.apply(&mut embedder)?;
+
+    let progress = TextProgress::new(dataset.queries.len() + dataset.corpus.len());
+    let on_batch = |texts| progress.add(texts);
+    embedder.on_batch = Some(&on_batch);
+    let options =
+        SearchOptions { top_k: args.top_k, ignore_identical_ids: args.ignore_identical_ids };
+    let ranked = evaluate_dataset(&embedder, &embedder, dataset, options, &mut |_| ())?;
+    drop(embedder);
+    progress.finish();
+    Ok(ranked)
 }
 
 fn table(args: &Args, dataset: &BeirDataset, metrics: &Metrics) {

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use clap::ArgAction;
 use clap::ValueEnum;
 use clap::builder::BoolishValueParser;
+use llara::backend::Backend;
 use llara::data::{BadRows, Dataset};
 use llara::init::{Preset, new_model};
 use llara::model::weights::SaveDtype;
+use llara::text::Template;
 
-use super::compute::Compute;
+use super::compute::{Compute, on_device};
 use super::finetune::say_skipped;
 use super::talk::{count, counted, print, say};
 use super::{output_folder, paths, trained_model};
@@ -66,7 +68,6 @@ enum Size {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    args.compute.check()?;
     let template = trained_model::template(&args.template)?;
     let data: Vec<_> =
         args.train_data.iter().map(|path| ("training data", path.as_path())).collect();
@@ -79,7 +80,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         Size::Small => Preset::SMALL,
     };
     preset.vocab_size = args.vocab_size.unwrap_or(preset.vocab_size);
-    let model = new_model(args.compute.start(), &dataset, template, preset, args.seed)?;
+    on_device!(args.compute, backend => make(args, &dataset, (template, preset), backend))
+}
+
+fn make(
+    args: &Args,
+    dataset: &Dataset,
+    (template, preset): (Template, Preset),
+    backend: impl Backend,
+) -> anyhow::Result<()> {
+    let model = new_model(backend, dataset, template, preset, args.seed)?;
     let size = model.saved_bytes(SaveDtype::AsLoaded)?;
     output_folder::check_space(&args.output_dir, size, "the new model")?;
     model.save(&args.output_dir)?;

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 
-use llara::backend::Dtype;
+use llara::backend::{Backend, Dtype};
 
-use super::compute::Compute;
+use super::compute::{Compute, on_device};
 use super::save_dtype::SavedAs;
 use super::talk::{print, say};
 use super::trained_model::Source;
@@ -44,21 +44,23 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    args.compute.check()?;
     let adapter = args.source.require_adapter()?;
     let model_dir = Path::new(args.source.name());
     paths::check_apart(&args.output_dir, &[("the model", model_dir), ("the adapter", adapter)])?;
     let _lock = output_folder::claim(&args.output_dir, args.overwrite_output_dir)?;
-    let mut model =
-        args.source.load((&args.compute, Dtype::F32), args.template.as_deref(), None)?;
-    let size = model.saved_bytes(args.save_dtype.into())?;
-    output_folder::check_space(&args.output_dir, size, "the merged model")?;
-    model.merge_adapter()?;
-    model.save_as(&args.output_dir, args.save_dtype.into())?;
+    on_device!(args.compute, backend => merge(args, backend))?;
     say!("{}: merged, saved and verified", args.output_dir.display());
     Ok(print(serde_json::json!({
         "model": args.source.name(),
         "adapter": adapter.to_string_lossy(),
         "output_dir": args.output_dir.to_string_lossy(),
     }))?)
+}
+
+fn merge(args: &Args, backend: impl Backend) -> llara::Result<()> {
+    let mut model = args.source.load((backend, Dtype::F32), args.template.as_deref(), None)?;
+    let size = model.saved_bytes(args.save_dtype.into())?;
+    output_folder::check_space(&args.output_dir, size, "the merged model")?;
+    model.merge_adapter()?;
+    model.save_as(&args.output_dir, args.save_dtype.into())
 }

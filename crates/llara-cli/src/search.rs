@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
+use llara::backend::Backend;
 use llara::retrieval::{Run, SearchOptions, TextTable, embed_texts, search};
 use llara::{Role, escape_controls};
 use serde_json::json;
 
+use super::compute::on_device;
 use super::progress::TextProgress;
 use super::talk::print;
 use super::trained_model::{Roles, TrainedModel, check_top_k};
@@ -50,7 +52,17 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.model.check()?;
     check_top_k(args.top_k)?;
     let corpus = TextTable::read_corpus(&args.corpus)?;
-    let model = args.model.load()?;
+    let found = on_device!(args.model.compute, backend => find(args, &corpus, backend))?;
+    Ok(if args.json {
+        print_json(args, &corpus, &found)
+    } else {
+        print_text(args, &corpus, &found)
+    }?)
+}
+
+/// Encodes the queries and the corpus, and finds the best passages of each query.
+fn find(args: &Args, corpus: &TextTable, backend: impl Backend) -> anyhow::Result<Run> {
+    let model = args.model.load(backend)?;
     let mut embedder = args.model.embedder(&model);
     args.roles.apply(&mut embedder)?;
 
@@ -64,11 +76,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let found = search(&embedder, (&ids, queries.view()), (&corpus.ids, passages.view()), options)?;
     drop(embedder);
     progress.finish();
-    Ok(if args.json {
-        print_json(args, &corpus, &found)
-    } else {
-        print_text(args, &corpus, &found)
-    }?)
+    Ok(found)
 }
 
 fn print_json(args: &Args, corpus: &TextTable, found: &Run) -> llara::Result<()> {

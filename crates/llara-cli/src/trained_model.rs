@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::builder::BoolishValueParser;
-use llara::backend::{Cpu, Dtype};
+use llara::backend::{Backend, Dtype};
 use llara::retrieval::TextEmbedder;
 use llara::text::Template;
 use llara::{
@@ -22,7 +22,7 @@ pub(super) struct TrainedModel {
     #[command(flatten)]
     encoding: Encoding,
     #[command(flatten)]
-    compute: Compute,
+    pub(super) compute: Compute,
     #[command(flatten)]
     precision: Precision,
 }
@@ -82,7 +82,7 @@ pub(super) struct Roles {
 
 impl Roles {
     /// Applies the options to `embedder`.
-    pub(super) fn apply(&self, embedder: &mut TextEmbedder<'_, Cpu>) -> Result<()> {
+    pub(super) fn apply<B: Backend>(&self, embedder: &mut TextEmbedder<'_, B>) -> Result<()> {
         for (role, option, given, len) in [
             (Role::Query, "--query-max-len", self.query_max_len, &mut embedder.query_max_len),
             (
@@ -124,12 +124,12 @@ impl Source {
     }
 
     /// Loads the model. If its recipe is not changed, verifies it with its probes.
-    pub(super) fn load(
+    pub(super) fn load<B: Backend>(
         &self,
-        (compute, precision): (&Compute, Dtype),
+        (backend, precision): (B, Dtype),
         template_name: Option<&str>,
         normalized: Option<bool>,
-    ) -> Result<BiEncoderModel<Cpu>> {
+    ) -> Result<BiEncoderModel<B>> {
         let dir = find(&self.model, self.cache_dir.as_deref(), "--adapter")?;
         // An adapter has its own recipe.
         let recipe_dir = self.adapter.as_deref().unwrap_or(&dir);
@@ -143,7 +143,7 @@ impl Source {
         }
         let normalized = normalized.unwrap_or(loader.recipe().normalized);
         let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
-        let mut model = loader.load(compute.start(), options)?;
+        let mut model = loader.load(backend, options)?;
         if let Some(adapter) = &self.adapter {
             model.attach_adapter(adapter).map_err(|e| name_recorded_base(e, adapter))?;
         }
@@ -193,18 +193,21 @@ impl TrainedModel {
                 .expected("1 or more")
                 .hint("omit --batch-tokens to use the default"));
         }
-        self.compute.check()
+        Ok(())
     }
 
     /// Loads the model. If its recipe is not changed, verifies it with its probes.
-    pub(super) fn load(&self) -> Result<BiEncoderModel<Cpu>> {
+    pub(super) fn load<B: Backend>(&self, backend: B) -> Result<BiEncoderModel<B>> {
         let Encoding { template, normalized, .. } = &self.encoding;
-        let compute = (&self.compute, self.precision.dtype());
-        self.source.load(compute, template.as_deref(), *normalized)
+        let precision = self.precision.dtype(&backend);
+        self.source.load((backend, precision), template.as_deref(), *normalized)
     }
 
     /// An embedder for `model`.
-    pub(super) fn embedder<'m>(&self, model: &'m BiEncoderModel<Cpu>) -> TextEmbedder<'m, Cpu> {
+    pub(super) fn embedder<'m, B: Backend>(
+        &self,
+        model: &'m BiEncoderModel<B>,
+    ) -> TextEmbedder<'m, B> {
         let mut embedder = TextEmbedder::new(model);
         embedder.batch_tokens = self.encoding.batch_tokens;
         embedder
@@ -263,7 +266,7 @@ pub(super) const MAX_LEN: usize = 1 << 24;
 
 /// Refuses a maximum length that is too large or leaves no token for the text. Errors name `option`.
 pub(super) fn check_max_len(
-    model: &BiEncoderModel<Cpu>,
+    model: &BiEncoderModel<impl Backend>,
     role: Role,
     option: &str,
     max_len: usize,
@@ -300,7 +303,7 @@ pub(super) fn check_top_k(top_k: usize) -> Result<()> {
 }
 
 /// Prints a warning if the maximum length exceeds what the model supports.
-pub(super) fn warn_if_too_long(model: &BiEncoderModel<Cpu>, role: Role, max_len: usize) {
+pub(super) fn warn_if_too_long(model: &BiEncoderModel<impl Backend>, role: Role, max_len: usize) {
     let positions = model.decoder().config().max_position_embeddings;
     if max_len > positions {
         say!(

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::backend::Dtype;
+use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, Sampling};
 use llara::train::{Chunking, RunLength, TrainConfig};
 use llara::{BiEncoderOptions, Recipe, Shortcuts};
@@ -59,7 +59,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) output: OutputArgs,
     #[command(flatten)]
-    pub(super) compute: Compute,
+    pub(crate) compute: Compute,
     #[command(flatten)]
     pub(super) precision: Precision,
     #[command(flatten)]
@@ -189,8 +189,8 @@ impl Args {
     }
 
     /// The number format of activations: `--dtype`, or bf16 with the reference's flag `--bf16`.
-    pub(super) fn precision(&self) -> Dtype {
-        if self.training.bf16 { Dtype::Bf16 } else { self.precision.dtype() }
+    pub(super) fn precision(&self, backend: &impl Backend) -> Dtype {
+        if self.training.bf16 { Dtype::Bf16 } else { self.precision.dtype(backend) }
     }
 
     /// The options of the model. With one process `--negatives-cross-device` has no effect.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use llara::backend::{Backend, Cpu, Dtype};
+use llara::backend::{Backend, Dtype};
 use llara::model::LoraConfig;
 use llara::train::Chunking;
 use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
@@ -29,14 +29,14 @@ const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_toke
 
 impl Forecast {
     /// Plans a step of the largest expected batch.
-    pub(crate) fn new(args: &Args, prepared: &Prepared) -> Result<Self> {
+    pub(crate) fn new(args: &Args, prepared: &Prepared<impl Backend>) -> Result<Self> {
         let mut shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
             prompts: prepared.outline.prompts.clone(),
             lora: prepared.lora()?,
-            precision: args.precision(),
+            precision: args.precision(&prepared.backend),
             options: args.model_options(&prepared.recipe),
-            memory: Cpu::new().memory(),
+            memory: prepared.backend.memory(),
             process_bytes: 0,
         };
         let Prepared { dataset, config, .. } = prepared;
@@ -106,7 +106,7 @@ impl Forecast {
     }
 
     /// Refuses a run that exceeds the given memory limit or the machine's memory.
-    pub(super) fn refuse_if_too_large(&self, prepared: &Prepared) -> Result<()> {
+    pub(super) fn refuse_if_too_large(&self, prepared: &Prepared<impl Backend>) -> Result<()> {
         match self.refusal(prepared)? {
             Some(refusal) => Err(refusal),
             None => Ok(()),
@@ -114,7 +114,7 @@ impl Forecast {
     }
 
     /// The error for a run that does not fit, with settings that would fit.
-    pub(crate) fn refusal(&self, prepared: &Prepared) -> Result<Option<Error>> {
+    pub(crate) fn refusal(&self, prepared: &Prepared<impl Backend>) -> Result<Option<Error>> {
         let limit = if self.is_given { self.budget } else { self.machine.total };
         let Some(limit) = limit.filter(|&limit| self.plan.peak_bytes() > limit) else {
             return Ok(None);
@@ -153,7 +153,7 @@ impl Forecast {
     }
 
     /// Settings with which the run would fit, each with its peak memory.
-    fn remedies(&self, prepared: &Prepared, limit: u64) -> Result<Vec<String>> {
+    fn remedies(&self, prepared: &Prepared<impl Backend>, limit: u64) -> Result<Vec<String>> {
         let mut remedies = Vec::new();
         let mut consider = |option: &str, shape: &RunShape, batch: &LargestBatch, policy| {
             let peak = DryRun::new(shape.clone())?.choose(batch, policy, limit)?.peak_bytes();

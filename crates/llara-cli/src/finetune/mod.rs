@@ -14,16 +14,17 @@ mod trainer_flags;
 mod training_args;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use llara::backend::{Backend, Cpu, Dtype};
+use llara::backend::{Backend, Dtype};
 use llara::data::{Dataset, Sampling};
 use llara::train::{RunLog, Summary, TrainConfig, Trainer};
 use llara::{BiEncoderModel, Error, Loader, Role};
 
+use super::compute::on_device;
 use super::progress::TrainingProgress;
 use super::talk::{count, counted, print, say};
-use super::{compute, interrupt, output_folder, trained_model};
+use super::{interrupt, output_folder, trained_model};
 pub(super) use args::Args;
 pub(super) use forecast::Forecast;
 pub(super) use lengths::warnings as length_warnings;
@@ -35,8 +36,12 @@ const TEXTS: usize = 2_000;
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
-    let mut prepared = Prepared::new(&args, Purpose::Run(output_dir))?;
-    let forecast = Forecast::new(&args, &prepared)?;
+    on_device!(args.compute, backend => finetune(&args, output_dir, backend))
+}
+
+fn finetune(args: &Args, output_dir: PathBuf, backend: impl Backend) -> anyhow::Result<()> {
+    let mut prepared = Prepared::new(args, Purpose::Run(output_dir), backend)?;
+    let forecast = Forecast::new(args, &prepared)?;
     forecast.refuse_if_too_large(&prepared)?;
     for line in forecast.lines() {
         say!("{line}");
@@ -46,10 +51,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     }
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
-    let mut model = prepared.load(&args)?;
+    let mut model = prepared.load(args)?;
     let Prepared { config, dataset, .. } = &prepared;
     check_space(config, dataset, &model, args.lora.save_merged_lora_model)?;
-    let trained = train(&args, config, dataset, &mut model).and_then(|summary| {
+    let trained = train(args, config, dataset, &mut model).and_then(|summary| {
         save(model, config, args.lora.save_merged_lora_model)
             .inspect_err(|_| output_folder::say_what_is_left(&config.output_dir))?;
         Ok(summary)
@@ -64,7 +69,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
 fn check_space(
     config: &TrainConfig,
     dataset: &Dataset,
-    model: &BiEncoderModel<Cpu>,
+    model: &BiEncoderModel<impl Backend>,
     merged: bool,
 ) -> llara::Result<()> {
     let steps = config.length.steps(config.sampler(dataset.len(), 1)?.steps_per_epoch())?;
@@ -87,7 +92,11 @@ fn check_space(
 }
 
 /// Saves the model, or its adapter and, if `merged` is set, the model with the merged adapter.
-fn save(mut model: BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> llara::Result<()> {
+fn save<B: Backend>(
+    mut model: BiEncoderModel<B>,
+    config: &TrainConfig,
+    merged: bool,
+) -> llara::Result<()> {
     model.decoder_mut().drop_gradients();
     if model.adapter().is_none() {
         return model.save_as(&config.output_dir, config.saving.dtype);
@@ -114,7 +123,7 @@ fn train(
     args: &Args,
     config: &TrainConfig,
     dataset: &Dataset,
-    model: &mut BiEncoderModel<Cpu>,
+    model: &mut BiEncoderModel<impl Backend>,
 ) -> anyhow::Result<Summary> {
     let about_model = describe(model, args.model.model.as_deref().unwrap_or_default());
     for (role, max_len) in
@@ -170,11 +179,11 @@ fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
     RunLog::create(output_dir)
 }
 
-fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
+fn describe(model: &BiEncoderModel<impl Backend>, name: &str) -> String {
     let decoder = model.decoder();
     let parameters: usize = decoder.tensors().map(|tensor| tensor.elements()).sum();
-    let trainable = decoder.tensors().filter(|tensor| tensor.is_trainable());
-    let trainable: usize = trainable.map(|tensor| tensor.elements()).sum();
+    let trained = decoder.tensors().filter(|tensor| tensor.is_trainable());
+    let trainable: usize = trained.map(|tensor| tensor.elements()).sum();
     let training = match model.adapter() {
         Some(lora) => format!("adapter of rank {}, {} parameters", lora.rank, count(trainable)),
         None => "all weights".to_owned(),
@@ -185,7 +194,7 @@ fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
         "device    {}; {}\nmodel     {name}: {:?}, {}, {}, hidden {}, vocabulary {}\n\
          training  {training}\ntemplate  {}: mean of the last {}",
         model.backend().description(),
-        compute::describe(model.precision()),
+        model.backend().describe_products(model.precision()),
         config.family,
         counted(parameters, "parameter"),
         counted(config.num_hidden_layers, "layer"),

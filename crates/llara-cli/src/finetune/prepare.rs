@@ -3,14 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
+use llara::backend::Backend;
 use llara::data::{BadRows, Dataset};
 use llara::model::LoraConfig;
 use llara::text::Template;
 use llara::train::TrainConfig;
 use llara::train::plan::TextLengths;
-use llara::{
-    BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role, backend::Cpu,
-};
+use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role};
 
 use super::Args;
 use super::flag_table::OwnSettings;
@@ -28,7 +27,7 @@ pub(crate) enum Purpose {
 }
 
 /// A run before its weights are read.
-pub(crate) struct Prepared {
+pub(crate) struct Prepared<B: Backend> {
     pub(crate) model_name: String,
     pub(crate) config: TrainConfig,
     pub(super) adapter: Adapter,
@@ -38,23 +37,20 @@ pub(crate) struct Prepared {
     /// The recipe of the trained model.
     pub(super) recipe: Recipe,
     pub(crate) outline: Outline,
-    cpu: Cpu,
+    pub(super) backend: B,
     /// The lock of the output folder.
     lock: Option<FolderLock>,
 }
 
-impl Prepared {
+impl<B: Backend> Prepared<B> {
     /// Checks the options, then the data, then the model's configuration and tokenizer.
-    pub(crate) fn new(args: &Args, purpose: Purpose) -> anyhow::Result<Self> {
+    pub(crate) fn new(args: &Args, purpose: Purpose, backend: B) -> anyhow::Result<Self> {
         let model_name = required(args)?;
         let own = OwnSettings { model: &model_name, seed: args.training.seed };
         for line in args.trainer_flags.check(&own)? {
             say!("note: {line}");
         }
-        args.compute.check()?;
         ranges::check(args)?;
-        // Started first, because data and tokenizer also use its threads.
-        let cpu = args.compute.start();
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
         let (output_dir, lock) = match &purpose {
@@ -92,7 +88,7 @@ impl Prepared {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, cpu, lock })
+        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, backend, lock })
     }
 
     /// Whether the output folder was created for this run.
@@ -115,14 +111,14 @@ impl Prepared {
     }
 
     /// Reads the weights and attaches the adapter.
-    pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<Cpu>> {
+    pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<B>> {
         let mut loader = Loader::new(&self.dir)?.with_recipe(self.recipe.clone());
-        let precision = args.precision();
+        let precision = args.precision(&self.backend);
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
         }
-        let (cpu, options) = (self.cpu.clone(), args.model_options(&self.recipe));
-        let mut model = loader.load_weights(self.outline.clone(), cpu, options)?;
+        let (backend, options) = (self.backend.clone(), args.model_options(&self.recipe));
+        let mut model = loader.load_weights(self.outline.clone(), backend, options)?;
         match &self.adapter {
             Adapter::None => {}
             Adapter::New(lora) => model.attach_new_adapter(lora, self.config.seed)?,

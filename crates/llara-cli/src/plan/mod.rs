@@ -5,6 +5,9 @@ mod picture;
 
 use serde_json::json;
 
+use llara::backend::Backend;
+
+use super::compute::on_device;
 use super::finetune::{self, Forecast, Prepared, Purpose};
 use super::talk::{count, counted, print, say};
 
@@ -24,7 +27,11 @@ Prints one JSON object: memory by category in bytes, chunks, work of a step, tex
 whether the run fits into memory.";
 
 pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
-    let prepared = Prepared::new(args, Purpose::Plan)?;
+    on_device!(args.compute, backend => plan(args, backend))
+}
+
+fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
+    let prepared = Prepared::new(args, Purpose::Plan, backend)?;
     let forecast = Forecast::new(args, &prepared)?;
     let prompts = &prepared.outline.prompts;
     let lengths = prepared.lengths(TEXTS)?;

@@ -183,6 +183,14 @@ impl Backend for CountingBackend {
         "nothing: memory and work are counted".to_owned()
     }
 
+    fn describe_products(&self, dtype: Dtype) -> String {
+        format!("{dtype}, counted")
+    }
+
+    fn fastest_dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
     fn memory(&self) -> DeviceMemory {
         self.memory
     }

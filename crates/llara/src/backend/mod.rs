@@ -68,6 +68,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// What runs the kernels, in words for the log.
     fn description(&self) -> String;
 
+    /// How products of activations of this dtype are computed, in words for the log.
+    fn describe_products(&self, dtype: Dtype) -> String;
+
+    /// The dtype of activations with which a model computes fastest on this device.
+    fn fastest_dtype(&self) -> Dtype;
+
     /// How this backend allocates, and what its kernels take besides tensors: what a prediction of
     /// memory needs to know.
     fn memory(&self) -> DeviceMemory;

@@ -67,12 +67,6 @@ impl Cpu {
         gemm::rate::multiplies_bf16_faster()
     }
 
-    /// The element type in which a model computes fastest here: bf16 where
-    /// [`multiplies_bf16_faster`](Self::multiplies_bf16_faster), else f32.
-    pub fn fastest_dtype() -> Dtype {
-        if Self::multiplies_bf16_faster() { Dtype::Bf16 } else { Dtype::F32 }
-    }
-
     /// An f32 matrix whose contents the caller is about to write in full.
     fn unspecified(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
         self.unspecified_of(rows, cols, Dtype::F32)
@@ -111,6 +105,25 @@ impl Backend for Cpu {
             Unit::Portable => "portable loops",
         };
         format!("CPU, {threads} thread{plural}, {instructions}")
+    }
+
+    fn describe_products(&self, dtype: Dtype) -> String {
+        match dtype {
+            Dtype::F32 => "f32".to_owned(),
+            Dtype::Bf16 if Self::multiplies_bf16_faster() => {
+                "bf16, by vdpbf16ps with f32 sums".to_owned()
+            }
+            Dtype::Bf16 => {
+                "operands rounded to bf16, by the f32 kernel, because bf16 products are not \
+                 faster on this processor: bf16 saves memory, but no time"
+                    .to_owned()
+            }
+        }
+    }
+
+    /// bf16 where [`multiplies_bf16_faster`](Cpu::multiplies_bf16_faster), else f32.
+    fn fastest_dtype(&self) -> Dtype {
+        if Self::multiplies_bf16_faster() { Dtype::Bf16 } else { Dtype::F32 }
     }
 
     fn memory(&self) -> DeviceMemory {
