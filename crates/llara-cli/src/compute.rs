@@ -1,7 +1,7 @@
 //! Options for the computation: device, threads, number format.
 
 use clap::ValueEnum;
-use llara::backend::{Backend, Cpu, Dtype};
+use llara::backend::{Backend, Cpu, Cuda, Dtype};
 use llara::{Error, ErrorKind, Result};
 
 use super::talk::say;
@@ -13,7 +13,8 @@ const MAX_THREADS_PER_CORE: usize = 4;
 #[derive(clap::Args)]
 #[command(next_help_heading = "Compute")]
 pub(super) struct Compute {
-    /// Device: only `cpu` is supported
+    /// Device: cpu; cuda or cuda:N, an NVIDIA GPU; or auto, the first GPU if there is one that can be
+    /// used, otherwise the CPU
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     /// Number of threads, at most 4 per core [default: 1 per core]
@@ -33,17 +34,18 @@ impl Compute {
                 .hint("omit --threads to use one thread per core"));
         }
         let device = match self.device.as_str() {
-            "cpu" | "auto" => {
-                Cpu::check_environment()?;
-                Device::Cpu(Cpu::new())
-            }
-            device => {
-                let what = format!("`--device {device}` is not supported");
-                return Err(Error::new(ErrorKind::Argument, what)
-                    .expected("cpu")
-                    .got(device)
-                    .hint("omit --device"));
-            }
+            "cpu" => Device::Cpu(cpu()?),
+            "cuda" => Device::Cuda(Cuda::new(0)?),
+            "auto" => Cuda::new(0).map(Device::Cuda).or_else(|_| cpu().map(Device::Cpu))?,
+            name => match name.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(ordinal)) => Device::Cuda(Cuda::new(ordinal)?),
+                _ => {
+                    return Err(Error::new(ErrorKind::Argument, "unknown device")
+                        .expected("cpu, cuda, cuda:N or auto")
+                        .got(format!("--device {name}"))
+                        .hint("omit --device to compute on the CPU"));
+                }
+            },
         };
         if let Some(threads) = self.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
@@ -59,6 +61,12 @@ impl Compute {
 /// A device that `--device` names.
 pub(super) enum Device {
     Cpu(Cpu),
+    Cuda(Cuda),
+}
+
+fn cpu() -> Result<Cpu> {
+    Cpu::check_environment()?;
+    Ok(Cpu::new())
 }
 
 /// Evaluates `$body` with `$backend` as the device of `$compute`. This is the only place that knows which
@@ -67,6 +75,7 @@ macro_rules! on_device {
     ($compute:expr, $backend:ident => $body:expr) => {
         match $compute.start()? {
             $crate::compute::Device::Cpu($backend) => $body,
+            $crate::compute::Device::Cuda($backend) => $body,
         }
     };
 }

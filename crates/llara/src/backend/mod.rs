@@ -25,12 +25,14 @@
 pub mod conformance;
 mod counting;
 mod cpu;
+mod cuda;
 mod memory;
 mod operands;
 mod tensor;
 
 pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
+pub use cuda::{Cuda, CudaDownload, CudaIndex, CudaTensor, CudaWeight};
 pub use memory::{DeviceMemory, OffsetAllocator};
 pub use operands::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, AttentionShape,

@@ -1,0 +1,14 @@
+// The checks of a build without them.
+#include "machine.h"
+
+namespace emu::check {
+bool enabled() { return false; }
+void add_memory(const void*, size_t, bool) {}
+void remove_memory(const void*) {}
+void mark_written(const void*, size_t) {}
+void begin_block(const void*, size_t, const void*, size_t) {}
+void begin_launch(const std::string&, const void*, size_t) {}
+void end_launch() {}
+void access(const void*, size_t, Kind, const char*, int) {}
+int report(double, double, bool) { return 0; }
+} // namespace emu::check

@@ -1,0 +1,59 @@
+// What a host program asks of the emulated device: launches, memory, and reports of the checks.
+#pragma once
+#include "emu.h"
+
+#include <string>
+#include <vector>
+
+namespace emu {
+
+struct Options {
+    /// 0 runs threads in order; any other value draws the order of blocks, and of threads between the places
+    /// where they meet.
+    u64 seed = 0;
+};
+Options& options();
+
+bool has_kernel(const std::string& name);
+/// The sizes of a kernel's arguments, in bytes.
+const std::vector<size_t>& argument_sizes(const std::string& name);
+/// Runs a kernel to its end. What is wrong with the launch or found in the kernel is printed, and the process
+/// exits with code 101.
+void launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes, void** arguments);
+
+/// The place of the running thread, for the checks.
+struct Place {
+    u32 block, thread, barrier_epoch, warp_epoch;
+};
+bool in_kernel();
+Place place();
+bool on_a_stack(const void* p);
+[[noreturn]] void fail(const std::string& what);
+
+} // namespace emu
+
+/// The checks: bounds, reads of what nothing has written, races, bank conflicts and memory traffic. They see
+/// memory that was announced with add_memory. In a build without checks these functions do nothing.
+namespace emu::check {
+
+bool enabled();
+/// Announces memory of the device; `written` says whether its contents may be read.
+void add_memory(const void* at, size_t bytes, bool written);
+void remove_memory(const void* at);
+/// The host has written these bytes.
+void mark_written(const void* at, size_t bytes);
+
+/// Memory of a block: dynamic and static shared memory, unwritten.
+void begin_block(const void* dynamic, size_t dynamic_bytes, const void* fixed, size_t fixed_bytes);
+void begin_launch(const std::string& kernel, const void* code, size_t code_bytes);
+void end_launch();
+
+enum class Kind { Read, Write, AsyncStart, AsyncEnd };
+void access(const void* at, size_t bytes, Kind kind, const char* file, int line);
+
+/// Prints a line for each place in the source that accesses memory: requests of a warp, and how many
+/// wavefronts (shared memory) or sectors of 32 bytes (device memory) they took, against the least possible.
+/// Returns the number of places above `bank_limit` times the wavefronts or `sector_limit` times the sectors.
+int report(double bank_limit, double sector_limit, bool print);
+
+} // namespace emu::check
