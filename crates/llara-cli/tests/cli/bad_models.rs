@@ -64,6 +64,9 @@ fn tensors_that_do_not_fit_are_listed_together() {
                 let turned = view.shape().iter().rev().copied().collect();
                 (name, TensorView::new(view.dtype(), turned, view.data()).unwrap())
             }
+            "model.layers.1.input_layernorm.weight" => {
+                (name, TensorView::new(Dtype::F64, vec![128], &[0; 8 * 128]).unwrap())
+            }
             _ => (name, TensorView::new(view.dtype(), view.shape().to_vec(), view.data()).unwrap()),
         })
         .collect();
@@ -73,9 +76,10 @@ fn tensors_that_do_not_fit_are_listed_together() {
     refused(
         &bench,
         &[
-            "do not fit config.json in 3 places",
+            "do not fit config.json in 4 places",
             "missing: model.norm.weight [128]",
             "misshapen: model.layers.0.mlp.up_proj.weight: expected [352, 128], got [128, 352]",
+            "unsupported dtype: model.layers.1.input_layernorm.weight: F64",
             "unknown: model.layers.9.extra",
             "hint",
         ],
@@ -154,4 +158,20 @@ fn a_model_that_was_changed_since_it_was_saved() {
     assert!(!bench.at("v.npy").exists());
     // A template that is given explicitly is not an error.
     llara(&[&args[..], &[&output, "--template", "llara"]].concat()).json();
+}
+
+#[test]
+fn impossible_numbers_of_pooled_tokens_are_refused() {
+    let bench = Bench::new();
+    for (pooled, part) in [
+        ("99999999999", "`pooled_tokens` is out of range"),
+        ("50", "exceeds the"),
+        ("0", "out of range"),
+    ] {
+        let number: u64 = pooled.parse().unwrap();
+        edit_json(&bench, "base/llara.json", |recipe| {
+            recipe["template"]["pooled_tokens"] = json!(number)
+        });
+        refused(&bench, &["pooled_tokens", part, "hint"]);
+    }
 }

@@ -72,7 +72,7 @@ fn unsupported_features_are_refused_by_name() {
     for (args, part) in [
         (&["--resume_from_checkpoint", "x"][..], "`--resume-from-checkpoint` is not"),
         (&["--gradient_accumulation_steps", "4"], "`--gradient-accumulation-steps` is not"),
-        (&["--device", "cuda:0"], "`--device cuda:0` is not"),
+        (&["--device", "tpu"], "unknown device"),
     ] {
         bench.finetune(args).refused(&[part, "hint: "]);
         assert!(!bench.at("out").exists());
