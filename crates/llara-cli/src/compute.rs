@@ -31,7 +31,7 @@ impl Compute {
             return Err(Error::new(ErrorKind::Argument, "too many threads")
                 .expected(format!("at most {most}, 4 for each of {cores} cores"))
                 .got(format!("--threads {threads}"))
-                .hint("leave --threads out for one thread for each core"));
+                .hint("omit --threads to use one thread per core"));
         }
         let device = match self.device.as_str() {
             "cpu" => Device::Cpu(cpu()?),
@@ -42,13 +42,14 @@ impl Compute {
                 _ => {
                     return Err(Error::new(ErrorKind::Argument, "unknown device")
                         .expected("cpu, cuda, cuda:N or auto")
-                        .got(format!("--device {name}")));
+                        .got(format!("--device {name}"))
+                        .hint("omit --device to compute on the CPU"));
                 }
             },
         };
         if let Some(threads) = self.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
-            // Fails only where threads were started before.
+            // Fails only if the global thread pool was started before.
             if let Err(e) = pool.build_global() {
                 say!("note: --threads {threads}: {e}");
             }

@@ -95,8 +95,8 @@ fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
     Ok(Cli::from_arg_matches(&command.try_get_matches_from(args)?)?)
 }
 
-/// The definition of the command line. Every option accepts negative numbers as values, so that a value out of
-/// range is reported as such and not as an unknown option. `plan` has no output folder.
+/// The definition of the command line. Every option accepts negative numbers as values, so that a value out
+/// of range is reported as such and not as an unknown option. `plan` has no output folder.
 fn command() -> clap::Command {
     let output = "output_dir";
     Cli::command()

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 
 use clap::Command;
 
-/// Converts `--snake_case` and `--snake_case=value` to `--snake-case…`. Values and all arguments after `--` are
-/// not changed.
+/// Converts `--snake_case` and `--snake_case=value` to `--snake-case…`. Values and all arguments after `--`
+/// are not changed.
 pub(super) fn kebab_case(args: Vec<OsString>) -> Vec<OsString> {
     let mut options = true;
     let convert = |arg: OsString| {
@@ -21,8 +21,8 @@ pub(super) fn kebab_case(args: Vec<OsString>) -> Vec<OsString> {
     args.into_iter().map(convert).collect()
 }
 
-/// Converts `--option -1e-3` to `--option=-1e-3`, so that a negative number is parsed as the option's value in
-/// every spelling.
+/// Converts `--option -1e-3` to `--option=-1e-3`, so that a negative number is parsed as the option's value
+/// in every spelling.
 pub(super) fn join_negative_numbers(args: Vec<OsString>) -> Vec<OsString> {
     let mut joined: Vec<OsString> = Vec::with_capacity(args.len());
     let mut options = true;

@@ -12,8 +12,8 @@ const SHOWN: usize = 5;
 /// Prefix of folders with incomplete files.
 const PARTIAL: &str = ".partial-";
 
-/// Creates the output folder if it does not exist, and locks it for this process. Refuses a folder that is not
-/// empty unless `overwrite` is set. Interrupted saves in it are finished or removed.
+/// Creates the output folder if it does not exist, and locks it for this process. Refuses a folder that is
+/// not empty unless `overwrite` is set. Interrupted saves in it are finished or removed.
 pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
     if path.exists() && !path.is_dir() {
         return Err(Error::new(ErrorKind::Io, "the output folder is a file")
@@ -79,8 +79,8 @@ pub(super) fn check_space(path: &Path, needed: u64, what: &str) -> Result<()> {
         ))
 }
 
-/// Removes the checkpoints of an earlier run from a folder that may be overwritten. Their step numbers could be
-/// mistaken for those of the new run.
+/// Removes the checkpoints of an earlier run from a folder that may be overwritten. Their step numbers could
+/// be mistaken for those of the new run.
 pub(super) fn remove_earlier_checkpoints(path: &Path) -> Result<()> {
     for folder in earlier_checkpoints(path) {
         let fail = |e| Error::io("remove the checkpoint of an earlier run", &folder, e);

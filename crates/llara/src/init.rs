@@ -17,7 +17,7 @@ use crate::{Error, Result};
 const INITIALIZER_RANGE: f32 = 0.02;
 /// Longest sequence that a new model supports, in tokens (`max_position_embeddings`).
 const MAX_POSITIONS: usize = 2048;
-/// The maximum lengths of a new model's recipe allow at least this number of tokens beside the template's.
+/// The maximum lengths of a new model's recipe allow at least this number of tokens in addition to the template's.
 /// The default lengths may not: a tokenizer with a small vocabulary needs many tokens for the template.
 const MIN_TEXT_TOKENS: usize = 24;
 

@@ -202,8 +202,8 @@ fn check_apart(
     paths::check_apart(output_dir, &inputs)
 }
 
-/// Refuses data with tokens for which the model has no embedding. All texts are tokenized for that only if the
-/// tokenizer's vocabulary is larger than the model's.
+/// Refuses data with tokens for which the model has no embedding. All texts are tokenized for that only if
+/// the tokenizer's vocabulary is larger than the model's.
 fn check_vocabulary(
     config: &TrainConfig,
     dataset: &Dataset,

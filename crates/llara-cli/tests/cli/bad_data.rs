@@ -1,4 +1,4 @@
-//! Training data and settings that must be refused before anything is written.
+//! Training data and settings that must be refused before files are written.
 
 use std::fs;
 
@@ -93,7 +93,7 @@ fn invalid_numbers_are_refused_with_the_option() {
 }
 
 #[test]
-fn what_a_run_reads_is_not_in_its_output_folder() {
+fn inputs_in_the_output_folder_are_refused() {
     let bench = Bench::new();
     fs::create_dir(bench.at("out")).unwrap();
     bench.write("out/rows.jsonl", rows(4));
@@ -111,7 +111,7 @@ fn what_a_run_reads_is_not_in_its_output_folder() {
 }
 
 #[test]
-fn a_run_that_logged_nothing_leaves_nothing() {
+fn a_run_without_a_logged_step_leaves_no_folder() {
     let bench = Bench::new();
     let diverging = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "20"];
     bench.finetune(&[&diverging[..], &["--logging-steps", "50"]].concat()).refused(&["diverged"]);
@@ -119,7 +119,7 @@ fn a_run_that_logged_nothing_leaves_nothing() {
 }
 
 #[test]
-fn a_folder_in_use_is_left_alone() {
+fn a_folder_that_is_not_empty_is_not_changed() {
     let bench = Bench::new();
     fs::create_dir(bench.at("out")).unwrap();
     bench.write("out/notes.txt", "mine");
@@ -132,7 +132,7 @@ fn a_folder_in_use_is_left_alone() {
     llara(&["init", "--preset", "tiny", "--train-data", &data, "--output-dir", &out])
         .refused(&["output folder is not empty", "notes.txt"]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
-    // A run that may overwrite but cannot start changes nothing either.
+    // A run with --overwrite-output-dir that cannot start does not change it either.
     bench.finetune(&["--overwrite-output-dir", "--train-group-size", "0"]).refused(&[]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
     bench.finetune(&["--overwrite-output-dir"]).json();
@@ -150,7 +150,7 @@ fn a_run_that_diverges_keeps_its_log_and_writes_no_model() {
 }
 
 #[test]
-fn collections_and_texts_are_checked_too() {
+fn collections_and_texts_are_checked() {
     let bench = Bench::new();
     let (model, beir, texts) = (bench.path("base"), bench.path("beir"), bench.path("texts.jsonl"));
     llara(&["evaluate", "--model", &model, "--dataset", &beir, "--split", "dev"])

@@ -1,4 +1,4 @@
-//! Files that verbs must not read, overwrite or believe.
+//! Files that verbs must not read, overwrite or trust.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -45,7 +45,7 @@ fn outputs_that_would_overwrite_inputs_are_refused() {
     run.refused(&["the output is in the folder of the dataset"]);
     assert_eq!(fs::read(bench.at("beir/qrels/test.tsv")).unwrap(), qrels);
 
-    // A file that another program wrote is kept, too.
+    // A file of another program is not replaced either.
     bench.write("mine.npy", "notes");
     bench.write("mine.txt", "notes");
     encode(&bench, "texts.npy", "mine.npy", &[])
@@ -174,7 +174,7 @@ fn fill_weights(bench: &Bench, value: f32) {
 }
 
 #[test]
-fn models_that_compute_nothing_are_refused() {
+fn models_with_invalid_weights_are_refused() {
     for (value, expected) in [(0.0, "weights are zero"), (1e38, "too large")] {
         let bench = Bench::new();
         bench.write("texts.txt", "an otter\na heron\n");

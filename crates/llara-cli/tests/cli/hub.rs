@@ -1,4 +1,4 @@
-//! Models from the Hub's cache without a network, and a mirror that names paths outside the cache.
+//! Models from the Hub's cache without a network, and a mirror that sends paths outside the cache.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -55,7 +55,7 @@ fn mirror(head: String) -> String {
 }
 
 #[test]
-fn a_mirror_cannot_name_a_path_outside_the_cache() {
+fn paths_outside_the_cache_are_refused() {
     let list = format!(r#"{{"sha": "{COMMIT}", "siblings": [{{"rfilename": "config.json"}}]}}"#);
     let bad_list = list.replace(COMMIT, "../../../../out");
     let length = list.len();

@@ -3,7 +3,7 @@
 use crate::fixture::{Bench, llara};
 
 #[test]
-fn a_file_describes_a_run_and_flags_win() {
+fn options_of_the_command_line_override_the_file() {
     let bench = Bench::new();
     let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));
     bench.write(

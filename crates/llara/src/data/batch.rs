@@ -214,7 +214,7 @@ pub(crate) fn positives(queries: usize, passages: usize) -> Result<Vec<u32>> {
 pub struct BatchView<'b> {
     /// Token ids of these sequences, `[tokens]`.
     ids: &'b [u32],
-    /// Boundaries in the ids of the whole batch, `[sequences + 1]`.
+    /// Boundaries in the ids of the batch, `[sequences + 1]`.
     offsets: &'b [u32],
 }
 

@@ -26,7 +26,7 @@ pub struct Skipped {
     pub reasons: Vec<String>,
 }
 
-/// Training rows in files. Each row takes 24 bytes of memory; its text stays on disk. [`Dataset::row`]
+/// Training rows in files. Each row takes 24 bytes of memory; its text is read from disk. [`Dataset::row`]
 /// reads a row from disk and may be called from several threads.
 #[derive(Debug)]
 pub struct Dataset {
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_its_files_in_the_order_of_their_names() {
+    fn the_files_of_a_folder_are_read_in_the_order_of_their_names() {
         let [a, b, c] = ["a", "b", "c"].map(row);
         let dir = folder(&[
             ("2.json", &format!("\n{c}")),
@@ -426,7 +426,7 @@ mod tests {
             |name: &str| open(dir.path().join(name), BadRows::Skip).unwrap_err().to_string();
         assert!(refuse("empty").contains("empty: the file has no rows"));
         assert!(refuse("blank").contains("no rows"));
-        assert!(refuse("array").contains("array:2: the file is one JSON array"));
+        assert!(refuse("array").contains("array:2: the file is a JSON array"));
         assert!(refuse("").contains("no training data"));
         assert!(refuse("nowhere").contains("check the path"));
         assert!(Dataset::open(&[], BadRows::Error).is_err());
@@ -445,11 +445,11 @@ mod tests {
         assert_eq!(dataset.location(1).unwrap().1, 3);
         fs::write(&path, format!("[{long}]")).unwrap();
         let e = open(&path, BadRows::Skip).unwrap_err().to_string();
-        assert!(e.contains("x.jsonl:1: the file is one JSON array"), "{e}");
+        assert!(e.contains("x.jsonl:1: the file is a JSON array"), "{e}");
     }
 
     #[test]
-    fn a_changed_file_is_noticed() {
+    fn a_changed_file_is_detected() {
         let (a, b) = (row("a"), row("b"));
         let dir = folder(&[("x.jsonl", &format!("{a}\n{b}\n"))]);
         let path = dir.path().join("x.jsonl");
@@ -462,7 +462,7 @@ mod tests {
         assert_ne!(open(&path, BadRows::Error).unwrap().fingerprint(), fingerprint);
         fs::write(&path, &a).unwrap();
         assert!(dataset.row(1).unwrap_err().to_string().contains("was changed"));
-        // Moved and spaced otherwise, the rows are the same.
+        // Rows with another path and other empty lines are the same.
         let moved = folder(&[("y.jsonl", &format!("{a}\n\n{b}"))]);
         assert_eq!(open(&moved, BadRows::Error).unwrap().fingerprint(), fingerprint);
     }
@@ -483,7 +483,7 @@ mod tests {
         });
     }
 
-    /// Pieces that make a file: good rows, bad ones, blank ones, any bytes.
+    /// Lines of a file: valid rows, invalid rows, empty lines, any bytes.
     fn line() -> impl Strategy<Value = Vec<u8>> {
         prop_oneof![
             4 => "[a-zäß ]{0,9}x".prop_map(|q| row(&q).into_bytes()),
@@ -496,11 +496,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn the_index_equals_reading_all_of_it(
+        fn the_index_equals_reading_the_entire_file(
             lines in prop::collection::vec(line(), 0..20), crlf: bool, ended: bool, mark: bool,
         ) {
             let mut bytes = if mark { b"\xef\xbb\xbf".to_vec() } else { Vec::new() };
-            // So that the file is none that is refused whole.
+            // One valid row, so that the file is not refused.
             let first = row("first").into_bytes();
             let all: Vec<&[u8]> = [first.as_slice()].into_iter().chain(lines.iter().map(Vec::as_slice)).collect();
             bytes.extend(all.join(if crlf { &b"\r\n"[..] } else { &b"\n"[..] }));

@@ -96,8 +96,8 @@ mod tests {
     }
 
     #[test]
-    fn the_next_item_is_made_while_the_loop_works() {
-        // Would wait for ever if an item were only begun when it is asked for.
+    fn the_next_item_is_produced_during_the_loop() {
+        // Blocks forever if an item is only produced on request.
         let (begun, seen) = std::sync::mpsc::channel();
         let items = (0..4).inspect(move |&i| begun.send(i).unwrap());
         prefetch(items, |items| {
@@ -111,13 +111,13 @@ mod tests {
         .unwrap();
     }
 
-    /// 0, 1 and a panic.
+    /// An iterator of 0, 1 and a panic.
     fn breaking() -> impl Iterator<Item = i32> + Send {
         (0..9).map(|i| if i < 2 { i } else { panic!("item {i} is broken") })
     }
 
     #[test]
-    fn a_panic_comes_in_its_items_place() {
+    fn a_panic_is_resumed_at_its_item() {
         let mut seen = Vec::new();
         let run = AssertUnwindSafe(|| {
             prefetch(breaking(), |items| {
@@ -131,10 +131,10 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_the_loop_is_not_hidden_by_a_panic_that_it_never_met() {
+    fn an_error_of_the_loop_is_not_hidden_by_a_later_panic() {
         let failed: Result<()> = prefetch(breaking(), |items| {
             let first = items.next();
-            // Time for the panic to happen; none of the loop's business.
+            // Time for the panic, which must not affect the loop.
             thread::sleep(std::time::Duration::from_millis(20));
             Err(Error::new(ErrorKind::Numeric, format!("diverged at {first:?}")))
         });

@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn every_fault_is_named_with_its_field() {
+    fn errors_name_the_field() {
         let with = |extra: &str| format!(r#"{{"query":"q","pos":["a"],"neg":["b","c"],{extra}}}"#);
         for (line, part) in [
             ("{\"query\":".to_owned(), "not JSON at column"),
@@ -254,20 +254,20 @@ mod tests {
             ("null".into(), "not a JSON object"),
             (r#"{"pos":["a"],"neg":["b"]}"#.into(), "`query` is missing"),
             (r#"{"query":"q","neg":["b"]}"#.into(), "`pos` is missing"),
-            (r#"{"query":"q","pos":["a"],"neg":"b"}"#.into(), "`neg` is of the wrong type"),
+            (r#"{"query":"q","pos":["a"],"neg":"b"}"#.into(), "`neg` has the wrong type"),
             (r#"{"query":" \t","pos":["a"],"neg":["b"]}"#.into(), "`query` is empty"),
-            (r#"{"query":1,"pos":["a"],"neg":["b"]}"#.into(), "`query` is of the wrong type"),
-            (r#"{"query":"q","pos":"a","neg":["b"]}"#.into(), "`pos` is of the wrong type"),
+            (r#"{"query":1,"pos":["a"],"neg":["b"]}"#.into(), "`query` has the wrong type"),
+            (r#"{"query":"q","pos":"a","neg":["b"]}"#.into(), "`pos` has the wrong type"),
             (r#"{"query":"q","pos":[],"neg":["b"]}"#.into(), "`pos` is empty"),
             (r#"{"query":"q","pos":["a"],"neg":[""]}"#.into(), "`neg[0]` is empty"),
             (r#"{"query":"q","pos":["a"],"neg_scores":[1]}"#.into(), "differ in length"),
-            (r#"{"query":"q","pos":["a"],"neg":["b",3]}"#.into(), "`neg[1]` is of the wrong type"),
+            (r#"{"query":"q","pos":["a"],"neg":["b",3]}"#.into(), "`neg[1]` has the wrong type"),
             (r#"{"query":"q","pos":["a",""],"neg":["b"]}"#.into(), "`pos[1]` is empty"),
-            (with(r#""id":true"#), "`id` is of the wrong type"),
-            (with(r#""prompt":3"#), "`prompt` is of the wrong type"),
+            (with(r#""id":true"#), "`id` has the wrong type"),
+            (with(r#""prompt":3"#), "`prompt` has the wrong type"),
             (with(r#""neg_scores":[1]"#), "`neg_scores` and `neg` differ in length"),
-            (with(r#""pos_scores":1"#), "`pos_scores` is of the wrong type"),
-            (with(r#""neg_scores":[1,"2"]"#), "`neg_scores[1]` is of the wrong type"),
+            (with(r#""pos_scores":1"#), "`pos_scores` has the wrong type"),
+            (with(r#""neg_scores":[1,"2"]"#), "`neg_scores[1]` has the wrong type"),
             (with(r#""pos_scores":[1e39]"#), "`pos_scores[0]` is not finite"),
             (with(r#""pos_scores":[NaN]"#), "not JSON at column"),
             (with(r#""pos_scores":[1e999]"#), "not JSON"),

@@ -1,5 +1,5 @@
-//! Requests to the Hub or to a mirror of it. Every answer is bounded in length and time, and the token
-//! goes to the server's own address alone.
+//! Requests to the Hub or to a mirror of it. The length and the time of every response are limited, and the token
+//! is sent only to the server's own address.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};

@@ -50,8 +50,8 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// `org/name` or `org/name@revision`, the result is the snapshot in the Hub's cache, into which missing files
 /// are downloaded. The revision is a branch, a tag or a commit; the default is `main`. A complete snapshot is
 /// used without network access. Nothing is downloaded if the current folder has a folder `org`, because then
-/// `model` is probably a misspelt path. `cache_dir` is the cache; the default is `HF_HUB_CACHE`, `HF_HOME/hub`
-/// or `~/.cache/huggingface/hub`.
+/// `model` is probably a misspelt path. `cache_dir` is the cache; the default is `HF_HUB_CACHE`,
+/// `HF_HOME/hub` or `~/.cache/huggingface/hub`.
 ///
 /// # Errors
 /// [`ErrorKind::Argument`]: `model` is neither a folder nor a model id; [`ErrorKind::Io`]: the model is not

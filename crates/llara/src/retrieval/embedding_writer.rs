@@ -121,7 +121,7 @@ impl EmbeddingWriter {
         let damaged = |what: &str| {
             Error::new(ErrorKind::Data, what)
                 .file(file.path())
-                .hint("start over: leave out --resume, or remove the file")
+                .hint("start over without --resume, or remove the file")
         };
         let manifest: Manifest = serde_json::from_slice(&manifest)
             .map_err(|e| damaged("the manifest of the interrupted run is not valid").because(e))?;

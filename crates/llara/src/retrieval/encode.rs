@@ -219,7 +219,7 @@ mod tests {
     use super::*;
     use crate::retrieval::{Origin, Qrels, TextTable, read_embeddings};
 
-    /// Embeds a text as its number and 1, column by column in memory; remembers the block sizes.
+    /// Embeds a text as its number and 1, in column-major order; records the block sizes.
     #[derive(Default)]
     struct Numbers(RefCell<Vec<(Role, usize)>>);
 
@@ -292,7 +292,7 @@ mod tests {
 
         fn embed(&self, role: Role, texts: &[String]) -> Result<Array2<f32>> {
             if self.0.0.borrow().len() == self.1 {
-                return Err(Error::new(ErrorKind::Backend, "the device is gone"));
+                return Err(Error::new(ErrorKind::Backend, "the device failed"));
             }
             self.0.embed(role, texts)
         }

@@ -160,9 +160,12 @@ mod tests {
             ("1 0 a 1\n", ":1: a judgment has three columns"),
             ("1\t0\ta\t1\n", ":1: a judgment has three columns"),
             ("1\t\t1\n", ":1: an id is empty"),
-            ("1\ta\t1\n1\ta\t1\n1\ta\t2\n", ":3: query `1` and document `a` are judged twice"),
-            ("query-id\tcorpus-id\tscore\n", ": there is no judgment"),
-            ("", ": there is no judgment"),
+            (
+                "1\ta\t1\n1\ta\t1\n1\ta\t2\n",
+                ":3: query `1` and document `a` have two different grades",
+            ),
+            ("query-id\tcorpus-id\tscore\n", ": the file contains no judgments"),
+            ("", ": the file contains no judgments"),
         ] {
             let error = read(text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(&format!("test.tsv{expected}")), "{error}");

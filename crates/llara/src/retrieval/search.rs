@@ -371,7 +371,7 @@ mod tests {
             passages in prop::collection::vec((-2..3i8, -2..3i8), 1..60),
             (top_k, cut) in (1..70usize, 0..60usize),
         ) {
-            // Small whole numbers: many ties, and products that are exact in any order.
+            // Small integers: many ties, and products that are exact in any order.
             let queries: Vec<[f32; 2]> = queries.windows(2).map(|w| [w[0].into(), w[1].into()]).collect();
             let passages: Vec<[f32; 2]> = passages.iter().map(|&(a, b)| [a.into(), b.into()]).collect();
             let (q, p) = (Array2::from(queries), Array2::from(passages));

@@ -260,13 +260,13 @@ mod tests {
     #[test]
     fn errors_name_the_line() {
         for (name, file, expected) in [
-            ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": }", ":2: bad JSON"),
+            ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": }", ":2: invalid JSON"),
             ("a.jsonl", "{\"title\": \"a\"}", ":1: `text` is missing"),
             ("a.jsonl", "{\"text\": [\"a\"]}", ":1: `text` has the wrong type"),
             ("a.jsonl", "{\"text\": \"a\", \"title\": 1}", ":1: `title` has the wrong type"),
-            ("a.jsonl", "\n\n", ": there is no text"),
+            ("a.jsonl", "\n\n", ": the file contains no text"),
             ("a.txt", "a\n \nb\n", ":2: the line is empty"),
-            ("a.txt", "", ": there is no text"),
+            ("a.txt", "", ": the file contains no text"),
         ] {
             let error = read(name, file).unwrap_err().to_string();
             assert!(error.contains(&format!("{name}{expected}")), "{error}");

@@ -44,12 +44,12 @@ struct Paths {
 impl Paths {
     fn of(path: &Path) -> Result<Self> {
         let target = regular_target(path)?;
-        let beside = |ending: &str| {
+        let with_ending = |ending: &str| {
             let mut name = OsString::from(target.as_os_str());
             name.push(ending);
             PathBuf::from(name)
         };
-        Ok(Paths { data: beside(".partial"), manifest: beside(".partial.json"), target })
+        Ok(Paths { data: with_ending(".partial"), manifest: with_ending(".partial.json"), target })
     }
 }
 

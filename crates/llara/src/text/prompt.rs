@@ -313,7 +313,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn only_the_text_is_cut(texts in prop::collection::vec(any::<String>(), 0..5), room in 1usize..20) {
+        fn only_the_text_is_truncated(texts in prop::collection::vec(any::<String>(), 0..5), room in 1usize..20) {
             thread_local!(static ENCODER: PromptEncoder = llara());
             ENCODER.with(|encoder| {
                 for role in [Role::Query, Role::Passage] {

@@ -148,7 +148,7 @@ impl Template {
         }
         if !(1..=Self::MAX_POOLED_TOKENS).contains(&self.pooled_tokens) {
             return Err(Error::new(ErrorKind::Config, "`pooled_tokens` is out of range")
-                .expected(format!("a whole number from 1 to {}", Self::MAX_POOLED_TOKENS))
+                .expected(format!("an integer from 1 to {}", Self::MAX_POOLED_TOKENS))
                 .got(self.pooled_tokens)
                 .hint("the embedding is the mean over that many trailing tokens"));
         }

@@ -39,8 +39,8 @@ struct Sample {
 }
 
 impl LargestBatch {
-    /// Samples batches of the run. If all batches were sampled, the result is the largest one. Otherwise it is
-    /// the largest one with its sequences lengthened to four standard deviations above the mean, if it is
+    /// Samples batches of the run. If all batches were sampled, the result is the largest one. Otherwise it
+    /// is the largest one with its sequences lengthened to four standard deviations above the mean, if it is
     /// shorter. `dedup_sequences` is whether equal sequences are encoded once.
     ///
     /// # Errors
@@ -130,8 +130,8 @@ fn deviation(values: &[f64]) -> f64 {
     (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count).sqrt()
 }
 
-/// The batch with all sequences lengthened by the same factor, up to the maximum length of their role, so that
-/// at least `tokens` tokens are encoded if the maximum lengths allow it.
+/// The batch with all sequences lengthened by the same factor, up to the maximum length of their role, so
+/// that at least `tokens` tokens are encoded if the maximum lengths allow it.
 fn lengthened(
     query: &Batch,
     passage: &Batch,

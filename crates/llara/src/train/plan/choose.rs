@@ -46,8 +46,8 @@ fn candidate_sizes(one_pass: &Plan, budget: u64) -> Vec<usize> {
 }
 
 impl DryRun {
-    /// The plan with the least work for which the process needs at most `budget` bytes during a step. If there
-    /// is none, the plan with the least memory.
+    /// The plan with the least work for which the process needs at most `budget` bytes during a step. If
+    /// there is none, the plan with the least memory.
     ///
     /// # Errors
     /// The batch is not valid.

@@ -32,7 +32,7 @@ pub struct RunShape {
     pub precision: Dtype,
     /// Options of the model.
     pub options: BiEncoderOptions,
-    /// How the device that the run will use allocates.
+    /// How the device of the run allocates memory.
     pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
     pub process_bytes: u64,

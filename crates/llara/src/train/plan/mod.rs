@@ -1,8 +1,9 @@
 //! Estimates of a training run before it starts: memory by category, the chunks of a batch, the work of a
 //! step.
 //!
-//! A [`DryRun`] runs the training step itself on the [`CountingBackend`](crate::backend::CountingBackend), which
-//! computes nothing and counts the allocations and operations of the CPU, on a batch drawn from the data.
+//! A [`DryRun`] runs the training step itself on the [`CountingBackend`](crate::backend::CountingBackend),
+//! which computes nothing and counts the allocations and operations of the CPU, on a batch drawn from the
+//! data.
 
 mod batch;
 mod budget;
