@@ -20,7 +20,9 @@ namespace plain {
 #include "attention_plain.cu"
 }
 
+namespace wrappers {
 #include "../tests/wrappers.cu"
+}
 
 #include "../tests/attention_test.h"
 #include "../tests/wrappers_test.h"
@@ -36,14 +38,14 @@ void fill_table() {
     ADD_HEADS(backward, attention_backward_queries);
     ADD_HEADS(backward, attention_backward_keys);
     for (const auto& [name, kernel] : std::map<std::string, const void*>{
-             {"round", (const void*)wrapper_round},
-             {"widen", (const void*)wrapper_widen},
-             {"functions", (const void*)wrapper_functions},
-             {"copies", (const void*)wrapper_copies},
-             {"ldmatrix", (const void*)wrapper_ldmatrix},
-             {"ldmatrix_trans", (const void*)wrapper_ldmatrix_trans},
-             {"mma", (const void*)wrapper_mma},
-             {"warp", (const void*)wrapper_warp}})
+             {"round", (const void*)wrappers::wrapper_round},
+             {"widen", (const void*)wrappers::wrapper_widen},
+             {"functions", (const void*)wrappers::wrapper_functions},
+             {"copies", (const void*)wrappers::wrapper_copies},
+             {"ldmatrix", (const void*)wrappers::wrapper_ldmatrix},
+             {"ldmatrix_trans", (const void*)wrappers::wrapper_ldmatrix_trans},
+             {"mma", (const void*)wrappers::wrapper_mma},
+             {"warp", (const void*)wrappers::wrapper_warp}})
         table["wrapper_" + name] = kernel;
     ADD_TYPES(attention_forward_plain);
     ADD_TYPES(attention_delta);
