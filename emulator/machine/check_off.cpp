@@ -9,6 +9,6 @@ void mark_written(const void*, size_t) {}
 void begin_block(const void*, size_t, const void*, size_t) {}
 void begin_launch(const std::string&, const void*, size_t) {}
 void end_launch() {}
-void access(const void*, size_t, Kind, const char*, int) {}
-int report(double, double, bool) { return 0; }
+void access(const void*, size_t, Kind, const char*, u64) {}
+int report(double, double, bool, const std::vector<std::string>&) { return 0; }
 } // namespace emu::check

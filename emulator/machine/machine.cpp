@@ -70,7 +70,7 @@ struct Fiber {
 
 /// What the lanes of a warp are about to do together.
 struct Warp {
-    u32 arrived = 0, lanes = 0, epoch = 0;
+    u32 arrived = 0, lanes = 0, epoch = 0, meetings = 0;
     Op op{};
     const char* file = nullptr;
     int line = 0;
@@ -260,6 +260,7 @@ void warp_operation(Op op, u32 mask, void* payload, const char* file, int line) 
     case Op::LdmatrixTrans: ldmatrix(w.payload, true); break;
     }
     w.arrived = 0;
+    w.meetings++;
     const u32 first = f.number / 32 * 32;
     for (u32 i = first; i < first + 32 && i < m.fibers.size(); i++)
         if (m.fibers[i].state == State::AtWarp) m.fibers[i].state = State::Ready;
@@ -280,6 +281,7 @@ void block_barrier(const char* file, int line) {
     }
     m.at_barrier = 0;
     m.barrier_epoch++;
+    for (auto& w : m.warps) w.meetings++;
     for (auto& other : m.fibers) other.state = State::Ready;
     if (chosen.seed) leave();
 }
@@ -335,7 +337,8 @@ bool in_kernel() { return machine.current != nullptr; }
 Place place() {
     const Machine& m = machine;
     const u32 n = m.current->number;
-    return {m.block_number, n, m.barrier_epoch, m.warps[n / 32].epoch};
+    const Warp& w = m.warps[n / 32];
+    return {m.block_number, n, m.barrier_epoch, w.epoch, w.meetings};
 }
 bool on_a_stack(const void* p) {
     return p >= machine.stacks && p < machine.stacks + machine.stacks_held * STACK;

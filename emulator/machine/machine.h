@@ -23,7 +23,10 @@ void launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes,
 
 /// The place of the running thread, for the checks.
 struct Place {
-    u32 block, thread, barrier_epoch, warp_epoch;
+    u32 block, thread;
+    u32 barrier_epoch; // __syncthreads so far
+    u32 warp_epoch;    // __syncwarp of its warp so far
+    u32 meetings;      // everything at which its warp has met so far
 };
 bool in_kernel();
 Place place();
@@ -49,11 +52,13 @@ void begin_launch(const std::string& kernel, const void* code, size_t code_bytes
 void end_launch();
 
 enum class Kind { Read, Write, AsyncStart, AsyncEnd };
-void access(const void* at, size_t bytes, Kind kind, const char* file, int line);
+/// Without a file, `line` is the address of the code.
+void access(const void* at, size_t bytes, Kind kind, const char* file, u64 line);
 
-/// Prints a line for each place in the source that accesses memory: requests of a warp, and how many
-/// wavefronts (shared memory) or sectors of 32 bytes (device memory) they took, against the least possible.
-/// Returns the number of places above `bank_limit` times the wavefronts or `sector_limit` times the sectors.
-int report(double bank_limit, double sector_limit, bool print);
+/// Prints the places in the source that access memory, with the requests of warps and how many wavefronts
+/// (shared memory) or sectors of 32 bytes (device memory) they took: all places, or those above `bank_limit`
+/// times the least wavefronts or `sector_limit` times the least sectors. Returns the number of the latter.
+/// Not counted are kernels and functions whose name contains an element of `exempt`.
+int report(double bank_limit, double sector_limit, bool all, const std::vector<std::string>& exempt);
 
 } // namespace emu::check

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Breaks the kernels in known ways and says which test sees it: results against f64, drawn orders, checks.
+
+    mutate.py OUT [PART OF A NAME]    OUT is a folder where `make fast checked` has built everything
+
+Exit code 1 if a broken kernel passes all tests and is not listed as one that must.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+KERNELS = f"{HERE}/../crates/llara/src/backend/cuda/kernels"
+SHARED, FORWARD, BACKWARD, PLAIN = "attention.cuh", "attention_forward.cu", "attention_backward.cu", "attention_plain.cu"
+
+# Name, file, text, replacement, number of the occurrence (0: all); then why no test can see it, if so.
+MUTANTS = [
+    ("forward: no barrier before values are overwritten", FORWARD,
+     "        __syncthreads(); // the keys are there, the values of the last round have been read\n", "", 0),
+    ("forward: no barrier before keys are overwritten", FORWARD,
+     "        __syncthreads(); // the values are there, the keys have been read\n", "", 0),
+    ("forward: keys not waited for", FORWARD, "        cp_async_wait<0>();\n        __syncthreads(); // the keys",
+     "        cp_async_wait<1>();\n        __syncthreads(); // the keys", 0),
+    ("forward: causal mask off by one", FORWARD, "if (key > position ||", "if (key > position + 1 ||", 0),
+    ("forward: window off by one", FORWARD, "key + a.window <= position", "key + a.window < position", 0),
+    ("forward: rounds start too late", FORWARD, "(lowest + 1 - a.window) / KEYS * KEYS", "(lowest + KEYS - a.window) / KEYS * KEYS", 0),
+    ("forward: the last round is missing", FORWARD, "base <= highest; base += KEYS", "base + 1 <= highest; base += KEYS", 0),
+    ("forward: old sums not rescaled", FORWARD, "sum[m][h] = sum[m][h] * shrink + part;", "sum[m][h] = sum[m][h] + part;", 0),
+    ("forward: old output not rescaled", FORWARD, "o[m][n][2 * h] *= shrink, o[m][n][2 * h + 1] *= shrink;", "o[m][n][2 * h] *= shrink;", 0),
+    ("forward: maximum over half of a row's lanes", FORWARD, "larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 2));", "", 0),
+    ("forward: sum over half of a row's lanes", FORWARD, "total += __shfl_xor_sync(FULL_WARP, total, 2);", "", 0),
+    ("forward: log-sum-exp without its scale", FORWARD, "top[m][h] * a.scale + logf", "top[m][h] + logf", 0),
+    ("forward: log-sum-exp of rows past the end", FORWARD, "lane % 4 == 0 && at < s.queries", "lane % 4 == 0", 0),
+    ("forward: a row that sees nothing in a round", FORWARD, "larger == -INFINITY ? 0.0f : larger * scale", "larger * scale", 0),
+    ("forward: wrong key head of a group", FORWARD, "kv_head = head / (a.heads / a.kv_heads);", "kv_head = head % a.kv_heads;", 0),
+    ("forward: edge rounds taken for full ones", FORWARD, "base + KEYS > lowest + 1", "base > lowest + 1", 0),
+    ("tiles: rows past the end fetched", SHARED, "const bool valid = first + row < end;", "const bool valid = true;", 0),
+    ("tiles: no swizzle", SHARED, "HD == 96 ? c ^ (row / 2 % 4) : c ^ (row % 8)", "c", 0),
+    ("tiles: half of the swizzle for 96", SHARED, "c ^ (row / 2 % 4) :", "c ^ (row % 4) :", 0),
+    ("tiles: rows past the end stored", SHARED, "if (first + r < end) store16", "store16", 0),
+    ("tiles: no barrier before the rows are staged", SHARED, "    __syncwarp();\n#pragma unroll\n    for (int m = 0; m < M; m++)\n#pragma unroll\n        for (int h", "#pragma unroll\n    for (int m = 0; m < M; m++)\n#pragma unroll\n        for (int h", 0),
+    ("tiles: no barrier before the staged rows are read", SHARED, "    __syncwarp();\n    for (int i = lane", "    for (int i = lane", 0),
+    ("tiles: rows stored a column at a time", SHARED, "const int r = row + i / Tile<HD>::CHUNKS, c = i % Tile<HD>::CHUNKS;", "const int r = row + i % (16 * M), c = i / (16 * M);", 0),
+    ("products: halves of the left operand swapped", SHARED, "s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]", "s[m][2 * k + i / 2][i % 2 * 2 + 1], s[m][2 * k + i / 2][i % 2 * 2]", 0),
+    ("products: wrong rows of the right operand", SHARED, "lane % 8 + lane / 16 * 8, lane / 8 % 2", "lane % 16, lane / 16", 0),
+    ("search: the last sequence is never found", SHARED, "at < count &&", "at + 1 < count &&", 0),
+    ("search: a tile of two sequences", SHARED, "tile * ROWS < rows}", "tile * ROWS < rows + ROWS}", 0),
+    ("queries: no barrier before keys are overwritten", BACKWARD, "        __syncthreads(); // they have been read\n", "", 1),
+    ("queries: keys not waited for", BACKWARD, "        cp_async_wait<1>();\n        __syncthreads(); // this round's keys", "        cp_async_wait<2>();\n        __syncthreads(); // this round's keys", 0),
+    ("queries: delta not subtracted", BACKWARD, "(ds[m][n][i] - delta[m][i / 2])", "ds[m][n][i]", 0),
+    ("queries: dq not scaled", BACKWARD, "factor[m][0] = factor[m][1] = a.scale;", "factor[m][0] = factor[m][1] = 1.0f;", 1),
+    ("keys: no barrier before queries are overwritten", BACKWARD, "        __syncthreads(); // they have been read\n", "", 2),
+    ("keys: no barrier after the wait", BACKWARD, "        __syncthreads(); // this round's queries are there\n", "", 0),
+    ("keys: no barrier before the end", BACKWARD, "    __syncthreads(); // without a round, other threads' copies of keys and values arrive here\n", "", 0),
+    ("keys: first queries skipped", BACKWARD, "first > s.first_position() ? first - s.first_position() : 0", "first > s.first_position() ? first - s.first_position() + 1 : 0", 0),
+    ("keys: one head of a group only", BACKWARD, "rounds = rounds_per_head * group;", "rounds = rounds_per_head;", 0),
+    ("keys: window ends too early", BACKWARD, "const u32 beyond = last + a.window;", "const u32 beyond = first + a.window;", 0),
+    ("keys: dk not scaled", BACKWARD, "factor[m][0] = factor[m][1] = a.scale;", "factor[m][0] = factor[m][1] = 1.0f;", 2),
+    ("keys: lse of the other buffer", BACKWARD, "lses[buffer * QUERIES + at]", "lses[(buffer ^ 1) * QUERIES + at]", 0),
+    ("keys: queries past the end read", BACKWARD, "const bool valid = query + i < end;", "const bool valid = true;", 0),
+    ("plain: weights overwritten while they are read", PLAIN, "        __syncwarp(); // the weights have been read\n", "", 0),
+    ("plain: the last row is forgotten", PLAIN, "position + 1 - first < 32 ? position + 1 - first : 32;", "position - first < 32 ? position - first : 32;", 1),
+    ("plain: delta of half of the columns", PLAIN, "c < a.head_dim; c += 32) sum +=", "c < a.head_dim; c += 64) sum +=", 0),
+    ("plain: dk of the wrong side", PLAIN, "add_rows(dk, weights[warp][1], q +", "add_rows(dk, weights[warp][0], q +", 0),
+]
+
+
+def broken(text, old, new, number):
+    if not number:
+        assert text.count(old) >= 1, f"not found: {old}"
+        return text.replace(old, new)
+    parts = text.split(old)
+    assert len(parts) > number, f"occurrence {number} not found: {old}"
+    return old.join(parts[:number]) + new + old.join(parts[number:])
+
+
+def seen_by(base, out, mutant):
+    """The first test that sees the broken kernel: its name and what it says."""
+    name, file, old, new, number = mutant[:5]
+    kernels = f"{out}/kernels"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(KERNELS, kernels, copy_function=shutil.copy2)
+    subprocess.run(["cp", "-a", f"{base}/.", f"{out}/build"], check=True)
+    with open(f"{kernels}/{file}") as source:
+        text = source.read()
+    with open(f"{kernels}/{file}", "w") as target:
+        target.write(broken(text, old, new, number))
+    make = ["make", "-s", "-C", HERE, f"OUT={out}/build", f"KERNELS={kernels}"]
+    for build, command, what in (("fast", ["attention", "1"], "results"), ("fast", ["attention", "3"], "drawn orders"),
+                                 ("checked", ["attention", "1"], "checks")):
+        made = subprocess.run([*make, build], capture_output=True, text=True)
+        if made.returncode:
+            return "the compiler", made.stderr.strip().splitlines()[-1]
+        try:
+            run = subprocess.run([f"{out}/build/{build}/{command[0]}", *command[1:]], capture_output=True, text=True,
+                                 timeout=120)
+        except subprocess.TimeoutExpired:
+            return what, "does not end"
+        if run.returncode:
+            lines = (run.stdout + run.stderr).splitlines()
+            told = [line for line in lines if re.search("WRONG|emulator:|ABOVE", line)]
+            return what, (told or ["exit code " + str(run.returncode)])[0]
+    return None, ""
+
+
+def main():
+    base, part = os.path.abspath(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    chosen = [mutant for mutant in MUTANTS if part in mutant[0]]
+    missed = unexplained = 0
+    for mutant in chosen:
+        test, told = seen_by(base, f"{base}.mutant", mutant)
+        missed += test is None
+        reason = mutant[5] if len(mutant) > 5 else ""
+        unexplained += test is None and not reason
+        print(f"{mutant[0]:52} {'seen by ' + test if test else 'NOT SEEN: ' + reason:24} {told[:140]}", flush=True)
+    shutil.rmtree(f"{base}.mutant", ignore_errors=True)
+    print(f"{len(chosen)} broken kernels, {len(chosen) - missed} seen")
+    raise SystemExit(1 if unexplained else 0)
+
+
+if __name__ == "__main__":
+    main()
