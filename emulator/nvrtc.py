@@ -16,16 +16,21 @@ import sys
 OPTIONS = ["--std=c++17", "-default-device"]
 
 
-def library():
+def path():
+    """The path of the library."""
     named = os.environ.get("NVRTC")
     pattern = f"{sys.prefix}/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9]"
     found = [named] if named else sorted(glob.glob(pattern))
     if not found:
         raise SystemExit("NVRTC not found: pip install nvidia-cuda-nvrtc, or set NVRTC=/path/to/libnvrtc.so.13")
-    folder = os.path.dirname(found[-1])
-    for builtins in glob.glob(folder + "/libnvrtc-builtins.so*"):
+    return found[-1]
+
+
+def library():
+    found = path()
+    for builtins in glob.glob(os.path.dirname(found) + "/libnvrtc-builtins.so*"):
         ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)
-    nvrtc = ctypes.CDLL(found[-1])
+    nvrtc = ctypes.CDLL(found)
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
     return nvrtc
 

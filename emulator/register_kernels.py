@@ -15,6 +15,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def kernels(path):
     command = ["g++", "-E", "-P", "-x", "c++", "-std=c++17", "-DEMU_SCAN", f"-I{HERE}/machine"]
+    if "KERNELS" in os.environ:
+        command.append("-I" + os.environ["KERNELS"])
     text = subprocess.run([*command, path], check=True, capture_output=True, text=True).stdout
     pattern = r'extern "C" EMU_GLOBAL void (?:EMU_BOUNDS\(([^)]*)\) )?(\w+)\s*\('
     return [(name, bounds.split(",")[0] if bounds else "1024") for bounds, name in re.findall(pattern, text)]

@@ -1,4 +1,5 @@
-// The attention kernels on a GPU: first against f64, the cases of the emulator, then their speed.
+// The functions of prelude.cuh and the attention kernels on a GPU: first against their definitions, the tests of
+// the emulator, then the speed of attention.
 //     attention [RUNS [FILTER]]
 // README.md says how it is built. Exit code 1 if a result is wrong.
 #include <cmath>
@@ -19,7 +20,12 @@ namespace plain {
 #include "attention_plain.cu"
 }
 
+namespace wrappers {
+#include "../tests/wrappers.cu"
+}
+
 #include "../tests/attention_test.h"
+#include "../tests/wrappers_test.h"
 
 namespace {
 
@@ -31,6 +37,16 @@ void fill_table() {
     ADD_HEADS(forward, attention_forward);
     ADD_HEADS(backward, attention_backward_queries);
     ADD_HEADS(backward, attention_backward_keys);
+    for (const auto& [name, kernel] : std::map<std::string, const void*>{
+             {"round", (const void*)wrappers::wrapper_round},
+             {"widen", (const void*)wrappers::wrapper_widen},
+             {"functions", (const void*)wrappers::wrapper_functions},
+             {"copies", (const void*)wrappers::wrapper_copies},
+             {"ldmatrix", (const void*)wrappers::wrapper_ldmatrix},
+             {"ldmatrix_trans", (const void*)wrappers::wrapper_ldmatrix_trans},
+             {"mma", (const void*)wrappers::wrapper_mma},
+             {"warp", (const void*)wrappers::wrapper_warp}})
+        table["wrapper_" + name] = kernel;
     ADD_TYPES(attention_forward_plain);
     ADD_TYPES(attention_delta);
     ADD_TYPES(attention_backward_queries_plain);
@@ -124,7 +140,8 @@ int main(int argc, char** argv) {
     check_cuda(cudaGetDeviceProperties(&device, 0), "find a GPU");
     printf("%s, compute capability %d.%d, %d SMs\n", device.name, device.major, device.minor, device.multiProcessorCount);
     fill_table();
-    const int wrong = test_attention(argc > 1 ? atoi(argv[1]) : 3, argc > 2 ? argv[2] : "");
+    int wrong = test_wrappers();
+    wrong += test_attention(argc > 1 ? atoi(argv[1]) : 3, argc > 2 ? argv[2] : "");
     for (u32 hd : {64u, 96u, 128u})
         for (u32 length : {512u, 2048u}) measure(hd, length, 16384 / length, 32, 8);
     measure(128, 128, 128, 32, 32);
