@@ -44,7 +44,7 @@ fn shape_of(name: &str) -> Result<ModelShape> {
     }
 }
 
-/// `[MODEL [LAYERS [FOLDER]]]`: the folder lends its tokenizer.
+/// `[MODEL [LAYERS [FOLDER [lora|full]]]]`: the folder lends its tokenizer.
 pub(crate) fn measure<B: Backend>(backend: &B, args: &[String]) -> Result<()> {
     let Some(name) = args.first() else {
         products(backend)?;
@@ -56,8 +56,11 @@ pub(crate) fn measure<B: Backend>(backend: &B, args: &[String]) -> Result<()> {
     };
     let layers = args.get(1).map(number).transpose()?.unwrap_or(shape.layers);
     let folder = args.get(2).map_or("crates/llara/tests/fixtures/llama-gqa", String::as_str);
-    for (lora, tokens) in [(true, 128), (false, 128)] {
-        steps(backend, &shape, layers, folder, (lora, tokens))?;
+    let only = args.get(3).map(String::as_str);
+    for (name, lora) in [("lora", true), ("full", false)] {
+        if only.is_none_or(|only| only == name) {
+            steps(backend, &shape, layers, folder, (lora, 128))?;
+        }
     }
     Ok(())
 }
