@@ -137,6 +137,10 @@ impl Backend for CountingBackend {
     type Tensor = CountedTensor;
     type Index = Vec<u32>;
 
+    fn kernels(&self, _: Dtype) -> String {
+        self.description()
+    }
+
     fn description(&self) -> String {
         "nothing: memory and work are counted".to_owned()
     }

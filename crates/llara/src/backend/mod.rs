@@ -196,6 +196,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// What runs the kernels, in words for the log.
     fn description(&self) -> String;
 
+    /// The instructions and kernels that a model with activations of this dtype computes with: what the bits
+    /// of a result depend on besides its inputs.
+    fn kernels(&self, activations: Dtype) -> String;
+
     /// Whether calls return before the device has finished, so that a caller should ask for the next
     /// step before it reads the results of this one.
     fn is_asynchronous(&self) -> bool {

@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::TrainingRow;
 use crate::storage::{LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
@@ -35,6 +37,17 @@ pub struct Dataset {
     /// Indices of rows without hard negatives, ascending.
     without_negatives: Vec<usize>,
     skipped: Skipped,
+}
+
+/// What identifies a file of a [`Dataset`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataFile {
+    /// As it was given or found.
+    pub path: PathBuf,
+    /// Rows that are used.
+    pub rows: u64,
+    /// A number that tells other rows, or another order of them, from these: the same on every machine.
+    pub fingerprint: u64,
 }
 
 #[derive(Debug)]
@@ -201,7 +214,18 @@ impl Dataset {
     /// A number that tells other rows, or another order of them, from these: the same on every
     /// machine, wherever the files are. A resumed run can check that its data did not change.
     pub fn fingerprint(&self) -> u64 {
-        self.rows.iter().fold(FNV_START, |hash, row| fnv1a(hash, &row.checksum.to_le_bytes()))
+        fingerprint(&self.rows)
+    }
+
+    /// The files in their order, with what identifies their rows.
+    pub fn files(&self) -> Vec<DataFile> {
+        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
+        let file = |(file, end): (&SourceFile, usize)| {
+            let rows = &self.rows[file.first_row..end];
+            let fingerprint = fingerprint(rows);
+            DataFile { path: file.path.clone(), rows: rows.len() as u64, fingerprint }
+        };
+        self.files.iter().zip(ends).map(file).collect()
     }
 
     fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {
@@ -317,6 +341,10 @@ fn is_data_file(path: &Path) -> bool {
 
 fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+fn fingerprint(rows: &[IndexEntry]) -> u64 {
+    rows.iter().fold(FNV_START, |hash, row| fnv1a(hash, &row.checksum.to_le_bytes()))
 }
 
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;

@@ -36,6 +36,9 @@ use super::{
 };
 use crate::Result;
 
+/// Ends the name of kernels that multiply bf16 by instructions for bf16.
+const BF16_PRODUCTS: &str = ", bf16 products by vdpbf16ps";
+
 /// The CPU backend. Clones share one arena.
 #[derive(Clone, Default)]
 pub struct Cpu {
@@ -66,6 +69,13 @@ impl Cpu {
     /// rounding. [`description`](Backend::description) names the kernel.
     pub fn multiplies_bf16_faster() -> bool {
         gemm::rate::multiplies_bf16_faster()
+    }
+
+    /// Decides [`multiplies_bf16_faster`](Self::multiplies_bf16_faster) without a measurement, so that products
+    /// are rounded as by the `kernels` that [`Backend::kernels`] once returned for bf16. Has no effect where
+    /// the decision was made already, or the processor lacks them.
+    pub fn use_bf16_kernels(kernels: &str) {
+        gemm::rate::decide(kernels.ends_with(BF16_PRODUCTS));
     }
 
     /// The element type in which a model computes fastest here: bf16 where
@@ -108,6 +118,17 @@ impl Backend for Cpu {
             Unit::Portable => "portable loops",
         };
         format!("CPU, {threads} thread{plural}, {instructions}")
+    }
+
+    fn kernels(&self, activations: Dtype) -> String {
+        let unit = Unit::active();
+        match (activations, unit) {
+            (Dtype::F32, Unit::Avx512Bf16) => Unit::Avx512.name().to_owned(),
+            (Dtype::Bf16, Unit::Avx512Bf16) if Self::multiplies_bf16_faster() => {
+                format!("{}{BF16_PRODUCTS}", unit.name())
+            }
+            _ => unit.name().to_owned(),
+        }
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
