@@ -83,6 +83,11 @@ enum Choice {
 }
 
 impl Precision {
+    /// Whether the number format is chosen by a measurement.
+    pub(super) fn is_auto(&self) -> bool {
+        self.dtype == Choice::Auto
+    }
+
     /// The number format of activations.
     pub(super) fn dtype(&self) -> Dtype {
         match self.dtype {

@@ -1,7 +1,8 @@
 //! The command line: one file per verb, each turning arguments into a call of the library.
 //!
 //! Results go to standard output, messages to standard error. Exit codes: 0: done; 1: failed, with the reason
-//! on standard error; 2: the command line cannot be parsed; 130, 143: stopped by SIGINT, SIGTERM.
+//! on standard error; 2: the command line cannot be parsed; 130, 138, 143: stopped by SIGINT,
+//! SIGUSR1, SIGTERM; 75: stopped by --max-time.
 
 mod compute;
 mod encode;
@@ -77,8 +78,8 @@ fn execute(args: Vec<OsString>) -> ExitCode {
             u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
         }
         None => {
-            if let Some(code) = interrupt::exit_code() {
-                return ExitCode::from(code);
+            if let Some(stopped) = error.downcast_ref::<interrupt::Stopped>() {
+                return ExitCode::from(stopped.code);
             }
             say!("error: {error}");
             ExitCode::FAILURE

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use llara::train::remove_unfinished;
 use llara::{Error, ErrorKind, FolderLock, Result, finish_interrupted, free_disk_bytes};
 
 use super::talk::{bytes, say};
@@ -15,6 +16,13 @@ const PARTIAL: &str = ".partial-";
 /// Locks the output folder for this process and creates it if need be. Refuses a folder that is not
 /// empty, unless it may be overwritten. What a killed process left in it is finished or removed.
 pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
+    let lock = claim_with_contents(path)?;
+    check(path, overwrite, &[])?;
+    Ok(lock)
+}
+
+/// [`claim`] for a run that may continue what is in the folder; [`check_resumable`] refuses other contents.
+pub(super) fn claim_with_contents(path: &Path) -> Result<FolderLock> {
     if path.exists() && !path.is_dir() {
         return Err(Error::new(
             ErrorKind::Io,
@@ -36,17 +44,30 @@ pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
         let removed = path.join(name);
         say!("note: removed {}, incomplete files of an interrupted run", removed.display());
     }
-    check(path, overwrite)?;
+    for name in remove_unfinished(path)? {
+        let removed = path.join(name);
+        say!(
+            "note: removed {}, a checkpoint of an interrupted run that was unfinished",
+            removed.display()
+        );
+    }
     Ok(lock)
 }
 
-/// Refuses a folder that is not empty, unless it may be overwritten.
-fn check(path: &Path, overwrite: bool) -> Result<()> {
+/// Refuses a folder without a checkpoint that holds more than the log of an interrupted run, unless it may be
+/// overwritten.
+pub(super) fn check_resumable(path: &Path, overwrite: bool) -> Result<()> {
+    check(path, overwrite, &["log.jsonl", "runs"])
+}
+
+/// Refuses a folder that has other files than `allowed`, unless it may be overwritten.
+fn check(path: &Path, overwrite: bool, allowed: &[&str]) -> Result<()> {
     let entries = fs::read_dir(path);
     let entries = entries.map_err(|e| Error::io("use this as the output folder", path, e))?;
     let mut names: Vec<String> = entries
         .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
         .filter(|name| name != ".llara.lock" && !name.starts_with(PARTIAL))
+        .filter(|name| !allowed.contains(&&**name))
         .collect();
     if names.is_empty() || overwrite {
         return Ok(());
@@ -58,7 +79,7 @@ fn check(path: &Path, overwrite: bool) -> Result<()> {
         .expected("a new or an empty folder")
         .got(format!("{}{more}", names[..names.len().min(SHOWN)].join(", ")))
         .hint(if names.iter().any(|name| name.starts_with("checkpoint-")) {
-            "choose another folder; a checkpoint can be trained further as --model. \
+            "continue the run with --resume-from-checkpoint, or choose another folder. \
              --overwrite-output-dir deletes the checkpoints and replaces the model"
         } else {
             "choose another folder, or replace its model with --overwrite-output-dir"

@@ -1,6 +1,7 @@
 //! The options of `llara finetune`, as they are given, and the settings that they make.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, ValueEnum};
@@ -22,14 +23,16 @@ Defaults are those of the reference: LoRA adapters are trained, and the output f
 without the model; --use-lora false trains all weights and writes a model. All flags of the
 reference and of transformers.TrainingArguments are known: those without meaning here (--deepspeed,
 --fp16, --gradient_checkpointing, …) are accepted with a note, those that ask for a feature that is
-not supported (--resume_from_checkpoint, …) are refused by name. --no_FLAG sets a flag to false.
-Ctrl-C stops after the current step.
+not supported (--gradient_accumulation_steps, …) are refused by name. --no_FLAG sets a flag to false.
+Ctrl-C (SIGINT), SIGTERM, SIGUSR1 and --max-time finish the current step, save a checkpoint and stop; the
+exit code is then 130, 143, 138 or 75. The same command with --resume-from-checkpoint continues the
+run, to the same bytes that it would have ended with. A second signal stops at once.
 
 Examples:
   llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
   llara finetune --model Qwen/Qwen3-0.6B --template qwen3-embedding --train-data data/ \\
       --output-dir tuned --max-steps 1000 --warmup-ratio 0.1 --save-steps 200 --save-total-limit 2
-  llara finetune --config run.toml --seed 7
+  llara finetune --config run.toml --resume-from-checkpoint --max-time 3h50m
 
 run.toml has the same keys without the dashes; the command line overrides it:
   model = \"base\"
@@ -178,6 +181,9 @@ pub(super) struct TrainingArgs {
     #[arg(default_value = "false", action = ArgAction::Set, hide = true)]
     #[arg(value_parser = BoolishValueParser::new(), conflicts_with = "dtype")]
     pub(super) bf16: bool,
+    /// Stop after this time since the start, such as 3h50m or 90m, as after a signal
+    #[arg(long, value_name = "TIME", value_parser = crate::values::duration)]
+    pub(super) max_time: Option<Duration>,
     /// Seed of all random draws
     #[arg(long, value_name = "N", default_value_t = 42, value_parser = whole_number)]
     pub(super) seed: u64,
@@ -243,6 +249,11 @@ pub(super) struct OutputArgs {
     /// Number of checkpoints that are kept, the newest; 0: all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) save_total_limit: usize,
+    /// Continue an interrupted run: from its newest undamaged checkpoint in the output folder (latest,
+    /// which starts a new run if there is none), or from the checkpoint folder DIR
+    #[arg(long, value_name = "latest|DIR", num_args = 0..=1, default_missing_value = "latest")]
+    #[arg(value_parser = resume_from)]
+    pub(super) resume_from_checkpoint: Option<ResumeFrom>,
     /// Number format of saved weights: f32, bf16, f16, or auto: that of the loaded weights
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = SavedAs::Auto)]
     #[arg(hide_possible_values = true)]
@@ -271,6 +282,25 @@ pub(super) enum SaveStrategy {
     Steps,
     /// At the end of each epoch
     Epoch,
+}
+
+/// Which checkpoint a run continues from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ResumeFrom {
+    /// None; so that a script can turn it off.
+    Nothing,
+    /// The newest one in the output folder, if there is one.
+    Latest,
+    /// This folder.
+    Folder(PathBuf),
+}
+
+fn resume_from(text: &str) -> Result<ResumeFrom, String> {
+    Ok(match &*text.to_ascii_lowercase() {
+        "latest" | "true" | "yes" | "on" | "1" => ResumeFrom::Latest,
+        "" | "false" | "no" | "off" | "0" | "none" => ResumeFrom::Nothing,
+        _ => ResumeFrom::Folder(text.into()),
+    })
 }
 
 fn whole_number(text: &str) -> Result<u64, String> {
@@ -417,14 +447,14 @@ impl Args {
         }
     }
 
-    /// Whether an adapter is trained.
-    pub(super) fn uses_adapter(&self) -> bool {
-        self.lora.use_lora
-    }
-
     /// What activations are computed in: `--dtype`, or bf16 where the reference's flag asks for it.
     pub(super) fn precision(&self) -> Dtype {
         if self.training.bf16 { Dtype::Bf16 } else { self.precision.dtype() }
+    }
+
+    /// Whether the program chooses what activations are computed in.
+    pub(super) fn chooses_precision(&self) -> bool {
+        !self.training.bf16 && self.precision.is_auto()
     }
 
     /// How embeddings are computed and compared, in one process: it has no other devices, so

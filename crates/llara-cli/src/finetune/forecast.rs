@@ -8,7 +8,7 @@ use llara::train::Chunking;
 use llara::train::plan::{Cut, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
 use llara::{Error, ErrorKind, Result, Role};
 
-use super::{Args, Prepared};
+use super::{Args, Prepared, resume};
 use crate::talk::{bytes, count, counted, operations};
 
 /// A plan, the batch and run that it is for, and the available memory.
@@ -34,7 +34,7 @@ impl Forecast {
             decoder: prepared.outline.decoder.clone(),
             prompts: prepared.outline.prompts.clone(),
             lora: prepared.lora()?,
-            precision: args.precision(),
+            precision: prepared.precision,
             options: args.model_options(&prepared.recipe),
             threads: args.compute.threads(),
             process_bytes: 0,
@@ -50,7 +50,7 @@ impl Forecast {
             Some(budget) => Some(budget.bytes(machine.total.unwrap_or(u64::MAX))),
             None => machine.within_reach(),
         };
-        let cut = args.training.cut();
+        let cut = resume::cut(args.training.cut(), prepared.checkpoint.as_ref());
         let plan = DryRun::new(shape.clone())?.choose(&batch, cut, budget.unwrap_or(u64::MAX))?;
         Ok(Forecast { plan, batch, budget, asked: asked.is_some(), machine, shape, cut })
     }

@@ -6,18 +6,19 @@ use clap::error::ErrorKind as Usage;
 use llara::data::{BadRows, Dataset};
 use llara::model::LoraConfig;
 use llara::text::Template;
-use llara::train::TrainConfig;
 use llara::train::plan::TextLengths;
+use llara::train::{Checkpoint, TrainConfig};
 use llara::{
-    BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role, backend::Cpu,
+    BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role,
+    backend::{Cpu, Dtype},
 };
 
 use super::Args;
 use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
-use super::ranges;
+use super::{ranges, resume};
 use crate::talk::say;
-use crate::{output_folder, paths, trained_model};
+use crate::{paths, trained_model};
 
 /// What a run is prepared for.
 pub(crate) enum Wanted {
@@ -41,6 +42,10 @@ pub(crate) struct Prepared {
     cpu: Cpu,
     /// Of the output folder, until the run has ended.
     lock: Option<FolderLock>,
+    /// What the run continues from.
+    pub(super) checkpoint: Option<Checkpoint>,
+    /// What activations are computed in.
+    pub(super) precision: Dtype,
 }
 
 impl Prepared {
@@ -58,20 +63,22 @@ impl Prepared {
         let cpu = args.compute.start();
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
-        let (output_dir, lock) = match &wanted {
+        let (output_dir, lock, checkpoint) = match &wanted {
             Wanted::Run(output_dir) => {
                 check_apart(args, output_dir, &adapter, &model_name)?;
-                let lock = output_folder::claim(output_dir, args.output.overwrite_output_dir)?;
-                (output_dir.clone(), Some(lock))
+                let (lock, checkpoint) = resume::claim(args, output_dir)?;
+                (output_dir.clone(), Some(lock), checkpoint)
             }
-            Wanted::Plan => (PathBuf::new(), None),
+            Wanted::Plan => (PathBuf::new(), None, None),
         };
+        let precision = resume::precision(args, checkpoint.as_ref());
         let group_size = args.data.train_group_size;
         let mut dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
         if args.data.on_bad_row == BadRows::Skip {
             dataset.skip_short_groups(group_size)?;
         }
         dataset.check_group(group_size)?;
+        checkpoint.iter().try_for_each(|checkpoint| checkpoint.check_data(&dataset))?;
 
         let cache = args.model.cache_dir.as_deref();
         let dir = match wanted {
@@ -93,7 +100,19 @@ impl Prepared {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, cpu, lock })
+        Ok(Prepared {
+            model_name,
+            config,
+            adapter,
+            dataset,
+            dir,
+            recipe,
+            outline,
+            cpu,
+            lock,
+            checkpoint,
+            precision,
+        })
     }
 
     /// Whether the output folder was created for this run.
@@ -118,7 +137,7 @@ impl Prepared {
     /// Reads the weights and attaches the adapter.
     pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<Cpu>> {
         let mut loader = Loader::new(&self.dir)?.with_recipe(self.recipe.clone());
-        let precision = args.precision();
+        let precision = self.precision;
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
         }

@@ -70,8 +70,7 @@ fn the_references_own_command_line_runs() {
 fn what_this_version_cannot_do_is_refused_by_name() {
     let bench = Bench::new();
     for (args, part) in [
-        (&["--resume_from_checkpoint", "x"][..], "`--resume-from-checkpoint` is not"),
-        (&["--gradient_accumulation_steps", "4"], "`--gradient-accumulation-steps` is not"),
+        (&["--gradient_accumulation_steps", "4"][..], "`--gradient-accumulation-steps` is not"),
         (&["--device", "cuda:0"], "`--device cuda:0` is not"),
     ] {
         bench.finetune(args).refused(&[part, "hint: "]);
