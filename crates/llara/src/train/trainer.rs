@@ -8,7 +8,7 @@ use super::batches::BatchSource;
 use super::checkpoint::{Checkpoint, RunProgress, Saved, write};
 use super::config::TrainConfig;
 use super::schedule::Schedule;
-use super::state::{StepResult, TrainState};
+use super::state::TrainState;
 use super::step_input::StepInput;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
@@ -97,7 +97,10 @@ struct PendingStep<B: Backend> {
     rows: Vec<Draw>,
     /// This process's share of the global batch.
     share: f64,
-    result: StepResult<B>,
+    /// `[1, 1]`, on its way to the host.
+    loss: B::Download,
+    /// `[norm, factor]`, on its way to the host.
+    clip: B::Download,
 }
 
 impl<'r, B: Backend> Trainer<'r, B> {
@@ -306,7 +309,11 @@ impl<'r, B: Backend> Trainer<'r, B> {
             elapsed: Duration::ZERO,
         };
         let share = input.rows_per_rank.share(self.collective.rank());
-        Ok(PendingStep { record, rows: input.rows, share, result })
+        // Asked for now, so that reading them later does not wait for the next step.
+        let backend = self.model.backend();
+        let loss = backend.start_download(&result.loss)?;
+        let clip = backend.start_download(&result.clip)?;
+        Ok(PendingStep { record, rows: input.rows, share, loss, clip })
     }
 
     /// Reads what a step has computed, reports it, and notes whether any process wants to stop.
@@ -331,8 +338,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         stops: bool,
     ) -> Result<(StepRecord, bool)> {
         let backend = self.model.backend();
-        let loss = backend.download(&step.result.loss)?[0];
-        let grad_norm = backend.download(&step.result.clip)?[0];
+        let loss = backend.finish_download(step.loss)?[0];
+        let grad_norm = backend.finish_download(step.clip)?[0];
         let wish = f64::from(u8::from(stops));
         let mut totals = [f64::from(loss) * step.share, step.record.tokens as f64, wish];
         self.collective.all_reduce_scalars(&mut totals)?;
