@@ -1,7 +1,6 @@
 //! The bi-encoder: texts of two roles through one decoder, to vectors that are compared.
 
 mod adapter;
-mod features;
 mod folder;
 mod output;
 mod probes;
@@ -12,9 +11,8 @@ use std::sync::Arc;
 
 use ndarray::Array2;
 
-pub use features::Features;
 pub use folder::{Loader, Outline};
-pub use output::{EncoderOutput, compute_similarity};
+pub use output::{EncoderOutput, Features, compute_similarity};
 pub use probes::Probes;
 pub use recipe::Recipe;
 

@@ -1,16 +1,56 @@
-//! What a forward pass returns, on the host, and similarities between vectors.
+//! The batches that encoding takes, what a forward pass returns, on the host, and similarities between
+//! embeddings.
 
 use ndarray::{Array2, ArrayBase, ArrayD, ArrayViewD, Axis, Data, Dimension, Ix2, IxDyn};
 
 use crate::backend::{Backend, Cpu};
+use crate::data::Batch;
 use crate::{Error, ErrorKind, Result};
 
-/// Vectors, and what follows from them where both sides were given.
+/// One batch or a list of them, or nothing.
+pub enum Features<'b> {
+    /// Nothing to encode.
+    None,
+    /// Batches whose embeddings are concatenated.
+    Batches(Vec<&'b Batch>),
+}
+
+impl<'b> From<&'b Batch> for Features<'b> {
+    fn from(batch: &'b Batch) -> Self {
+        Features::Batches(vec![batch])
+    }
+}
+
+impl<'b> From<Option<&'b Batch>> for Features<'b> {
+    fn from(batch: Option<&'b Batch>) -> Self {
+        batch.map_or(Features::None, Features::from)
+    }
+}
+
+impl<'b> From<&'b [Batch]> for Features<'b> {
+    fn from(batches: &'b [Batch]) -> Self {
+        Features::Batches(batches.iter().collect())
+    }
+}
+
+impl<'b> From<&'b Vec<Batch>> for Features<'b> {
+    fn from(batches: &'b Vec<Batch>) -> Self {
+        batches.as_slice().into()
+    }
+}
+
+impl<'b, const N: usize> From<&'b [Batch; N]> for Features<'b> {
+    fn from(batches: &'b [Batch; N]) -> Self {
+        batches.as_slice().into()
+    }
+}
+
+/// Embeddings, and what follows from them where both sides were given.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EncoderOutput {
-    /// Vectors of the queries, `(B, d)`.
+    /// Embeddings of the queries, `(B, d)`.
     pub q_reps: Option<Array2<f32>>,
-    /// Vectors of the passages, `(B·G, d)`.
+    /// Embeddings of the passages, `(B·G, d)`.
     pub p_reps: Option<Array2<f32>>,
     /// Mean InfoNCE loss, in training mode.
     pub loss: Option<f32>,
@@ -54,7 +94,7 @@ where
         && q.shape().last() == p.shape().last()
         && (q.ndim() == 2 || q.shape()[0] == p.shape()[0]);
     if !fits {
-        return Err(Error::new(ErrorKind::Argument, "these vectors cannot be compared")
+        return Err(Error::new(ErrorKind::Argument, "these embeddings cannot be compared")
             .expected("(n, d) and (m, d), or (b, n, d) and (b, m, d)")
             .got(format!("{:?} and {:?}", q.shape(), p.shape())));
     }

@@ -1,4 +1,5 @@
-//! A packed batch on the device, with the rows that pooling will read.
+//! A packed batch on the device, the rows that are pooled, and the pooling: from hidden states to one
+//! embedding per sequence, the mean over its pooled tokens.
 
 use std::ops::Range;
 
@@ -92,6 +93,28 @@ impl<B: Backend> Input<B> {
     pub(crate) fn selected<'a>(&'a self, pass: &'a Pass<'a, B>) -> OutputRows<'a, B> {
         OutputRows { pass, rows: &self.pooled_rows, scatter: &self.pooled_scatter }
     }
+}
+
+/// Mean of each sequence's pooled rows: hidden `[R, d]` → `[S, d]`.
+pub fn mean_pool<B: Backend>(
+    backend: &B,
+    hidden: &B::Tensor,
+    input: &Input<B>,
+) -> Result<B::Tensor> {
+    backend.segment_mean(hidden, &input.pooled.layout.offsets)
+}
+
+/// Gradient of [`mean_pool`]: `[S, d]` → `[R, d]`.
+pub(crate) fn mean_pool_backward<B: Backend>(
+    backend: &B,
+    dembeddings: &B::Tensor,
+    input: &Input<B>,
+) -> Result<B::Tensor> {
+    backend.segment_mean_backward(
+        dembeddings,
+        &input.pooled.layout.offsets,
+        input.pooled.layout.rows(),
+    )
 }
 
 /// [`Rows`] before they are uploaded.

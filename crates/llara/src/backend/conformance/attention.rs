@@ -1,6 +1,6 @@
 //! Checks of causal attention over packed sequences.
 
-use super::Case;
+use super::case::Case;
 use super::plain::{self, Matrix, Packed};
 use super::suite::{Bound, Suite};
 use crate::Result;

@@ -1,7 +1,7 @@
 //! Checks of mixed precision: every operation that takes bf16 must give what it gives in f32 on the same
 //! numbers, rounded once, in the type that the backend's page promises.
 
-use super::Case;
+use super::case::Case;
 use super::plain::Matrix;
 use super::suite::{Bound, Suite};
 use crate::Result;

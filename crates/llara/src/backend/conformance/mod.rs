@@ -13,6 +13,7 @@
 //! ```
 
 mod attention;
+mod case;
 mod mixed;
 mod norms;
 mod objective;
@@ -22,9 +23,8 @@ mod products;
 mod rows;
 mod suite;
 
-use std::fmt;
-
 pub use attention::attention;
+pub use case::Case;
 pub use mixed::mixed;
 pub use norms::norms;
 pub use objective::objective;
@@ -34,40 +34,6 @@ pub use rows::rows;
 
 use super::Backend;
 use crate::Result;
-
-/// What became of the checks of one operation.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Case {
-    /// The operation, and how it was checked.
-    pub name: &'static str,
-    /// Largest error, relative to the magnitude of the result; infinite for a NaN or a wrong shape.
-    /// Of several checks, that of the one closest to its bound, or furthest beyond it.
-    pub worst: f64,
-    /// The bound of that check.
-    pub allowed: f64,
-    /// Which check that was: shapes, element, expected and got.
-    pub detail: String,
-    /// Number of checks.
-    pub checks: usize,
-    /// Hash of the bits of everything that the backend returned.
-    pub bits: u64,
-}
-
-impl Case {
-    /// Whether every check is within its bound.
-    pub fn passed(&self) -> bool {
-        self.worst <= self.allowed
-    }
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Case { name, worst, allowed, detail, checks, bits } = self;
-        let verdict = if self.passed() { "ok" } else { "FAILED" };
-        write!(f, "{verdict}: {name}: {worst:.1e} of {allowed:.1e} allowed in {checks} checks ")?;
-        write!(f, "({bits:016x}); {detail}")
-    }
-}
 
 /// Every family in turn.
 ///

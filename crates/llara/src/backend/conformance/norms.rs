@@ -1,6 +1,6 @@
 //! Checks of the RMS norm and of L2 normalisation.
 
-use super::Case;
+use super::case::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::Case;
+use super::case::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;

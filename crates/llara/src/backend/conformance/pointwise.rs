@@ -1,6 +1,6 @@
 //! Checks of the rotary embedding, SwiGLU and dropout.
 
-use super::Case;
+use super::case::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite, inner_mut};
 use crate::Result;

@@ -1,6 +1,6 @@
 //! Checks of the products of a linear layer, and of scores.
 
-use super::Case;
+use super::case::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;

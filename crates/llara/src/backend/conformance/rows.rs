@@ -1,6 +1,6 @@
 //! Checks of buffers, and of gathering, scattering and averaging rows.
 
-use super::Case;
+use super::case::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;

@@ -2,7 +2,7 @@
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
-use super::Case;
+use super::case::Case;
 use super::plain::Matrix;
 use crate::Result;
 use crate::backend::{Backend, Dtype, Shape, View, ViewMut, WeightUse};

@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 
+use super::buffer::CpuTensor;
+use super::device::Cpu;
 use super::element::{Element, with_element};
 use super::vector::{rows_per_task, sigmoid, vectorised};
-use super::{Cpu, CpuTensor};
 use crate::Result;
 use crate::backend::Shape;
 

@@ -9,11 +9,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::buffer::CpuTensor;
+use super::device::Cpu;
 use super::element::{Element, with_element};
 use super::gemm::{self, Gemm, Operand, Output};
 use super::shared::SharedSlice;
 use super::vector::{dot, exp_scaled_sum, max, vectorised};
-use super::{Cpu, CpuTensor};
 use crate::Result;
 use crate::backend::{AttentionGradients, AttentionInput, AttentionOutput, Shape, View};
 

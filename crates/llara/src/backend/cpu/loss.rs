@@ -2,8 +2,9 @@
 
 use rayon::prelude::*;
 
+use super::buffer::CpuTensor;
+use super::device::Cpu;
 use super::vector::{exp_scaled_sum, max, vectorised};
-use super::{Cpu, CpuTensor};
 use crate::Result;
 use crate::backend::Shape;
 

@@ -7,6 +7,7 @@
 mod activation;
 mod attention;
 mod buffer;
+mod device;
 mod dropout;
 mod element;
 pub mod gemm;
@@ -22,7 +23,8 @@ mod unit;
 mod vector;
 
 use std::ops::Range;
-use std::sync::Arc;
+
+pub use device::Cpu;
 
 use buffer::CpuTensor;
 use rayon::prelude::*;
@@ -37,55 +39,6 @@ use crate::Result;
 
 /// End of the name of the kernels that multiply bf16 with bf16 instructions.
 const BF16_PRODUCTS: &str = ", bf16 products by vdpbf16ps";
-
-/// The CPU backend. Clones share one arena.
-#[derive(Clone, Default)]
-pub struct Cpu {
-    arena: Arc<buffer::Arena>,
-}
-
-impl Cpu {
-    /// A backend that computes on the current rayon pool.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Checks what the environment asks for, so that a program can refuse it before it starts. Where
-    /// this fails, so does every operation that allocates.
-    ///
-    /// # Errors
-    /// If `LLARA_CPU` names vector instructions that do not exist or that this processor lacks.
-    pub fn check_environment() -> Result<()> {
-        Unit::selected().map(drop)
-    }
-
-    /// Whether this processor multiplies bf16 faster than f32. Measured once per process, in a few
-    /// milliseconds, where it has `vdpbf16ps`; `LLARA_CPU` overrides the measurement: with
-    /// `avx512bf16` this is true, with every other value false.
-    ///
-    /// Products of bf16 operands use the faster kernel. Both multiply exactly and add in f32, but in a
-    /// different order, and `vdpbf16ps` treats denormal operands as zero, so that results differ by
-    /// rounding. [`description`](Backend::description) names the kernel.
-    pub fn multiplies_bf16_faster() -> bool {
-        gemm::rate::multiplies_bf16_faster()
-    }
-
-    /// An f32 matrix whose contents the caller is about to write in full.
-    fn unspecified(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
-        self.unspecified_of(rows, cols, Dtype::F32)
-    }
-
-    /// The same of any type.
-    fn unspecified_of(&self, rows: usize, cols: usize, dtype: Dtype) -> Result<CpuTensor> {
-        CpuTensor::unspecified(&self.arena, (rows, cols), dtype)
-    }
-
-    fn zeros_tensor(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
-        let mut x = self.unspecified(rows, cols)?;
-        x.as_mut_slice().fill(0.0);
-        Ok(x)
-    }
-}
 
 impl Backend for Cpu {
     type Tensor = CpuTensor;

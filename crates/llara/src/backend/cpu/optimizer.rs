@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::CpuTensor;
+use super::buffer::CpuTensor;
 use super::vector::{dot, rows_per_task, vectorised};
 use crate::backend::{AdamWStep, Shape};
 

@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::buffer::CpuTensor;
+use super::device::Cpu;
 use super::element::{Element, with_element};
 use super::gemm::{self, Gemm, Onto, Operand, Output, Precision};
 use super::vector::vectorised;
-use super::{Cpu, CpuTensor};
 use crate::Result;
 use crate::backend::{Accumulate, Dtype, Epilogue, Shape, View, ViewMut};
 

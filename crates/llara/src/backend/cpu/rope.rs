@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::CpuTensor;
+use super::buffer::CpuTensor;
 use super::element::{Element, with_element};
 use super::vector::{rows_per_task, vectorised};
 use crate::backend::{RopeDirection, Shape, ViewMut};

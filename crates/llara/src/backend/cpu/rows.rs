@@ -2,11 +2,12 @@
 
 use rayon::prelude::*;
 
+use super::buffer::CpuTensor;
 use super::buffer::{copied, with_capacity};
+use super::device::Cpu;
 use super::element::{Element, with_element};
 use super::shared::SharedSlice;
 use super::vector::{rows_per_task, vectorised};
-use super::{Cpu, CpuTensor};
 use crate::Result;
 use crate::backend::{Dtype, ScatterPlan, Shape, View, ViewMut};
 

@@ -164,7 +164,7 @@ impl DryRun {
                     self.shape.lora.as_ref(),
                     pooled,
                     &lengths,
-                ),
+                )?,
                 done_flops: counted.flops,
             },
         })

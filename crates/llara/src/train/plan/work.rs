@@ -1,5 +1,6 @@
 //! The number of operations that a step needs.
 
+use crate::Result;
 use crate::model::{DecoderConfig, LoraConfig};
 
 /// The number of operations on which the result depends, for encoded sequences of these `lengths`. Only
@@ -15,13 +16,14 @@ pub(super) fn needed_flops(
     lora: Option<&LoraConfig>,
     pooled: usize,
     lengths: &[usize],
-) -> u64 {
+) -> Result<u64> {
+    let matrices = matrices(config)?;
     let tokens: usize = lengths.iter().sum();
     let pooled_rows: usize = lengths.iter().map(|&n| n.min(pooled)).sum();
     let mut total = 0;
     for layer in 0..config.num_hidden_layers {
         let last = layer + 1 == config.num_hidden_layers;
-        for matrix in matrices(config) {
+        for matrix in &matrices {
             let rows = if last && !matrix.of_every_token { pooled_rows } else { tokens };
             // The first block's input depends only on the token embeddings.
             let needs_input_gradient = lora.is_none() || layer > 0 || !matrix.of_block_input;
@@ -34,7 +36,7 @@ pub(super) fn needed_flops(
             .sum();
         total += 12 * pairs * (config.num_attention_heads * config.head_dim) as u64;
     }
-    total
+    Ok(total)
 }
 
 /// The number of pairs of a query position and a key position in a sequence of `n` tokens.
@@ -48,7 +50,7 @@ fn pairs_in(n: usize, window: Option<usize>) -> u64 {
 }
 
 struct Matrix {
-    name: &'static str,
+    name: String,
     input: usize,
     output: usize,
     /// Needed for every token: the projections of keys and values.
@@ -66,7 +68,7 @@ impl Matrix {
             None => 6 * weights,
             Some(lora) => {
                 let frozen = (2 + 2 * gradient) * weights;
-                match lora.target_modules.iter().any(|name| name == self.name) {
+                match lora.target_modules.iter().any(|name| *name == self.name) {
                     true => {
                         frozen
                             + lora.rank * (4 * sides + 2 * self.output + 2 * gradient * self.input)
@@ -79,24 +81,20 @@ impl Matrix {
     }
 }
 
-fn matrices(config: &DecoderConfig) -> [Matrix; 7] {
-    let (d, inner) = (config.hidden_size, config.intermediate_size);
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    let matrix = |name, input, output| Matrix {
-        name,
-        input,
-        output,
-        of_every_token: matches!(name, "k_proj" | "v_proj"),
-        of_block_input: matches!(name, "q_proj" | "k_proj" | "v_proj"),
+/// The matrices of one layer, as the decoder itself names and shapes them.
+fn matrices(config: &DecoderConfig) -> Result<Vec<Matrix>> {
+    let shapes = config.parameter_shapes()?.into_iter();
+    let matrix = |(name, shape): (String, Vec<usize>)| {
+        let projection =
+            name.strip_prefix("layers.0.")?.strip_suffix(".weight")?.rsplit('.').next()?;
+        let &[output, input] = shape.as_slice() else { return None };
+        Some(Matrix {
+            input,
+            output,
+            of_every_token: matches!(projection, "k_proj" | "v_proj"),
+            of_block_input: matches!(projection, "q_proj" | "k_proj" | "v_proj"),
+            name: projection.to_owned(),
+        })
     };
-    [
-        matrix("q_proj", d, q),
-        matrix("k_proj", d, kv),
-        matrix("v_proj", d, kv),
-        matrix("o_proj", q, d),
-        matrix("gate_proj", d, inner),
-        matrix("up_proj", d, inner),
-        matrix("down_proj", inner, d),
-    ]
+    Ok(shapes.filter_map(matrix).collect())
 }
