@@ -25,7 +25,7 @@ impl<B: Backend> BiEncoderModel<B> {
         if result.is_err() {
             self.decoder.put_back_adapters(before);
         }
-        let read = std::mem::replace(&mut self.adapter, Some(adapter));
+        let read = self.adapter.replace(adapter);
         result?;
         match read == self.adapter {
             true => Ok(()),
