@@ -22,7 +22,6 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::config::TrainConfig;
 use super::optimizer::AdamW;
 use super::step::Chunking;
 use crate::backend::{Backend, Dtype};
@@ -32,7 +31,7 @@ use crate::model::weights::SaveDtype;
 use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
-use identity::Identity;
+pub(super) use identity::Identity;
 use tensors::SavedTensors;
 pub use write::remove_unfinished;
 pub(super) use write::{Saved, write};
@@ -43,6 +42,9 @@ const STATE_FILE: &str = "trainer_state.json";
 const MAX_STATE_BYTES: u64 = 64 << 20;
 /// Version of the format.
 const FORMAT: u32 = 1;
+/// Files of which a checkpoint has at least one, even a damaged one or one of an earlier version; a folder
+/// without any is somebody's own.
+const MARKS: [&str; 4] = ["manifest.json", STATE_FILE, "config.json", "adapter_config.json"];
 /// What a checkpoint's name begins with; the number of steps follows.
 const PREFIX: &str = "checkpoint-";
 
@@ -200,20 +202,12 @@ impl Checkpoint {
         self.state.identity.check_data(&dataset.files())
     }
 
-    /// Checks that a run with these settings continues the checkpoint's; returns notes about differences that
-    /// are allowed.
+    /// Checks that a run continues the checkpoint's; returns notes about differences that are allowed.
     ///
     /// # Errors
     /// The settings that differ, or the first data file that does.
-    pub(super) fn check<B: Backend>(
-        &self,
-        model: &BiEncoderModel<B>,
-        dataset: &Dataset,
-        config: &TrainConfig,
-        (total_steps, processes): (u64, usize),
-    ) -> Result<Vec<String>> {
-        let now = Identity::of(model, dataset, config, (total_steps, processes))?;
-        self.state.identity.check(&now, &self.dir)
+    pub(super) fn check(&self, run: &Identity) -> Result<Vec<String>> {
+        self.state.identity.check(run, &self.dir)
     }
 
     /// Sets the model's trainable weights to those of the checkpoint.
@@ -250,8 +244,8 @@ pub fn state_bytes<B: Backend>(model: &BiEncoderModel<B>, dtype: SaveDtype) -> u
     tensors::bytes(model.decoder(), !model.saves_exactly(dtype))
 }
 
-/// The checkpoints in an output folder by their steps, ascending: folders named `checkpoint-N`. They may be
-/// damaged.
+/// The checkpoints in an output folder by their steps, ascending: folders named `checkpoint-N` that hold a
+/// checkpoint's files. They may be damaged.
 ///
 /// # Errors
 /// When the folder exists and cannot be read.
@@ -265,15 +259,20 @@ pub(super) fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     for entry in entries {
         let entry = entry.map_err(io)?;
         let name = entry.file_name();
-        // A link is somebody's own; it is neither read nor removed.
         if let Some(step) = name.to_str().and_then(step_of)
-            && entry.file_type().map_err(io)?.is_dir()
+            && is_checkpoint(&entry.path())
         {
             found.push((step, entry.path()));
         }
     }
     found.sort();
     Ok(found)
+}
+
+/// Whether a folder has a file of a checkpoint. A link is somebody's own; it is neither read nor removed.
+fn is_checkpoint(folder: &Path) -> bool {
+    let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
+    is_folder && MARKS.iter().any(|file| folder.join(file).is_file())
 }
 
 /// The steps of a checkpoint's name, written as this program writes it.
