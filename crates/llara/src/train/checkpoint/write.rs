@@ -7,10 +7,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use super::format::{FORMAT, PREFIX, RunProgress, STATE_FILE, State, is_checkpoint, list, step_of};
 use super::identity::Identity;
-use super::{
-    FORMAT, PREFIX, RunProgress, STATE_FILE, State, is_checkpoint, list, manifest, step_of, tensors,
-};
+use super::{manifest, tensors};
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::dist::Collective;
