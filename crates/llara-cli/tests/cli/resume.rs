@@ -50,6 +50,16 @@ fn assert_same_model(bench: &Bench, got: &str, want: &str) {
     }
 }
 
+/// What the newest checkpoint says that it was computed with: a run that is not resumed may choose other
+/// kernels and chunks.
+fn computed_with(bench: &Bench, out: &str) -> String {
+    let newest = |name: &String| name.strip_prefix("checkpoint-")?.parse::<u64>().ok();
+    let name = bench.names(out).into_iter().max_by_key(newest).unwrap();
+    let state = fs::read_to_string(bench.at(out).join(name).join("trainer_state.json")).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+    format!("{} {}", state["identity"]["rounding"], state["chunking"])
+}
+
 /// Waits until the log has so many lines.
 fn wait_for_steps(bench: &Bench, out: &str, steps: usize) {
     let log = bench.at(out).join("log.jsonl");
@@ -101,6 +111,7 @@ fn killed_and_resumed(rest: &[&str]) {
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(0), "{stderr}");
         assert!(!stderr.contains("damaged"), "{stderr}");
+        assert_eq!(computed_with(&bench, "out"), computed_with(&bench, "whole"));
         assert_same_model(&bench, "out", "whole");
         finished += 1;
         fs::remove_dir_all(bench.at("out")).unwrap();

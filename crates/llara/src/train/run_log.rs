@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use super::tensorboard::EventWriter;
 use super::trainer::StepRecord;
-use crate::storage::OutputFile;
 use crate::{Error, Result};
 
 /// Name of the log in the output folder.
 const LOG_FILE: &str = "log.jsonl";
+/// The log of a resumed run while it is written.
+const NEW_LOG_FILE: &str = ".log.jsonl.new";
 /// Folder of the TensorBoard events in the output folder.
 const EVENTS_DIR: &str = "runs";
 
@@ -66,9 +67,11 @@ impl RunLog {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(e) => return Err(Error::io("read the log", &path, e)),
         };
-        let mut file = OutputFile::create(&path)?;
-        file.write(kept.as_bytes())?;
-        file.commit()?;
+        // Under one name, so that what a killed process leaves is overwritten by the next.
+        let new = output_dir.join(NEW_LOG_FILE);
+        std::fs::write(&new, kept)
+            .and_then(|()| std::fs::rename(&new, &path))
+            .map_err(|e| Error::io("write the log", &path, e))?;
         let file = File::options().append(true).open(&path);
         Self::open(
             output_dir,
@@ -78,6 +81,8 @@ impl RunLog {
     }
 
     fn open(output_dir: &Path, path: PathBuf, lines: File) -> Result<Self> {
+        // Left by a killed process, if at all.
+        let _ = std::fs::remove_file(output_dir.join(NEW_LOG_FILE));
         let events_dir = output_dir.join(EVENTS_DIR);
         std::fs::create_dir_all(&events_dir)
             .map_err(|e| Error::io("create the folder", &events_dir, e))?;

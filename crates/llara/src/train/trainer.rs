@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batches::BatchSource;
-use super::checkpoint::{Checkpoint, RunProgress, Saved, write};
+use super::checkpoint::{Checkpoint, Identity, RunProgress, Saved, write};
 use super::config::TrainConfig;
 use super::schedule::Schedule;
 use super::state::TrainState;
@@ -86,6 +86,8 @@ pub struct Trainer<'r, B: Backend> {
     state: TrainState<B>,
     schedule: Schedule,
     total_steps: u64,
+    /// What the run is, for its checkpoints.
+    identity: Identity,
     /// Of the steps before a resumed run.
     summary: Summary,
 }
@@ -161,10 +163,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
         model.set_instructions(&config.query_instruction, &config.passage_instruction);
         dataset.check_group(config.group_size)?;
         let rank = (collective.rank(), collective.size());
+        let identity = Identity::of(model, dataset, config, (total_steps, collective.size()))?;
         let mut notes = Vec::new();
         if let Some(checkpoint) = checkpoint {
-            let run = (total_steps, collective.size());
-            notes = checkpoint.check(model, dataset, config, run)?;
+            notes = checkpoint.check(&identity)?;
             // Before gradients and moments take their memory: this needs that of a second model.
             checkpoint.restore_weights(model)?;
         }
@@ -202,6 +204,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
             state,
             schedule,
             total_steps,
+            identity,
             summary,
         };
         Ok((trainer, notes))
@@ -376,9 +379,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let saved = Saved {
             model: self.model,
             state: &self.state,
-            dataset: self.batches.dataset,
             config: self.config,
-            total_steps: self.total_steps,
+            identity: &self.identity,
             progress,
         };
         write(&saved, self.collective.as_ref())

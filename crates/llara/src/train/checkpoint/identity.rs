@@ -18,7 +18,7 @@ use crate::{Error, ErrorKind, Result};
 
 /// What the results of a run depend on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct Identity {
+pub(in crate::train) struct Identity {
     /// Steps of the run. More are allowed when it is resumed: the schedule then follows the new number.
     pub(super) total_steps: u64,
     /// Must be equal.
@@ -30,7 +30,7 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    pub(super) fn of<B: Backend>(
+    pub(in crate::train) fn of<B: Backend>(
         model: &BiEncoderModel<B>,
         dataset: &Dataset,
         config: &TrainConfig,

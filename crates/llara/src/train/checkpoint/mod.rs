@@ -11,18 +11,14 @@
 //! No random state and no position in the data are needed besides the step; see
 //! [`TrainState`](super::TrainState).
 
+mod format;
 mod identity;
 mod manifest;
 mod tensors;
 mod write;
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use super::config::TrainConfig;
 use super::optimizer::AdamW;
 use super::step::Chunking;
 use crate::backend::{Backend, Dtype};
@@ -32,79 +28,12 @@ use crate::model::weights::SaveDtype;
 use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
-use identity::Identity;
+pub use format::RunProgress;
+use format::{FORMAT, MAX_STATE_BYTES, STATE_FILE, State, list};
+pub(super) use identity::Identity;
 use tensors::SavedTensors;
 pub use write::remove_unfinished;
 pub(super) use write::{Saved, write};
-
-/// Name of the file with the run's state.
-const STATE_FILE: &str = "trainer_state.json";
-/// No such file is larger; it lists the data files.
-const MAX_STATE_BYTES: u64 = 64 << 20;
-/// Version of the format.
-const FORMAT: u32 = 1;
-/// What a checkpoint's name begins with; the number of steps follows.
-const PREFIX: &str = "checkpoint-";
-
-/// How far a run has come.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct RunProgress {
-    /// Steps made.
-    pub step: u64,
-    /// Epoch, with its fraction.
-    pub epoch: f64,
-    /// Loss of the last step.
-    pub loss: f32,
-    /// Tokens of all steps.
-    pub tokens: u64,
-    /// Time that all steps took.
-    pub elapsed: Duration,
-}
-
-/// `trainer_state.json`.
-#[derive(Debug, Serialize, Deserialize)]
-struct State {
-    format: u32,
-    progress: RunProgress,
-    /// Processes, each with its file of moments.
-    ranks: usize,
-    /// Whether the optimizer's files have the weights, because the folder has them rounded.
-    weights_in_optimizer: bool,
-    /// As the run was planned; a resumed run takes the same unless told otherwise.
-    chunking: SavedChunking,
-    dtype: Dtype,
-    identity: Identity,
-}
-
-/// [`Chunking`] with `None` for no limit.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct SavedChunking {
-    max_tokens: Option<usize>,
-    max_sequences: Option<usize>,
-    kept_tokens: Option<usize>,
-}
-
-impl From<Chunking> for SavedChunking {
-    fn from(chunking: Chunking) -> Self {
-        let limit = |limit: usize| (limit != usize::MAX).then_some(limit);
-        SavedChunking {
-            max_tokens: limit(chunking.max_tokens),
-            max_sequences: limit(chunking.max_sequences),
-            kept_tokens: limit(chunking.kept_tokens),
-        }
-    }
-}
-
-impl From<SavedChunking> for Chunking {
-    fn from(saved: SavedChunking) -> Self {
-        let limit = |limit: Option<usize>| limit.unwrap_or(usize::MAX);
-        Chunking {
-            max_tokens: limit(saved.max_tokens),
-            max_sequences: limit(saved.max_sequences),
-            kept_tokens: limit(saved.kept_tokens),
-        }
-    }
-}
 
 /// A checkpoint whose files have been verified.
 #[derive(Debug)]
@@ -200,20 +129,12 @@ impl Checkpoint {
         self.state.identity.check_data(&dataset.files())
     }
 
-    /// Checks that a run with these settings continues the checkpoint's; returns notes about differences that
-    /// are allowed.
+    /// Checks that a run continues the checkpoint's; returns notes about differences that are allowed.
     ///
     /// # Errors
     /// The settings that differ, or the first data file that does.
-    pub(super) fn check<B: Backend>(
-        &self,
-        model: &BiEncoderModel<B>,
-        dataset: &Dataset,
-        config: &TrainConfig,
-        (total_steps, processes): (u64, usize),
-    ) -> Result<Vec<String>> {
-        let now = Identity::of(model, dataset, config, (total_steps, processes))?;
-        self.state.identity.check(&now, &self.dir)
+    pub(super) fn check(&self, run: &Identity) -> Result<Vec<String>> {
+        self.state.identity.check(run, &self.dir)
     }
 
     /// Sets the model's trainable weights to those of the checkpoint.
@@ -248,37 +169,4 @@ impl Checkpoint {
 /// Bytes that a checkpoint has besides the model or adapter folder, within some kilobytes.
 pub fn state_bytes<B: Backend>(model: &BiEncoderModel<B>, dtype: SaveDtype) -> u64 {
     tensors::bytes(model.decoder(), !model.saves_exactly(dtype))
-}
-
-/// The checkpoints in an output folder by their steps, ascending: folders named `checkpoint-N`. They may be
-/// damaged.
-///
-/// # Errors
-/// When the folder exists and cannot be read.
-pub(super) fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let io = |e| Error::io("look for checkpoints in", output_dir, e);
-    let entries = match fs::read_dir(output_dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(io)?,
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(io)?;
-        let name = entry.file_name();
-        // A link is somebody's own; it is neither read nor removed.
-        if let Some(step) = name.to_str().and_then(step_of)
-            && entry.file_type().map_err(io)?.is_dir()
-        {
-            found.push((step, entry.path()));
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// The steps of a checkpoint's name, written as this program writes it.
-fn step_of(name: &str) -> Option<u64> {
-    let digits = name.strip_prefix(PREFIX)?;
-    let step: u64 = digits.parse().ok()?;
-    (step.to_string() == digits).then_some(step)
 }

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use super::format::{FORMAT, PREFIX, RunProgress, STATE_FILE, State, is_checkpoint, list, step_of};
 use super::identity::Identity;
-use super::{FORMAT, PREFIX, RunProgress, STATE_FILE, State, list, manifest, step_of, tensors};
+use super::{manifest, tensors};
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
-use crate::data::Dataset;
 use crate::dist::Collective;
 use crate::train::config::{Saving, TrainConfig};
 use crate::train::state::TrainState;
@@ -26,9 +26,8 @@ const REMOVED: &str = ".removed-";
 pub(in crate::train) struct Saved<'s, B: Backend> {
     pub(in crate::train) model: &'s BiEncoderModel<B>,
     pub(in crate::train) state: &'s TrainState<B>,
-    pub(in crate::train) dataset: &'s Dataset,
     pub(in crate::train) config: &'s TrainConfig,
-    pub(in crate::train) total_steps: u64,
+    pub(in crate::train) identity: &'s Identity,
     pub(in crate::train) progress: RunProgress,
 }
 
@@ -53,7 +52,8 @@ pub(in crate::train) fn write<B: Backend>(
     }
     written?;
     collective.agree(if first {
-        put_in_place(&hidden, &folder).and_then(|()| remove_old(output_dir, &saved.config.saving))
+        put_in_place(&hidden, &folder)
+            .and_then(|()| remove_old(output_dir, &saved.config.saving, saved.progress.step))
     } else {
         Ok(())
     })?;
@@ -119,7 +119,7 @@ pub fn remove_unfinished(output_dir: &Path) -> Result<Vec<String>> {
 }
 
 fn write_state<B: Backend>(saved: &Saved<'_, B>, ranks: usize, hidden: &Path) -> Result<()> {
-    let Saved { model, dataset, config, total_steps, progress, .. } = saved;
+    let Saved { model, config, identity, progress, .. } = saved;
     let state = State {
         format: FORMAT,
         progress: *progress,
@@ -127,7 +127,7 @@ fn write_state<B: Backend>(saved: &Saved<'_, B>, ranks: usize, hidden: &Path) ->
         weights_in_optimizer: !model.saves_exactly(config.saving.dtype),
         chunking: config.chunking.into(),
         dtype: model.precision(),
-        identity: Identity::of(model, dataset, config, (*total_steps, ranks))?,
+        identity: (*identity).clone(),
     };
     let path = hidden.join(STATE_FILE);
     let io = |e| Error::io("write the state of the run", &path, e);
@@ -135,10 +135,13 @@ fn write_state<B: Backend>(saved: &Saved<'_, B>, ranks: usize, hidden: &Path) ->
     fs::write(&path, json).map_err(io)
 }
 
-/// Gives a complete hidden folder its name. A checkpoint of the same step (a damaged one, or the same one of
+/// Gives a complete hidden folder its name. Something else that has the name is moved aside. A checkpoint of the same step (a damaged one, or the same one of
 /// an earlier attempt) is exchanged with it in one operation and then removed.
 fn put_in_place(hidden: &Path, folder: &Path) -> Result<()> {
     let io = |e| Error::io("move the checkpoint into place", folder, e);
+    if fs::symlink_metadata(folder).is_ok() && !is_checkpoint(folder) {
+        move_aside(folder).map_err(io)?;
+    }
     if fs::symlink_metadata(folder).is_err() {
         fs::rename(hidden, folder).map_err(io)?;
         return sync_parent(folder);
@@ -154,12 +157,14 @@ fn put_in_place(hidden: &Path, folder: &Path) -> Result<()> {
     fs::remove_dir_all(&old).map_err(io)
 }
 
-/// Removes the oldest checkpoints beyond the number that is kept.
-fn remove_old(output_dir: &Path, saving: &Saving) -> Result<()> {
+/// Removes the oldest checkpoints beyond the number that is kept, the one of `step` being the newest. Those
+/// of later steps are of an attempt that this run repeats: it will put its own in their place.
+fn remove_old(output_dir: &Path, saving: &Saving, step: u64) -> Result<()> {
     let Some(keep) = saving.keep else { return Ok(()) };
-    let checkpoints = list(output_dir)?;
-    let surplus = checkpoints.len().saturating_sub(keep.max(1));
-    for (_, folder) in &checkpoints[..surplus] {
+    let mut older = list(output_dir)?;
+    older.retain(|(of, _)| *of < step);
+    let surplus = older.len().saturating_sub(keep.saturating_sub(1));
+    for (_, folder) in &older[..surplus] {
         // Renamed first: interrupted half-way, no incomplete checkpoint keeps its name.
         let old = hidden_name(folder);
         fs::rename(folder, &old)
@@ -167,6 +172,16 @@ fn remove_old(output_dir: &Path, saving: &Saving) -> Result<()> {
             .map_err(|e| Error::io("remove an old checkpoint", folder, e))?;
     }
     Ok(())
+}
+
+/// Renames what is in a checkpoint's place and is none to the first free one of `NAME.earlier-1`,
+/// `NAME.earlier-2`, ….
+fn move_aside(path: &Path) -> std::io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let free = (1u32..)
+        .map(|number| path.with_file_name(format!("{name}.earlier-{number}")))
+        .find(|free| fs::symlink_metadata(free).is_err());
+    free.map_or(Ok(()), |free| fs::rename(path, free))
 }
 
 fn hidden_name(folder: &Path) -> PathBuf {
@@ -180,4 +195,101 @@ fn sync_parent(folder: &Path) -> Result<()> {
     let parent = parent.unwrap_or(Path::new("."));
     let sync = File::open(parent).and_then(|parent| parent.sync_all());
     sync.map_err(|e| Error::io("flush the folder", parent, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(root: &Path, name: &str, files: &[&str]) -> PathBuf {
+        let path = root.join(name);
+        fs::create_dir_all(&path).unwrap();
+        files.iter().for_each(|file| fs::write(path.join(file), name).unwrap());
+        path
+    }
+
+    fn names(root: &Path) -> Vec<String> {
+        let entries = fs::read_dir(root).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn old_checkpoints_are_removed_and_nothing_else() {
+        for (keep, left) in [
+            (1, &["checkpoint-20"][..]),
+            (2, &["checkpoint-10", "checkpoint-20"]),
+            (9, &["checkpoint-10", "checkpoint-20", "checkpoint-5", "checkpoint-9"]),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            for step in [5, 9, 10, 20, 30] {
+                folder(root.path(), &format!("checkpoint-{step}"), &["manifest.json"]);
+            }
+            // Of the user, or of another program.
+            let own = ["checkpoint-7", "checkpoint-x", "checkpoint-007", "checkpoint-best"];
+            own.iter().for_each(|name| drop(folder(root.path(), name, &["notes.txt"])));
+            remove_old(root.path(), &Saving { keep: Some(keep), ..Saving::default() }, 20).unwrap();
+            let mut want: Vec<_> = left
+                .iter()
+                .chain(&own)
+                .chain(&["checkpoint-30"])
+                .map(|n| (*n).to_owned())
+                .collect();
+            want.sort();
+            assert_eq!(names(root.path()), want);
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_takes_the_place_of_one_of_the_same_step() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("checkpoint-3");
+        for new in ["first", "second"] {
+            let hidden = folder(root.path(), ".writing-checkpoint-3", &[]);
+            fs::write(hidden.join("manifest.json"), new).unwrap();
+            put_in_place(&hidden, &target).unwrap();
+            assert_eq!(fs::read_to_string(target.join("manifest.json")).unwrap(), new);
+            assert_eq!(names(root.path()), ["checkpoint-3"]);
+        }
+    }
+
+    #[test]
+    fn what_is_no_checkpoint_is_moved_aside() {
+        let root = tempfile::tempdir().unwrap();
+        let elsewhere = folder(root.path(), "elsewhere", &["manifest.json"]);
+        for number in 1..=2 {
+            let target = root.path().join("checkpoint-3");
+            match number {
+                1 => drop(folder(root.path(), "checkpoint-3", &["notes.txt"])),
+                _ => {
+                    fs::remove_dir_all(&target).unwrap();
+                    std::os::unix::fs::symlink(&elsewhere, &target).unwrap();
+                }
+            }
+            let hidden = folder(root.path(), ".writing-checkpoint-3", &["manifest.json"]);
+            put_in_place(&hidden, &target).unwrap();
+            assert!(target.join("manifest.json").is_file() && !target.is_symlink());
+        }
+        assert!(root.path().join("checkpoint-3.earlier-1/notes.txt").is_file());
+        assert!(root.path().join("checkpoint-3.earlier-2").is_symlink());
+        assert!(elsewhere.join("manifest.json").is_file());
+    }
+
+    #[test]
+    fn what_is_unfinished_is_removed_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        for name in
+            [".writing-checkpoint-3", ".removed-checkpoint-1", ".writing-notes", "checkpoint-2"]
+        {
+            folder(root.path(), name, &["model.safetensors"]);
+        }
+        fs::write(root.path().join(".writing-checkpoint-4"), "a file").unwrap();
+        let mut removed = remove_unfinished(root.path()).unwrap();
+        removed.sort();
+        assert_eq!(removed, [".removed-checkpoint-1", ".writing-checkpoint-3"]);
+        assert_eq!(names(root.path()), [".writing-checkpoint-4", ".writing-notes", "checkpoint-2"]);
+        assert_eq!(remove_unfinished(&root.path().join("none")).unwrap(), [""; 0]);
+    }
 }

@@ -1,0 +1,123 @@
+//! The files and names of a checkpoint: the contents of `trainer_state.json`, the names of folders.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::identity::Identity;
+use crate::backend::Dtype;
+use crate::train::step::Chunking;
+use crate::{Error, Result};
+
+/// Name of the file with the run's state.
+pub(super) const STATE_FILE: &str = "trainer_state.json";
+/// No such file is larger; it lists the data files.
+pub(super) const MAX_STATE_BYTES: u64 = 64 << 20;
+/// Version of the format.
+pub(super) const FORMAT: u32 = 1;
+/// Files of which a checkpoint has at least one, even a damaged one or one of an earlier version; a folder
+/// without any is somebody's own.
+pub(super) const MARKS: [&str; 4] =
+    ["manifest.json", STATE_FILE, "config.json", "adapter_config.json"];
+/// What a checkpoint's name begins with; the number of steps follows.
+pub(super) const PREFIX: &str = "checkpoint-";
+
+/// How far a run has come.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RunProgress {
+    /// Steps made.
+    pub step: u64,
+    /// Epoch, with its fraction.
+    pub epoch: f64,
+    /// Loss of the last step.
+    pub loss: f32,
+    /// Tokens of all steps.
+    pub tokens: u64,
+    /// Time that all steps took.
+    pub elapsed: Duration,
+}
+
+/// `trainer_state.json`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct State {
+    pub(super) format: u32,
+    pub(super) progress: RunProgress,
+    /// Processes, each with its file of moments.
+    pub(super) ranks: usize,
+    /// Whether the optimizer's files have the weights, because the folder has them rounded.
+    pub(super) weights_in_optimizer: bool,
+    /// As the run was planned; a resumed run takes the same unless told otherwise.
+    pub(super) chunking: SavedChunking,
+    pub(super) dtype: Dtype,
+    pub(super) identity: Identity,
+}
+
+/// [`Chunking`] with `None` for no limit.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct SavedChunking {
+    max_tokens: Option<usize>,
+    max_sequences: Option<usize>,
+    kept_tokens: Option<usize>,
+}
+
+impl From<Chunking> for SavedChunking {
+    fn from(chunking: Chunking) -> Self {
+        let limit = |limit: usize| (limit != usize::MAX).then_some(limit);
+        SavedChunking {
+            max_tokens: limit(chunking.max_tokens),
+            max_sequences: limit(chunking.max_sequences),
+            kept_tokens: limit(chunking.kept_tokens),
+        }
+    }
+}
+
+impl From<SavedChunking> for Chunking {
+    fn from(saved: SavedChunking) -> Self {
+        let limit = |limit: Option<usize>| limit.unwrap_or(usize::MAX);
+        Chunking {
+            max_tokens: limit(saved.max_tokens),
+            max_sequences: limit(saved.max_sequences),
+            kept_tokens: limit(saved.kept_tokens),
+        }
+    }
+}
+
+/// The checkpoints in an output folder by their steps, ascending: folders named `checkpoint-N` that hold a
+/// checkpoint's files. They may be damaged.
+///
+/// # Errors
+/// When the folder exists and cannot be read.
+pub(super) fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let io = |e| Error::io("look for checkpoints in", output_dir, e);
+    let entries = match fs::read_dir(output_dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(io)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name();
+        if let Some(step) = name.to_str().and_then(step_of)
+            && is_checkpoint(&entry.path())
+        {
+            found.push((step, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Whether a folder has a file of a checkpoint. A link is somebody's own; it is neither read nor removed.
+pub(super) fn is_checkpoint(folder: &Path) -> bool {
+    let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
+    is_folder && MARKS.iter().any(|file| folder.join(file).is_file())
+}
+
+/// The steps of a checkpoint's name, written as this program writes it.
+pub(super) fn step_of(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix(PREFIX)?;
+    let step: u64 = digits.parse().ok()?;
+    (step.to_string() == digits).then_some(step)
+}
