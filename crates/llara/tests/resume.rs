@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use llara::backend::{Cpu, Dtype};
+use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::{BadRows, Dataset};
 use llara::dist::{Collective, ThreadGroup};
 use llara::model::LoraConfig;
@@ -338,5 +338,32 @@ fn saved_by_two_processes_it_is_resumed_by_one_and_by_three() {
             assert_eq!(got.to_bits(), want.to_bits());
         }
         assert!((got - want).abs() <= 1e-5 * want, "{processes}: {got} instead of {want}");
+    }
+}
+
+/// Names the kernels that a process is to use, and makes it print those that it uses.
+const KERNELS: &str = "LLARA_TEST_KERNELS";
+
+#[test]
+fn a_process_takes_the_kernels_of_a_checkpoint() {
+    if let Ok(kernels) = std::env::var(KERNELS) {
+        Cpu::use_bf16_kernels(&kernels);
+        println!("kernels: {}", Cpu::new().kernels(Dtype::Bf16));
+        return;
+    }
+    let used = |kernels: &str| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["a_process_takes_the_kernels_of_a_checkpoint", "--exact", "--nocapture"]);
+        let output = command.env_remove("LLARA_CPU").env(KERNELS, kernels).output().unwrap();
+        assert!(output.status.success());
+        let text = String::from_utf8(output.stdout).unwrap();
+        let line = text.lines().find_map(|line| line.split_once("kernels: "));
+        line.unwrap().1.to_owned()
+    };
+    // Whatever a measurement would find. A processor without instructions for bf16 has no choice.
+    let (slow, fast) = ("avx512bf16", "avx512bf16, bf16 products by vdpbf16ps");
+    match used(slow).starts_with(slow) {
+        true => assert_eq!([used(slow), used(fast)], [slow, fast]),
+        false => assert_eq!(used(slow), used(fast)),
     }
 }

@@ -24,12 +24,23 @@ fn arguments(bench: &Bench, out: &str, rest: &[&str]) -> Vec<String> {
     args
 }
 
+/// The program with its kernels for bf16 fixed: those of a run that is not resumed are chosen by a measurement,
+/// and on a busy machine two runs may choose differently.
+fn program() -> Command {
+    let mut command = Command::new(LLARA);
+    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if std::env::var_os("LLARA_CPU").is_none() && processor.contains("avx512_bf16") {
+        command.env("LLARA_CPU", "avx512bf16");
+    }
+    command
+}
+
 fn run(bench: &Bench, out: &str, rest: &[&str]) -> Outcome {
-    outcome(Command::new(LLARA).args(arguments(bench, out, rest)))
+    outcome(program().args(arguments(bench, out, rest)))
 }
 
 fn start(bench: &Bench, out: &str, rest: &[&str]) -> Child {
-    let mut command = Command::new(LLARA);
+    let mut command = program();
     command.args(arguments(bench, out, rest)).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().unwrap()
 }
