@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Breaks the kernels in known ways and says which test sees it: results against f64, drawn orders, checks.
 
-    mutate.py OUT [PART OF A NAME]    OUT is a folder where `make fast checked` has built everything
+    mutate.py OUT [PART OF A NAME]    builds below the folder OUT
 
 Exit code 1 if a broken kernel passes all tests and is not listed as one that must.
 """
@@ -76,21 +76,32 @@ def broken(text, old, new, number):
     return old.join(parts[:number]) + new + old.join(parts[number:])
 
 
+def copy_kernels(to):
+    """The kernels of attention, with the times of their files, so that make builds only what changes."""
+    os.makedirs(to)
+    for name in os.listdir(KERNELS):
+        if name.startswith(("attention", "prelude")):
+            shutil.copy2(f"{KERNELS}/{name}", to)
+
+
+def make_command(out, *targets):
+    return ["make", "-s", "-j2", "-C", HERE, f"OUT={out}/build", f"KERNELS={out}/kernels", *targets]
+
+
 def seen_by(base, out, mutant):
     """The first test that sees the broken kernel: its name and what it says."""
     name, file, old, new, number = mutant[:5]
-    kernels = f"{out}/kernels"
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(KERNELS, kernels, copy_function=shutil.copy2)
-    subprocess.run(["cp", "-a", f"{base}/.", f"{out}/build"], check=True)
+    os.makedirs(out)
+    subprocess.run(["cp", "-a", f"{base}/kernels", f"{base}/build", out], check=True)
+    kernels = f"{out}/kernels"
     with open(f"{kernels}/{file}") as source:
         text = source.read()
     with open(f"{kernels}/{file}", "w") as target:
         target.write(broken(text, old, new, number))
-    make = ["make", "-s", "-C", HERE, f"OUT={out}/build", f"KERNELS={kernels}"]
     for build, command, what in (("fast", ["attention", "1"], "results"), ("fast", ["attention", "3"], "drawn orders"),
                                  ("checked", ["attention", "1"], "checks")):
-        made = subprocess.run([*make, build], capture_output=True, text=True)
+        made = subprocess.run(make_command(out, f"{out}/build/{build}/attention"), capture_output=True, text=True)
         if made.returncode:
             return "the compiler", made.stderr.strip().splitlines()[-1]
         try:
@@ -106,16 +117,22 @@ def seen_by(base, out, mutant):
 
 
 def main():
-    base, part = os.path.abspath(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    out, part = os.path.abspath(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    base = f"{out}/base"
+    shutil.rmtree(base, ignore_errors=True)
+    copy_kernels(f"{base}/kernels")
+    targets = [f"{base}/build/{build}/attention" for build in ("fast", "checked")]
+    subprocess.run(make_command(base, *targets), check=True)
+    for target in targets:
+        subprocess.run([target], check=True, capture_output=True)  # what is not broken passes
     chosen = [mutant for mutant in MUTANTS if part in mutant[0]]
     missed = unexplained = 0
     for mutant in chosen:
-        test, told = seen_by(base, f"{base}.mutant", mutant)
+        test, told = seen_by(base, f"{out}/mutant", mutant)
         missed += test is None
         reason = mutant[5] if len(mutant) > 5 else ""
         unexplained += test is None and not reason
         print(f"{mutant[0]:52} {'seen by ' + test if test else 'NOT SEEN: ' + reason:24} {told[:140]}", flush=True)
-    shutil.rmtree(f"{base}.mutant", ignore_errors=True)
     print(f"{len(chosen)} broken kernels, {len(chosen) - missed} seen")
     raise SystemExit(1 if unexplained else 0)
 
