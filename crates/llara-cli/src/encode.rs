@@ -1,23 +1,24 @@
-//! `llara encode`: a file of texts to a file of vectors.
+//! `llara encode`: embed a file of texts.
 
 use std::path::{Path, PathBuf};
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::backend::Cpu;
+use llara::backend::Backend;
 use llara::retrieval::{
-    BLOCK_TEXTS, Embedder, TextEmbedder, TextFile, VectorWriter, begins_like_embeddings,
+    BLOCK_TEXTS, Embedder, EmbeddingWriter, TextEmbedder, TextFile, begins_like_embeddings,
     encode_stream, verify_embeddings,
 };
-use llara::{Result, Role};
+use llara::{OutputLock, Result, Role};
 
+use super::compute::on_device;
 use super::interrupt;
 use super::paths::{check_apart, check_replaceable};
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
 
-/// RopeDirection a file of texts into a file of vectors, row i for text i.
+/// Embed a file of texts: row i of the output is the embedding of text i.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -25,29 +26,28 @@ Examples:
   llara encode --model tuned --input questions.txt --role query --output queries.npy
   llara encode --model tuned --input corpus.jsonl --role passage --output passages.npy --resume
 
-A run over more than 4,096 texts that is interrupted leaves what it has as OUTPUT.partial, with
-OUTPUT.partial.json beside it. The same command with --resume continues from there, to the same
-bytes. Embeddings that were damaged since are computed again. If OUTPUT is complete, --resume checks it
-against the model and the texts and changes nothing.
+If a run over more than 4,096 texts is interrupted, the embeddings so far remain in OUTPUT.partial
+and OUTPUT.partial.json. The same command with --resume continues from there and gives the same
+bytes; damaged embeddings are recomputed. If OUTPUT is complete, --resume only verifies it.
 
-OUTPUT must not be an input or lie in the model's folder. An earlier file of embeddings is replaced;
-any other file only with --overwrite.
+OUTPUT must not be an input or be in the model's folder. An earlier file of embeddings is replaced;
+another file only with --overwrite. Only one process can write OUTPUT at a time.
 
 Prints one JSON object: rows, dimension, output.")]
 pub(super) struct Args {
     #[command(flatten)]
     model: TrainedModel,
-    /// Texts: JSONL with `text`, or `title` and `text` (joined by a blank); or one text a line
+    /// Texts: JSONL with `text`, or with `title` and `text` (joined by a space); or one text per line
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     input: PathBuf,
-    /// Which side of the bi-encoder the texts are on: query or passage
+    /// Role of the texts: query or passage
     #[arg(long, value_name = "ROLE", value_parser = crate::values::role(), hide_possible_values = true)]
     #[arg(help_heading = "Data")]
     role: Role,
-    /// Vectors: .safetensors (tensor `embeddings`) or .npy; f32, (n, d)
+    /// Output file of the embeddings, f32 (n, d): .safetensors (tensor `embeddings`) or .npy
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     output: PathBuf,
-    /// Go on where an interrupted run with the same model, texts and options has stopped
+    /// Resume an interrupted run with the same model, texts and options
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new())]
@@ -59,11 +59,11 @@ pub(super) struct Args {
     #[arg(value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true, help_heading = "Output")]
     overwrite: bool,
-    /// Tokens that a text with its template is cut to [default: as the model was trained, or the
-    /// reference's: 32 for queries, 128 for passages]
+    /// Maximum length of a text in tokens, template included [default: as the model was trained, or 32
+    /// for queries and 128 for passages]
     #[arg(long, value_name = "N", help_heading = "Encoding")]
     max_len: Option<usize>,
-    /// Text put in front of every text [default: as the model was trained, or none]
+    /// Instruction that is prepended to every text [default: as the model was trained, or none]
     #[arg(long, value_name = "TEXT", help_heading = "Encoding")]
     instruction: Option<String>,
 }
@@ -71,8 +71,13 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     args.model.check()?;
     check_output(args)?;
+    let _lock = OutputLock::acquire(&args.output)?;
     let texts = TextFile::open(&args.input)?;
-    let model = args.model.load()?;
+    on_device!(args.model.compute, backend => encode(args, &texts, backend))
+}
+
+fn encode(args: &Args, texts: &TextFile, backend: impl Backend) -> anyhow::Result<()> {
+    let model = args.model.load(backend)?;
     let mut embedder = args.model.embedder(&model);
     let (max_len, instruction) = match args.role {
         Role::Query => (&mut embedder.query_max_len, &mut embedder.query_instruction),
@@ -85,35 +90,35 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     check_max_len(&model, args.role, "--max-len", *max_len)?;
     warn_if_too_long(&model, args.role, *max_len);
 
-    if args.resume && args.output.exists() && VectorWriter::kept(&args.output).is_none() {
-        let checked = verify_embeddings(&embedder, args.role, &texts, &args.output)?;
+    if args.resume && args.output.exists() && EmbeddingWriter::kept(&args.output).is_none() {
+        let checked = verify_embeddings(&embedder, args.role, texts, &args.output)?;
         say!(
-            "{}: complete already; {} computed again, all equal",
+            "{}: already complete; {} recomputed for verification, all equal",
             args.output.display(),
             counted(checked, "embedding")
         );
         return report(args, texts.len(), embedder.dimension());
     }
-    let output = open_output(args, &embedder, &texts)?;
+    let output = open_output(args, &embedder, texts)?;
     let progress = TextProgress::new(texts.len() - output.written());
     let on_batch = |texts| progress.add(texts);
     embedder.on_batch = Some(&on_batch);
     let (path, all, resumable) =
         (args.output.clone(), texts.len(), texts.len() > BLOCK_TEXTS.get());
-    interrupt::stop_at_once(move || match VectorWriter::kept(&path).filter(|_| resumable) {
+    interrupt::stop_at_once(move || match EmbeddingWriter::kept(&path).filter(|_| resumable) {
         Some(kept) => format!(
-            "{} of {} are kept; the same command with --resume continues from them",
+            "{} of {} are kept; the same command with --resume continues after them",
             count(kept),
-            counted(all, "vector")
+            counted(all, "embedding")
         ),
-        None => format!("{} is not written", path.display()),
+        None => format!("{} was not written", path.display()),
     })?;
-    let encoded = encode_stream(&embedder, args.role, &texts, output, &mut |_| ());
+    let encoded = encode_stream(&embedder, args.role, texts, output, &mut |_| ());
     if let Err(error) = encoded {
-        if let Some(kept) = VectorWriter::kept(&args.output) {
-            let (kept, all) = (count(kept), counted(texts.len(), "vector"));
+        if let Some(kept) = EmbeddingWriter::kept(&args.output) {
+            let (kept, all) = (count(kept), counted(texts.len(), "embedding"));
             say!(
-                "note: {kept} of {all} are kept; the same command with --resume goes on from them"
+                "note: {kept} of {all} are kept; the same command with --resume continues after them"
             );
         }
         return Err(error.into());
@@ -121,7 +126,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let dimension = embedder.dimension();
     drop(embedder);
     progress.finish();
-    say!("{}: {} of {dimension}", args.output.display(), counted(texts.len(), "vector"));
+    let (path, embeddings) = (args.output.display(), counted(texts.len(), "embedding"));
+    say!("{path}: {embeddings}, dimension {dimension}");
     report(args, texts.len(), dimension)
 }
 
@@ -130,21 +136,21 @@ fn report(args: &Args, rows: usize, dimension: usize) -> anyhow::Result<()> {
     Ok(print(serde_json::json!({"rows": rows, "dimension": dimension, "output": output}))?)
 }
 
-/// Refuses an output that cannot be written, or that would overwrite an input or another program's file. So
-/// for the files beside it that an interrupted run leaves.
+/// Refuses an output that cannot be written, or that would overwrite an input or a file of another program.
+/// Also checks the paths of the partial file and its manifest.
 fn check_output(args: &Args) -> Result<()> {
     let mut inputs = args.model.inputs();
     inputs.push(("the input", &args.input));
-    let beside = |ending: &str| {
+    let with_ending = |ending: &str| {
         let mut path = args.output.clone().into_os_string();
         path.push(ending);
         PathBuf::from(path)
     };
-    let partial = beside(".partial");
-    for path in [&args.output, &partial, &beside(".partial.json")] {
+    let partial = with_ending(".partial");
+    for path in [&args.output, &partial, &with_ending(".partial.json")] {
         check_apart(path, &inputs)?;
     }
-    VectorWriter::check_path(&args.output)?;
+    EmbeddingWriter::check_path(&args.output)?;
     for path in [&args.output, &partial] {
         let own = ("a file of embeddings", |path: &Path| begins_like_embeddings(path));
         check_replaceable(path, own, args.overwrite)?;
@@ -152,35 +158,37 @@ fn check_output(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Where embeddings go. A run of one block has nothing to be resumed from.
+/// Opens the output. A run of a single block cannot be resumed.
 fn open_output(
     args: &Args,
-    embedder: &TextEmbedder<'_, Cpu>,
+    embedder: &TextEmbedder<'_, impl Backend>,
     texts: &TextFile,
-) -> Result<VectorWriter> {
+) -> Result<EmbeddingWriter> {
     let (path, rows, cols) = (&args.output, texts.len(), embedder.dimension());
     if rows <= BLOCK_TEXTS.get() {
-        return VectorWriter::create(path, rows, cols);
+        return EmbeddingWriter::create(path, rows, cols);
     }
     let origin = embedder.origin(args.role, texts)?;
     if !args.resume {
-        if let Some(kept) = VectorWriter::kept(path) {
-            let kept = counted(kept, "vector");
-            say!("note: starting over; --resume would go on from the {kept} of an interrupted run");
+        if let Some(kept) = EmbeddingWriter::kept(path) {
+            let kept = counted(kept, "embedding");
+            say!(
+                "note: starting over; --resume would continue after the {kept} of an interrupted run"
+            );
         }
-        return VectorWriter::begin(path, rows, cols, origin);
+        return EmbeddingWriter::begin(path, rows, cols, origin);
     }
-    let output = VectorWriter::resume(path, rows, cols, origin)?;
+    let output = EmbeddingWriter::resume(path, rows, cols, origin)?;
     if output.discarded() > 0 {
         say!(
-            "warning: {} of the interrupted run were damaged and are computed again",
+            "warning: {} of the interrupted run were damaged and are recomputed",
             counted(output.discarded(), "embedding")
         );
     }
     match output.written() {
         0 if output.discarded() > 0 => {}
-        0 => say!("note: there is no interrupted run to go on from; starting with the first text"),
-        done => say!("going on after {} of {}", count(done), counted(rows, "text")),
+        0 => say!("note: there is no interrupted run; starting with the first text"),
+        done => say!("continuing after {} of {}", count(done), counted(rows, "text")),
     }
     Ok(output)
 }

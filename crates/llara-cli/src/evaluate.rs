@@ -1,21 +1,23 @@
-//! `llara evaluate`: how well a model finds what it should, on a test collection.
+//! `llara evaluate`: retrieval metrics of a model on a test collection.
 
 use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
+use llara::backend::Backend;
 use llara::retrieval::{
-    BeirDataset, Metrics, SearchOptions, UnknownIds, begins_like_trec_run, check_trec_run,
+    BeirDataset, Metrics, Run, SearchOptions, UnknownIds, begins_like_trec_run, check_trec_run,
     evaluate_dataset, write_trec_run,
 };
 use llara::{Error, ErrorKind};
 
+use super::compute::on_device;
 use super::paths::{check_apart, check_replaceable};
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{Roles, TrainedModel, check_top_k};
 
-/// Measure retrieval on a test collection: exact search, metrics as trec_eval defines them.
+/// Evaluate retrieval on a test collection with exact search and trec_eval's metrics.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -23,35 +25,35 @@ Examples:
   llara evaluate --model tuned --dataset beir/arguana --ignore-identical-ids --run-file run.trec
 
 Prints one JSON object: model, dataset, split, ndcg@10, mrr@10, recall@10, recall@100, map and
-queries; with --on-unknown-id skip also skipped_judgments. A metric at a cutoff above --top-k is
-left out.")]
+queries; with --on-unknown-id skip also skipped_judgments. Metrics at a cutoff above --top-k are
+omitted.")]
 pub(super) struct Args {
     #[command(flatten)]
     model: TrainedModel,
     /// BEIR folder: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv
     #[arg(long, value_name = "DIR", help_heading = "Data")]
     dataset: PathBuf,
-    /// Which judgments to use
+    /// Split of the dataset: the name of a file in qrels/
     #[arg(long, value_name = "SPLIT", default_value = "test", help_heading = "Data")]
     split: String,
-    /// Passages retrieved for a query
+    /// Number of passages that are retrieved per query
     #[arg(long, value_name = "N", default_value_t = 1000, help_heading = "Data")]
     top_k: usize,
-    /// Leave out the passage whose id is the query's own (ArguAna, Quora)
+    /// Exclude the passage with the query's id (for ArguAna and Quora)
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true, help_heading = "Data")]
     ignore_identical_ids: bool,
-    /// What to do with a judgment of a query or document that the dataset does not have: error (refuse
-    /// the dataset) or skip (leave the judgment out and count it)
+    /// What to do with a judgment whose query or document is not in the dataset: error (stop) or skip
+    /// (ignore the judgment and count it)
     #[arg(long, value_name = "ACTION", value_parser = crate::values::unknown_ids(), default_value = "error")]
     #[arg(hide_possible_values = true, help_heading = "Data")]
     on_unknown_id: UnknownIds,
-    /// Write the rankings here, in trec_eval's format; an earlier run file is replaced
+    /// Output file of the rankings, in trec_eval's format; an earlier run file is replaced
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     run_file: Option<PathBuf>,
-    /// Replace RUN_FILE even if it is a file of another kind
+    /// Replace the run file even if it is a file of another kind
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new())]
@@ -75,33 +77,19 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         BeirDataset::open_with(&args.dataset, &args.split, args.on_unknown_id)?;
     if skipped > 0 {
         say!(
-            "warning: {} of unknown queries or documents left out; the metrics do not count them",
+            "warning: {} of unknown queries or documents ignored; the metrics do not include them",
             counted(skipped, "judgment")
         );
     }
     if let Some(path) = &args.run_file {
         check_trec_run(path, dataset.queries.ids.iter().chain(dataset.corpus.ids.iter()))?;
     }
-    let model = args.model.load()?;
-    let mut embedder = args.model.embedder(&model);
-    args.roles.apply(&mut embedder)?;
-
-    let progress = TextProgress::new(dataset.queries.len() + dataset.corpus.len());
-    let on_batch = |texts| progress.add(texts);
-    embedder.on_batch = Some(&on_batch);
-    let options =
-        SearchOptions { top_k: args.top_k, ignore_identical_ids: args.ignore_identical_ids };
-    let (metrics, run) = evaluate_dataset(&embedder, &embedder, &dataset, options, &mut |_| ())?;
-    drop(embedder);
-    progress.finish();
+    let (metrics, run) = on_device!(args.model.compute, backend => rank(args, &dataset, backend))?;
     if metrics.queries == 0 {
-        return Err(Error::new(
-            ErrorKind::Data,
-            "no judged query is in the run, so nothing can be measured",
-        )
-        .file(&args.dataset)
-        .hint("check that queries.jsonl and qrels use the same ids")
-        .into());
+        return Err(Error::new(ErrorKind::Data, "no query has judgments, so there are no metrics")
+            .file(&args.dataset)
+            .hint("check that queries.jsonl and qrels use the same ids")
+            .into());
     }
     if let Some(path) = &args.run_file {
         write_trec_run(path, &run, "llara")?;
@@ -122,6 +110,27 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(print(result)?)
 }
 
+/// Encodes queries and passages, and ranks the passages for each query.
+fn rank(
+    args: &Args,
+    dataset: &BeirDataset,
+    backend: impl Backend,
+) -> anyhow::Result<(Metrics, Run)> {
+    let model = args.model.load(backend)?;
+    let mut embedder = args.model.embedder(&model);
+    args.roles.apply(&mut embedder)?;
+
+    let progress = TextProgress::new(dataset.queries.len() + dataset.corpus.len());
+    let on_batch = |texts| progress.add(texts);
+    embedder.on_batch = Some(&on_batch);
+    let options =
+        SearchOptions { top_k: args.top_k, ignore_identical_ids: args.ignore_identical_ids };
+    let ranked = evaluate_dataset(&embedder, &embedder, dataset, options, &mut |_| ())?;
+    drop(embedder);
+    progress.finish();
+    Ok(ranked)
+}
+
 fn table(args: &Args, dataset: &BeirDataset, metrics: &Metrics) {
     say!(
         "{} ({}): {} {}, {}",
@@ -137,7 +146,7 @@ fn table(args: &Args, dataset: &BeirDataset, metrics: &Metrics) {
     }
     if args.top_k < 100.min(dataset.corpus.len()) {
         say!(
-            "note: metrics at a cutoff above --top-k {} are left out; MAP is over the first {}",
+            "note: metrics at a cutoff above --top-k {} are omitted; MAP is over the first {}",
             args.top_k,
             counted(args.top_k, "passage")
         );

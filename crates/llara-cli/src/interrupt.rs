@@ -1,5 +1,5 @@
-//! Ctrl-C and SIGTERM: a training run stops after its step, an encoding at once; both print what they
-//! leave and how to continue. The exit code is 128 + the signal's number.
+//! Ctrl-C and SIGTERM: a training run stops after the current step, encoding stops immediately. Both print
+//! which results exist and how to continue. The exit code is 128 + the signal's number.
 //!
 //! The crate `signal-hook` delivers signals to an ordinary thread, which may print and take locks; a
 //! signal handler may not.
@@ -16,24 +16,24 @@ use super::talk::say;
 /// The first signal; 0: none yet.
 static RECEIVED: AtomicI32 = AtomicI32::new(0);
 
-/// Makes [`check`] fail after a signal. A second signal ends the program at once.
+/// Makes [`check`] fail after a signal. A second signal ends the program immediately.
 ///
 /// # Errors
 /// When signals cannot be received.
 pub(super) fn stop_after_step() -> Result<()> {
     on_signal(|signal, first| match first {
-        true => say!("interrupted: stopping after this step; once more to stop at once"),
+        true => say!("interrupted: stopping after this step; repeat to stop immediately"),
         false => exit(128 + signal),
     })
 }
 
-/// Ends the program at a signal, after printing what `last_words` returns.
+/// Ends the program at a signal, after printing the result of `message`.
 ///
 /// # Errors
 /// When signals cannot be received.
-pub(super) fn stop_at_once(last_words: impl Fn() -> String + Send + 'static) -> Result<()> {
+pub(super) fn stop_at_once(message: impl Fn() -> String + Send + 'static) -> Result<()> {
     on_signal(move |signal, _| {
-        say!("interrupted: {}", last_words());
+        say!("interrupted: {}", message());
         exit(128 + signal)
     })
 }

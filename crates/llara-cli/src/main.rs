@@ -1,7 +1,7 @@
-//! The command line: one file per verb, each turning arguments into a call of the library.
+//! The command line: one file per verb, each of which parses its arguments and calls the library.
 //!
-//! Results go to standard output, messages to standard error. Exit codes: 0: done; 1: failed, with the reason
-//! on standard error; 2: the command line cannot be parsed; 130, 143: stopped by SIGINT, SIGTERM.
+//! Results go to standard output, messages to standard error. Exit codes: 0: success; 1: failure, with the
+//! reason on standard error; 2: invalid command line; 130, 143: stopped by SIGINT, SIGTERM.
 
 mod compute;
 mod encode;
@@ -34,10 +34,10 @@ use talk::say;
 #[command(name = "llara", version, color = clap::ColorChoice::Never, max_term_width = 100)]
 #[command(args_override_self = true)]
 #[command(after_help = "\
-Long options may be spelled with underscores: --train_group_size is --train-group-size.
-Results go to standard output, everything else to standard error.
+Long options can be spelled with underscores: --train_group_size is --train-group-size.
+Results go to standard output, messages to standard error.
 
-Example, from training data to an answer:
+Example, from training data to a search:
   llara init     --preset tiny --train-data train.jsonl --output-dir base
   llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
   llara evaluate --model tuned --dataset beir/ --split test
@@ -51,7 +51,7 @@ struct Cli {
 enum Verb {
     Init(init::Args),
     Finetune(Box<finetune::Args>),
-    /// Estimate a training run without training: memory, chunks, work, lengths of texts
+    /// Estimate memory, work and text lengths of a training run without training
     #[command(after_help = plan::AFTER_HELP)]
     Plan(Box<finetune::Args>),
     Encode(encode::Args),
@@ -71,7 +71,7 @@ fn execute(args: Vec<OsString>) -> ExitCode {
         Err(error) => error,
     };
     match error.downcast_ref::<clap::Error>() {
-        // Help and version are errors to clap too. A reader who has left cannot be told anything.
+        // Help and version are errors to clap too. A failure to print them cannot be reported.
         Some(usage) => {
             let _ = usage.print();
             u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
@@ -95,15 +95,28 @@ fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
     Ok(Cli::from_arg_matches(&command.try_get_matches_from(args)?)?)
 }
 
-/// The definition of the command line. Every option takes negative numbers for values, so that one
-/// out of its range is refused as such and not as an unknown option. A plan has no output.
+/// The definition of the command line. Every option accepts negative numbers as values, so that a value out
+/// of range is reported as such and not as an unknown option. `plan` has no output folder.
 fn command() -> clap::Command {
     let output = "output_dir";
     Cli::command()
         .mut_subcommand("finetune", |verb| {
-            verb.mut_arg(output, |arg| arg.required_unless_present("config"))
+            verb.mut_arg(output, |arg| arg.required_unless_present("config")).override_usage(
+                "llara finetune [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>... --output-dir <DIR>\n       \
+                 llara finetune [OPTIONS] --config <FILE>",
+            )
         })
-        .mut_subcommand("plan", |verb| verb.mut_arg(output, |arg| arg.hide(true)))
+        .mut_subcommand("plan", |verb| {
+            verb.mut_arg(output, |arg| arg.hide(true)).override_usage(
+                "llara plan [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>...\n       \
+                 llara plan [OPTIONS] --config <FILE>",
+            )
+        })
+        .mut_subcommand("merge", |verb| {
+            verb.override_usage(
+                "llara merge [OPTIONS] --model <DIR|HUB_ID> --adapter <DIR> --output-dir <DIR>",
+            )
+        })
         .mut_subcommands(|verb| {
             verb.mut_args(|arg| match arg.get_action().takes_values() {
                 true => arg.allow_negative_numbers(true),
@@ -141,7 +154,7 @@ mod tests {
                 let id = arg.get_id().as_str();
                 assert!(arg.get_help().is_some(), "{} --{id} has no help", verb.get_name());
                 let heading = arg.get_help_heading();
-                assert!(heading.is_some() || id == "help", "--{id} stands under no heading");
+                assert!(heading.is_some() || id == "help", "--{id} has no heading");
             }
         }
     }

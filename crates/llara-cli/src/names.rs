@@ -1,11 +1,11 @@
-//! Option names as Python programs spell them.
+//! Spellings of options that Python programs use.
 
 use std::ffi::OsString;
 
 use clap::Command;
 
-/// `--snake_case` and `--snake_case=value` become `--snake-case…`; values stay as they are, and
-/// so does everything behind `--`.
+/// Converts `--snake_case` and `--snake_case=value` to `--snake-case…`. Values and all arguments after `--`
+/// are not changed.
 pub(super) fn kebab_case(args: Vec<OsString>) -> Vec<OsString> {
     let mut options = true;
     let convert = |arg: OsString| {
@@ -21,7 +21,7 @@ pub(super) fn kebab_case(args: Vec<OsString>) -> Vec<OsString> {
     args.into_iter().map(convert).collect()
 }
 
-/// `--option -1e-3` becomes `--option=-1e-3`, so that a negative number is read as the option's value
+/// Converts `--option -1e-3` to `--option=-1e-3`, so that a negative number is parsed as the option's value
 /// in every spelling.
 pub(super) fn join_negative_numbers(args: Vec<OsString>) -> Vec<OsString> {
     let mut joined: Vec<OsString> = Vec::with_capacity(args.len());
@@ -43,8 +43,7 @@ pub(super) fn join_negative_numbers(args: Vec<OsString>) -> Vec<OsString> {
     joined
 }
 
-/// `--no-flag` becomes `--flag=false` for flags of `command`'s verb that take true or false, as
-/// transformers spells them.
+/// Converts `--no-flag`, which transformers accepts, to `--flag=false` for flags that take true or false.
 pub(super) fn expand_negated(args: Vec<OsString>, command: &Command) -> Vec<OsString> {
     let verb = args.get(1).and_then(|verb| command.find_subcommand(verb));
     let Some(verb) = verb else { return args };
@@ -56,13 +55,13 @@ pub(super) fn expand_negated(args: Vec<OsString>, command: &Command) -> Vec<OsSt
     };
     let expand = |arg: OsString| {
         let name = arg.to_str().and_then(|text| text.strip_prefix("--"));
-        let Some((whole, name)) = name.and_then(|name| Some((name, name.strip_prefix("no-")?)))
+        let Some((full, name)) = name.and_then(|name| Some((name, name.strip_prefix("no-")?)))
         else {
             return arg;
         };
         let negatable =
             find(name).is_some_and(|flag| flag.get_num_args().is_some_and(|n| n.min_values() == 0));
-        if negatable && find(whole).is_none() { format!("--{name}=false").into() } else { arg }
+        if negatable && find(full).is_none() { format!("--{name}=false").into() } else { arg }
     };
     args.into_iter().map(expand).collect()
 }

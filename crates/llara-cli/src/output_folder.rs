@@ -1,4 +1,4 @@
-//! The folder that a command writes to: locked, checked for earlier contents and for free space.
+//! The output folder of a verb: locking, checks for earlier contents and for free disk space.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,28 +7,25 @@ use llara::{Error, ErrorKind, FolderLock, Result, finish_interrupted, free_disk_
 
 use super::talk::{bytes, say};
 
-/// How many names of an earlier content are shown.
+/// Maximum number of file names in an error.
 const SHOWN: usize = 5;
-/// What the names of folders begin with that hold incomplete files.
+/// Prefix of folders with incomplete files.
 const PARTIAL: &str = ".partial-";
 
-/// Locks the output folder for this process and creates it if need be. Refuses a folder that is not
-/// empty, unless it may be overwritten. What a killed process left in it is finished or removed.
+/// Creates the output folder if it does not exist, and locks it for this process. Refuses a folder that is
+/// not empty unless `overwrite` is set. Interrupted saves in it are finished or removed.
 pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
     if path.exists() && !path.is_dir() {
-        return Err(Error::new(
-            ErrorKind::Io,
-            "cannot use this as the output folder: it is a file",
-        )
-        .file(path)
-        .hint("choose another folder"));
+        return Err(Error::new(ErrorKind::Io, "the output folder is a file")
+            .file(path)
+            .hint("choose another folder"));
     }
     let lock = FolderLock::acquire(path)?;
     let recovered = finish_interrupted(path)?;
     if recovered.finished {
         say!(
-            "note: {}: an earlier run was interrupted while its complete model was moved into place; \
-             the move is now finished",
+            "note: {}: an earlier run was interrupted while it moved its complete model into place; the \
+             move is now finished",
             path.display()
         );
     }
@@ -40,7 +37,7 @@ pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
     Ok(lock)
 }
 
-/// Refuses a folder that is not empty, unless it may be overwritten.
+/// Refuses a folder that is not empty unless `overwrite` is set.
 fn check(path: &Path, overwrite: bool) -> Result<()> {
     let entries = fs::read_dir(path);
     let entries = entries.map_err(|e| Error::io("use this as the output folder", path, e))?;
@@ -55,7 +52,7 @@ fn check(path: &Path, overwrite: bool) -> Result<()> {
     let more = if names.len() > SHOWN { ", …" } else { "" };
     Err(Error::new(ErrorKind::Argument, "the output folder is not empty")
         .file(path)
-        .expected("a new or an empty folder")
+        .expected("a new or empty folder")
         .got(format!("{}{more}", names[..names.len().min(SHOWN)].join(", ")))
         .hint(if names.iter().any(|name| name.starts_with("checkpoint-")) {
             "choose another folder; a checkpoint can be trained further as --model. \
@@ -65,16 +62,16 @@ fn check(path: &Path, overwrite: bool) -> Result<()> {
         }))
 }
 
-/// Refuses work whose results need more than the free disk space. `largest` says what takes most of it.
-pub(super) fn check_space(path: &Path, needed: u64, largest: &str) -> Result<()> {
+/// Refuses a run whose output exceeds the free disk space. `what` describes the output.
+pub(super) fn check_space(path: &Path, needed: u64, what: &str) -> Result<()> {
     let freed = earlier_checkpoints(path).iter().map(|folder| size(folder)).sum();
     let free = free_disk_bytes(path)?.saturating_add(freed);
     if needed <= free {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Io, "there is not enough free disk space for what will be saved")
+    Err(Error::new(ErrorKind::Io, "there is not enough free disk space for the output")
         .file(path)
-        .expected(format!("{} ({largest})", bytes(needed)))
+        .expected(format!("{} ({what})", bytes(needed)))
         .got(format!("{} free", bytes(free)))
         .hint(
             "free some space, choose another folder, or keep fewer checkpoints with \
@@ -82,12 +79,12 @@ pub(super) fn check_space(path: &Path, needed: u64, largest: &str) -> Result<()>
         ))
 }
 
-/// Removes the checkpoints of an earlier run from a folder that may be overwritten: the new run's
-/// numbers begin again, so they would be mistaken for its own.
+/// Removes the checkpoints of an earlier run from a folder that may be overwritten. Their step numbers could
+/// be mistaken for those of the new run.
 pub(super) fn remove_earlier_checkpoints(path: &Path) -> Result<()> {
     for folder in earlier_checkpoints(path) {
         let fail = |e| Error::io("remove the checkpoint of an earlier run", &folder, e);
-        // Renamed first: interrupted half-way, no incomplete checkpoint keeps its name.
+        // Renamed first, so that an interruption leaves no incomplete folder with a checkpoint's name.
         let name = folder.file_name().unwrap_or_default().to_string_lossy();
         let hidden = path.join(format!("{PARTIAL}{name}"));
         fs::rename(&folder, &hidden).and_then(|()| fs::remove_dir_all(&hidden)).map_err(fail)?;
@@ -96,20 +93,20 @@ pub(super) fn remove_earlier_checkpoints(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Says what a run whose last save failed has left.
+/// Prints which models exist after the last save of a run failed.
 pub(super) fn say_what_is_left(path: &Path) {
     let number = |folder: &PathBuf| folder.to_str()?.rsplit_once('-')?.1.parse::<u64>().ok();
     match earlier_checkpoints(path).into_iter().max_by_key(number) {
-        Some(newest) => say!("note: the newest saved model of this run is {}", newest.display()),
+        Some(newest) => say!("note: the latest saved model of this run is {}", newest.display()),
         None => say!(
-            "note: this run saved no checkpoint; --save-steps N saves one every N steps. Its log is \
-             in {}",
+            "note: this run saved no checkpoint; --save-steps N saves one every N steps. Its log is in \
+             {}",
             path.display()
         ),
     }
 }
 
-/// Folders named checkpoint-N that hold a model or an adapter.
+/// Folders named checkpoint-N that contain a model or an adapter.
 fn earlier_checkpoints(path: &Path) -> Vec<PathBuf> {
     let is_checkpoint = |folder: &PathBuf| {
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -126,13 +123,13 @@ fn earlier_checkpoints(path: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Bytes of the files in a folder.
+/// The total size of the files in a folder, in bytes.
 fn size(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten();
     entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len())).sum()
 }
 
-/// Removes a folder that holds nothing but an empty log, so that the same run can be started again.
+/// Removes a folder that contains only an empty log, so that the same run can be started again.
 pub(super) fn discard_if_nothing_was_logged(path: &Path) {
     let Ok(mut entries) = fs::read_dir(path) else { return };
     let idle = entries.all(|entry| {
@@ -142,7 +139,7 @@ pub(super) fn discard_if_nothing_was_logged(path: &Path) {
         })
     });
     if idle {
-        // Why the run failed is the error to report, not a failure to remove this.
+        // The error of the run is reported; this one would hide it.
         let _ = fs::remove_dir_all(path);
     }
 }

@@ -1,4 +1,4 @@
-//! Checks of paths before the work begins: outputs that would overwrite or mix with what a verb reads.
+//! Checks before a verb starts that its output would not overwrite an input or be written among inputs.
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -6,9 +6,9 @@ use std::path::{Component, Path, PathBuf};
 
 use llara::{Error, ErrorKind, Result};
 
-/// Refuses an output that is one of the inputs, lies in an input folder, or is a folder with an input in it.
-/// Each input is named by what it is and its path. Symbolic links, hard links and `..` are followed. An
-/// input that does not exist, such as a model id of the Hub, cannot be overwritten.
+/// Refuses an output that is an input, is inside an input folder, or is a folder that contains an input.
+/// Each input is a description and a path. Symbolic links, hard links and `..` are resolved. An input that
+/// does not exist, such as a model id of the Hub, is ignored.
 pub(super) fn check_apart(output: &Path, inputs: &[(&str, &Path)]) -> Result<()> {
     let resolved = resolve(output);
     let existing = fs::metadata(output).ok();
@@ -30,14 +30,14 @@ pub(super) fn check_apart(output: &Path, inputs: &[(&str, &Path)]) -> Result<()>
         };
         return Err(Error::new(ErrorKind::Argument, problem)
             .file(output)
-            .expected("a path apart from everything that is read")
+            .expected("a path outside all inputs")
             .got(input.display())
             .hint("choose another output"));
     }
     Ok(())
 }
 
-/// Refuses to replace a file that this program did not write: `is_own` recognizes its files.
+/// Refuses to replace a file that this program did not write. `is_own` recognizes its files.
 pub(super) fn check_replaceable(
     output: &Path,
     (what, is_own): (&str, impl Fn(&Path) -> std::io::Result<bool>),
@@ -56,7 +56,7 @@ pub(super) fn check_replaceable(
         .hint("choose another output, or replace the file with --overwrite"))
 }
 
-/// `path` without symbolic links and `..`, as far as it exists.
+/// `path` with symbolic links and `..` resolved, as far as it exists.
 fn resolve(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let mut resolved = PathBuf::new();
@@ -78,7 +78,7 @@ fn is_same(a: &Metadata, b: &Metadata) -> bool {
     (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
 
-/// Whether an existing file is a hard link to one of the files in `folder` or, for `qrels`, a folder below.
+/// Whether an existing file is a hard link to a file in `folder` or in one of its subfolders.
 fn is_linked(output: &Metadata, folder: &Path) -> bool {
     if output.is_dir() || output.nlink() < 2 {
         return false;
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn outputs_and_inputs_must_be_apart() {
+    fn outputs_must_be_outside_the_inputs() {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         for folder in ["model/sub", "data"] {
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_others_are_kept() {
+    fn files_of_other_programs_are_not_replaced() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("file");
         let check =

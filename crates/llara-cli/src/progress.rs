@@ -1,4 +1,4 @@
-//! Progress of a run: a bar on a terminal, a line every few seconds elsewhere.
+//! Progress of a run: a progress bar on a terminal, otherwise a line every few seconds.
 
 use std::cell::Cell;
 use std::fmt::Write;
@@ -14,10 +14,10 @@ use llara::train::{Observer, RunLog, StepRecord};
 use super::interrupt;
 use super::talk::{count, counted, say};
 
-/// Time between two lines without a terminal.
+/// Time between two lines if standard error is not a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A bar, if standard error is a terminal; `state` gives the text of its `{state}`.
+/// A progress bar, if standard error is a terminal. `state` returns the text of its `{state}`.
 fn bar(
     total: u64,
     template: &str,
@@ -35,10 +35,10 @@ fn bar(
 pub(super) struct TrainingProgress {
     log: RunLog,
     bar: Option<ProgressBar>,
-    /// The text beside the bar. Separate from it so that a step draws the bar once.
+    /// The bar's text. It is not set through the bar, so that a step draws the bar only once.
     state: Arc<Mutex<String>>,
     start: Instant,
-    /// Steps made.
+    /// Completed steps.
     steps: u64,
 }
 
@@ -52,7 +52,7 @@ impl TrainingProgress {
         TrainingProgress { log, bar, state, start: Instant::now(), steps: 0 }
     }
 
-    /// Removes the bar; returns the number of steps made.
+    /// Removes the bar; returns the number of completed steps.
     pub(super) fn finish(self) -> u64 {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
@@ -72,7 +72,7 @@ impl Observer for TrainingProgress {
             *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state(record);
             bar.update(|bar| bar.set_pos(record.step));
         }
-        // The last step's model is saved all the same.
+        // After the last step the model is saved in any case.
         if record.step < record.total_steps { interrupt::check() } else { Ok(()) }
     }
 
@@ -87,10 +87,10 @@ impl Observer for TrainingProgress {
     }
 
     fn on_save(&mut self, folder: &Path) -> Result<()> {
-        let tell = || say!("saved {}", folder.display());
+        let report = || say!("saved {}", folder.display());
         match &self.bar {
-            Some(bar) => bar.suspend(tell),
-            None => tell(),
+            Some(bar) => bar.suspend(report),
+            None => report(),
         }
         Ok(())
     }
@@ -113,7 +113,7 @@ impl TextProgress {
         TextProgress { bar, total, done: Cell::new(0), start: now, last_line: Cell::new(now) }
     }
 
-    /// Counts `texts` more as done.
+    /// Adds `texts` to the number of completed texts.
     pub(super) fn add(&self, texts: usize) {
         let done = self.done.get() + texts;
         self.done.set(done);
@@ -129,7 +129,7 @@ impl TextProgress {
         }
     }
 
-    /// Removes the bar and prints the time that it took.
+    /// Removes the bar and prints the elapsed time.
     pub(super) fn finish(self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -137,7 +137,7 @@ impl TextProgress {
         let seconds = self.start.elapsed().as_secs_f64();
         let done = self.done.get();
         let rate = done as f64 / seconds;
-        say!("{} in {seconds:.1} s, {} a second", counted(done, "text"), count(rate as usize));
+        say!("{} in {seconds:.1} s, {} texts/s", counted(done, "text"), count(rate as usize));
     }
 }
 

@@ -1,21 +1,24 @@
-//! `--config run.toml`: options in a file. Its entries become the options that the command line
-//! does not give, so that both are read and checked by one parser.
+//! `--config run.toml`: options in a file. Its entries are added to the command line as options, except for
+//! those that are already given, so that one parser checks both.
 
 use std::ffi::OsString;
 use std::path::Path;
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use llara::{Error, ErrorKind, Result};
+use llara::{Error, ErrorKind, Result, read_text_file};
 use toml::Value;
 
-/// The option that names the file.
+/// Largest run file that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// The name of the option.
 const CONFIG: &str = "config";
 
-/// Adds the entries of the run file that `matches` speaks of, if it does, to `args`.
+/// Adds the entries of the run file, if `matches` has one, to `args`.
 ///
 /// # Errors
-/// The file cannot be read or is not TOML; a key is not an option; a value does not fit its option.
+/// The file cannot be read or is not TOML, a key is not an option, or a value is invalid for its option.
 pub(super) fn extend(
     mut args: Vec<OsString>,
     command: &Command,
@@ -25,8 +28,7 @@ pub(super) fn extend(
     let Ok(Some(path)) = matches.try_get_one::<std::path::PathBuf>(CONFIG) else { return Ok(args) };
     let Some(verb) = command.find_subcommand(verb) else { return Ok(args) };
 
-    let text =
-        std::fs::read_to_string(path).map_err(|e| Error::io("read the run file", path, e))?;
+    let text = read_text_file(path, "read the run file", MAX_BYTES)?;
     let table: toml::Table = toml::from_str(&text).map_err(|e| {
         let error = Error::new(ErrorKind::Config, format!("not TOML: {}", e.message().trim()));
         match e.span() {
@@ -49,7 +51,7 @@ pub(super) fn extend(
     Ok(args)
 }
 
-/// The option that a key stands for, in either spelling.
+/// The option of a key, in either spelling.
 fn find<'c>(verb: &'c Command, key: &str) -> Option<&'c Arg> {
     let name = key.replace('_', "-");
     verb.get_arguments().find(|arg| {
@@ -71,10 +73,10 @@ fn unknown(verb: &Command, key: &str, path: &Path) -> Error {
     }
 }
 
-/// An entry as the command line would have it.
+/// Converts an entry to command-line options.
 fn options(arg: &Arg, key: &str, value: &Value, path: &Path) -> Result<Vec<OsString>> {
     let wrong = |expected: &str| {
-        Error::new(ErrorKind::Config, format!("`{key}` cannot have this value"))
+        Error::new(ErrorKind::Config, format!("the value of `{key}` has the wrong type"))
             .file(path)
             .expected(expected)
             .got(value)
@@ -85,7 +87,7 @@ fn options(arg: &Arg, key: &str, value: &Value, path: &Path) -> Result<Vec<OsStr
         Value::Integer(_) | Value::Float(_) | Value::Boolean(_) => {
             Ok(format!("--{name}={value}").into())
         }
-        _ => Err(wrong("a text, a number, true or false")),
+        _ => Err(wrong("a string, a number, true or false")),
     };
     match value {
         Value::Array(values) if matches!(arg.get_action(), ArgAction::Append) => {
@@ -96,7 +98,7 @@ fn options(arg: &Arg, key: &str, value: &Value, path: &Path) -> Result<Vec<OsStr
     }
 }
 
-/// Parses the file's options by themselves, so that what is wrong with them is known to be its.
+/// Parses only the options of the file, so that errors in them are reported with its path.
 fn check_alone(verb: &Command, options: Vec<OsString>, path: &Path) -> Result<()> {
     let mut args = vec![verb.get_name().into(), format!("--{CONFIG}").into(), path.into()];
     args.extend(options);
@@ -107,7 +109,7 @@ fn check_alone(verb: &Command, options: Vec<OsString>, path: &Path) -> Result<()
     Err(Error::new(ErrorKind::Config, what.trim_start_matches("error: ")).file(path))
 }
 
-/// Levenshtein's.
+/// The Levenshtein distance.
 fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
@@ -164,17 +166,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_the_file() {
+    fn errors_name_the_file() {
         for (file, parts) in [
             (
                 "lerning_rate = 1",
                 ["`lerning_rate` is not an option", "did you mean `learning-rate`?"],
             ),
             ("config = \"x\"", ["`config` is not an option", "run.toml"]),
-            ("seed = \"x\"", ["run.toml: invalid value 'x' for '--seed", "whole number"]),
-            ("seed = [1]", ["`seed` cannot have this value", "one value"]),
+            ("seed = \"x\"", ["run.toml: invalid value 'x' for '--seed", "an integer"]),
+            ("seed = [1]", ["`seed` has the wrong type", "one value"]),
             ("sampling = \"all\"", ["invalid value 'all'", "random, sequential"]),
-            ("seed = 1\nmodel = {a = 1}", ["`model` cannot have this value", "a text"]),
+            ("seed = 1\nmodel = {a = 1}", ["`model` has the wrong type", "a string"]),
             ("seed = 1\nmodel = ", ["run.toml:2: not TOML", ""]),
         ] {
             let error = extended(file, &[]).unwrap_err().to_string();

@@ -1,13 +1,14 @@
-//! Loading a model for `encode`, `evaluate` and `search`.
+//! Options for a model, and loading it, for `encode`, `evaluate`, `search` and `merge`.
 
 use std::path::{Path, PathBuf};
 
 use clap::builder::BoolishValueParser;
-use llara::backend::{Cpu, Dtype};
+use llara::backend::{Backend, Dtype};
 use llara::retrieval::TextEmbedder;
 use llara::text::Template;
 use llara::{
     BiEncoderModel, BiEncoderOptions, Error, ErrorKind, Loader, Probes, Recipe, Result, Role, hub,
+    read_text_file,
 };
 
 use super::compute::{Compute, Precision};
@@ -21,12 +22,12 @@ pub(super) struct TrainedModel {
     #[command(flatten)]
     encoding: Encoding,
     #[command(flatten)]
-    compute: Compute,
+    pub(super) compute: Compute,
     #[command(flatten)]
     precision: Precision,
 }
 
-/// Which model.
+/// The model and its adapter.
 #[derive(clap::Args)]
 #[command(next_help_heading = "Model")]
 pub(super) struct Source {
@@ -36,7 +37,7 @@ pub(super) struct Source {
     /// Folder of a PEFT adapter that was trained on this model
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Cache of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
+    /// Cache folder of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
 }
@@ -48,13 +49,13 @@ struct Encoding {
     /// [default: as the model was trained, or llara]
     #[arg(long, value_name = "NAME|FILE.toml")]
     template: Option<String>,
-    /// Whether embeddings are L2-normalised [default: as the model was trained, or true]
+    /// Whether embeddings are L2-normalized [default: as the model was trained, or true]
     #[arg(long, alias = "normlized", value_name = "BOOL", num_args = 0..=1)]
     #[arg(default_missing_value = "true")]
     #[arg(value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true)]
     normalized: Option<bool>,
-    /// Tokens encoded at a time; more is faster up to a point and needs more memory
+    /// Maximum number of tokens in a batch; larger batches can be faster and need more memory
     #[arg(long, value_name = "N", default_value_t = 8192)]
     batch_tokens: usize,
 }
@@ -71,17 +72,17 @@ pub(super) struct Roles {
     /// or 128]
     #[arg(long, value_name = "N")]
     passage_max_len: Option<usize>,
-    /// Text put in front of every query [default: as the model was trained, or none]
+    /// Instruction that is prepended to every query [default: as the model was trained, or none]
     #[arg(long, value_name = "TEXT")]
     query_instruction_for_retrieval: Option<String>,
-    /// Text put in front of every passage [default: as the model was trained, or none]
+    /// Instruction that is prepended to every passage [default: as the model was trained, or none]
     #[arg(long, value_name = "TEXT")]
     passage_instruction_for_retrieval: Option<String>,
 }
 
 impl Roles {
-    /// Sets them.
-    pub(super) fn apply(&self, embedder: &mut TextEmbedder<'_, Cpu>) -> Result<()> {
+    /// Applies the options to `embedder`.
+    pub(super) fn apply<B: Backend>(&self, embedder: &mut TextEmbedder<'_, B>) -> Result<()> {
         for (role, option, given, len) in [
             (Role::Query, "--query-max-len", self.query_max_len, &mut embedder.query_max_len),
             (
@@ -114,23 +115,23 @@ impl Source {
     /// The adapter's folder.
     ///
     /// # Errors
-    /// When none is given.
+    /// No adapter is given.
     pub(super) fn require_adapter(&self) -> Result<&Path> {
         self.adapter.as_deref().ok_or_else(|| {
-            Error::new(ErrorKind::Argument, "there is nothing to merge")
-                .expected("--adapter DIR, a folder as PEFT or `llara finetune` writes it")
+            Error::new(ErrorKind::Argument, "no adapter is given")
+                .expected("--adapter DIR, the folder of an adapter of PEFT or `llara finetune`")
         })
     }
 
-    /// Loads the model and, where nothing about it is changed, lets it check itself.
-    pub(super) fn load(
+    /// Loads the model. If its recipe is not changed, verifies it with its probes.
+    pub(super) fn load<B: Backend>(
         &self,
-        (compute, precision): (&Compute, Dtype),
+        (backend, precision): (B, Dtype),
         template_name: Option<&str>,
         normalized: Option<bool>,
-    ) -> Result<BiEncoderModel<Cpu>> {
+    ) -> Result<BiEncoderModel<B>> {
         let dir = find(&self.model, self.cache_dir.as_deref(), "--adapter")?;
-        // An adapter was trained with a recipe of its own.
+        // An adapter has its own recipe.
         let recipe_dir = self.adapter.as_deref().unwrap_or(&dir);
         let saved = Recipe::read(recipe_dir)?;
         let mut loader = Loader::new(&dir)?.matrices(precision);
@@ -142,11 +143,11 @@ impl Source {
         }
         let normalized = normalized.unwrap_or(loader.recipe().normalized);
         let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
-        let mut model = loader.load(compute.start(), options)?;
+        let mut model = loader.load(backend, options)?;
         if let Some(adapter) = &self.adapter {
             model.attach_adapter(adapter).map_err(|e| name_recorded_base(e, adapter))?;
         }
-        model.decoder_mut().freeze();
+        model.freeze()?;
         model.set_precision(precision)?;
         match saved {
             Some(saved) if saved == *model.recipe() => {
@@ -158,10 +159,10 @@ impl Source {
                 }
             }
             Some(_) => {
-                say!("note: template or normalisation differ from how the model was trained")
+                say!("note: the template or the normalization differs from that of the training")
             }
             None => say!(
-                "note: {} has no llara.json; it is used with template {}",
+                "note: {} has no llara.json; template {} is used",
                 recipe_dir.display(),
                 model.recipe().template.name
             ),
@@ -176,7 +177,7 @@ impl TrainedModel {
         self.source.name()
     }
 
-    /// What is read, for [`check_apart`](crate::paths::check_apart).
+    /// The inputs, for [`check_apart`](crate::paths::check_apart).
     pub(super) fn inputs(&self) -> Vec<(&str, &Path)> {
         let mut inputs = vec![("the model", Path::new(self.name()))];
         inputs.extend(self.source.adapter.as_deref().map(|dir| ("the adapter", dir)));
@@ -185,46 +186,49 @@ impl TrainedModel {
         inputs
     }
 
-    /// Refuses what can be refused without looking at files.
+    /// Checks the options that can be checked without reading files.
     pub(super) fn check(&self) -> Result<()> {
         if self.encoding.batch_tokens == 0 {
             return Err(Error::new(ErrorKind::Argument, "`--batch-tokens` is 0")
-                .expected("1 token or more; a longer text goes alone")
-                .hint("leave --batch-tokens out"));
+                .expected("1 or more")
+                .hint("omit --batch-tokens to use the default"));
         }
-        self.compute.check()
+        Ok(())
     }
 
-    /// Loads the model and, where nothing about it is changed, lets it check itself.
-    pub(super) fn load(&self) -> Result<BiEncoderModel<Cpu>> {
+    /// Loads the model. If its recipe is not changed, verifies it with its probes.
+    pub(super) fn load<B: Backend>(&self, backend: B) -> Result<BiEncoderModel<B>> {
         let Encoding { template, normalized, .. } = &self.encoding;
-        let compute = (&self.compute, self.precision.dtype());
-        self.source.load(compute, template.as_deref(), *normalized)
+        let precision = self.precision.dtype(&backend);
+        self.source.load((backend, precision), template.as_deref(), *normalized)
     }
 
-    /// What embeds texts with `model`.
-    pub(super) fn embedder<'m>(&self, model: &'m BiEncoderModel<Cpu>) -> TextEmbedder<'m, Cpu> {
+    /// An embedder for `model`.
+    pub(super) fn embedder<'m, B: Backend>(
+        &self,
+        model: &'m BiEncoderModel<B>,
+    ) -> TextEmbedder<'m, B> {
         let mut embedder = TextEmbedder::new(model);
         embedder.batch_tokens = self.encoding.batch_tokens;
         embedder
     }
 }
 
-/// The folder of a model; prints which files are downloaded. `adapter_option` is named in the error
-/// for a folder that is an adapter.
+/// The folder of a model; prints the files that are downloaded. `adapter_option` is the option for adapters,
+/// which the error for an adapter's folder suggests.
 pub(super) fn find(model: &str, cache_dir: Option<&Path>, adapter_option: &str) -> Result<PathBuf> {
-    let dir = hub::resolve_with(model, cache_dir, &mut |file| say!("fetching {file} of {model}"))?;
-    refuse_adapter(dir, adapter_option)
+    let on_fetch = &mut |file: &str| say!("downloading {file} of {model}");
+    refuse_adapter(hub::resolve_with(model, cache_dir, on_fetch)?, adapter_option)
 }
 
-/// The same without the weights, if the model is downloaded.
+/// Like [`find`], but does not download the weights.
 pub(super) fn find_outline(
     model: &str,
     cache_dir: Option<&Path>,
     adapter_option: &str,
 ) -> Result<PathBuf> {
-    let say_so = &mut |file: &str| say!("fetching {file} of {model}");
-    refuse_adapter(hub::resolve_outline_with(model, cache_dir, say_so)?, adapter_option)
+    let on_fetch = &mut |file: &str| say!("downloading {file} of {model}");
+    refuse_adapter(hub::resolve_outline_with(model, cache_dir, on_fetch)?, adapter_option)
 }
 
 fn refuse_adapter(dir: PathBuf, adapter_option: &str) -> Result<PathBuf> {
@@ -232,18 +236,18 @@ fn refuse_adapter(dir: PathBuf, adapter_option: &str) -> Result<PathBuf> {
         return Err(Error::new(ErrorKind::Argument, "this is an adapter, not a model")
             .file(&dir)
             .hint(format!(
-                "give the model that it was trained on too: --model BASE {adapter_option} {}",
+                "also give the model that it was trained on: --model BASE {adapter_option} {}",
                 dir.display()
             )));
     }
     Ok(dir)
 }
 
-/// Adds the base model that an adapter was trained on, as its configuration records it, to an error
-/// of using it with another one.
+/// Adds the base model that an adapter's configuration records to an error of using it with another model.
 pub(super) fn name_recorded_base(error: Error, adapter: &Path) -> Error {
-    let recorded = std::fs::read(adapter.join("adapter_config.json")).ok().and_then(|text| {
-        let config: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    let path = adapter.join("adapter_config.json");
+    let recorded = read_text_file(&path, "read", MAX_CONFIG_BYTES).ok().and_then(|text| {
+        let config: serde_json::Value = serde_json::from_str(&text).ok()?;
         Some(config.get("base_model_name_or_path")?.as_str()?.escape_debug().to_string())
     });
     match recorded {
@@ -254,12 +258,15 @@ pub(super) fn name_recorded_base(error: Error, adapter: &Path) -> Error {
     }
 }
 
-/// The largest maximum length: more tokens than any model was made for.
+/// Largest `adapter_config.json` that is read, in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// The largest maximum length that is accepted, in tokens. No model supports so many.
 pub(super) const MAX_LEN: usize = 1 << 24;
 
-/// Refuses a length that leaves no token of a text, or is absurd, by the name of its option.
+/// Refuses a maximum length that is too large or leaves no token for the text. Errors name `option`.
 pub(super) fn check_max_len(
-    model: &BiEncoderModel<Cpu>,
+    model: &BiEncoderModel<impl Backend>,
     role: Role,
     option: &str,
     max_len: usize,
@@ -273,9 +280,9 @@ pub(super) fn check_max_len(
     checked.map_err(|e| e.got(format!("{option} {max_len}")))
 }
 
-/// A template by the name of a preset or the path of a file.
+/// A template by its built-in name or by the path of a file.
 pub(super) fn template(name: &str) -> Result<Template> {
-    // A preset's name means the preset, also where a file happens to be called so.
+    // A built-in name takes precedence over a file of the same name.
     let unknown = match Template::preset(name) {
         Ok(template) => return Ok(template),
         Err(unknown) => unknown,
@@ -291,16 +298,16 @@ pub(super) fn check_top_k(top_k: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Argument, "`--top-k` is 0")
-        .expected("1 passage or more")
-        .hint("leave --top-k out"))
+        .expected("1 or more")
+        .hint("omit --top-k to use the default"))
 }
 
-/// Warns if texts may be longer than the model supports.
-pub(super) fn warn_if_too_long(model: &BiEncoderModel<Cpu>, role: Role, max_len: usize) {
+/// Prints a warning if the maximum length exceeds what the model supports.
+pub(super) fn warn_if_too_long(model: &BiEncoderModel<impl Backend>, role: Role, max_len: usize) {
     let positions = model.decoder().config().max_position_embeddings;
     if max_len > positions {
         say!(
-            "warning: a {role} may have {max_len} tokens, the model supports {positions} \
+            "warning: the maximum {role} length is {max_len} tokens, but the model supports {positions} \
              (max_position_embeddings): embeddings of longer texts may be poor"
         );
     }

@@ -1,4 +1,4 @@
-//! The values that options take for choices of the library, with their help texts.
+//! Parsers for option values that select an enum value of the library.
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use llara::Role;
@@ -19,8 +19,8 @@ fn one_of<T: Copy + Send + Sync + 'static>(
 /// `query` or `passage`.
 pub(super) fn role() -> impl TypedValueParser<Value = Role> {
     one_of(&[
-        ("query", "A text to search with", Role::Query),
-        ("passage", "A text to be found", Role::Passage),
+        ("query", "A text that passages are searched for", Role::Query),
+        ("passage", "A text that is searched", Role::Passage),
     ])
 }
 
@@ -29,12 +29,12 @@ pub(super) fn sampling() -> impl TypedValueParser<Value = Sampling> {
     one_of(&[
         (
             "random",
-            "Each epoch visits every row once, in a shuffled order; passages are drawn at random",
+            "Each epoch visits every row once, in random order; passages are drawn at random",
             Sampling::Random,
         ),
         (
             "sequential",
-            "Rows in file order, continuing from the start at the end of the data; always the first passages",
+            "Rows in file order, repeated from the start at the end of the data; the first passages",
             Sampling::Sequential,
         ),
     ])
@@ -43,15 +43,15 @@ pub(super) fn sampling() -> impl TypedValueParser<Value = Sampling> {
 /// `error` or `skip`, for judgments.
 pub(super) fn unknown_ids() -> impl TypedValueParser<Value = UnknownIds> {
     one_of(&[
-        ("error", "Refuse the collection and list the ids", UnknownIds::Error),
-        ("skip", "Leave the judgment out and count it", UnknownIds::Skip),
+        ("error", "Stop with an error that lists the ids", UnknownIds::Error),
+        ("skip", "Ignore the judgment and count it", UnknownIds::Skip),
     ])
 }
 
 /// `error` or `skip`.
 pub(super) fn bad_rows() -> impl TypedValueParser<Value = BadRows> {
     one_of(&[
-        ("error", "Refuse the data and name the row", BadRows::Error),
-        ("skip", "Leave the row out and count it", BadRows::Skip),
+        ("error", "Stop with an error that names the row", BadRows::Error),
+        ("skip", "Skip the row and count it", BadRows::Skip),
     ])
 }

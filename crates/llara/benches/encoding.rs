@@ -23,7 +23,7 @@ fn main() -> Result<()> {
     let shape = ModelShape::BENCHMARK;
     let frozen = |precision| {
         let mut model = shape.model()?;
-        model.decoder_mut().freeze();
+        model.freeze()?;
         model.set_precision(precision)?;
         Ok(model)
     };

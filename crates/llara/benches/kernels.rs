@@ -9,8 +9,8 @@ mod timing;
 
 use llara::Result;
 use llara::backend::{
-    AdamWStep, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout, RopeDirection, RopeTable,
-    TokenIds,
+    AdamWStep, AttentionInput, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout,
+    RopeDirection, RopeTable, ScatterRows, Shape, TokenIds,
 };
 
 use timing::Cases;
@@ -91,12 +91,14 @@ impl Kernels<'_> {
         let table = self.values(VOCABULARY, HIDDEN)?;
         let ids: Vec<u32> =
             (0..TOKENS as u32).map(|i| i.wrapping_mul(2_654_435_761) % 8192).collect();
-        let ids = cpu.upload_index(&ids)?;
+        let plan = ScatterRows::new(&ids).upload(cpu)?;
+        let [ids] = cpu.upload_indices([&ids])?;
         let both = Work::Bytes(2 * self.element() * elements);
         self.time("gather_rows", both, || cpu.gather_rows(&table, &ids))?;
-        let (dy, mut dtable) = (self.values(TOKENS, HIDDEN)?, cpu.zeros(VOCABULARY, HIDDEN)?);
+        let (dy, mut dtable) =
+            (self.values(TOKENS, HIDDEN)?, cpu.zeros(VOCABULARY, HIDDEN, Dtype::F32)?);
         let scattered = Work::Bytes((self.element() + 2 * 4) * elements);
-        self.time("scatter_add_rows", scattered, || cpu.scatter_add_rows(&dy, &ids, &mut dtable))?;
+        self.time("scatter_add_rows", scattered, || cpu.scatter_add_rows(&dy, &plan, &mut dtable))?;
         let other = if self.precision == Dtype::F32 { Dtype::Bf16 } else { Dtype::F32 };
         let cast = Work::Bytes((4 + 2) * elements);
         self.time("cast from", cast, || cpu.cast(&dy, other))
@@ -110,10 +112,11 @@ impl Kernels<'_> {
             cpu.upload(&[1.0; HIDDEN], 1, HIDDEN)?,
         );
         let forward = Work::Bytes((4 + self.element()) * elements);
-        self.time("rms_norm", forward, || cpu.rms_norm(&x, &w, 1e-6, self.precision))?;
-        let (_, inv_rms) = cpu.rms_norm(&x, &w, 1e-6, self.precision)?;
+        self.time("rms_norm", forward, || cpu.rms_norm(x.view(), &w, 1e-6, self.precision))?;
+        let (_, inv_rms) = cpu.rms_norm(x.view(), &w, 1e-6, self.precision)?;
         // Onto the gradient of the residual stream, which is read and written in place.
-        let (mut dw, mut dx) = (cpu.zeros(1, HIDDEN)?, Some(cpu.zeros(TOKENS, HIDDEN)?));
+        let (mut dw, mut dx) =
+            (cpu.zeros(1, HIDDEN, Dtype::F32)?, Some(cpu.zeros(TOKENS, HIDDEN, Dtype::F32)?));
         let backward = Work::Bytes((self.element() + 3 * 4) * elements);
         self.time("rms_norm_backward", backward, || {
             dx = Some(cpu.rms_norm_backward(&dy, &x, &w, &inv_rms, Some(&mut dw), dx.take())?);
@@ -124,9 +127,9 @@ impl Kernels<'_> {
     fn attention(&self) -> Result<()> {
         let cpu = &self.cpu;
         let kv = SHAPE.kv_heads * SHAPE.head_dim;
-        let mut q = self.values(TOKENS, HIDDEN)?;
-        let (k, v, dout) =
-            (self.values(TOKENS, kv)?, self.values(TOKENS, kv)?, self.values(TOKENS, HIDDEN)?);
+        // Side by side, as one product makes them.
+        let mut qkv = self.values(TOKENS, HIDDEN + 2 * kv)?;
+        let dout = self.values(TOKENS, HIDDEN)?;
         let longest = SEQUENCES.into_iter().max().unwrap_or(0);
         let offsets = SEQUENCES.iter().scan(0, |end, length| {
             *end += *length as u32;
@@ -134,13 +137,8 @@ impl Kernels<'_> {
         });
         let offsets: Vec<u32> = std::iter::once(0).chain(offsets).collect();
         let positions: Vec<u32> = SEQUENCES.iter().flat_map(|length| 0..*length as u32).collect();
-        let layout = Layout {
-            offsets: cpu.upload_index(&offsets)?,
-            positions: cpu.upload_index(&positions)?,
-            sequences: SEQUENCES.len(),
-            rows: TOKENS,
-            longest,
-        };
+        let [device_offsets, positions] = cpu.upload_indices([&offsets, &positions])?;
+        let layout = Layout { bounds: offsets, offsets: device_offsets, positions, longest };
 
         let half = SHAPE.head_dim / 2;
         let angles = (0..longest * half).map(|i| (i / half) as f32 / (1 + i % half) as f32);
@@ -151,31 +149,48 @@ impl Kernels<'_> {
         };
         let in_place = Work::Bytes(2 * self.element() * TOKENS * HIDDEN);
         self.time("rope", in_place, || {
-            cpu.rope(&mut q, &layout.positions, &table, RopeDirection::Forward)
+            let q = qkv.view_mut().with_cols(0..HIDDEN);
+            cpu.rope(q, &layout.positions, &table, RopeDirection::Forward)
         })?;
 
         let pairs: usize = SEQUENCES.iter().map(|length| length * (length + 1) / 2).sum();
         let product = 2 * pairs * SHAPE.heads * SHAPE.head_dim;
-        let forward = || cpu.attention(&q, &k, &v, &layout, &layout, &SHAPE);
+        let input = AttentionInput {
+            q: qkv.view().with_cols(0..HIDDEN),
+            k: qkv.view().with_cols(HIDDEN..HIDDEN + kv),
+            v: qkv.view().with_cols(HIDDEN + kv..HIDDEN + 2 * kv),
+            queries: &layout,
+            keys: &layout,
+            shape: &SHAPE,
+        };
+        let forward = || cpu.attention(&input);
         self.time("attention", Work::Flops(2 * product), forward)?;
         // Four gradients of products; that the scores are computed again is not counted.
         let attended = forward()?;
         self.time("attention_backward", Work::Flops(4 * product), || {
-            cpu.attention_backward(&dout, &q, &k, &v, &attended, &layout, &layout, &SHAPE)
+            cpu.attention_backward(&dout, &input, &attended)
         })
     }
 
     fn pointwise(&self) -> Result<()> {
         let cpu = &self.cpu;
-        let wide = || self.values(TOKENS, INTERMEDIATE);
-        let (gate, up, dy) = (wide()?, wide()?, wide()?);
+        let gate_up = self.values(TOKENS, 2 * INTERMEDIATE)?;
+        let mut in_place =
+            Some((self.values(TOKENS, INTERMEDIATE)?, self.values(TOKENS, 2 * INTERMEDIATE)?));
+        let x = self.values(TOKENS, INTERMEDIATE)?;
         let matrices = |count| Work::Bytes(count * self.element() * TOKENS * INTERMEDIATE);
-        self.time("swiglu", matrices(3), || cpu.swiglu(&gate, &up))?;
-        self.time("swiglu_backward", matrices(5), || cpu.swiglu_backward(&dy, &gate, &up))?;
-        let indices = cpu.upload_index(&(0..TOKENS as u32).collect::<Vec<_>>())?;
+        self.time("swiglu", matrices(3), || cpu.swiglu(&gate_up))?;
+        // In place: the results of one call are the input of the next.
+        self.time("swiglu_backward", matrices(6), || {
+            let Some((dy, gate_up)) = in_place.take() else { unreachable!("put back below") };
+            let (gate_up, dy) = cpu.swiglu_backward(dy, gate_up)?;
+            in_place = Some((dy, gate_up));
+            Ok(())
+        })?;
+        let [indices] = cpu.upload_indices([&(0..TOKENS as u32).collect::<Vec<_>>()])?;
         let tokens = || TokenIds { sequences: &indices, positions: &indices };
         let key = DropoutKey { seed: 42, step: 1, module: 1, probability: 0.1 };
-        self.time("dropout", matrices(2), || cpu.dropout(&gate, tokens(), &key, None))
+        self.time("dropout", matrices(2), || cpu.dropout(&x, tokens(), &key, None))
     }
 
     /// What is f32 in either precision.
@@ -183,17 +198,24 @@ impl Kernels<'_> {
         let cpu = &self.cpu;
         let (queries, passages) = (512, 4096);
         let scores = self.singles(queries, passages)?;
-        let targets = cpu.upload_index(&(0..queries as u32).map(|i| i * 8).collect::<Vec<_>>())?;
+        let targets: Vec<u32> = (0..queries as u32).map(|i| i * 8).collect();
+        let [targets] = cpu.upload_indices([&targets])?;
         let read_and_written = Work::Bytes(2 * 4 * queries * passages);
         self.time("cross_entropy", read_and_written, || cpu.cross_entropy(&scores, &targets))?;
 
         let matrix = || self.singles(VOCABULARY, HIDDEN);
         let elements = VOCABULARY * HIDDEN;
-        let (mut param, grad, mut first, mut second) =
-            (matrix()?, matrix()?, cpu.zeros(VOCABULARY, HIDDEN)?, cpu.zeros(VOCABULARY, HIDDEN)?);
-        let mut sum = cpu.zeros(1, 1)?;
+        let (mut param, grad, mut first, mut second) = (
+            matrix()?,
+            matrix()?,
+            cpu.zeros(VOCABULARY, HIDDEN, Dtype::F32)?,
+            cpu.zeros(VOCABULARY, HIDDEN, Dtype::F32)?,
+        );
+        let mut sum = cpu.zeros(1, 1, Dtype::F32)?;
         let read = Work::Bytes(4 * elements);
-        self.time("add_sum_of_squares", read, || cpu.add_sum_of_squares(&grad, &mut sum))?;
+        self.time("add_sum_of_squares", read, || {
+            cpu.add_sum_of_squares(&grad, 0..elements, &mut sum)
+        })?;
         let clip = cpu.clip_factor(&sum, Some(1.0))?;
         let update = AdamWStep {
             learning_rate: 1e-5,
@@ -204,7 +226,7 @@ impl Kernels<'_> {
             step: 1,
         };
         self.time("adamw", Work::Bytes(7 * 4 * elements), || {
-            cpu.adamw(&mut param, &grad, (&mut first, &mut second), &clip, &update)
+            cpu.adamw(&mut param, 0..elements, &grad, (&mut first, &mut second), &clip, &update)
         })
     }
 }

@@ -1,11 +1,11 @@
-//! The one error type: what went wrong, where, what was expected, what was found, and what to do.
+//! The library's error type: what failed, where, what was expected, what was found, and a hint.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 
-/// `text` with control characters and characters that change the direction of writing as escapes, such
-/// as `\u{1b}`: text from files and servers must not control a terminal. Line feeds and tabs stay.
+/// `text` with control characters and bidirectional formatting characters replaced by escapes such as
+/// `\u{1b}`, because text from files and servers must not control a terminal. Line feeds and tabs are kept.
 pub fn escape_controls(text: &str) -> Cow<'_, str> {
     let needs_escape = |c: char| {
         c.is_control() && c != '\n' && c != '\t'
@@ -25,10 +25,10 @@ pub fn escape_controls(text: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// The result of every fallible call of the library.
+/// The result of every fallible function of the library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What kind of thing went wrong; stable, for programs that react to errors.
+/// The category of an error. Stable, for programs that react to errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -38,39 +38,39 @@ pub enum ErrorKind {
     Data,
     /// `tokenizer.json` is missing, unreadable or lacks tokens that the template needs.
     Tokenizer,
-    /// `config.json`, a run file or a template describes something impossible or unsupported.
+    /// `config.json`, a run file or a template is invalid or asks for something unsupported.
     Config,
     /// Weight files are missing, damaged or do not fit the configuration.
     Weights,
-    /// A flag or an argument of a library call is out of its range.
+    /// An option or an argument of a library call is invalid.
     Argument,
     /// A number that must be finite is not.
     Numeric,
-    /// Processes disagree, or a process group is missing.
+    /// The processes of a group disagree, or there is no process group.
     Distributed,
-    /// The device cannot do what was asked.
+    /// A failure of the device or of the system: out of memory, out of threads, an unsupported operation.
     Backend,
 }
 
-/// Where it went wrong.
+/// The file, line or tensor that an error is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Place {
+enum Location {
     File(PathBuf),
     Line(PathBuf, u64),
     Tensor(PathBuf, String),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::File(path) => write!(f, "{}", path.display()),
-            Place::Line(path, line) => write!(f, "{}:{line}", path.display()),
-            Place::Tensor(path, tensor) => write!(f, "{}: tensor `{tensor}`", path.display()),
+            Location::File(path) => write!(f, "{}", path.display()),
+            Location::Line(path, line) => write!(f, "{}:{line}", path.display()),
+            Location::Tensor(path, tensor) => write!(f, "{}: tensor `{tensor}`", path.display()),
         }
     }
 }
 
-/// An error of llara. Built in one expression, from the plain statement to the hint:
+/// An error of llara. It is built in one expression:
 ///
 /// ```
 /// use llara::{Error, ErrorKind};
@@ -84,12 +84,12 @@ impl fmt::Display for Place {
 #[derive(Debug, thiserror::Error)]
 pub struct Error(Box<Report>);
 
-/// Boxed so that `Result<T>` stays one word wider than `T` at most.
+/// Boxed so that `Result<T>` is at most one word larger than `T`.
 #[derive(Debug)]
 struct Report {
     kind: ErrorKind,
     what: String,
-    place: Option<Place>,
+    location: Option<Location>,
     expected: Option<String>,
     got: Option<String>,
     hint: Option<String>,
@@ -97,12 +97,12 @@ struct Report {
 }
 
 impl Error {
-    /// An error of `kind` saying `what` in one line, without a full stop.
+    /// An error of `kind`. `what` is one line without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
         Error(Box::new(Report {
             kind,
             what: what.into(),
-            place: None,
+            location: None,
             expected: None,
             got: None,
             hint: None,
@@ -110,7 +110,7 @@ impl Error {
         }))
     }
 
-    /// A failed read or write of `path`, with a hint for the causes that a user can mend.
+    /// A failed read or write of `path`: "cannot `action`". Adds a hint for causes that a user can fix.
     pub fn io(action: &str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Io;
         let hint = match source.kind() {
@@ -130,41 +130,41 @@ impl Error {
 
     /// Names the file.
     pub fn file(mut self, path: impl AsRef<Path>) -> Self {
-        self.0.place = Some(Place::File(path.as_ref().to_owned()));
+        self.0.location = Some(Location::File(path.as_ref().to_owned()));
         self
     }
 
     /// Names the file and the line, counted from 1.
     pub fn line(mut self, path: impl AsRef<Path>, line: u64) -> Self {
-        self.0.place = Some(Place::Line(path.as_ref().to_owned(), line));
+        self.0.location = Some(Location::Line(path.as_ref().to_owned(), line));
         self
     }
 
     /// Names the file and the tensor in it.
     pub fn tensor(mut self, path: impl AsRef<Path>, tensor: impl Into<String>) -> Self {
-        self.0.place = Some(Place::Tensor(path.as_ref().to_owned(), tensor.into()));
+        self.0.location = Some(Location::Tensor(path.as_ref().to_owned(), tensor.into()));
         self
     }
 
-    /// Says what would have been right.
+    /// States the valid values.
     pub fn expected(mut self, expected: impl fmt::Display) -> Self {
         self.0.expected = Some(expected.to_string());
         self
     }
 
-    /// Says what was found instead.
+    /// States the value that was found.
     pub fn got(mut self, got: impl fmt::Display) -> Self {
         self.0.got = Some(got.to_string());
         self
     }
 
-    /// Says what to do about it.
+    /// States how to fix the problem.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());
         self
     }
 
-    /// Keeps the error of another crate as the cause.
+    /// Adds an error of another crate as the source.
     pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.0.source = Some(source.into());
         self
@@ -180,8 +180,8 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let report = &self.0;
         let f = &mut Escaped(f);
-        if let Some(place) = &report.place {
-            write!(f, "{place}: ")?;
+        if let Some(location) = &report.location {
+            write!(f, "{location}: ")?;
         }
         write!(f, "{}", report.what)?;
         if let Some(source) = &report.source {

@@ -1,21 +1,22 @@
-//! Entry points for fuzzing: one function per format that llara reads, from bytes to an error or a value.
+//! Entry points for fuzzing: one function per input format. Each reads arbitrary bytes and may fail, but
+//! must not panic.
 //!
-//! Not part of the public interface: compiled for tests and with the feature `fuzzing` alone. The
-//! programs that call these functions are in `fuzz/` at the root of the repository.
+//! Not part of the public interface: compiled only for tests and with the feature `fuzzing`. The fuzz
+//! targets that call these functions are in `fuzz/` at the root of the repository.
 
 use std::path::Path;
 
 use crate::biencoder::Recipe;
 use crate::data::{BadRows, Dataset, TrainingRow};
 use crate::model::{DecoderConfig, LoraConfig};
-use crate::retrieval::{Origin, Qrels, TextFile, VectorWriter};
+use crate::retrieval::{EmbeddingWriter, Origin, Qrels, TextFile};
 use crate::storage::SafetensorsFile;
 use crate::text::{PromptEncoder, Template, TextTokenizer, train_bpe};
 
 /// A function that reads one format.
 pub type Target = fn(&[u8]);
 
-/// All targets with the names of their programs and corpora.
+/// All targets with their names, which are also those of their corpora.
 pub const TARGETS: [(&str, Target); 10] = [
     ("config", config),
     ("safetensors", safetensors),
@@ -29,15 +30,15 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("hub_listing", hub_listing),
 ];
 
-/// Allocations and loops above this are faults of the reader, not of the input.
-const SMALL_MODEL: usize = 1 << 16;
+/// Largest head dimension for which the rope frequencies are computed here.
+const MAX_HEAD_DIM: usize = 1 << 16;
 
 /// `config.json`.
 pub fn config(bytes: &[u8]) {
     if let Ok(config) = DecoderConfig::from_json(bytes) {
         assert_eq!(config.windows.len(), config.num_hidden_layers);
         assert!(config.windows.iter().all(|&window| window != Some(0)));
-        if config.head_dim < SMALL_MODEL {
+        if config.head_dim < MAX_HEAD_DIM {
             let frequencies = config.inverse_frequencies();
             assert!(frequencies.iter().all(|f| f.is_finite() && *f >= 0.0), "{config:?}");
         }
@@ -89,7 +90,7 @@ pub fn adapter_config(bytes: &[u8]) {
 pub fn recipe(bytes: &[u8]) {
     in_folder("llara.json", bytes, |dir| {
         if let Ok(Some(recipe)) = Recipe::read(dir) {
-            use_template(recipe.template);
+            encode_with(recipe.template);
         }
     });
 }
@@ -98,7 +99,7 @@ pub fn recipe(bytes: &[u8]) {
 pub fn template(bytes: &[u8]) {
     in_folder("template.toml", bytes, |dir| {
         if let Ok(template) = Template::from_toml_file(dir.join("template.toml")) {
-            use_template(template);
+            encode_with(template);
         }
     });
 }
@@ -124,12 +125,12 @@ pub fn qrels(bytes: &[u8]) {
     });
 }
 
-/// The manifest of an interrupted run, beside a file of embeddings with two of three rows.
+/// The manifest of an interrupted run. Its incomplete file of embeddings has two of three rows.
 pub fn manifest(bytes: &[u8]) {
     in_folder("e.npy.partial.json", bytes, |dir| {
         let path = dir.join("e.npy");
         let whole = dir.join("whole.npy");
-        let written = VectorWriter::create(&whole, 3, 2).and_then(|mut writer| {
+        let written = EmbeddingWriter::create(&whole, 3, 2).and_then(|mut writer| {
             writer.append(&[0.5; 6])?;
             writer.finish()
         });
@@ -138,19 +139,19 @@ pub fn manifest(bytes: &[u8]) {
         if std::fs::write(dir.join("e.npy.partial"), &data[..kept]).is_err() {
             return;
         }
-        let _ = VectorWriter::kept(&path);
-        let _ = VectorWriter::resume(&path, 3, 2, Origin::new().with("role", "query"));
+        let _ = EmbeddingWriter::kept(&path);
+        let _ = EmbeddingWriter::resume(&path, 3, 2, Origin::new().with("role", "query"));
         let _ = std::fs::remove_file(dir.join("e.npy.partial"));
     });
 }
 
-/// The Hub's answer to the question for a model's files.
+/// The Hub's response to a request for a model's list of files.
 pub fn hub_listing(bytes: &[u8]) {
     crate::hub::fuzz_listing(bytes);
 }
 
-/// Fits a template to a small tokenizer and encodes a text.
-fn use_template(template: Template) {
+/// Encodes a text with a template and a small tokenizer.
+fn encode_with(template: Template) {
     thread_local!(static TOKENIZER: Option<TextTokenizer> = {
         let specials = Template::preset("llara").map(|t| t.special_tokens()).unwrap_or_default();
         train_bpe(std::iter::empty(), 400, &specials).ok()
@@ -168,7 +169,7 @@ fn use_template(template: Template) {
     });
 }
 
-/// Calls `f` with a folder that has the file `name`.
+/// Calls `f` with a folder that contains `bytes` as the file `name`.
 fn in_folder(name: &str, bytes: &[u8], f: impl FnOnce(&Path)) {
     thread_local!(static FOLDER: Option<tempfile::TempDir> = tempfile::tempdir().ok());
     FOLDER.with(|folder| {
@@ -207,8 +208,7 @@ mod tests {
         }
     }
 
-    /// A change of an input: one byte replaced, a part removed, a part repeated, a number put in
-    /// the place of another, or the end cut off.
+    /// Mutates an input: replaces a byte, removes or repeats a range, replaces a number, or truncates.
     fn change(bytes: &mut Vec<u8>, (kind, at, length, byte): (u8, usize, usize, u8)) {
         const NUMBERS: [&str; 8] =
             ["0", "-1", "99999999999", "18446744073709551615", "1e-300", "1e999", "null", "\"\""];

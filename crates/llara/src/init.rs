@@ -15,11 +15,11 @@ use crate::{Error, Result};
 
 /// Standard deviation of new weights, the default of Hugging Face models.
 const INITIALIZER_RANGE: f32 = 0.02;
-/// Longest sequence that a new model is made for, in tokens.
+/// Longest sequence that a new model supports, in tokens (`max_position_embeddings`).
 const MAX_POSITIONS: usize = 2048;
-/// Tokens of text that the recipe of a new model leaves room for, where the reference's lengths are
-/// taken up by the template: a tokenizer of few tokens spells its words in many.
-const ROOM_FOR_TEXT: usize = 24;
+/// The maximum lengths of a new model's recipe allow at least this number of tokens in addition to the template's.
+/// The default lengths may not: a tokenizer with a small vocabulary needs many tokens for the template.
+const MIN_TEXT_TOKENS: usize = 24;
 
 /// Sizes of a Llama model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,26 +32,26 @@ pub struct Preset {
     pub layers: usize,
     /// Attention heads.
     pub heads: usize,
-    /// Tokens of the tokenizer, at most.
+    /// Maximum vocabulary size of the tokenizer.
     pub vocab_size: usize,
 }
 
 impl Preset {
-    /// Learns in a minute on a laptop: 0.7 M parameters.
+    /// 0.7 M parameters: trains in about a minute on a laptop.
     pub const TINY: Preset =
         Preset { hidden_size: 128, intermediate_size: 352, layers: 2, heads: 4, vocab_size: 2048 };
-    /// For a real collection of some thousand texts: 4.2 M parameters.
+    /// 4.2 M parameters: for a collection of some thousand texts.
     pub const SMALL: Preset =
         Preset { hidden_size: 256, intermediate_size: 688, layers: 4, heads: 4, vocab_size: 4096 };
 }
 
-/// Makes an untrained bi-encoder: a byte-level BPE tokenizer from all queries and
-/// passages of `dataset` with the special tokens of `template`, and a Llama model with random weights
-/// from `seed`. The same input gives the same model.
+/// Creates an untrained bi-encoder: a byte-level BPE tokenizer trained on all queries and passages of
+/// `dataset`, with the special tokens of `template`, and a Llama model with random weights drawn from
+/// `seed`. The same input gives the same model.
 ///
 /// # Errors
-/// When the vocabulary has no room for the special tokens, when the data changed since it was opened,
-/// or the device fails.
+/// The vocabulary is too small for the special tokens, the data changed since it was opened, or the
+/// device fails.
 pub fn new_model<B: Backend>(
     backend: B,
     dataset: &Dataset,
@@ -68,16 +68,16 @@ pub fn new_model<B: Backend>(
         ModelFolder::new(json).with_json("generation_config.json", &generation_config(&tokenizer));
     let prompts = PromptEncoder::new(tokenizer, template.clone(), config.vocab_size)?;
     let mut recipe = Recipe::new(template);
-    recipe.query_max_len = recipe.query_max_len.max(room(&prompts, Role::Query)?);
-    recipe.passage_max_len = recipe.passage_max_len.max(room(&prompts, Role::Passage)?);
+    recipe.query_max_len = recipe.query_max_len.max(min_length(&prompts, Role::Query)?);
+    recipe.passage_max_len = recipe.passage_max_len.max(min_length(&prompts, Role::Passage)?);
     let parts = Parts { backend, decoder, folder, prompts: prompts.into(), recipe };
     BiEncoderModel::new(parts, BiEncoderOptions::default())
 }
 
-/// The template around nothing, and room for a short text.
-fn room(prompts: &PromptEncoder, role: Role) -> Result<usize> {
+/// The length of the template plus [`MIN_TEXT_TOKENS`], in tokens.
+fn min_length(prompts: &PromptEncoder, role: Role) -> Result<usize> {
     let template = prompts.encode(role, "a", usize::MAX)?.len() - 1;
-    Ok(template + ROOM_FOR_TEXT)
+    Ok(template + MIN_TEXT_TOKENS)
 }
 
 /// Trains on every text and on the words of the template, which occur in every sequence.
@@ -96,7 +96,7 @@ fn train_tokenizer(
         words
     };
     let (around_query, around_passage) = (words(Role::Query), words(Role::Passage));
-    // The trainer takes texts, not results: the first error waits here until it is done.
+    // The trainer takes texts, not results: the first error is stored here and reported afterwards.
     let failed: Mutex<Option<Error>> = Mutex::new(None);
     let texts = (0..dataset.len()).flat_map(|index| match dataset.row(index) {
         Ok(row) => {
@@ -142,17 +142,18 @@ fn config_json(preset: &Preset, tokenizer: &TextTokenizer) -> Value {
         "use_cache": true,
         "vocab_size": tokenizer.vocab_size(),
     });
-    name_tokens(&mut config, tokenizer);
+    add_token_ids(&mut config, tokenizer);
     config
 }
 
 fn generation_config(tokenizer: &TextTokenizer) -> Value {
     let mut config = json!({"_from_model_config": true});
-    name_tokens(&mut config, tokenizer);
+    add_token_ids(&mut config, tokenizer);
     config
 }
 
-fn name_tokens(config: &mut Value, tokenizer: &TextTokenizer) {
+/// Adds the ids of the special tokens.
+fn add_token_ids(config: &mut Value, tokenizer: &TextTokenizer) {
     for (key, token) in
         [("bos_token_id", "<|bos|>"), ("eos_token_id", "<|eos|>"), ("pad_token_id", "<|pad|>")]
     {
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_seed_makes_the_same_model_and_it_saves_whole() {
+    fn the_same_seed_gives_the_same_model_and_all_files_are_saved() {
         let dir = tempfile::tempdir().unwrap();
         let (dataset, template) = (dataset(&dir), Template::preset("llara").unwrap());
         let make = |seed| new_model(Cpu::new(), &dataset, template.clone(), SIZE, seed).unwrap();
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_leave_room_for_text_and_the_templates_words_are_tokens() {
+    fn lengths_exceed_the_template_and_the_templates_words_are_tokens() {
         let dir = tempfile::tempdir().unwrap();
         let template = Template::preset("llara").unwrap();
         let large = Preset { vocab_size: 600, ..SIZE };
@@ -213,8 +214,8 @@ mod tests {
             model.prompts().encode(Role::Query, "a", 999).unwrap().len() - 1
         };
         assert!(template_len(&many) < template_len(&few));
-        // BOS, quotes, eight words, colon, blank, eight tokens.
+        // BOS, quotes, eight words, colon, space, eight tokens.
         assert!(template_len(&many) <= 24);
-        assert_eq!(few.recipe().query_max_len, template_len(&few) + ROOM_FOR_TEXT);
+        assert_eq!(few.recipe().query_max_len, template_len(&few) + MIN_TEXT_TOKENS);
     }
 }

@@ -1,8 +1,9 @@
 //! Fine-tune decoder language models into text-embedding models.
 //!
-//! A query and a passage each become one vector; InfoNCE pulls a query towards its passage and away
-//! from hard negatives and from the other passages of the batch. The recipe is LLARA's (Llama2Vec): a
-//! prompt that ends in special tokens, whose last hidden states are averaged.
+//! A query and a passage each become one embedding. The InfoNCE loss raises the similarity of a query to
+//! its positive passage and lowers it to hard negatives and to the other passages of the batch. The
+//! recipe is LLARA's (Llama2Vec): a prompt that ends in special tokens, whose last hidden states are
+//! averaged.
 //!
 //! Start with [`BiEncoderModel`]; `examples/first_steps.rs` uses most of it. In reading order:
 //!
@@ -38,7 +39,9 @@ pub use biencoder::{
     Shortcuts, compute_similarity,
 };
 pub use error::{Error, ErrorKind, Result, escape_controls};
-pub use storage::{FolderLock, Recovered, finish_interrupted, free_disk_bytes};
+pub use storage::{
+    FolderLock, OutputLock, Recovered, finish_interrupted, free_disk_bytes, read_text_file,
+};
 pub use text::Role;
 
 /// Compiles the code in the README.

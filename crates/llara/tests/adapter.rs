@@ -55,7 +55,7 @@ fn training_changes_the_adapter_and_nothing_else() {
     let before = vectors(&model);
     let weights = |model: &BiEncoderModel| -> Vec<Vec<f32>> {
         let frozen = model.decoder().parameters().filter(|p| !p.is_trainable());
-        frozen.map(|p| model.backend().download(p.value()).unwrap()).collect()
+        frozen.map(|p| model.backend().download(p.values()).unwrap()).collect()
     };
     model.attach_new_adapter(&config(0.0), 7).unwrap();
     assert_eq!(vectors(&model), before, "a new adapter changes nothing");

@@ -187,9 +187,13 @@ fn gradients(way: Way) -> Vec<(String, Vec<f32>)> {
     let passages = [TEXTS[1], TEXTS[2], TEXTS[3], TEXTS[2]];
     let passage = model.batch(Role::Passage, &passages, 96).unwrap();
     batch_gradients(&mut model, (&query, &passage), &way.chunking, dropout).unwrap();
-    let download = |p: &Parameter<Cpu>| model.backend().download(p.grad().unwrap()).unwrap();
-    let learning = model.decoder().trainable_parameters();
-    learning.map(|p| (p.name().to_owned(), download(p))).collect()
+    let trainable = model.decoder().tensors().filter(|tensor| tensor.is_trainable());
+    trainable
+        .map(|tensor| {
+            let grad = model.backend().download_view(tensor.grad().unwrap()).unwrap();
+            (tensor.name().to_owned(), grad)
+        })
+        .collect()
 }
 
 /// Asserts that two ways give the same gradients, by the norm of the difference of each.

@@ -1,29 +1,29 @@
-//! Every flag of the reference and of `transformers.TrainingArguments`, and what this program does with
-//! it: one table, from which the flags that are not options of `llara finetune` are parsed and checked.
+//! A table of all flags of the reference and of `transformers.TrainingArguments`. The flags that are not
+//! options of `llara finetune` are parsed and checked by this table.
 
-use Treatment::{NoEffect, Obeyed};
+use Treatment::{NoEffect, Supported};
 
-/// What is done with a flag.
+/// How a flag is treated.
 pub(super) enum Treatment {
     /// It is an option of `llara finetune`, or an alias of one.
-    Obeyed,
-    /// It is accepted, with a note that says why it has no effect.
+    Supported,
+    /// It is accepted. A note states why it has no effect.
     NoEffect(&'static str),
-    /// Some values are accepted, because they ask for what is done anyway; others are refused.
+    /// Values that ask for the program's only behavior are accepted; others are refused.
     Limited(Limited),
 }
 
 /// Which values of a flag are accepted.
 pub(super) struct Limited {
-    /// Whether a value asks for what is done anyway.
-    pub(super) harmless: fn(&str, &OwnSettings<'_>) -> bool,
+    /// Whether a value is accepted.
+    pub(super) is_accepted: fn(&str, &OwnSettings<'_>) -> bool,
     /// What other values ask for.
     pub(super) asks_for: &'static str,
     /// What to do instead.
     pub(super) hint: &'static str,
 }
 
-/// The run's own options that some flags repeat.
+/// Options of the run that some flags repeat.
 pub(super) struct OwnSettings<'a> {
     /// The model as it is named on the command line.
     pub(super) model: &'a str,
@@ -47,48 +47,48 @@ const NO_UPLOAD: &str = "the model is not uploaded";
 /// Name (with dashes) and treatment of every flag.
 #[rustfmt::skip] // one flag a line
 pub(super) const FLAGS: &[(&str, Treatment)] = &[
-    ("model-name-or-path", Obeyed),
-    ("cache-dir", Obeyed),
-    ("use-lora", Obeyed),
-    ("lora-rank", Obeyed),
-    ("lora-alpha", Obeyed),
-    ("lora-dropout", Obeyed),
-    ("target-modules", Obeyed),
-    ("save-merged-lora-model", Obeyed),
-    ("from-peft", Obeyed),
-    ("peft-model-path", Obeyed),
-    ("train-data", Obeyed),
-    ("train-group-size", Obeyed),
-    ("query-max-len", Obeyed),
-    ("passage-max-len", Obeyed),
-    ("query-instruction-for-retrieval", Obeyed),
-    ("passage-instruction-for-retrieval", Obeyed),
-    ("negatives-cross-device", Obeyed),
-    ("temperature", Obeyed),
-    ("normlized", Obeyed),
-    ("normalized", Obeyed),
-    ("sub-batch-size", Obeyed),
-    ("output-dir", Obeyed),
-    ("overwrite-output-dir", Obeyed),
-    ("per-device-train-batch-size", Obeyed),
-    ("learning-rate", Obeyed),
-    ("weight-decay", Obeyed),
-    ("adam-beta1", Obeyed),
-    ("adam-beta2", Obeyed),
-    ("adam-epsilon", Obeyed),
-    ("max-grad-norm", Obeyed),
-    ("num-train-epochs", Obeyed),
-    ("max-steps", Obeyed),
-    ("lr-scheduler-type", Obeyed),
-    ("warmup-ratio", Obeyed),
-    ("warmup-steps", Obeyed),
-    ("logging-steps", Obeyed),
-    ("save-strategy", Obeyed),
-    ("save-steps", Obeyed),
-    ("save-total-limit", Obeyed),
-    ("seed", Obeyed),
-    ("bf16", Obeyed),
-    ("dataloader-drop-last", Obeyed),
+    ("model-name-or-path", Supported),
+    ("cache-dir", Supported),
+    ("use-lora", Supported),
+    ("lora-rank", Supported),
+    ("lora-alpha", Supported),
+    ("lora-dropout", Supported),
+    ("target-modules", Supported),
+    ("save-merged-lora-model", Supported),
+    ("from-peft", Supported),
+    ("peft-model-path", Supported),
+    ("train-data", Supported),
+    ("train-group-size", Supported),
+    ("query-max-len", Supported),
+    ("passage-max-len", Supported),
+    ("query-instruction-for-retrieval", Supported),
+    ("passage-instruction-for-retrieval", Supported),
+    ("negatives-cross-device", Supported),
+    ("temperature", Supported),
+    ("normlized", Supported),
+    ("normalized", Supported),
+    ("sub-batch-size", Supported),
+    ("output-dir", Supported),
+    ("overwrite-output-dir", Supported),
+    ("per-device-train-batch-size", Supported),
+    ("learning-rate", Supported),
+    ("weight-decay", Supported),
+    ("adam-beta1", Supported),
+    ("adam-beta2", Supported),
+    ("adam-epsilon", Supported),
+    ("max-grad-norm", Supported),
+    ("num-train-epochs", Supported),
+    ("max-steps", Supported),
+    ("lr-scheduler-type", Supported),
+    ("warmup-ratio", Supported),
+    ("warmup-steps", Supported),
+    ("logging-steps", Supported),
+    ("save-strategy", Supported),
+    ("save-steps", Supported),
+    ("save-total-limit", Supported),
+    ("seed", Supported),
+    ("bf16", Supported),
+    ("dataloader-drop-last", Supported),
     ("deepspeed", NoEffect(ONE_PROCESS)),
     ("fsdp", NoEffect(ONE_PROCESS)),
     ("fsdp-config", NoEffect(ONE_PROCESS)),
@@ -210,27 +210,27 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
     ("resume-from-checkpoint", limited(is_off,
         "resuming", "start again, or give the checkpoint as --model")),
     ("gradient-accumulation-steps", limited(is_one,
-        "gradient accumulation", "leave it out and raise --per-device-train-batch-size, which also gives more negatives")),
+        "gradient accumulation", "omit it and increase --per-device-train-batch-size, which also gives more negatives")),
     ("per-gpu-train-batch-size", limited(is_off,
-        "the old name of the batch size", "use --per-device-train-batch-size")),
+        "a batch size under its deprecated name", "use --per-device-train-batch-size")),
     ("optim", limited(is_adamw,
-        "another optimizer than AdamW", "leave it out")),
+        "an optimizer other than AdamW", "omit it")),
     ("adafactor", limited(is_off,
-        "another optimizer than AdamW", "leave it out")),
+        "an optimizer other than AdamW", "omit it")),
     ("optim-args", limited(is_empty,
-        "options of another optimizer", "leave it out")),
+        "options of another optimizer", "omit it")),
     ("optim-target-modules", limited(is_empty,
-        "an optimizer with projected gradients", "leave it out; --target-modules chooses the projections with adapters")),
+        "an optimizer with projected gradients", "omit it; --target-modules chooses the projections with adapters")),
     ("lr-scheduler-kwargs", limited(is_empty,
-        "options of a learning-rate schedule", "leave it out")),
+        "options of a learning-rate schedule", "omit it")),
     ("neftune-noise-alpha", limited(is_zero_or_off,
-        "noise on the embeddings", "leave it out")),
+        "noise on the embeddings", "omit it")),
     ("label-smoothing-factor", limited(is_zero,
-        "smoothed labels", "leave it out")),
+        "smoothed labels", "omit it")),
     ("past-index", limited(is_minus_one,
-        "hidden states of earlier batches", "leave it out")),
+        "hidden states of earlier batches", "omit it")),
     ("logging-strategy", limited(is_steps,
-        "logging by another measure than steps", "use --logging-steps")),
+        "logging at intervals that are not steps", "use --logging-steps")),
     ("evaluation-strategy", limited(is_off,
         "evaluation during training", "run llara evaluate afterwards")),
     ("eval-strategy", limited(is_off,
@@ -246,7 +246,7 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
     ("load-best-model-at-end", limited(is_off,
         "evaluation during training", "keep models with --save-steps and run llara evaluate on them")),
     ("debug", limited(is_empty,
-        "a debugger of PyTorch", "leave it out")),
+        "a debugger of PyTorch", "omit it")),
     ("train-sampling-strategy", limited(is_random,
         "another order of the rows", "use --sampling")),
     ("config-name", limited(is_model,
@@ -254,29 +254,29 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
     ("tokenizer-name", limited(is_model,
         "the tokenizer of another model", "put that tokenizer.json into the model folder")),
     ("data-seed", limited(is_seed,
-        "a seed of the data alone", "use --seed")),
+        "a separate seed for the data", "use --seed")),
     ("max-example-num-per-dataset", limited(is_no_bound,
         "a part of the rows of each file", "shorten the files, or the run with --max-steps")),
     ("load-from-disk", limited(is_off,
         "rows saved by the Python library datasets", "give JSONL files as --train-data")),
     ("exit-after-save", limited(is_off,
-        "preparing data without training", "leave it out")),
+        "preparing data without training", "omit it")),
     ("shuffle-ratio", limited(is_zero,
-        "texts with shuffled sentences", "leave it out")),
+        "texts with shuffled sentences", "omit it")),
     ("sentence-pooling-method", limited(is_mean,
-        "another pooling than the template's, the mean of the last tokens", "leave it out; for the last token alone, use a template with pooled_tokens = 1")),
+        "a pooling other than the template's mean of the last tokens", "omit it; for last-token pooling, use a template with pooled_tokens = 1")),
     ("lora-extra-parameters", limited(is_empty,
-        "further parameters trained beside the adapters", "leave it out")),
+        "additional trained parameters", "omit it")),
     ("push-to-hub", limited(is_off,
         "uploading the model", "upload the output folder afterwards")),
 ];
 
 const fn limited(
-    harmless: fn(&str, &OwnSettings<'_>) -> bool,
+    is_accepted: fn(&str, &OwnSettings<'_>) -> bool,
     asks_for: &'static str,
     hint: &'static str,
 ) -> Treatment {
-    Treatment::Limited(Limited { harmless, asks_for, hint })
+    Treatment::Limited(Limited { is_accepted, asks_for, hint })
 }
 
 fn is_off(value: &str, _: &OwnSettings<'_>) -> bool {
@@ -361,7 +361,7 @@ mod tests {
                     || arg.get_all_aliases().is_some_and(|all| all.contains(name))
             });
             let arg = arg.unwrap_or_else(|| panic!("--{name} is not parsed"));
-            if !matches!(treatment, Treatment::Obeyed) {
+            if !matches!(treatment, Treatment::Supported) {
                 assert!(arg.is_hide_set() && arg.get_num_args() == Some((0..).into()), "{name}");
             }
         }

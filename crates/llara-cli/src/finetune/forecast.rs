@@ -1,91 +1,91 @@
-//! What a run will take, told before it begins, and the refusal of one that cannot fit.
+//! The estimated memory of a run, printed before it starts, and the error for a run that does not fit.
 
 use std::fmt::Write;
 
-use llara::backend::Dtype;
+use llara::backend::{Backend, Dtype};
 use llara::model::LoraConfig;
 use llara::train::Chunking;
-use llara::train::plan::{Cut, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
+use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
 use llara::{Error, ErrorKind, Result, Role};
 
 use super::{Args, Prepared};
 use crate::talk::{bytes, count, counted, operations};
 
-/// A plan, the batch and run that it is for, and the available memory.
+/// A plan, its batch and run, and the available memory.
 pub(crate) struct Forecast {
     pub(crate) plan: Plan,
     pub(crate) batch: LargestBatch,
     /// The memory limit in bytes; `None`: unknown.
     pub(crate) budget: Option<u64>,
-    /// Whether the budget was given; otherwise it is the free memory.
-    asked: bool,
+    /// Whether the limit was given as an option; otherwise it is the usable memory.
+    is_given: bool,
     machine: MachineMemory,
     shape: RunShape,
-    cut: Cut,
+    policy: ChunkPolicy,
 }
 
-/// Chunks of one sequence with no activations kept: the smallest possible memory.
+/// Chunks of one sequence and no kept activations: the minimum of memory.
 const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_tokens: 0 };
 
 impl Forecast {
-    /// Plans a step of the largest batch that is expected from the data.
-    pub(crate) fn new(args: &Args, prepared: &Prepared) -> Result<Self> {
+    /// Plans a step of the largest expected batch.
+    pub(crate) fn new(args: &Args, prepared: &Prepared<impl Backend>) -> Result<Self> {
         let mut shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
             prompts: prepared.outline.prompts.clone(),
             lora: prepared.lora()?,
-            precision: args.precision(),
+            precision: args.precision(&prepared.backend),
             options: args.model_options(&prepared.recipe),
-            threads: args.compute.threads(),
+            memory: prepared.backend.memory(),
             process_bytes: 0,
         };
         let Prepared { dataset, config, .. } = prepared;
         let batch =
             LargestBatch::of_run(dataset, &shape.prompts, config, shape.dedups_sequences())?;
-        // Now, with tokenizer and data in memory.
-        let machine = MachineMemory::read();
-        shape.process_bytes = machine.process_in_training();
-        let asked = args.training.memory_budget;
-        let budget = match asked {
-            Some(budget) => Some(budget.bytes(machine.total.unwrap_or(u64::MAX))),
-            None => machine.within_reach(),
+        // Read here, with tokenizer and data in memory.
+        let machine = MachineMemory::of(&prepared.backend)?;
+        shape.process_bytes = match prepared.backend.free_and_total_bytes()? {
+            None => machine.process_in_training(),
+            Some(_) => 0,
         };
-        let cut = args.training.cut();
-        let plan = DryRun::new(shape.clone())?.choose(&batch, cut, budget.unwrap_or(u64::MAX))?;
-        Ok(Forecast { plan, batch, budget, asked: asked.is_some(), machine, shape, cut })
+        let given = args.training.memory_budget;
+        let budget = match given {
+            Some(budget) => Some(budget.bytes(machine.total.unwrap_or(u64::MAX))),
+            None => machine.usable(),
+        };
+        let policy = args.training.chunk_policy();
+        let limit = budget.unwrap_or(u64::MAX);
+        let plan = DryRun::new(shape.clone())?.choose(&batch, policy, limit)?;
+        Ok(Forecast { plan, batch, budget, is_given: given.is_some(), machine, shape, policy })
     }
 
-    /// Whether the run stays within its budget.
+    /// Whether the peak memory is within the limit.
     pub(crate) fn fits(&self) -> bool {
         self.budget.is_none_or(|budget| self.plan.peak_bytes() <= budget)
     }
 
-    /// The plan in a few words: memory, pieces.
+    /// The plan in a few lines: memory and chunks.
     pub(crate) fn lines(&self) -> Vec<String> {
         let plan = &self.plan;
-        let of = match (self.budget, self.asked) {
+        let of = match (self.budget, self.is_given) {
             (Some(budget), true) => format!(" of {}", bytes(budget)),
-            (Some(budget), false) => format!(" of {} within reach", bytes(budget)),
+            (Some(budget), false) => format!(" of {} usable", bytes(budget)),
             (None, _) => String::new(),
         };
         let mut lines = vec![
-            format!(
-                "memory    {}{of}, at the peak, in {}",
-                bytes(plan.peak_bytes()),
-                plan.peak_phase()
-            ),
-            format!("pieces    {}", self.pieces()),
+            format!("memory    peak {}{of}, while {}", bytes(plan.peak_bytes()), plan.peak_phase()),
+            format!("chunks    {}", self.chunks()),
         ];
-        if !self.fits() && !self.asked {
+        if !self.fits() && !self.is_given {
             lines.push(
-                "warning: that is more than the free memory; other programs may be affected".into(),
+                "warning: this exceeds the free memory; other programs may be affected".into(),
             );
         }
         lines
     }
 
     /// How the batch is divided into chunks.
-    pub(crate) fn pieces(&self) -> String {
+    fn chunks(&self) -> String {
         let chunks = &self.plan.chunks;
         if chunks.count == 1 && chunks.recomputed_share == 0.0 {
             return format!("one pass over {} tokens", count(chunks.tokens));
@@ -96,29 +96,29 @@ impl Forecast {
             count(chunks.largest_tokens)
         );
         if chunks.kept > 0 {
-            let _ = write!(text, ", {} kept", count(chunks.kept));
+            let _ = write!(text, ", activations of {} kept", count(chunks.kept));
         }
-        // A third of what one pass does is forward.
+        // The forward pass is a third of the work.
         let percent = 100.0 * chunks.recomputed_share;
         let _ = write!(
             text,
-            "; {percent:.0} % of the tokens go forward twice, {:.0} % more work",
+            "; the forward pass of {percent:.0} % of the tokens is computed twice, {:.0} % more work",
             percent / 3.0
         );
         text
     }
 
-    /// Refuses a run that exceeds the budget that it was given, or the machine.
-    pub(super) fn refuse_if_too_large(&self, prepared: &Prepared) -> Result<()> {
+    /// Refuses a run that exceeds the given memory limit or the machine's memory.
+    pub(super) fn refuse_if_too_large(&self, prepared: &Prepared<impl Backend>) -> Result<()> {
         match self.refusal(prepared)? {
             Some(refusal) => Err(refusal),
             None => Ok(()),
         }
     }
 
-    /// Why the run would be refused, with what would help.
-    pub(crate) fn refusal(&self, prepared: &Prepared) -> Result<Option<Error>> {
-        let limit = if self.asked { self.budget } else { self.machine.total };
+    /// The error for a run that does not fit, with settings that would fit.
+    pub(crate) fn refusal(&self, prepared: &Prepared<impl Backend>) -> Result<Option<Error>> {
+        let limit = if self.is_given { self.budget } else { self.machine.total };
         let Some(limit) = limit.filter(|&limit| self.plan.peak_bytes() > limit) else {
             return Ok(None);
         };
@@ -130,8 +130,8 @@ impl Forecast {
             .filter(|&(_, part)| part >= plan.training.total() / 100)
             .map(|(name, part)| format!("{name} {}", bytes(part)))
             .collect();
-        let smallest = match self.cut {
-            Cut::Free if plan.peak_phase() == "training" => ", in the smallest pieces",
+        let smallest = match self.policy {
+            ChunkPolicy::Auto if plan.peak_phase() == "training" => " with the smallest chunks",
             _ => "",
         };
         let remedies = self.remedies(prepared, limit)?;
@@ -146,7 +146,7 @@ impl Forecast {
             )
             .expected(format!("{} or more", bytes(plan.peak_bytes())))
             .got(format!(
-                "{} in {}{smallest}; a step takes {}",
+                "{} while {}{smallest}; a step needs {}",
                 bytes(plan.peak_bytes()),
                 plan.peak_phase(),
                 parts.join(", ")
@@ -155,20 +155,20 @@ impl Forecast {
         ))
     }
 
-    /// Settings with which the run would fit, each with what it would then take.
-    fn remedies(&self, prepared: &Prepared, limit: u64) -> Result<Vec<String>> {
+    /// Settings with which the run would fit, each with its peak memory.
+    fn remedies(&self, prepared: &Prepared<impl Backend>, limit: u64) -> Result<Vec<String>> {
         let mut remedies = Vec::new();
-        let mut consider = |option: &str, shape: &RunShape, batch: &LargestBatch, cut| {
-            let peak = DryRun::new(shape.clone())?.choose(batch, cut, limit)?.peak_bytes();
+        let mut consider = |option: &str, shape: &RunShape, batch: &LargestBatch, policy| {
+            let peak = DryRun::new(shape.clone())?.choose(batch, policy, limit)?.peak_bytes();
             if peak <= limit {
-                remedies.push(format!("{option} takes {}", bytes(peak)));
+                remedies.push(format!("{option} needs {}", bytes(peak)));
             }
             Ok::<bool, Error>(peak <= limit)
         };
-        let smallest = Cut::Fixed(SMALLEST);
-        if let Cut::Fixed(_) | Cut::Size(_) = self.cut {
+        let smallest = ChunkPolicy::Fixed(SMALLEST);
+        if let ChunkPolicy::Fixed(_) | ChunkPolicy::FixedSize(_) = self.policy {
             let option = "--chunk-tokens auto without --sub-batch-size";
-            consider(option, &self.shape, &self.batch, Cut::Free)?;
+            consider(option, &self.shape, &self.batch, ChunkPolicy::Auto)?;
         }
         if self.shape.lora.is_none() {
             let lora = Some(LoraConfig::default());
@@ -179,12 +179,12 @@ impl Forecast {
             let shape = RunShape { precision: Dtype::Bf16, ..self.shape.clone() };
             consider("--dtype bf16", &shape, &self.batch, smallest)?;
         }
-        // Shorter texts change nothing about the weights.
+        // Shorter texts do not reduce the memory of the weights.
         let fixed = self.plan.training.without_activations();
         let mut max_len = prepared.config.passage_max_len / 2;
-        let has_room = |max_len| self.shape.prompts.check_max_len(Role::Passage, max_len).is_ok();
-        while has_room(max_len) && fixed.max(self.plan.saving_bytes) < limit {
-            let batch = self.batch.with_passages_cut(max_len)?;
+        let is_valid = |max_len| self.shape.prompts.check_max_len(Role::Passage, max_len).is_ok();
+        while is_valid(max_len) && fixed.max(self.plan.saving_bytes) < limit {
+            let batch = self.batch.with_passages_truncated(max_len)?;
             let option = format!("--passage-max-len {max_len}");
             if consider(&option, &self.shape, &batch, smallest)? {
                 break;
@@ -194,11 +194,11 @@ impl Forecast {
         Ok(remedies)
     }
 
-    /// Work of a step in words.
+    /// The work of a step.
     pub(crate) fn work(&self) -> String {
         let work = self.plan.work;
         format!(
-            "{} needed, {} done ({:.2} ×)",
+            "{} needed, {} executed ({:.2} ×)",
             operations(work.needed_flops),
             operations(work.done_flops),
             work.done_flops as f64 / work.needed_flops.max(1) as f64

@@ -1,4 +1,4 @@
-//! Warnings about texts that are cut, and about templates that leave little room for them.
+//! Warnings about truncated texts, and about maximum lengths that leave few tokens for the text.
 
 use llara::text::PromptEncoder;
 use llara::train::plan::TextLengths;
@@ -6,16 +6,16 @@ use llara::{Result, Role};
 
 use crate::talk::{count, counted};
 
-/// The largest share of cut texts without a warning.
-const CUT_SHARE: f64 = 0.2;
+/// The largest fraction of truncated texts without a warning.
+const TRUNCATED_SHARE: f64 = 0.2;
 
-/// The smallest number of tokens for a text, beside its template, without a warning.
-const ROOM: usize = 8;
+/// The smallest number of tokens for the text, without the template's, that gives no warning.
+const MIN_TEXT_TOKENS: usize = 8;
 
-/// One line for each fault of the maximum lengths.
+/// One line for each maximum length that is too small.
 ///
 /// # Errors
-/// When the template cannot be tokenized.
+/// The template cannot be tokenized.
 pub(crate) fn warnings(roles: &[TextLengths], prompts: &PromptEncoder) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for texts in roles {
@@ -26,19 +26,19 @@ pub(crate) fn warnings(roles: &[TextLengths], prompts: &PromptEncoder) -> Result
             Role::Passage => ("passages", "--passage-max-len"),
         };
         let template = prompts.encode(role, "", usize::MAX)?.len();
-        let room = max_len.saturating_sub(template);
-        if room < ROOM && summary.cut_share > 0.0 {
+        let text_tokens = max_len.saturating_sub(template);
+        if text_tokens < MIN_TEXT_TOKENS && summary.cut_share > 0.0 {
             lines.push(format!(
-                "warning: {option} {max_len} leaves {} for the text of a {role}; template `{}` takes \
-                 {template}: raise {option}",
-                counted(room, "token"),
+                "warning: {option} {max_len} leaves {} for the text of a {role}, because template `{}` \
+                 has {template}: increase {option}",
+                counted(text_tokens, "token"),
                 prompts.template().name,
             ));
         }
-        if summary.cut_share > CUT_SHARE {
+        if summary.cut_share > TRUNCATED_SHARE {
             lines.push(format!(
-                "warning: {:.0} % of {} {plural} are longer than {option} {max_len} and are cut (mean {:.0} \
-                 tokens, 90 % up to {}, template included): raise {option}",
+                "warning: {:.0} % of {} {plural} are longer than {option} {max_len} and are truncated (mean \
+                 {:.0} tokens, 90th percentile {}, template included): increase {option}",
                 100.0 * summary.cut_share,
                 count(summary.texts),
                 summary.mean,

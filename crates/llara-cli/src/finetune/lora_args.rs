@@ -12,52 +12,52 @@ use super::ranges::require;
 #[derive(clap::Args)]
 #[command(next_help_heading = "LoRA")]
 pub(super) struct LoraArgs {
-    /// Train adapters beside frozen weights, and save them as PEFT does; false: train all weights
+    /// Train a LoRA adapter with frozen weights and save it in PEFT's format; false: train all weights
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) use_lora: bool,
-    /// Rank of an adapter [default: 64]
+    /// Rank of the adapter [default: 64]
     #[arg(long, value_name = "N")]
     lora_rank: Option<usize>,
-    /// An adapter's product is multiplied by alpha / rank [default: 16]
+    /// LoRA's alpha: the adapter's output is multiplied by alpha / rank [default: 16]
     #[arg(long, value_name = "X")]
     lora_alpha: Option<f64>,
-    /// Share of an adapter's input that is dropped in training [default: 0.1]
+    /// Dropout probability of the adapter's input [default: 0.1]
     #[arg(long, value_name = "X")]
     lora_dropout: Option<f32>,
-    /// Projections that get an adapter, separated by blanks or commas [default: q_proj k_proj v_proj
-    /// o_proj gate_proj up_proj down_proj]
+    /// Projections with an adapter, separated by spaces or commas [default: q_proj k_proj v_proj o_proj
+    /// gate_proj up_proj down_proj]
     #[arg(long, value_name = "NAME", num_args = 1..)]
     target_modules: Vec<String>,
-    /// Folder of a PEFT adapter to continue training, with its rank, alpha and targets
+    /// Folder of a PEFT adapter to train further, with its rank, alpha and target modules
     #[arg(long, alias = "peft-model-path", value_name = "DIR")]
     from_peft: Option<PathBuf>,
-    /// Save the model with its adapters merged as well, in merged_model/ of the output folder
+    /// Also save the model with the merged adapter, in merged_model/ of the output folder
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) save_merged_lora_model: bool,
 }
 
-/// What learns.
+/// The adapter that is trained.
 pub(super) enum Adapter {
-    /// All weights.
+    /// None: all weights are trained.
     None,
-    /// New adapters.
+    /// A new adapter.
     New(LoraConfig),
-    /// Those of a PEFT folder.
+    /// The adapter of a PEFT folder.
     From(PathBuf),
 }
 
 impl LoraArgs {
-    /// Whether adapters are turned off beside options that speak of them.
+    /// Whether options of adapters are given although no adapter is trained.
     pub(super) fn are_ignored(&self) -> bool {
         let others = self.are_set() || self.save_merged_lora_model;
         !self.use_lora && others
     }
 
-    /// Whether an adapter is described.
+    /// Whether settings of an adapter are given.
     fn are_set(&self) -> bool {
         self.lora_rank.is_some()
             || self.lora_alpha.is_some()
@@ -65,31 +65,31 @@ impl LoraArgs {
             || !self.target_modules.is_empty()
     }
 
+    /// The adapter that the options describe.
+    ///
     /// # Errors
-    /// When options contradict each other or are out of their range.
+    /// Options contradict each other or are out of range.
     pub(super) fn adapter(&self) -> Result<Adapter> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
         if !self.use_lora {
             if let Some(dir) = &self.from_peft {
                 return Err(invalid(
-                    "an adapter cannot be continued while all weights are trained",
+                    "an adapter cannot be trained further if all weights are trained",
                 )
                 .got(format!("--use-lora false with --from-peft {}", dir.display()))
                 .hint(
-                    "leave out --use-lora false; or merge the adapter into its model first (llara \
-                         merge) and give the merged model as --model",
+                    "omit --use-lora false, or first merge the adapter into its model (llara merge) and \
+                     give the merged model as --model",
                 ));
             }
-            // A LLARA command line may carry settings that it then turns off.
+            // A command line of the reference may have settings of adapters together with --use_lora false.
             return Ok(Adapter::None);
         }
         if let Some(dir) = &self.from_peft {
             if self.are_set() {
-                return Err(invalid("a continued adapter has its own settings")
+                return Err(invalid("the settings of an existing adapter cannot be changed")
                     .got("--from-peft with other options of adapters")
-                    .hint(
-                        "leave out --lora-rank, --lora-alpha, --lora-dropout, --target-modules",
-                    ));
+                    .hint("omit --lora-rank, --lora-alpha, --lora-dropout and --target-modules"));
             }
             return Ok(Adapter::From(dir.clone()));
         }
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn turned_off_nothing_else_about_adapters_counts() {
+    fn without_lora_other_options_of_adapters_are_ignored() {
         for (args, ignored) in [
             (&["--use-lora", "false"][..], false),
             (&["--use-lora=False", "--lora-rank", "0"], true),
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn targets_are_separated_by_blanks_or_commas() {
+    fn targets_are_separated_by_spaces_or_commas() {
         for args in [
             &["--target-modules", "q_proj", "v_proj"][..],
             &["--target-modules", "q_proj v_proj"],

@@ -1,39 +1,47 @@
-//! `llara finetune`: train a model, with everything checked before anything is written.
+//! `llara finetune`: train a model. All inputs are checked before files are written.
 
 mod args;
 mod flag_table;
 mod forecast;
 mod lengths;
 mod lora_args;
+mod optimizer_args;
+mod output_args;
 mod prepare;
 mod ranges;
+mod steps;
 mod trainer_flags;
+mod training_args;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use llara::backend::{Backend, Cpu, Dtype};
+use llara::backend::{Backend, Dtype};
 use llara::data::{Dataset, Sampling};
-use llara::model::Parameter;
 use llara::train::{RunLog, Summary, TrainConfig, Trainer};
 use llara::{BiEncoderModel, Error, Loader, Role};
 
+use super::compute::on_device;
 use super::progress::TrainingProgress;
 use super::talk::{count, counted, print, say};
-use super::{compute, interrupt, output_folder, trained_model};
+use super::{interrupt, output_folder, trained_model};
 pub(super) use args::Args;
 pub(super) use forecast::Forecast;
 pub(super) use lengths::warnings as length_warnings;
 use prepare::missing;
-pub(super) use prepare::{Prepared, Wanted};
+pub(super) use prepare::{Prepared, Purpose};
 
-/// Texts whose lengths are measured before training.
+/// Number of texts whose lengths are measured before training.
 const TEXTS: usize = 2_000;
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
-    let mut prepared = Prepared::new(&args, Wanted::Run(output_dir))?;
-    let forecast = Forecast::new(&args, &prepared)?;
+    on_device!(args.compute, backend => finetune(&args, output_dir, backend))
+}
+
+fn finetune(args: &Args, output_dir: PathBuf, backend: impl Backend) -> anyhow::Result<()> {
+    let mut prepared = Prepared::new(args, Purpose::Run(output_dir), backend)?;
+    let forecast = Forecast::new(args, &prepared)?;
     forecast.refuse_if_too_large(&prepared)?;
     for line in forecast.lines() {
         say!("{line}");
@@ -43,10 +51,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     }
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
-    let mut model = prepared.load(&args)?;
+    let mut model = prepared.load(args)?;
     let Prepared { config, dataset, .. } = &prepared;
     check_space(config, dataset, &model, args.lora.save_merged_lora_model)?;
-    let trained = train(&args, config, dataset, &mut model).and_then(|summary| {
+    let trained = train(args, config, dataset, &mut model).and_then(|summary| {
         save(model, config, args.lora.save_merged_lora_model)
             .inspect_err(|_| output_folder::say_what_is_left(&config.output_dir))?;
         Ok(summary)
@@ -57,18 +65,18 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     report(&config.output_dir, &trained?)
 }
 
-/// Refuses a run whose model and checkpoints do not fit on the disk.
+/// Refuses a run whose model and checkpoints exceed the free disk space.
 fn check_space(
     config: &TrainConfig,
     dataset: &Dataset,
-    model: &BiEncoderModel<Cpu>,
+    model: &BiEncoderModel<impl Backend>,
     merged: bool,
 ) -> llara::Result<()> {
     let steps = config.length.steps(config.sampler(dataset.len(), 1)?.steps_per_epoch())?;
     let saving = &config.saving;
     let made = saving.every.map_or(0, |every| steps / every.max(1));
-    // A checkpoint is complete before the oldest one is removed. Without a limit all are kept, and a
-    // disk that fills up after days would end the run.
+    // The oldest checkpoint is removed after the next one is complete, hence limit + 1. Without a limit all
+    // are kept, and a full disk would end the run after days.
     let kept = saving.keep.map_or(made, |keep| made.min(keep as u64 + 1));
     let whole = model.saved_bytes(saving.dtype)?;
     let (one, merged) = match model.adapter() {
@@ -83,8 +91,12 @@ fn check_space(
     output_folder::check_space(&config.output_dir, needed, &largest)
 }
 
-/// Saves the model, or its adapter and, if asked for, the model with the adapter merged.
-fn save(mut model: BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> llara::Result<()> {
+/// Saves the model, or its adapter and, if `merged` is set, the model with the merged adapter.
+fn save<B: Backend>(
+    mut model: BiEncoderModel<B>,
+    config: &TrainConfig,
+    merged: bool,
+) -> llara::Result<()> {
     model.decoder_mut().drop_gradients();
     if model.adapter().is_none() {
         return model.save_as(&config.output_dir, config.saving.dtype);
@@ -94,7 +106,7 @@ fn save(mut model: BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> l
         if model.precision() != Dtype::F32
             && let Some(base) = model.source().map(Path::to_owned)
         {
-            // The weights in memory were rounded; those that the adapter is added to must not be.
+            // The weights in memory were rounded; the adapter must be added to the original ones.
             let (backend, options) = (model.backend().clone(), *model.options());
             drop(model);
             model = Loader::new(&base)?.load(backend, options)?;
@@ -106,12 +118,12 @@ fn save(mut model: BiEncoderModel<Cpu>, config: &TrainConfig, merged: bool) -> l
     Ok(())
 }
 
-/// Makes all steps. The optimizer's state is gone when this returns, so that saving has its memory.
+/// Runs all steps. The optimizer state is freed when this returns, before the model is saved.
 fn train(
     args: &Args,
     config: &TrainConfig,
     dataset: &Dataset,
-    model: &mut BiEncoderModel<Cpu>,
+    model: &mut BiEncoderModel<impl Backend>,
 ) -> anyhow::Result<Summary> {
     let about_model = describe(model, args.model.model.as_deref().unwrap_or_default());
     for (role, max_len) in
@@ -137,7 +149,7 @@ fn train(
     Ok(result?)
 }
 
-/// What an interrupted run leaves, and how to continue.
+/// A message about the files of an interrupted run and how to continue it.
 fn what_is_left(config: &TrainConfig, adapter: bool) -> String {
     let steps = fs::read_dir(&config.output_dir).into_iter().flatten().filter_map(|entry| {
         let name = entry.ok()?.file_name();
@@ -154,35 +166,35 @@ fn what_is_left(config: &TrainConfig, adapter: bool) -> String {
              {folder}/checkpoint-{step} and another --output-dir"
         ),
         (None, _) => format!(
-            "{folder} has no model, for none had been saved; to start again, add \
-             --overwrite-output-dir; --save-steps N saves a model every N steps"
+            "{folder} has no model, because no checkpoint was saved; to start again, add \
+             --overwrite-output-dir; --save-steps N saves a checkpoint every N steps"
         ),
     }
 }
 
-/// Makes the output folder and begins the log.
+/// Creates the output folder and the log.
 fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
     fs::create_dir_all(output_dir)
         .map_err(|e| Error::io("create the output folder", output_dir, e))?;
     RunLog::create(output_dir)
 }
 
-fn describe(model: &BiEncoderModel<Cpu>, name: &str) -> String {
+fn describe(model: &BiEncoderModel<impl Backend>, name: &str) -> String {
     let decoder = model.decoder();
-    let size = |p: &Parameter<Cpu>| p.shape().iter().product::<usize>();
-    let parameters: usize = decoder.parameters().map(size).sum();
-    let learning: usize = decoder.trainable_parameters().map(size).sum();
-    let learning = match model.adapter() {
-        Some(lora) => format!("adapters of rank {}, {} parameters", lora.rank, count(learning)),
+    let parameters: usize = decoder.tensors().map(|tensor| tensor.elements()).sum();
+    let trained = decoder.tensors().filter(|tensor| tensor.is_trainable());
+    let trainable: usize = trained.map(|tensor| tensor.elements()).sum();
+    let training = match model.adapter() {
+        Some(lora) => format!("adapter of rank {}, {} parameters", lora.rank, count(trainable)),
         None => "all weights".to_owned(),
     };
     let config = decoder.config();
     let template = model.prompts().template();
     format!(
         "device    {}; {}\nmodel     {name}: {:?}, {}, {}, hidden {}, vocabulary {}\n\
-         training  {learning}\ntemplate  {}: mean of the last {}",
+         training  {training}\ntemplate  {}: mean of the last {}",
         model.backend().description(),
-        compute::describe(model.precision()),
+        model.backend().describe_products(model.precision()),
         config.family,
         counted(parameters, "parameter"),
         counted(config.num_hidden_layers, "layer"),
@@ -205,32 +217,33 @@ fn announce(
     let of_row = group.saturating_mul(config.passage_max_len).saturating_add(config.query_max_len);
     let tokens = batch.saturating_mul(of_row);
     say!(
-        "steps     {}: {batch} {} of group {group} each, at most {} a step",
+        "steps     {}: {batch} {} with {} each, at most {} per step",
         count(steps as usize),
         if batch == 1 { "query" } else { "queries" },
+        counted(group, "passage"),
         counted(tokens, "token")
     );
     if config.sampling == Sampling::Random && batch > dataset.len() {
         say!(
-            "note: a batch of {batch} is larger than the data: a step has only {}",
+            "note: the batch size {batch} is larger than the data: a step has only {}",
             counted(dataset.len(), "row"),
         );
     }
     if args.lora.are_ignored() {
-        say!("note: --use-lora is false, so the other adapter options have no effect");
+        say!("note: --use-lora is false, so other options of adapters have no effect");
     }
     if args.training.negatives_cross_device {
-        say!("note: --negatives-cross-device has no effect: one process has no other devices");
+        say!("note: --negatives-cross-device has no effect with one process");
     }
     if !normalized {
-        say!("note: embeddings are not normalised, so the temperature is 1.0");
+        say!("note: embeddings are not normalized, so the temperature is 1.0");
     }
-    if args.optimizer.warmup_is_lost() {
-        say!("note: the constant scheduler has no warm-up; use constant_with_warmup");
+    if args.optimizer.ignores_warmup() {
+        say!("note: the schedule `constant` has no warm-up; use constant_with_warmup");
     }
 }
 
-/// Says which rows were left out, the first few.
+/// Prints the reasons for the first few skipped rows, and the number of the others.
 pub(super) fn say_skipped(dataset: &Dataset) {
     let skipped = dataset.skipped();
     for reason in &skipped.reasons {
@@ -246,7 +259,7 @@ fn report(output_dir: &Path, summary: &Summary) -> anyhow::Result<()> {
     let seconds = summary.elapsed.as_secs_f64();
     let tokens_per_second = summary.tokens as f64 / seconds.max(1e-9);
     say!(
-        "{}: {} in {seconds:.1} s, last loss {:.4}, {} tokens/s; saved and checked",
+        "{}: {} in {seconds:.1} s, last loss {:.4}, {} tokens/s; saved and verified",
         output_dir.display(),
         counted(summary.steps as usize, "step"),
         summary.loss,

@@ -1,16 +1,15 @@
-//! A run as far as it is known before the weights are read: settings, data, sizes, tokenizer.
+//! Preparation of a run before the weights are read: settings, data, model configuration, tokenizer.
 
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
+use llara::backend::Backend;
 use llara::data::{BadRows, Dataset};
 use llara::model::LoraConfig;
 use llara::text::Template;
 use llara::train::TrainConfig;
 use llara::train::plan::TextLengths;
-use llara::{
-    BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role, backend::Cpu,
-};
+use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role};
 
 use super::Args;
 use super::flag_table::OwnSettings;
@@ -19,52 +18,48 @@ use super::ranges;
 use crate::talk::say;
 use crate::{output_folder, paths, trained_model};
 
-/// What a run is prepared for.
-pub(crate) enum Wanted {
-    /// All of it, and where the run will be saved.
+/// The purpose of a preparation.
+pub(crate) enum Purpose {
+    /// A training run with this output folder.
     Run(PathBuf),
-    /// No weights, and nothing is saved.
+    /// An estimate: no weights are read and nothing is saved.
     Plan,
 }
 
-/// What is known before the weights are read.
-pub(crate) struct Prepared {
+/// A run before its weights are read.
+pub(crate) struct Prepared<B: Backend> {
     pub(crate) model_name: String,
     pub(crate) config: TrainConfig,
     pub(super) adapter: Adapter,
     pub(crate) dataset: Dataset,
     /// The model's folder.
     dir: PathBuf,
-    /// That of the trained model.
+    /// The recipe of the trained model.
     pub(super) recipe: Recipe,
     pub(crate) outline: Outline,
-    cpu: Cpu,
-    /// Of the output folder, until the run has ended.
+    pub(super) backend: B,
+    /// The lock of the output folder.
     lock: Option<FolderLock>,
 }
 
-impl Prepared {
-    /// Checks what the command line alone tells to be wrong, then the data, then the model's
-    /// configuration and tokenizer.
-    pub(crate) fn new(args: &Args, wanted: Wanted) -> anyhow::Result<Self> {
+impl<B: Backend> Prepared<B> {
+    /// Checks the options, then the data, then the model's configuration and tokenizer.
+    pub(crate) fn new(args: &Args, purpose: Purpose, backend: B) -> anyhow::Result<Self> {
         let model_name = required(args)?;
         let own = OwnSettings { model: &model_name, seed: args.training.seed };
         for line in args.trainer_flags.check(&own)? {
             say!("note: {line}");
         }
-        args.compute.check()?;
         ranges::check(args)?;
-        // Once and first: data and tokenizer are read by its threads too.
-        let cpu = args.compute.start();
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
-        let (output_dir, lock) = match &wanted {
-            Wanted::Run(output_dir) => {
+        let (output_dir, lock) = match &purpose {
+            Purpose::Run(output_dir) => {
                 check_apart(args, output_dir, &adapter, &model_name)?;
                 let lock = output_folder::claim(output_dir, args.output.overwrite_output_dir)?;
                 (output_dir.clone(), Some(lock))
             }
-            Wanted::Plan => (PathBuf::new(), None),
+            Purpose::Plan => (PathBuf::new(), None),
         };
         let group_size = args.data.train_group_size;
         let mut dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
@@ -74,15 +69,15 @@ impl Prepared {
         dataset.check_group(group_size)?;
 
         let cache = args.model.cache_dir.as_deref();
-        let dir = match wanted {
-            Wanted::Run(_) => trained_model::find(&model_name, cache, "--from-peft")?,
-            Wanted::Plan => trained_model::find_outline(&model_name, cache, "--from-peft")?,
+        let dir = match purpose {
+            Purpose::Run(_) => trained_model::find(&model_name, cache, "--from-peft")?,
+            Purpose::Plan => trained_model::find_outline(&model_name, cache, "--from-peft")?,
         };
         let base = starting_recipe(&dir, &adapter, template.as_ref())?;
         let outline = outline(args, &dir, &base, &adapter)?;
         let recipe = args.recipe(base);
         let mut config = args.train_config(output_dir, &recipe, 0);
-        // What the sampler refuses is refused before a large model is read.
+        // Errors of the sampler are reported before a large model is read.
         let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
         config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
         for (role, option, max_len) in [
@@ -93,7 +88,7 @@ impl Prepared {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, cpu, lock })
+        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, backend, lock })
     }
 
     /// Whether the output folder was created for this run.
@@ -110,20 +105,20 @@ impl Prepared {
         })
     }
 
-    /// Lengths of queries and passages, of at most about `texts` texts.
+    /// Lengths of queries and passages, measured on about `texts` texts.
     pub(crate) fn lengths(&self, texts: usize) -> llara::Result<[TextLengths; 2]> {
         TextLengths::sample(&self.dataset, &self.outline.prompts, &self.config, texts)
     }
 
     /// Reads the weights and attaches the adapter.
-    pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<Cpu>> {
+    pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<B>> {
         let mut loader = Loader::new(&self.dir)?.with_recipe(self.recipe.clone());
-        let precision = args.precision();
+        let precision = args.precision(&self.backend);
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
         }
-        let (cpu, options) = (self.cpu.clone(), args.model_options(&self.recipe));
-        let mut model = loader.load_weights(self.outline.clone(), cpu, options)?;
+        let (backend, options) = (self.backend.clone(), args.model_options(&self.recipe));
+        let mut model = loader.load_weights(self.outline.clone(), backend, options)?;
         match &self.adapter {
             Adapter::None => {}
             Adapter::New(lora) => model.attach_new_adapter(lora, self.config.seed)?,
@@ -136,7 +131,7 @@ impl Prepared {
     }
 }
 
-/// The recipe that training starts from: the adapter's, the model's or the default one.
+/// The initial recipe: that of the adapter, of the model, or the default one.
 fn starting_recipe(
     dir: &Path,
     adapter: &Adapter,
@@ -156,8 +151,8 @@ fn starting_recipe(
     Ok(recipe)
 }
 
-/// Reads configuration and tokenizer. An adapter does not save embeddings, so it is refused if tokens
-/// would be added.
+/// Reads configuration and tokenizer. Adding tokens is refused with an adapter, which does not contain token
+/// embeddings.
 fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara::Result<Outline> {
     let read =
         |add| Loader::new(dir)?.with_recipe(recipe.clone()).add_special_tokens(add).outline();
@@ -168,19 +163,19 @@ fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara
     read(false).map_err(|error| match read(true) {
         Ok(_) => Error::new(
             ErrorKind::Argument,
-            "new tokens cannot be saved with an adapter, which has no embeddings",
+            "new tokens cannot be saved with an adapter, which contains no token embeddings",
         )
         .hint(
-            "train all weights with --use-lora false, or do that in a first run and train \
-             adapters on its model",
+            "train all weights with --use-lora false, or do so in a first run and train an adapter on its \
+             model",
         ),
         Err(_) => error,
     })
 }
 
-/// A usage error for an option that a command line or a run file must give.
+/// The usage error for a required option that is missing.
 pub(super) fn missing(option: &str) -> clap::Error {
-    let text = format!("{option} is given neither on the command line nor in the run file\n");
+    let text = format!("{option} is required, on the command line or in the run file\n");
     clap::Error::raw(Usage::MissingRequiredArgument, text)
 }
 
@@ -192,23 +187,23 @@ fn required(args: &Args) -> Result<String, clap::Error> {
     args.model.model.clone().ok_or_else(|| missing("--model"))
 }
 
-/// Refuses an output folder whose filling would harm what the run reads.
+/// Refuses an output folder that contains an input or is inside one.
 fn check_apart(
     args: &Args,
     output_dir: &Path,
     adapter: &Adapter,
     model: &str,
 ) -> llara::Result<()> {
-    let mut read = vec![("the model", Path::new(model))];
+    let mut inputs = vec![("the model", Path::new(model))];
     if let Adapter::From(dir) = adapter {
-        read.push(("the adapter", dir));
+        inputs.push(("the adapter", dir));
     }
-    read.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
-    paths::check_apart(output_dir, &read)
+    inputs.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
+    paths::check_apart(output_dir, &inputs)
 }
 
-/// Refuses data with tokens that the model has no embedding for. A tokenizer that fits in the model's
-/// vocabulary cannot give any; only where it does not must every text be looked at.
+/// Refuses data with tokens for which the model has no embedding. All texts are tokenized for that only if
+/// the tokenizer's vocabulary is larger than the model's.
 fn check_vocabulary(
     config: &TrainConfig,
     dataset: &Dataset,

@@ -1,17 +1,17 @@
-//! The ranges of numbers that `llara finetune` is given: refused with the option's name, before a
-//! file is read.
+//! Checks that the numbers in the options of `llara finetune` are in range, before files are read.
 
 use std::fmt::Display;
 
 use llara::{Error, ErrorKind, Result};
 
-use super::args::{Args, ChunkTokens};
+use super::args::Args;
+use super::training_args::ChunkTokens;
 use crate::trained_model::MAX_LEN;
 
-/// Refuses `option` with `value` unless it `fits`.
+/// Fails unless `fits`.
 ///
 /// # Errors
-/// `what` is wrong, what was `expected`, and the option as it was given.
+/// [`ErrorKind::Argument`] with `what`, the `expected` values, and the option with its value.
 pub(super) fn require(
     fits: bool,
     (option, value): (&str, impl Display),
@@ -24,8 +24,10 @@ pub(super) fn require(
     Err(Error::new(ErrorKind::Argument, what).expected(expected).got(format!("{option} {value}")))
 }
 
+/// Checks all numbers.
+///
 /// # Errors
-/// The first number that is out of its range.
+/// The first number that is out of range.
 pub(super) fn check(args: &Args) -> Result<()> {
     let (data, training) = (&args.data, &args.training);
     require(
@@ -37,8 +39,8 @@ pub(super) fn check(args: &Args) -> Result<()> {
     require(
         data.train_group_size > 1 || training.per_device_train_batch_size != 1,
         ("--train-group-size 1 with --per-device-train-batch-size", 1),
-        "a query would have no negative",
-        "2 or more passages in a step: raise the batch size or the group size",
+        "there are no negatives",
+        "2 or more passages per step: increase the batch size or the group size",
     )?;
     for (option, value) in
         [("--query-max-len", data.query_max_len), ("--passage-max-len", data.passage_max_len)]
@@ -62,20 +64,20 @@ pub(super) fn check(args: &Args) -> Result<()> {
             ),
         ),
         "batch size × group size is too large",
-        "fewer than 4,294,967,295 passages in a step",
+        "fewer than 4,294,967,295 passages per step",
     )?;
     require(
         training.max_steps > 0 || training.max_steps == -1,
         ("--max-steps", training.max_steps),
-        "a run of no steps",
-        "a positive number of steps, or −1 to go by --num-train-epochs",
+        "the number of steps is out of range",
+        "a positive number of steps, or −1 to use --num-train-epochs",
     )?;
     let epochs = training.num_train_epochs;
     require(
         training.max_steps > 0 || epochs.is_finite() && epochs > 0.0,
         ("--num-train-epochs", epochs),
-        "a run of no steps",
-        "a positive number of epochs",
+        "the number of epochs is out of range",
+        "a positive number",
     )?;
     require(
         training.per_device_train_batch_size > 0,
@@ -92,14 +94,14 @@ pub(super) fn check(args: &Args) -> Result<()> {
     require(
         training.chunk_tokens != ChunkTokens::Tokens(0),
         ("--chunk-tokens", 0),
-        "no token would be encoded",
+        "the chunk size is 0",
         "1 or more, such as 4096, or auto",
     )?;
     require(
         args.output.logging_steps > 0,
         ("--logging-steps", 0),
-        "logging needs a positive interval",
-        "1 step or more",
+        "the logging interval is 0",
+        "1 or more",
     )?;
     check_optimizer(args)
 }
@@ -120,7 +122,7 @@ fn check_optimizer(args: &Args) -> Result<()> {
             optimizer.warmup_ratio,
             (0.0..=1.0).contains(&optimizer.warmup_ratio),
             "the warm-up ratio",
-            "a share of the steps, from 0 to 1",
+            "a fraction of the steps, from 0 to 1",
         ),
         (
             "--weight-decay",
@@ -153,9 +155,9 @@ fn check_optimizer(args: &Args) -> Result<()> {
         (
             "--max-grad-norm",
             optimizer.max_grad_norm,
-            clips_as_asked(optimizer.max_grad_norm),
-            "the largest gradient norm",
-            "a positive number within the range of f32, or 0: not clipped",
+            is_valid_norm(optimizer.max_grad_norm),
+            "the maximum gradient norm",
+            "a positive number within the range of f32, or 0 for no clipping",
         ),
     ] {
         require(fits, (option, value), &format!("{name} is out of range"), expected)?;
@@ -163,8 +165,8 @@ fn check_optimizer(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// A norm so small that it is 0 in f32 would turn clipping off.
-fn clips_as_asked(norm: f64) -> bool {
+/// Whether this is 0 or a positive f32. A positive number that is 0 in f32 would disable clipping.
+fn is_valid_norm(norm: f64) -> bool {
     norm == 0.0 || ((norm as f32).is_finite() && norm as f32 > 0.0)
 }
 
@@ -173,10 +175,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_zero_turns_clipping_off() {
+    fn only_zero_disables_clipping() {
         for (norm, fits) in [(0.0, true), (1.0, true), (1e-30, true), (1e-60, false)] {
-            assert_eq!(clips_as_asked(norm), fits, "{norm}");
+            assert_eq!(is_valid_norm(norm), fits, "{norm}");
         }
-        assert!([-1.0, 1e60, f64::NAN, f64::INFINITY].iter().all(|&norm| !clips_as_asked(norm)));
+        assert!([-1.0, 1e60, f64::NAN, f64::INFINITY].iter().all(|&norm| !is_valid_norm(norm)));
     }
 }

@@ -1,5 +1,5 @@
-//! Flags of the reference and its trainer that are no options of this program: accepted with a note if
-//! they have no meaning here, refused by name if they ask for an unsupported feature.
+//! Flags of the reference and its trainer that are not options of this program: accepted with a note if they
+//! have no effect, refused if they ask for an unsupported feature.
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use llara::{Error, ErrorKind, Result};
@@ -23,10 +23,10 @@ impl TrainerFlags {
         for (name, treatment) in FLAGS {
             let Some(values) = self.values(name) else { continue };
             match treatment {
-                Treatment::Obeyed => {}
+                Treatment::Supported => {}
                 Treatment::NoEffect(why) => notes.push(format!("--{name} has no effect: {why}")),
                 Treatment::Limited(flag) => {
-                    if !values.iter().all(|value| (flag.harmless)(value, own)) {
+                    if !values.iter().all(|value| (flag.is_accepted)(value, own)) {
                         let what = format!("`--{name}` is not supported");
                         return Err(Error::new(ErrorKind::Argument, what)
                             .got(format!(
@@ -49,7 +49,7 @@ impl TrainerFlags {
 
 /// The flags that are not options of this program.
 fn names() -> impl Iterator<Item = &'static str> {
-    let others = FLAGS.iter().filter(|(_, treatment)| !matches!(treatment, Treatment::Obeyed));
+    let others = FLAGS.iter().filter(|(_, treatment)| !matches!(treatment, Treatment::Supported));
     others.map(|(name, _)| *name)
 }
 
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_change_nothing_are_taken_in_silence() {
+    fn values_without_an_effect_give_no_note() {
         for args in [
             &["--shuffle-ratio", "0.0", "--label-smoothing-factor", "0"][..],
             &["--max-example-num-per-dataset", "100000000", "--load-from-disk", "False"],
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_done_is_refused_by_name() {
+    fn unsupported_features_are_refused_by_name() {
         for args in [
             &["--resume-from-checkpoint", "x"][..],
             &["--gradient-accumulation-steps", "2"],

@@ -5,14 +5,17 @@ mod picture;
 
 use serde_json::json;
 
-use super::finetune::{self, Forecast, Prepared, Wanted};
+use llara::backend::Backend;
+
+use super::compute::on_device;
+use super::finetune::{self, Forecast, Prepared, Purpose};
 use super::talk::{count, counted, print, say};
 
-/// Texts whose lengths are measured.
+/// Number of texts whose lengths are measured.
 const TEXTS: usize = 10_000;
 
 pub(super) const AFTER_HELP: &str = "\
-Takes the options of `llara finetune`; nothing is trained, no weight is read, nothing is written.
+Takes the options of `llara finetune`. Trains nothing, reads no weights and writes no files.
 
 Examples:
   llara plan --model base --train-data train.jsonl
@@ -20,11 +23,15 @@ Examples:
       --use-lora --per-device-train-batch-size 64 --memory-budget 12GiB
   llara plan --config run.toml --memory-budget 50%
 
-Prints one JSON object: memory by part in bytes, chunks, work of a step, lengths of texts,
-whether it fits.";
+Prints one JSON object: memory by category in bytes, chunks, work of a step, text lengths, and
+whether the run fits into memory.";
 
 pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
-    let prepared = Prepared::new(args, Wanted::Plan)?;
+    on_device!(args.compute, backend => plan(args, backend))
+}
+
+fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
+    let prepared = Prepared::new(args, Purpose::Plan, backend)?;
     let forecast = Forecast::new(args, &prepared)?;
     let prompts = &prepared.outline.prompts;
     let lengths = prepared.lengths(TEXTS)?;
@@ -50,7 +57,7 @@ pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
         count(config.vocab_size)
     );
     say!(
-        "batch     {} and {}, {} tokens to encode; the largest to be expected of {}, {} looked at",
+        "batch     {} and {}, {} encoded tokens; the largest expected batch of {}, {} sampled",
         if batch.query.len() == 1 {
             "1 query".into()
         } else {
@@ -59,9 +66,9 @@ pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
         counted(batch.passage.len(), "passage"),
         count(forecast.plan.chunks.tokens),
         counted(batch.steps as usize, "step"),
-        count(batch.looked_at as usize)
+        count(batch.sampled_steps as usize)
     );
-    say!("work      {} a step", forecast.work());
+    say!("work      {} per step", forecast.work());
     for line in forecast.lines() {
         say!("{line}");
     }
@@ -82,7 +89,7 @@ pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
             "queries": batch.query.len(),
             "passages": batch.passage.len(),
             "steps": batch.steps,
-            "looked_at": batch.looked_at,
+            "sampled_steps": batch.sampled_steps,
         },
         "lengths": { "query": query, "passage": passage },
     }))?)

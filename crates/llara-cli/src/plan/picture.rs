@@ -1,16 +1,16 @@
-//! Bars of text: memory by part, lengths of texts.
+//! Bar charts in text: memory by category, histograms of text lengths.
 
 use llara::train::plan::{Histogram, Plan, TextLengths};
 
 use crate::talk::{bytes, count};
 
-/// Characters of the longest bar.
+/// Width of the longest bar in characters.
 const WIDTH: usize = 40;
 
-/// Ranges of length that are told apart.
+/// Number of bins of a histogram.
 const BINS: usize = 12;
 
-/// One line a part, with a bar for its share; then what is not the step's.
+/// One line per category with a bar for its fraction, then the peak memory of the phases.
 pub(super) fn memory(plan: &Plan) -> Vec<String> {
     let total = plan.training.total();
     let row = |name: &str, part: u64, bar: String| format!("{name:<14}{:>10}  {bar}", bytes(part));
@@ -21,14 +21,14 @@ pub(super) fn memory(plan: &Plan) -> Vec<String> {
         .filter(|&(_, part)| part > 0)
         .map(|(name, part)| row(name, part, bar(part as f64, total as f64)))
         .collect();
-    lines.push(row("a step", total, String::new()));
-    lines.push(row("loading", plan.loading_bytes, "of the process, while weights are read".into()));
-    let saving = "while the trained model is saved and read again";
+    lines.push(row("training", total, "peak while training".into()));
+    lines.push(row("loading", plan.loading_bytes, "peak while weights are read".into()));
+    let saving = "peak while the trained model is saved and verified";
     lines.push(row("saving", plan.saving_bytes, saving.into()));
     lines
 }
 
-/// A histogram of each role, with what it is cut to.
+/// A histogram of the lengths of each role, with the maximum length.
 pub(super) fn lengths(roles: &[TextLengths]) -> Vec<String> {
     roles.iter().flat_map(histogram).collect()
 }
@@ -40,8 +40,8 @@ fn histogram(texts: &TextLengths) -> Vec<String> {
         llara::Role::Passage => "passages",
     };
     let mut lines = vec![format!(
-        "{name}: tokens of {} texts, template included: mean {:.0}, half up to {}, 90 % up to {}, \
-         99 % up to {}, longest {}",
+        "{name}: tokens of {} texts, template included: mean {:.0}, median {}, 90th percentile {}, \
+         99th percentile {}, longest {}",
         count(summary.texts),
         summary.mean,
         count(summary.p50),
@@ -55,11 +55,14 @@ fn histogram(texts: &TextLengths) -> Vec<String> {
     for (bin, &texts) in counts.iter().enumerate() {
         let (from, to) = (first + bin * width, first + (bin + 1) * width - 1);
         let range = if bin == last { format!("{from} …") } else { format!("{from} – {to}") };
-        // What is longer than all bins is cut after the last.
+        // The mark of a maximum length above all bins is in the last bin.
         let after = bin == last || summary.max_len <= to;
         let is_cut = (bin == 0 || summary.max_len >= from) && after;
         let mark = match is_cut {
-            true => format!("  ← cut at {}: {:.1} %", summary.max_len, 100.0 * summary.cut_share),
+            true => {
+                let percent = 100.0 * summary.cut_share;
+                format!("  ← maximum length {}: {percent:.1} % are truncated", summary.max_len)
+            }
             false => String::new(),
         };
         let bar = bar(texts as f64, most as f64);
@@ -68,13 +71,13 @@ fn histogram(texts: &TextLengths) -> Vec<String> {
     lines
 }
 
-/// A bar for a share of the whole, to an eighth of a character.
-fn bar(part: f64, whole: f64) -> String {
+/// A bar for the fraction `part / total`, rounded up to an eighth of a character.
+fn bar(part: f64, total: f64) -> String {
     const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
-    if whole <= 0.0 || part <= 0.0 {
+    if total <= 0.0 || part <= 0.0 {
         return String::new();
     }
-    let eighths = ((part / whole).min(1.0) * (8 * WIDTH) as f64).ceil() as usize;
+    let eighths = ((part / total).min(1.0) * (8 * WIDTH) as f64).ceil() as usize;
     "█".repeat(eighths / 8) + EIGHTHS[eighths % 8]
 }
 
@@ -83,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bars_are_in_proportion_and_nothing_is_nothing() {
+    fn bars_are_proportional_and_zero_has_none() {
         assert_eq!(bar(1.0, 1.0).chars().count(), WIDTH);
         assert_eq!(bar(0.5, 1.0), "█".repeat(WIDTH / 2));
         assert_eq!(bar(1e-9, 1.0), "▏");

@@ -1,13 +1,13 @@
-//! Adapters and batches in pieces, from the command line.
+//! Adapters and batches in chunks, from the command line.
 
 use std::fs;
 
-use llara::retrieval::read_vectors;
+use llara::retrieval::read_embeddings;
 
 use crate::fixture::{Bench, llara};
 
-/// Vectors of two texts by a model, with an adapter or without.
-fn vectors(bench: &Bench, model: &str, adapter: Option<&str>) -> Vec<f32> {
+/// Embeddings of two texts by a model, with an adapter or without.
+fn embeddings(bench: &Bench, model: &str, adapter: Option<&str>) -> Vec<f32> {
     bench.write("texts.txt", "An otter.\nA heron by the river");
     let output = bench.path("v.npy");
     let (model, input) = (bench.path(model), bench.path("texts.txt"));
@@ -18,7 +18,7 @@ fn vectors(bench: &Bench, model: &str, adapter: Option<&str>) -> Vec<f32> {
         args.extend(["--adapter", adapter]);
     }
     llara(&args).json();
-    read_vectors(output).unwrap().into_iter().collect()
+    read_embeddings(output).unwrap().into_iter().collect()
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f32 {
@@ -33,45 +33,55 @@ fn an_adapter_is_trained_used_and_merged() {
     let run =
         bench.finetune(&["--use_lora", "--lora_rank", "4", "--save_merged_lora_model", "True"]);
     run.json();
-    assert!(run.stderr.contains("adapters of rank 4"), "{}", run.stderr);
+    assert!(run.stderr.contains("adapter of rank 4"), "{}", run.stderr);
     assert!(!bench.at("out/model.safetensors").exists());
     for name in ["adapter_config.json", "adapter_model.safetensors", "llara_probes.json"] {
         assert!(bench.at("out").join(name).is_file(), "{name}");
     }
 
-    let with = vectors(&bench, "base", Some("out"));
-    assert!(distance(&with, &vectors(&bench, "base", None)) > 1e-4, "training changed nothing");
-    assert!(distance(&with, &vectors(&bench, "out/merged_model", None)) < 1e-5);
+    let with = embeddings(&bench, "base", Some("out"));
+    assert!(distance(&with, &embeddings(&bench, "base", None)) > 1e-4, "training changed nothing");
+    assert!(distance(&with, &embeddings(&bench, "out/merged_model", None)) < 1e-5);
 
     let (base, out, merged) = (bench.path("base"), bench.path("out"), bench.path("merged"));
     let merge = llara(&["merge", "--model", &base, "--adapter", &out, "--output-dir", &merged]);
     assert_eq!(merge.json()["output_dir"], merged);
-    assert!(distance(&with, &vectors(&bench, "merged", None)) < 1e-5);
+    assert!(distance(&with, &embeddings(&bench, "merged", None)) < 1e-5);
     llara(&["merge", "--model", &base, "--output-dir", &merged]).refused(&["--adapter"]);
 
     // An adapter is easily taken for a model.
     bench.write("texts.txt", "An otter.");
-    let (input, vectors) = (bench.path("texts.txt"), bench.path("none.npy"));
-    llara(&["encode", "--model", &out, "--input", &input, "--role", "query", "--output", &vectors])
-        .refused(&["this is an adapter", "--model BASE --adapter"]);
+    let (input, embeddings) = (bench.path("texts.txt"), bench.path("none.npy"));
+    llara(&[
+        "encode",
+        "--model",
+        &out,
+        "--input",
+        &input,
+        "--role",
+        "query",
+        "--output",
+        &embeddings,
+    ])
+    .refused(&["this is an adapter", "--model BASE --adapter"]);
 
-    // Going on from it: the same targets and rank, and the loss goes on falling.
+    // Continued from it: the same targets and rank, and the loss continues to decrease.
     fs::rename(bench.at("out"), bench.at("first")).unwrap();
     let first = bench.path("first");
     let on = bench.finetune(&["--use_lora", "True", "--peft_model_path", &first]);
     on.json();
-    assert!(on.stderr.contains("adapters of rank 4"), "{}", on.stderr);
+    assert!(on.stderr.contains("adapter of rank 4"), "{}", on.stderr);
 }
 
 #[test]
-fn adapter_options_that_make_no_sense_are_refused() {
+fn invalid_adapter_options_are_refused() {
     let bench = Bench::new();
     for (args, part) in [
         (&["--lora-rank", "0"][..], "rank is 0"),
         (&["--lora-dropout", "1"], "dropout is out of range"),
         (&["--target-modules", "q_proj,w_proj"], "w_proj"),
         (&["--from-peft", "nowhere"], "adapter_config.json"),
-        (&["--from-peft", "nowhere", "--lora-rank", "2"], "its own settings"),
+        (&["--from-peft", "nowhere", "--lora-rank", "2"], "settings of an existing adapter"),
     ] {
         bench.finetune(&[&["--use-lora"], args].concat()).refused(&[part]);
         assert!(!bench.at("out").exists());
@@ -79,7 +89,7 @@ fn adapter_options_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn adapters_that_are_turned_off_are_spoken_of() {
+fn ignored_options_of_adapters_give_a_note() {
     let bench = Bench::new();
     let args = ["--use-lora", "false", "--lora-rank", "4", "--per-device-train-batch-size", "16"];
     let run = bench.finetune(&[&args[..], &["--sampling", "random", "--max-steps", "1"]].concat());
@@ -91,7 +101,7 @@ fn adapters_that_are_turned_off_are_spoken_of() {
 }
 
 #[test]
-fn pieces_of_a_batch_give_the_same_run() {
+fn chunks_of_a_batch_give_the_same_run() {
     let bench = Bench::new();
     let mut losses = Vec::new();
     for args in [&[][..], &["--chunk-tokens", "100"], &["--sub_batch_size", "1"]] {

@@ -1,4 +1,4 @@
-//! Training data and settings that must be refused before anything is written.
+//! Training data and settings that must be refused before files are written.
 
 use std::fs;
 
@@ -15,9 +15,9 @@ fn malformed_rows_are_refused_with_file_and_line() {
         (br#"{"query": "a", "pos": ["b"]}"#, &["no hard negatives", "--train-group-size 1"]),
         (br#"{"query": "a", "pos": [], "neg": ["b"]}"#, &["`pos` is empty", "at least one"]),
         (br#"{"query": "a", "pos": ["b"], "neg": []}"#, &["no hard negatives", "at least one"]),
-        (br#"{"query": 7, "pos": ["b"], "neg": ["c"]}"#, &["`query` is of the wrong type"]),
-        (br#"{"query": "a", "pos": "b", "neg": ["c"]}"#, &["`pos` is of the wrong type"]),
-        (br#"{"query": "a", "pos": ["b"], "neg": [7]}"#, &["`neg[0]` is of the wrong type"]),
+        (br#"{"query": 7, "pos": ["b"], "neg": ["c"]}"#, &["`query` has the wrong type"]),
+        (br#"{"query": "a", "pos": "b", "neg": ["c"]}"#, &["`pos` has the wrong type"]),
+        (br#"{"query": "a", "pos": ["b"], "neg": [7]}"#, &["`neg[0]` has the wrong type"]),
         (br#"["a"]"#, &["not a JSON object"]),
     ] {
         bench.write("train.jsonl", [rows(4).as_bytes(), line, b"\n"].concat());
@@ -43,7 +43,7 @@ fn empty_and_missing_files_are_refused() {
 }
 
 #[test]
-fn impossible_settings_are_refused() {
+fn invalid_settings_are_refused() {
     let bench = Bench::new();
     for (args, parts) in [
         (["--train-group-size", "0"], ["the group size is too small", "at least 1"]),
@@ -52,24 +52,24 @@ fn impossible_settings_are_refused() {
         (["--passage-max-len", "18446744073709551615"], ["out of range", "--passage-max-len 184"]),
         (["--learning-rate", "-1e-3"], ["learning rate", "--learning-rate -0.001"]),
         (["--threads", "65535"], ["too many threads", "--threads 65535"]),
-        (["--from-peft", "adapter"], ["an adapter cannot be continued", "llara merge"]),
+        (["--from-peft", "adapter"], ["an adapter cannot be trained further", "llara merge"]),
         (["--per-device-train-batch-size", "0"], ["batch size", "at least 1"]),
-        (["--query-max-len", "10"], ["no token of a query would be left", "at least"]),
-        (["--passage-max-len", "1"], ["no token of a passage would be left", "at least"]),
+        (["--query-max-len", "10"], ["the maximum query length leaves no token", "at least"]),
+        (["--passage-max-len", "1"], ["the maximum passage length leaves no token", "at least"]),
         (["--learning-rate", "nan"], ["learning rate", "positive"]),
         (["--warmup-ratio", "2"], ["warm-up ratio", "from 0 to 1"]),
         (["--temperature", "0"], ["temperature", "positive"]),
-        (["--logging-steps", "0"], ["positive interval", "1 step or more"]),
-        (["--max-steps", "0"], ["no steps", "positive number"]),
+        (["--logging-steps", "0"], ["the logging interval is 0", "1 or more"]),
+        (["--max-steps", "0"], ["number of steps", "positive number"]),
         (["--adam-beta1", "1"], ["beta1", "below 1"]),
         (["--temperature", "-1"], ["the temperature is out of range", "--temperature -1"]),
         (["--learning-rate", "-1"], ["learning rate", "--learning-rate -1"]),
         (["--max-grad-norm", "-1"], ["gradient norm", "--max-grad-norm -1"]),
         (["--max-grad-norm", "1e-60"], ["gradient norm", "range of f32"]),
-        (["--max-steps", "-2"], ["no steps", "--max-steps -2"]),
-        (["--chunk-tokens", "0"], ["no token", "--chunk-tokens 0"]),
-        (["--passage-max-len", "2"], ["no token of a passage", "--passage-max-len 2"]),
-        (["--template", "nope"], ["no template is called `nope`", "TOML file"]),
+        (["--max-steps", "-2"], ["number of steps", "--max-steps -2"]),
+        (["--chunk-tokens", "0"], ["chunk size is 0", "--chunk-tokens 0"]),
+        (["--passage-max-len", "2"], ["passage length leaves no token", "--passage-max-len 2"]),
+        (["--template", "nope"], ["there is no template `nope`", "TOML file"]),
         (["--model", "/no/such/folder"], ["/no/such/folder", "org/name"]),
     ] {
         bench.finetune(&args).refused(&parts);
@@ -78,7 +78,7 @@ fn impossible_settings_are_refused() {
 }
 
 #[test]
-fn numbers_that_no_count_can_be_are_refused_by_their_option() {
+fn invalid_numbers_are_refused_with_the_option() {
     let bench = Bench::new();
     for (option, value, part) in [
         ("--seed", "-1", "'-1' for '--seed <N>'"),
@@ -93,7 +93,7 @@ fn numbers_that_no_count_can_be_are_refused_by_their_option() {
 }
 
 #[test]
-fn what_a_run_reads_is_not_in_its_output_folder() {
+fn inputs_in_the_output_folder_are_refused() {
     let bench = Bench::new();
     fs::create_dir(bench.at("out")).unwrap();
     bench.write("out/rows.jsonl", rows(4));
@@ -111,7 +111,7 @@ fn what_a_run_reads_is_not_in_its_output_folder() {
 }
 
 #[test]
-fn a_run_that_logged_nothing_leaves_nothing() {
+fn a_run_without_a_logged_step_leaves_no_folder() {
     let bench = Bench::new();
     let diverging = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "20"];
     bench.finetune(&[&diverging[..], &["--logging-steps", "50"]].concat()).refused(&["diverged"]);
@@ -119,7 +119,7 @@ fn a_run_that_logged_nothing_leaves_nothing() {
 }
 
 #[test]
-fn a_folder_in_use_is_left_alone() {
+fn a_folder_that_is_not_empty_is_not_changed() {
     let bench = Bench::new();
     fs::create_dir(bench.at("out")).unwrap();
     bench.write("out/notes.txt", "mine");
@@ -132,7 +132,7 @@ fn a_folder_in_use_is_left_alone() {
     llara(&["init", "--preset", "tiny", "--train-data", &data, "--output-dir", &out])
         .refused(&["output folder is not empty", "notes.txt"]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
-    // A run that may overwrite but cannot start changes nothing either.
+    // A run with --overwrite-output-dir that cannot start does not change it either.
     bench.finetune(&["--overwrite-output-dir", "--train-group-size", "0"]).refused(&[]);
     assert_eq!(bench.names("out"), ["notes.txt"]);
     bench.finetune(&["--overwrite-output-dir"]).json();
@@ -150,7 +150,7 @@ fn a_run_that_diverges_keeps_its_log_and_writes_no_model() {
 }
 
 #[test]
-fn collections_and_texts_are_checked_too() {
+fn collections_and_texts_are_checked() {
     let bench = Bench::new();
     let (model, beir, texts) = (bench.path("base"), bench.path("beir"), bench.path("texts.jsonl"));
     llara(&["evaluate", "--model", &model, "--dataset", &beir, "--split", "dev"])
@@ -161,6 +161,7 @@ fn collections_and_texts_are_checked_too() {
     llara(&[&args[..], &[&output]].concat()).refused(&["texts.jsonl:2: `text` is missing"]);
     bench.write("texts.jsonl", "{\"text\": \"a\"}\n");
     llara(&[&args[..], &["v.csv"]].concat()).refused(&["v.csv", ".safetensors or .npy"]);
-    llara(&[&args[..], &[&output, "--max-len", "5"]].concat()).refused(&["no token of a query"]);
+    llara(&[&args[..], &[&output, "--max-len", "5"]].concat())
+        .refused(&["query length leaves no token"]);
     assert!(!bench.at("v.npy").exists());
 }

@@ -1,4 +1,4 @@
-//! Model folders that must be refused, each with the place and a hint.
+//! Model folders that must be refused, each with a location and a hint.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::fixture::{Bench, copy_folder, llara};
 
-/// Trains and encodes with a spoilt model: both must be refused, and write nothing.
+/// Trains and encodes with a damaged model: both must be refused, and write nothing.
 #[track_caller]
 fn refused(bench: &Bench, parts: &[&str]) {
     bench.finetune(&[]).refused(parts);
@@ -36,7 +36,7 @@ fn damaged_weight_files() {
     refused(&bench, &["model.safetensors: the weights are truncated", "fetch or export it again"]);
 
     bench.write(WEIGHTS, [&u64::MAX.to_le_bytes(), &whole[8..]].concat());
-    refused(&bench, &["model.safetensors: the header's length reaches beyond the file", "hint"]);
+    refused(&bench, &["model.safetensors: the header is longer than the file", "hint"]);
 
     let nan = f32::NAN.to_le_bytes();
     bench.write(WEIGHTS, [&whole[..whole.len() - 4], &nan].concat());
@@ -64,6 +64,9 @@ fn tensors_that_do_not_fit_are_listed_together() {
                 let turned = view.shape().iter().rev().copied().collect();
                 (name, TensorView::new(view.dtype(), turned, view.data()).unwrap())
             }
+            "model.layers.1.input_layernorm.weight" => {
+                (name, TensorView::new(Dtype::F64, vec![128], &[0; 8 * 128]).unwrap())
+            }
             _ => (name, TensorView::new(view.dtype(), view.shape().to_vec(), view.data()).unwrap()),
         })
         .collect();
@@ -73,9 +76,10 @@ fn tensors_that_do_not_fit_are_listed_together() {
     refused(
         &bench,
         &[
-            "do not fit config.json in 3 places",
+            "do not fit config.json in 4 places",
             "missing: model.norm.weight [128]",
             "misshapen: model.layers.0.mlp.up_proj.weight: expected [352, 128], got [128, 352]",
+            "unsupported dtype: model.layers.1.input_layernorm.weight: F64",
             "unknown: model.layers.9.extra",
             "hint",
         ],
@@ -102,13 +106,13 @@ fn a_tokenizer_without_the_templates_tokens() {
     llara(&[&init[..], &rest].concat()).json();
     let refused = bench.finetune(&["--template", "llara"]);
     refused.refused(&[
-        "does not know <s1> <s2>",
+        "has no single tokens for <s1> <s2>",
         "single tokens",
         "llara finetune --use-lora false --add-special-tokens",
     ]);
     assert!(!bench.at("out").exists());
 
-    // A vocabulary of so few tokens spells the template's words letter by letter.
+    // This small vocabulary has no words, so the template needs many tokens.
     let lengths = ["--query-max-len", "128", "--passage-max-len", "128"];
     let grown = ["--template", "llara", "--add-special-tokens"];
     bench.finetune(&[&grown[..], &lengths].concat()).json();
@@ -121,7 +125,7 @@ fn a_tokenizer_without_the_templates_tokens() {
 fn tokens_beyond_the_vocabulary() {
     let bench = Bench::new();
     let (data, larger) = (bench.path("train.jsonl"), bench.path("larger"));
-    // Words that only this tokenizer knows, so that their ids are its last.
+    // Words that are only in these texts, so their ids are the last ones.
     let words: String = (0..40)
         .map(|_| "{\"query\": \"quokka\", \"pos\": [\"zyzzyva xylophone\"], \"neg\": [\"jukebox\"]}\n")
         .collect();
@@ -152,6 +156,22 @@ fn a_model_that_was_changed_since_it_was_saved() {
     let run = llara(&[&args[..], &[&output]].concat());
     run.refused(&["does not answer as it did", "changed", "hint"]);
     assert!(!bench.at("v.npy").exists());
-    // Asked for in so many words, another template is no mistake.
+    // A template that is given explicitly is not an error.
     llara(&[&args[..], &[&output, "--template", "llara"]].concat()).json();
+}
+
+#[test]
+fn impossible_numbers_of_pooled_tokens_are_refused() {
+    let bench = Bench::new();
+    for (pooled, part) in [
+        ("99999999999", "`pooled_tokens` is out of range"),
+        ("50", "exceeds the"),
+        ("0", "out of range"),
+    ] {
+        let number: u64 = pooled.parse().unwrap();
+        edit_json(&bench, "base/llara.json", |recipe| {
+            recipe["template"]["pooled_tokens"] = json!(number)
+        });
+        refused(&bench, &["pooled_tokens", part, "hint"]);
+    }
 }

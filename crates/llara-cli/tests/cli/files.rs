@@ -1,4 +1,4 @@
-//! Files that verbs must not read, overwrite or believe.
+//! Files that verbs must not read, overwrite or trust.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -45,7 +45,7 @@ fn outputs_that_would_overwrite_inputs_are_refused() {
     run.refused(&["the output is in the folder of the dataset"]);
     assert_eq!(fs::read(bench.at("beir/qrels/test.tsv")).unwrap(), qrels);
 
-    // A file that another program wrote is kept, too.
+    // A file of another program is not replaced either.
     bench.write("mine.npy", "notes");
     bench.write("mine.txt", "notes");
     encode(&bench, "texts.npy", "mine.npy", &[])
@@ -62,7 +62,24 @@ fn outputs_that_would_overwrite_inputs_are_refused() {
 }
 
 #[test]
-fn what_a_run_file_cannot_hold_is_refused_before_the_work() {
+fn an_output_that_another_process_writes_is_refused() {
+    let bench = Bench::new();
+    bench.write("texts.txt", "an otter\n");
+    let before = bench.names("");
+    let lock = llara::OutputLock::acquire(&bench.at("v.npy")).unwrap();
+    let holder = format!("process {}", std::process::id());
+    let run = encode(&bench, "texts.txt", "v.npy", &[]);
+    run.refused(&["another process is writing this file", &holder, "hint: wait"]);
+    encode(&bench, "texts.txt", "w.npy", &[]).json();
+    drop(lock);
+    encode(&bench, "texts.txt", "v.npy", &[]).json();
+    let mut expected = [&before[..], &["v.npy".to_owned(), "w.npy".to_owned()]].concat();
+    expected.sort();
+    assert_eq!(bench.names(""), expected);
+}
+
+#[test]
+fn ids_and_paths_that_cannot_be_written_are_refused_before_the_work() {
     let bench = Bench::new();
     bench.write("texts.txt", "an otter\n");
     fs::remove_file(bench.at("base/model.safetensors")).unwrap();
@@ -75,7 +92,7 @@ fn what_a_run_file_cannot_hold_is_refused_before_the_work() {
     let corpus = fs::read_to_string(bench.at("beir/corpus.jsonl")).unwrap();
     bench.write("beir/corpus.jsonl", corpus + "{\"_id\": \"a b\", \"text\": \"x\"}\n");
     evaluate(&bench, &["--run-file", &bench.path("run")])
-        .refused(&["does not fit the run format", "a b"]);
+        .refused(&["cannot be written to a run file", "a b"]);
 }
 
 #[test]
@@ -133,7 +150,7 @@ fn compressed_and_misnamed_files_are_recognized() {
     encode(&bench, "rows.jsonl", "v.npy", &[]).refused(&["compressed (gzip)", "gunzip"]);
     bench.write("records.txt", "{\"text\": \"an otter\"}\n");
     encode(&bench, "records.txt", "v.npy", &[])
-        .refused(&["JSON record", "rename the file to .jsonl"]);
+        .refused(&["JSON object", "rename the file to .jsonl"]);
     // A name in the data cannot control the terminal.
     bench.write("rows.jsonl", "{\"que\\u001b[31mry\": 1, \"query\": \"a\"}\n");
     let run = bench.finetune(&["--train-data", &rows]);
@@ -157,7 +174,7 @@ fn fill_weights(bench: &Bench, value: f32) {
 }
 
 #[test]
-fn models_that_compute_nothing_are_refused() {
+fn models_with_invalid_weights_are_refused() {
     for (value, expected) in [(0.0, "weights are zero"), (1e38, "too large")] {
         let bench = Bench::new();
         bench.write("texts.txt", "an otter\na heron\n");
@@ -171,7 +188,7 @@ fn models_that_compute_nothing_are_refused() {
         llara(&[&search[..], &[&bench.path("base")]].concat()).refused(&["the embedding of query"]);
         let run = bench.finetune(&[]);
         assert_eq!(run.code, Some(1), "{}", run.stderr);
-        assert!(!run.stderr.contains("saved and checked"), "{}", run.stderr);
+        assert!(!run.stderr.contains("saved and verified"), "{}", run.stderr);
     }
 }
 
@@ -188,7 +205,7 @@ fn cutoffs_and_unknown_ids() {
 
     let qrels = fs::read_to_string(bench.at("beir/qrels/test.tsv")).unwrap();
     bench.write("beir/qrels/test.tsv", qrels + "q0\tnone\t1\nnone\td0\t1\n");
-    evaluate(&bench, &[]).refused(&["judgments name unknown", "--on-unknown-id skip"]);
+    evaluate(&bench, &[]).refused(&["judgments of unknown", "--on-unknown-id skip"]);
     let run = evaluate(&bench, &["--on-unknown-id", "skip"]);
     let json = run.json();
     assert_eq!((&json["queries"], &json["skipped_judgments"]), (&6.into(), &2.into()));

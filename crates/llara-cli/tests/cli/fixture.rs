@@ -10,7 +10,7 @@ use tempfile::TempDir;
 /// The program under test.
 pub(crate) const LLARA: &str = env!("CARGO_BIN_EXE_llara");
 
-/// What a run of the program left behind.
+/// The exit code and the output of a run of the program.
 pub(crate) struct Outcome {
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
@@ -50,7 +50,7 @@ pub(crate) fn llara(args: &[&str]) -> Outcome {
     outcome(Command::new(LLARA).args(args))
 }
 
-/// A folder of one test's own, with a copy of the base model, training rows and a test collection.
+/// A temporary folder with a copy of the base model, training rows and a test collection.
 pub(crate) struct Bench {
     root: TempDir,
 }
@@ -79,12 +79,12 @@ impl Bench {
         bench
     }
 
-    /// A place in the folder.
+    /// A path in the folder.
     pub(crate) fn at(&self, name: &str) -> PathBuf {
         self.root.path().join(name)
     }
 
-    /// The same as text.
+    /// The same path as a string.
     pub(crate) fn path(&self, name: &str) -> String {
         self.at(name).to_str().expect("the path is UTF-8").to_owned()
     }
@@ -103,8 +103,8 @@ impl Bench {
         names
     }
 
-    /// A short training run from `base` into `out`, of all weights unless `rest`, which is put
-    /// behind it, says otherwise.
+    /// A short training run of all weights from `base` to `out`. `rest` is appended and can override its
+    /// options.
     pub(crate) fn finetune(&self, rest: &[&str]) -> Outcome {
         let (model, data, out) = (self.path("base"), self.path("train.jsonl"), self.path("out"));
         let mut args = vec!["finetune", "--model", &model, "--train-data", &data];
@@ -139,7 +139,7 @@ pub(crate) fn rows(count: usize) -> String {
     (0..count).map(row).collect()
 }
 
-/// Made once: a tiny model with a vocabulary of at most 400.
+/// A tiny model, created once per test run, with a vocabulary of at most 400.
 fn base_model() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {

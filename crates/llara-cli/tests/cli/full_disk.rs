@@ -13,14 +13,14 @@ fn limited(blocks: u32, args: &[&str]) -> Outcome {
 }
 
 #[test]
-fn nothing_is_left_half_written() {
+fn incomplete_models_are_removed() {
     let bench = Bench::new();
     let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));
     // Enough for tokenizer and log, too little for the weights.
     let new = bench.path("new");
     let init = ["init", "--preset", "tiny", "--vocab-size", "400", "--train-data", &data];
     let run = limited(300, &[&init[..], &["--output-dir", &new]].concat());
-    run.refused(&["cannot write weights", "model.safetensors", "nothing was left half-written"]);
+    run.refused(&["cannot write weights", "model.safetensors", "the incomplete file was removed"]);
     assert!(!bench.at("new").exists());
 
     let finetune = ["finetune", "--model", &model, "--train-data", &data, "--output-dir", &out];
@@ -34,7 +34,7 @@ fn nothing_is_left_half_written() {
 }
 
 #[test]
-fn vectors_appear_whole_or_not_at_all() {
+fn embeddings_are_written_atomically() {
     let bench = Bench::new();
     let (model, input, output) = (bench.path("base"), bench.path("texts.txt"), bench.path("v.npy"));
     bench.write("texts.txt", "an otter\n".repeat(100));

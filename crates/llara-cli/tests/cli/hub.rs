@@ -1,4 +1,4 @@
-//! Models from the Hub's cache without a network, and a mirror that names paths outside the cache.
+//! Models from the Hub's cache without a network, and a mirror that sends paths outside the cache.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -55,14 +55,14 @@ fn mirror(head: String) -> String {
 }
 
 #[test]
-fn a_mirror_cannot_name_a_path_outside_the_cache() {
+fn paths_outside_the_cache_are_refused() {
     let list = format!(r#"{{"sha": "{COMMIT}", "siblings": [{{"rfilename": "config.json"}}]}}"#);
     let bad_list = list.replace(COMMIT, "../../../../out");
     let length = list.len();
     for (headers, body, parts) in [
-        ("ETag: \"../../../../out\"", &list, ["ETag that cannot be a file name", "hint"]),
-        ("ETag: \"a\"\r\nX-Repo-Commit: ../../x", &list, ["a commit that is not one", "hint"]),
-        ("ETag: \"a\"", &bad_list, ["a commit that is not one", "40 hexadecimal digits"]),
+        ("ETag: \"../../../../out\"", &list, ["ETag that is not a valid file name", "hint"]),
+        ("ETag: \"a\"\r\nX-Repo-Commit: ../../x", &list, ["an invalid commit hash", "hint"]),
+        ("ETag: \"a\"", &bad_list, ["an invalid commit hash", "40 hexadecimal digits"]),
     ] {
         let bench = Bench::new();
         bench.write("texts.txt", "an otter");

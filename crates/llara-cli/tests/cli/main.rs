@@ -1,6 +1,6 @@
-//! The program as its users run it: the binary, real files, exit codes, both outputs.
+//! Tests of the program: the binary, files, exit codes, standard output and standard error.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+#![allow(clippy::unwrap_used, reason = "a test fails at the line of the panic")]
 
 mod adapters;
 mod bad_data;

@@ -1,4 +1,4 @@
-//! The output folder: one process at a time, earlier checkpoints, leftovers, space, odd names.
+//! The output folder: locking, earlier checkpoints, interrupted saves, disk space, unusual names.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -14,7 +14,7 @@ fn a_folder_that_another_process_writes_to_is_refused() {
     let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));
     let lock = llara::FolderLock::acquire(&bench.at("out")).unwrap();
     let holder = format!("process {}", std::process::id());
-    let parts = ["another process is writing into this folder", &holder, "hint: wait"];
+    let parts = ["another process is writing to this folder", &holder, "hint: wait"];
     bench.finetune(&["--overwrite-output-dir"]).refused(&parts);
     let args = ["--overwrite-output-dir", "--output-dir", &out];
     llara(&[&["init", "--preset", "tiny", "--train-data", &data], &args[..]].concat())
@@ -53,7 +53,7 @@ fn the_lock_of_a_killed_run_is_free_again() {
 }
 
 #[test]
-fn checkpoints_of_an_earlier_run_do_not_outlive_it() {
+fn checkpoints_of_an_earlier_run_are_removed() {
     let bench = Bench::new();
     bench.finetune(&["--max-steps", "5", "--save-steps", "1"]).json();
     fs::create_dir(bench.at("out/checkpoint-99")).unwrap();
@@ -68,7 +68,7 @@ fn checkpoints_of_an_earlier_run_do_not_outlive_it() {
 }
 
 #[test]
-fn what_does_not_fit_on_the_disk_is_refused_before_training() {
+fn insufficient_disk_space_is_an_error_before_training() {
     let bench = Bench::new();
     let run = bench.finetune(&["--max-steps", "4000000000", "--save-steps", "1"]);
     run.refused(&["not enough free disk space", "4,000,000,000 checkpoints", "--save-total-limit"]);
@@ -76,7 +76,7 @@ fn what_does_not_fit_on_the_disk_is_refused_before_training() {
 }
 
 #[test]
-fn overwriting_checkpoints_is_warned_of() {
+fn the_error_warns_that_checkpoints_would_be_deleted() {
     let bench = Bench::new();
     fs::create_dir_all(bench.at("out/checkpoint-20")).unwrap();
     bench.write("out/checkpoint-20/config.json", "{}");
@@ -89,7 +89,7 @@ fn overwriting_checkpoints_is_warned_of() {
 }
 
 #[test]
-fn leftovers_of_a_killed_save_do_not_refuse_the_next() {
+fn an_interrupted_save_does_not_prevent_the_next_one() {
     let bench = Bench::new();
     fs::create_dir_all(bench.at("new/.partial-Xy1")).unwrap();
     bench.write("new/.partial-Xy1/model.safetensors", "half");

@@ -36,30 +36,36 @@ fn a_plan_needs_no_weights_and_writes_nothing() {
     for part in ["queries: tokens of 12 texts", "passages: tokens of 36", "█", "one pass over"] {
         assert!(planned.stderr.contains(part), "no {part:?} in: {}", planned.stderr);
     }
-    for part in ["weights", "optimizer", "saving", "← cut at 128: 0.0 %", "within reach", "needed"]
-    {
+    for part in [
+        "weights",
+        "optimizer",
+        "saving",
+        "← maximum length 128: 0.0 % are truncated",
+        "usable",
+        "needed",
+    ] {
         assert!(planned.stderr.contains(part), "no {part:?} in: {}", planned.stderr);
     }
     assert_eq!(llara(&["plan", "--train-data", "x"]).code, Some(2));
 }
 
 #[test]
-fn a_budget_makes_pieces_and_a_run_of_them_learns_the_same() {
+fn a_memory_limit_gives_chunks_and_a_run_with_them_has_the_same_result() {
     let bench = Bench::new();
     let whole = bench.finetune(&[]);
-    assert!(whole.stderr.contains("pieces    one pass"), "{}", whole.stderr);
+    assert!(whole.stderr.contains("chunks    one pass"), "{}", whole.stderr);
     let loss = whole.json()["loss"].as_f64().unwrap();
     fs::remove_dir_all(bench.at("out")).unwrap();
 
     let json = plan(&bench, &[]).json();
     let bytes = |path: &str| json.pointer(path).and_then(|n| n.as_u64()).unwrap();
-    // Less than it would like by half of what the batch takes.
+    // Half of the activations less than needed.
     let budget = bytes("/peak_bytes") - bytes("/plan/training/activations") / 2;
     let budget = budget.to_string();
     let args = ["--memory-budget", &budget];
-    let pieces = plan(&bench, &args);
-    let json = pieces.json();
-    assert!(json["plan"]["chunks"]["count"].as_u64().unwrap() > 1, "{}", pieces.stderr);
+    let chunked = plan(&bench, &args);
+    let json = chunked.json();
+    assert!(json["plan"]["chunks"]["count"].as_u64().unwrap() > 1, "{}", chunked.stderr);
     let run = bench.finetune(&args);
     assert!(run.stderr.contains("chunks of at most"), "{}", run.stderr);
     let difference = (run.json()["loss"].as_f64().unwrap() - loss).abs();
@@ -84,8 +90,8 @@ fn a_run_that_cannot_fit_is_refused_with_what_would() {
     let budget = budget.to_string();
     let args = ["--use-lora", "false", "--memory-budget", &budget];
     let refused = bench.finetune(&args);
-    refused.refused(&["does not fit in", "weights", "optimizer", "in the smallest pieces"]);
-    assert!(refused.stderr.contains("--use-lora true takes"), "{}", refused.stderr);
+    refused.refused(&["does not fit in", "weights", "optimizer", "with the smallest chunks"]);
+    assert!(refused.stderr.contains("--use-lora true needs"), "{}", refused.stderr);
     assert!(!bench.at("out").exists());
     let planned = plan(&bench, &args);
     assert_eq!(planned.json()["refused"], true);

@@ -1,4 +1,4 @@
-//! `llara encode --resume`: a killed run goes on to the bytes of one that was left alone.
+//! `llara encode --resume`: a killed run continues and gives the bytes of an uninterrupted one.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use crate::fixture::{Bench, LLARA, Outcome, llara};
 /// Blocks of 4,096 texts and a rest.
 const TEXTS: usize = 2 * 4096 + 100;
 
-/// Nothing but the text, so that a block takes a moment only.
+/// A template without prefix and suffix, so that a block is encoded quickly.
 const TEMPLATE: &str = "name = \"bare\"\npooled_tokens = 1\n[query]\n[passage]\n";
 
 fn bench() -> Bench {
@@ -55,14 +55,14 @@ fn killed(bench: &Bench, output: &str) {
 }
 
 #[test]
-fn a_killed_run_goes_on_to_the_same_bytes() {
+fn a_killed_run_is_resumed_with_the_same_bytes() {
     let bench = bench();
     let before = bench.names("");
     assert_eq!(encode(&bench, "whole.npy", &[]).json()["rows"], TEXTS);
     assert_eq!(bench.names("").len(), before.len() + 1);
 
     killed(&bench, "v.npy");
-    // Of something else it is refused, and stays.
+    // With other inputs it is refused and not changed.
     let other = encode(&bench, "v.npy", &["--resume", "--max-len", "7"]);
     other.refused(&["v.npy.partial: ", "expected: max_len 7", "got: max_len 128", "--resume"]);
     bench.write("bare.toml", TEMPLATE.replace("pooled_tokens = 1", "pooled_tokens = 2"));
@@ -71,13 +71,13 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 
     let resumed = encode(&bench, "v.npy", &["--resume"]);
     assert_eq!(resumed.json()["rows"], TEXTS);
-    assert!(resumed.stderr.contains("going on after "), "{}", resumed.stderr);
+    assert!(resumed.stderr.contains("continuing after "), "{}", resumed.stderr);
     assert!(!resumed.stderr.contains("after 0 "), "{}", resumed.stderr);
     let read = |name: &str| fs::read(bench.at(name)).unwrap();
     assert!(read("v.npy") == read("whole.npy"), "the resumed file is another one");
     assert_eq!(bench.names("").len(), before.len() + 2);
 
-    // Without the option it is started over, which is said.
+    // Without the option it starts over and prints a note.
     killed(&bench, "w.npy");
     let again = encode(&bench, "w.npy", &[]);
     again.json();
@@ -87,7 +87,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 }
 
 #[test]
-fn with_nothing_to_go_on_from_it_starts() {
+fn without_an_interrupted_run_it_starts() {
     let bench = bench();
     bench.write("texts.txt", "An otter.\nA heron.\n");
     assert_eq!(encode(&bench, "v.npy", &["--resume"]).json()["rows"], 2);
@@ -105,15 +105,15 @@ fn damaged_embeddings_are_computed_again_and_complete_ones_are_not() {
     bench.write("v.npy.partial", bytes);
     let resumed = encode(&bench, "v.npy", &["--resume"]);
     resumed.json();
-    assert!(resumed.stderr.contains("were damaged and are computed again"), "{}", resumed.stderr);
+    assert!(resumed.stderr.contains("were damaged and are recomputed"), "{}", resumed.stderr);
     assert!(read("v.npy") == read("whole.npy"), "the resumed file is another one");
 
     let again = encode(&bench, "v.npy", &["--resume"]);
     assert_eq!(again.json()["rows"], TEXTS);
-    assert!(again.stderr.contains("complete already"), "{}", again.stderr);
+    assert!(again.stderr.contains("already complete"), "{}", again.stderr);
     let mut bytes = read("v.npy");
     *bytes.last_mut().unwrap() ^= 1;
     bench.write("v.npy", bytes);
     encode(&bench, "v.npy", &["--resume"])
-        .refused(&["is not that of the text", "without --resume"]);
+        .refused(&["differs from that of its text", "without --resume"]);
 }

@@ -3,7 +3,7 @@
 use crate::fixture::{Bench, llara};
 
 #[test]
-fn a_file_describes_a_run_and_flags_win() {
+fn options_of_the_command_line_override_the_file() {
     let bench = Bench::new();
     let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));
     bench.write(
@@ -26,7 +26,7 @@ fn a_wrong_file_is_refused() {
     let (file, out) = (bench.path("run.toml"), bench.path("out"));
     for (contents, parts) in [
         ("learnin-rate = 1", ["run.toml: `learnin-rate` is not an option", "`learning-rate`?"]),
-        ("seed = \"often\"", ["run.toml: invalid value 'often' for '--seed", "whole number"]),
+        ("seed = \"often\"", ["run.toml: invalid value 'often' for '--seed", "an integer"]),
         ("seed 1", ["run.toml:1: not TOML", ""]),
     ] {
         bench.write("run.toml", contents);
@@ -37,5 +37,18 @@ fn a_wrong_file_is_refused() {
     bench.write("run.toml", "seed = 1");
     let missing = llara(&["finetune", "--config", &file]);
     assert_eq!(missing.code, Some(2), "{}", missing.stderr);
-    assert!(missing.stderr.contains("neither on the command line nor"), "{}", missing.stderr);
+    assert!(missing.stderr.contains("is required, on the command line or"), "{}", missing.stderr);
+}
+
+#[test]
+fn a_pipe_as_run_file_is_refused_without_waiting() {
+    let bench = Bench::new();
+    let pipe = bench.path("run.toml");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    llara(&["finetune", "--config", &pipe]).refused(&["run.toml", "not a regular file"]);
+    bench.write("large.toml", vec![b' '; 2 << 20]);
+    llara(&["finetune", "--config", &bench.path("large.toml")]).refused(&["too large"]);
+    bench.write("bytes.toml", b"seed = 1\nmodel = \"\xff\"\n");
+    llara(&["finetune", "--config", &bench.path("bytes.toml")])
+        .refused(&["bytes.toml:2: ", "not UTF-8"]);
 }

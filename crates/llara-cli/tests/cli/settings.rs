@@ -1,4 +1,4 @@
-//! Settings that a model was trained with, saved with it and used by default afterwards; interruption.
+//! Settings that are saved with a model and are the defaults of later commands; interruption.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ fn recipe(bench: &Bench, folder: &str) -> serde_json::Value {
     serde_json::from_slice(&fs::read(bench.at(folder).join("llara.json")).unwrap()).unwrap()
 }
 
-/// The bytes of the vectors of `texts.txt`.
+/// The bytes of the embeddings of `texts.txt`.
 fn encoded(bench: &Bench, model: &[&str], rest: &[&str]) -> Vec<u8> {
     let (input, output) = (bench.path("texts.txt"), bench.path("out.npy"));
     let mut args = vec!["encode"];
@@ -22,7 +22,7 @@ fn encoded(bench: &Bench, model: &[&str], rest: &[&str]) -> Vec<u8> {
 }
 
 #[test]
-fn an_instruction_is_saved_and_used_without_being_repeated() {
+fn an_instruction_is_saved_and_used_by_default() {
     let bench = Bench::new();
     bench.write("texts.txt", "Where does the otter sleep?\nWhere does the toad sleep?\n");
     let instruction = ["--query-instruction-for-retrieval", "Find the place: "];
@@ -46,7 +46,7 @@ fn an_instruction_is_saved_and_used_without_being_repeated() {
 }
 
 #[test]
-fn lengths_come_from_the_model_and_an_old_recipe_still_loads() {
+fn lengths_of_the_model_are_the_default_and_an_old_recipe_loads() {
     let bench = Bench::new();
     let mut json = recipe(&bench, "base");
     assert!(json.get("query_instruction").is_none());
@@ -61,7 +61,7 @@ fn lengths_come_from_the_model_and_an_old_recipe_still_loads() {
 }
 
 #[test]
-fn cut_texts_are_a_warning() {
+fn truncated_texts_give_a_warning() {
     let bench = Bench::new();
     let (model, data) = (bench.path("base"), bench.path("train.jsonl"));
     let plan = ["plan", "--model", &model, "--train-data", &data, "--query-max-len"];
@@ -73,15 +73,15 @@ fn cut_texts_are_a_warning() {
     run.json();
     for stderr in [&run.stderr, &plan.stderr] {
         assert!(stderr.contains(" % of 12 queries are longer than --query-max-len"), "{stderr}");
-        assert!(stderr.contains("raise --query-max-len"), "{stderr}");
+        assert!(stderr.contains("increase --query-max-len"), "{stderr}");
     }
     let enough = bench.finetune(&["--max-steps", "1", "--overwrite-output-dir"]);
     enough.json();
-    assert!(!enough.stderr.contains("are cut"), "{}", enough.stderr);
+    assert!(!enough.stderr.contains("are truncated"), "{}", enough.stderr);
 }
 
 #[test]
-fn rows_without_negatives_train_in_groups_of_one() {
+fn rows_without_negatives_are_trained_with_group_size_1() {
     let bench = Bench::new();
     let bare = rows(6).replace("\"neg\"", "\"other\"");
     assert!(!bare.contains("\"neg\""));
@@ -93,7 +93,7 @@ fn rows_without_negatives_train_in_groups_of_one() {
 }
 
 #[test]
-fn new_tokens_are_refused_with_an_adapter_only_where_there_are_any() {
+fn new_tokens_are_refused_with_an_adapter() {
     let bench = Bench::new();
     let run = bench.finetune(&["--use-lora", "true", "--lora-rank", "2", "--add-special-tokens"]);
     run.json();
@@ -107,7 +107,7 @@ fn new_tokens_are_refused_with_an_adapter_only_where_there_are_any() {
 }
 
 #[test]
-fn an_adapter_on_another_model_names_its_own() {
+fn the_error_for_another_base_model_names_the_recorded_one() {
     let bench = Bench::new();
     bench.write("texts.txt", "Where does the otter sleep?\n");
     bench.finetune(&["--use-lora", "true", "--lora-rank", "2"]).json();
@@ -131,7 +131,7 @@ fn an_adapter_on_another_model_names_its_own() {
 }
 
 #[test]
-fn an_interrupted_run_says_what_it_left_and_how_to_continue() {
+fn an_interrupted_run_prints_how_to_continue() {
     for (signal, code, saved) in [("INT", 130, true), ("TERM", 143, false)] {
         let bench = Bench::new();
         let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path("out"));

@@ -1,15 +1,15 @@
-//! Every verb does its work.
+//! Normal use of every verb.
 
 use std::fs;
 use std::process::{Command, Stdio};
 
-use llara::retrieval::read_vectors;
+use llara::retrieval::read_embeddings;
 use serde_json::Value;
 
 use crate::fixture::{Bench, LLARA, llara, outcome};
 
 #[test]
-fn a_run_leaves_a_model_a_log_and_events() {
+fn a_run_writes_a_model_a_log_and_events() {
     let bench = Bench::new();
     let result = bench.finetune(&[]).json();
     assert_eq!(result["steps"], 3);
@@ -31,7 +31,7 @@ fn a_run_leaves_a_model_a_log_and_events() {
     assert_eq!(bench.names("out"), expected);
     let weights =
         |folder: &str| fs::read(bench.at(&format!("{folder}/model.safetensors"))).unwrap();
-    assert_ne!(weights("out"), weights("base"), "nothing was learned");
+    assert_ne!(weights("out"), weights("base"), "the weights did not change");
 
     fs::rename(bench.at("out"), bench.at("first")).unwrap();
     bench.finetune(&["--threads", "1"]).json();
@@ -39,7 +39,7 @@ fn a_run_leaves_a_model_a_log_and_events() {
 }
 
 #[test]
-fn threads_are_started_once_and_as_many_as_asked_for() {
+fn the_given_number_of_threads_is_started_once() {
     let bench = Bench::new();
     let run = bench.finetune(&["--max-steps", "1", "--threads", "1"]);
     run.json();
@@ -48,7 +48,7 @@ fn threads_are_started_once_and_as_many_as_asked_for() {
 }
 
 #[test]
-fn models_on_the_way_are_kept_up_to_the_limit() {
+fn checkpoints_are_kept_up_to_the_limit() {
     let bench = Bench::new();
     bench.finetune(&["--save-steps", "1", "--save-total-limit", "2"]).json();
     let checkpoints: Vec<String> =
@@ -61,7 +61,7 @@ fn models_on_the_way_are_kept_up_to_the_limit() {
 }
 
 #[test]
-fn both_kinds_of_vector_files_agree_and_batch_mates_do_not_matter() {
+fn both_formats_of_embeddings_agree_and_do_not_depend_on_the_batch() {
     let bench = Bench::new();
     let (model, input) = (bench.path("base"), bench.path("texts.txt"));
     let texts = ["An otter.", "The heron stands very still by the river for hours.", "A lynx"];
@@ -72,7 +72,7 @@ fn both_kinds_of_vector_files_agree_and_batch_mates_do_not_matter() {
         args.extend(["--output", &output]);
         args.extend(rest);
         assert_eq!(llara(&args).json()["rows"], texts.len());
-        read_vectors(output).unwrap()
+        read_embeddings(output).unwrap()
     };
     let all = encode(&texts, "v.safetensors", &[]);
     assert_eq!(all.dim(), (3, 128));
@@ -93,7 +93,7 @@ fn both_kinds_of_vector_files_agree_and_batch_mates_do_not_matter() {
 }
 
 #[test]
-fn a_collection_is_measured_and_searched() {
+fn a_collection_is_evaluated_and_searched() {
     let bench = Bench::new();
     let (model, beir, run) = (bench.path("base"), bench.path("beir"), bench.path("run.trec"));
     let evaluated = llara(&["evaluate", "--model", &model, "--dataset", &beir, "--run-file", &run]);
@@ -117,7 +117,7 @@ fn a_collection_is_measured_and_searched() {
 }
 
 #[test]
-fn a_preset_is_not_shadowed_by_a_file() {
+fn a_built_in_template_takes_precedence_over_a_file() {
     let bench = Bench::new();
     bench.write("llara", "not TOML");
     bench.write("texts.txt", "An otter.");
@@ -132,7 +132,7 @@ fn a_preset_is_not_shadowed_by_a_file() {
 }
 
 #[test]
-fn empty_passages_are_measured_like_others() {
+fn empty_passages_are_evaluated() {
     let bench = Bench::new();
     let corpus = fs::read_to_string(bench.at("beir/corpus.jsonl")).unwrap();
     bench.write(
@@ -144,7 +144,7 @@ fn empty_passages_are_measured_like_others() {
 }
 
 #[test]
-fn a_reader_who_leaves_early_is_no_failure() {
+fn a_closed_pipe_is_not_a_failure() {
     let bench = Bench::new();
     let (model, beir) = (bench.path("base"), bench.path("beir"));
     for args in [
@@ -165,7 +165,7 @@ fn a_reader_who_leaves_early_is_no_failure() {
 }
 
 #[test]
-fn wrong_usage_is_told_from_failure() {
+fn usage_errors_have_their_own_exit_code() {
     for args in [
         &["finetune"][..],
         &["finetune", "--model", "m", "--train-data", "d", "--output-dir", "o", "--no-such-flag"],

@@ -20,15 +20,22 @@ pub(crate) struct Cases {
 }
 
 impl Cases {
-    /// From the command line; says on the first line what computes. `None` where it is not
-    /// `cargo bench` that started the program: `cargo test --all-targets` should not wait for it.
+    /// From the command line; prints the number of threads and the vector instructions in use. `None` if
+    /// the program was not started by `cargo bench`: `cargo test --all-targets` should not wait for it.
     pub(crate) fn from_args() -> Option<Cases> {
         let (flags, filters): (Vec<_>, _) =
             std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
         if !flags.iter().any(|flag| flag == "--bench") {
             return None;
         }
-        println!("{} threads, {:?}{}", rayon::current_num_threads(), Unit::best(), load());
+        let unit = match Unit::selected() {
+            Ok(unit) => unit,
+            Err(error) => {
+                eprintln!("error: {error}");
+                std::process::exit(1);
+            }
+        };
+        println!("{} threads, {unit:?}{}", rayon::current_num_threads(), load());
         Some(Cases { filters })
     }
 

@@ -5,9 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Offsets and lengths are rounded up to this many bytes: a cache line.
-const GRAIN: usize = 64;
-
 /// A range of memory from 0 up, part of it taken.
 #[derive(Debug, Clone, Default)]
 pub struct OffsetAllocator {
@@ -22,6 +19,9 @@ pub struct OffsetAllocator {
 }
 
 impl OffsetAllocator {
+    /// Offsets and lengths are rounded up to this many bytes: a cache line.
+    pub const ALIGNMENT: usize = 64;
+
     /// Takes `bytes` and returns their offset: in the smallest hole that holds them, or at the end.
     pub fn take(&mut self, bytes: usize) -> usize {
         let length = rounded(bytes);
@@ -91,28 +91,36 @@ impl OffsetAllocator {
     }
 }
 
-/// Nothing takes a grain as well, so that no two buffers share an offset.
+/// An empty buffer takes some bytes as well, so that no two buffers share an offset.
 fn rounded(bytes: usize) -> usize {
-    bytes.max(1).next_multiple_of(GRAIN)
+    bytes.max(1).next_multiple_of(OffsetAllocator::ALIGNMENT)
 }
 
 /// How a device allocates and what its kernels take: see [`Backend::memory`](super::Backend::memory).
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 pub struct DeviceMemory {
-    /// Every allocation starts at a multiple of this many bytes.
+    /// Every allocation takes a multiple of this many bytes.
     pub alignment: usize,
-    /// Bytes that the device takes before the first tensor: context, handles, fixed workspaces.
+    /// Bytes that are taken before the first tensor: the device's context, workspaces of products.
     pub fixed_bytes: usize,
-    /// f32 elements of an attention's state for each row of queries and each query head.
+    /// f32 elements of an attention's state for each query and head.
     pub attention_state: usize,
-    /// f32 rows of a norm's weight gradient that are summed apart: one for so many elements of x.
+    /// Elements of a norm's input that are summed into one partial gradient of its weight.
     pub norm_task_elements: usize,
-    /// Bytes of an element that a product's operand is copied to, beside the values, for a trainable
-    /// matrix multiplied by bf16 activations; 0: it is multiplied from its values.
-    pub working_copy_bytes: usize,
-    /// Scratch memory of the kernels, in bytes, for sequences of `longest` tokens and heads of
-    /// `head_dim` features.
-    pub scratch: fn(longest: usize, head_dim: usize) -> usize,
+    /// Whether a trainable matrix that is multiplied by bf16 activations has a bf16 copy.
+    pub has_working_copies: bool,
+    /// Scratch memory of a kernel, for sequences of so many tokens and heads of so many features.
+    pub scratch_bytes: fn(longest: usize, head_dim: usize) -> usize,
+    /// How many kernels may have scratch memory at the same time.
+    pub threads: usize,
+}
+
+impl DeviceMemory {
+    /// Memory that kernels take besides tensors, in bytes, at most, for sequences of `longest` tokens
+    /// and heads of `head_dim` features.
+    pub fn workspace(&self, longest: usize, head_dim: usize) -> usize {
+        self.fixed_bytes + self.threads * (self.scratch_bytes)(longest, head_dim)
+    }
 }
 
 #[cfg(test)]
@@ -156,7 +164,7 @@ mod tests {
                 let offset = space.take(bytes);
                 let end = offset + bytes.max(1);
                 prop_assert!(taken.iter().all(|&(at, len)| end <= at || at + len.max(1) <= offset));
-                prop_assert!(offset.is_multiple_of(GRAIN) && end <= space.peak());
+                prop_assert!(offset.is_multiple_of(OffsetAllocator::ALIGNMENT) && end <= space.peak());
                 taken.push((offset, bytes));
             }
             taken.into_iter().for_each(|(offset, bytes)| space.put(offset, bytes));

@@ -25,12 +25,14 @@
 pub mod conformance;
 mod counting;
 mod cpu;
+mod cuda;
 mod memory;
 mod operands;
 mod tensor;
 
 pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
+pub use cuda::{Cuda, CudaDownload, CudaIndex, CudaTensor, CudaWeight, KernelTime};
 pub use memory::{DeviceMemory, OffsetAllocator};
 pub use operands::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, AttentionShape,
@@ -68,9 +70,24 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// What runs the kernels, in words for the log.
     fn description(&self) -> String;
 
+    /// How products of activations of this dtype are computed, in words for the log.
+    fn describe_products(&self, dtype: Dtype) -> String;
+
+    /// The dtype of activations with which a model computes fastest on this device.
+    fn fastest_dtype(&self) -> Dtype;
+
     /// How this backend allocates, and what its kernels take besides tensors: what a prediction of
     /// memory needs to know.
     fn memory(&self) -> DeviceMemory;
+
+    /// Free and total bytes of the device's own memory; `None` if tensors are in the machine's main
+    /// memory.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    fn free_and_total_bytes(&self) -> Result<Option<(usize, usize)>> {
+        Ok(None)
+    }
 
     /// Whether calls return before the device has finished, so that a caller should ask for the next
     /// step before it reads the results of this one.
@@ -91,6 +108,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
         rows: usize,
         cols: usize,
     ) -> Result<Self::Tensor>;
+    /// Copies `data` to some rows and columns of a matrix of the same dtype.
+    fn upload_into<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        to: ViewMut<'_, Self::Tensor>,
+    ) -> Result<()>;
     /// Copies lists of indices to the device, all of them in one transfer.
     fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[Self::Index; N]>;
     /// Asks for a copy of a matrix on the host as it is after all operations asked for so far, without
@@ -103,8 +126,21 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>> {
         self.finish_download(self.start_download(x)?)
     }
+    /// [`download`](Backend::download) of some rows and columns.
+    fn download_view(&self, x: View<'_, Self::Tensor>) -> Result<Vec<f32>> {
+        if x.is_whole() {
+            return self.download(x.tensor);
+        }
+        let mut block = self.zeros(x.rows, x.cols, x.dtype())?;
+        self.copy(x, block.view_mut())?;
+        self.download(&block)
+    }
     /// Copies elements, rounded or widened to the dtype of `to`. Both have the same shape.
     fn copy(&self, x: View<'_, Self::Tensor>, to: ViewMut<'_, Self::Tensor>) -> Result<()>;
+    /// Waits for the device and copies the elements `range` of an f32 matrix, row by row, to the host.
+    fn read_elements(&self, x: &Self::Tensor, range: Range<usize>) -> Result<Vec<f32>>;
+    /// Overwrites elements of an f32 matrix, row by row, from the element `start` on.
+    fn write_elements(&self, x: &mut Self::Tensor, start: usize, data: &[f32]) -> Result<()>;
     /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
     fn cast(&self, x: &Self::Tensor, dtype: Dtype) -> Result<Self::Tensor>;
 
@@ -153,11 +189,13 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dw: ViewMut<'_, Self::Tensor>,
         accumulate: Accumulate,
     ) -> Result<()>;
-    /// Gradient of [`linear`](Backend::linear) by its bias: `db += Σ_rows dy`. `[1, out]`
+    /// Gradient of [`linear`](Backend::linear) by its bias: `db = Σ_rows dy`, or `db += Σ_rows dy`.
+    /// `[1, out]`
     fn linear_bias_grad(
         &self,
         dy: View<'_, Self::Tensor>,
         db: ViewMut<'_, Self::Tensor>,
+        accumulate: Accumulate,
     ) -> Result<()>;
 
     /// A low-rank adapter (Hu et al. 2021): with `hidden = scale · x · aᵀ`, `y += hidden · bᵀ`. x

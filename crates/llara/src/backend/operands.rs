@@ -1,6 +1,6 @@
 //! Arguments and results of the operations of a [`Backend`].
 
-use super::{Backend, Dtype, Shape, View};
+use super::{Backend, Dtype, View};
 use crate::Result;
 
 /// Which sequence each row belongs to, and its position there: the last rows of each sequence of a
@@ -202,10 +202,17 @@ impl ScatterRows {
     /// # Errors
     /// When the device has no memory left.
     pub fn upload<B: Backend>(&self, backend: &B) -> Result<ScatterPlan<B>> {
-        let [sources, targets, starts] =
-            backend.upload_indices([&self.sources, &self.targets, &self.starts])?;
+        let lists = [&self.sources, &self.targets, &self.starts].map(Vec::as_slice);
+        Ok(self.on_device(backend.upload_indices(lists)?))
+    }
+
+    /// With sources, targets and starts uploaded.
+    pub(crate) fn on_device<B: Backend>(
+        &self,
+        [sources, targets, starts]: [B::Index; 3],
+    ) -> ScatterPlan<B> {
         let (sources_len, targets_len) = (self.sources.len(), self.targets.len());
-        Ok(ScatterPlan { sources, targets, starts, sources_len, targets_len })
+        ScatterPlan { sources, targets, starts, sources_len, targets_len }
     }
 }
 

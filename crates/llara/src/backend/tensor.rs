@@ -73,6 +73,12 @@ impl<'e> From<&'e [f32]> for Elements<'e> {
     }
 }
 
+impl<'e, const N: usize> From<&'e [f32; N]> for Elements<'e> {
+    fn from(x: &'e [f32; N]) -> Self {
+        Elements::F32(x)
+    }
+}
+
 impl<'e> From<&'e Vec<f32>> for Elements<'e> {
     fn from(x: &'e Vec<f32>) -> Self {
         Elements::F32(x)

@@ -2,15 +2,14 @@
 
 use std::path::Path;
 
-use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::folder::keep_unverified;
 use super::recipe::RECIPE_FILE;
 use super::{BiEncoderModel, Probes};
-use crate::backend::{Backend, Shape};
-use crate::model::{LoraConfig, PROJECTIONS, Parameter};
+use crate::backend::{Backend, Dtype};
+use crate::model::{LoraConfig, NamedTensor, PROJECTIONS, ParameterValues};
 use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
 use crate::{Error, ErrorKind, Result};
 
@@ -37,7 +36,9 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Freezes the model and attaches adapters of zeros, for a device that only counts.
     pub(crate) fn attach_zero_adapter(&mut self, config: &LoraConfig) -> Result<()> {
         let backend = self.backend.clone();
-        self.decoder.attach_adapters(config, &mut |_, shape| backend.zeros(shape[0], shape[1]))?;
+        self.decoder.attach_adapters(&backend, config, &mut |_, _| {
+            Ok(ParameterValues::Zeros(Dtype::F32))
+        })?;
         self.adapter = Some(config.clone());
         Ok(())
     }
@@ -56,18 +57,18 @@ impl<B: Backend> BiEncoderModel<B> {
         let mut faults = Vec::new();
         let mut used = std::collections::HashSet::new();
         let backend = self.backend.clone();
-        self.decoder.attach_adapters(&config, &mut |name, shape| {
+        self.decoder.attach_adapters(&backend, &config, &mut |name, shape| {
             let name = format!("{prefix}{name}");
             let found = file.info(&name).map(|info| info.shape.clone());
             used.insert(name.clone());
             if found.as_deref() == Some(shape) {
-                return backend.upload(&file.read_f32(&name)?, shape[0], shape[1]);
+                return Ok(ParameterValues::F32(file.read_f32(&name)?));
             }
             faults.push(match found {
                 None => format!("missing: {name} {shape:?}"),
                 Some(found) => format!("misshapen: {name}: expected {shape:?}, got {found:?}"),
             });
-            backend.zeros(shape[0], shape[1])
+            Ok(ParameterValues::Zeros(Dtype::F32))
         })?;
         let unknown = file.names().into_iter().filter(|name| !used.contains(name));
         faults.extend(unknown.map(|name| format!("unknown: {name}")));
@@ -93,7 +94,7 @@ impl<B: Backend> BiEncoderModel<B> {
         self.decoder.merge_adapters(&backend, &mut |weight| {
             let (values, exact) = folder.exact_values(&backend, weight)?;
             if exact {
-                return backend.upload(&values, weight.value().rows(), weight.value().cols());
+                return Ok(values);
             }
             let error = Error::new(
                 ErrorKind::Weights,
@@ -149,8 +150,7 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// Bytes that [`save_adapter`](Self::save_adapter) writes, within some kilobytes.
     pub fn saved_adapter_bytes(&self) -> u64 {
-        let elements = |p: &Parameter<B>| p.shape().iter().product::<usize>() as u64;
-        self.decoder.adapter_parameters().map(|p| 4 * elements(p) + 200).sum()
+        self.decoder.adapter_tensors().map(|t| 4 * t.elements() as u64 + 200).sum()
     }
 
     fn stage_adapter(&self, dir: &Path) -> Result<(Staging, WrittenFile)> {
@@ -170,15 +170,15 @@ impl<B: Backend> BiEncoderModel<B> {
             .expected("another folder than the base model's"));
         }
         let staging = Staging::new(dir, CONFIG_FILE)?;
-        let named = |p: &Parameter<B>| format!("{PREFIX}{}", p.name());
+        let named = |t: &NamedTensor<'_, B>| format!("{PREFIX}{}", t.name());
         let declared = self
             .decoder
-            .adapter_parameters()
-            .map(|p| (named(p), Dtype::F32, p.shape().to_vec()))
+            .adapter_tensors()
+            .map(|t| (named(&t), safetensors::Dtype::F32, t.shape().to_vec()))
             .collect();
         let mut writer = SafetensorsWriter::create(&staging, WEIGHTS_FILE, declared)?;
-        for parameter in self.decoder.adapter_parameters() {
-            writer.write_f32(&named(parameter), &self.backend.download(parameter.value())?)?;
+        for tensor in self.decoder.adapter_tensors() {
+            writer.write_f32(&named(&tensor), &self.backend.download_view(tensor.values())?)?;
         }
         let written = writer.finish()?;
         let base = self.folder.source().map(|dir| dir.display().to_string());

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe};
 use crate::backend::{Backend, Cpu, Dtype, Shape};
-use crate::model::DecoderConfig;
 use crate::model::weights::{ModelFolder, SaveDtype, WeightFiles};
+use crate::model::{DecoderConfig, ParameterValues};
 use crate::storage::{Staging, WrittenFile, finish_interrupted, rounded};
 use crate::text::{PromptEncoder, Template, TextTokenizer};
 use crate::{Error, ErrorKind, Result};
@@ -212,27 +212,25 @@ impl<B: Backend> BiEncoderModel<B> {
         }
 
         let backend = &self.backend;
-        let upload = |values: &[f32], shape: &[usize]| match *shape {
-            [rows, cols] => backend.upload(values, rows, cols),
-            _ => backend.upload(values, 1, values.len()),
-        };
         let files = WeightFiles::open(dir)?;
-        let saved = Probes::take_streamed(self, &mut |name, shape| {
-            upload(&files.read_f32(&self.folder.name_in_files(name))?, shape)
+        let saved = Probes::take_streamed(self, &mut |name, _| {
+            Ok(ParameterValues::F32(files.read_f32(&self.folder.name_in_files(name))?))
         })?;
         saved.check_tokens(&outline.prompts, loader.recipe())?;
-        let parameters: HashMap<_, _> = self.decoder.parameters().map(|p| (p.name(), p)).collect();
-        let in_memory = Probes::take_streamed(self, &mut |name, shape| {
-            let Some(parameter) = parameters.get(name) else {
+        let tensors: HashMap<_, _> =
+            self.decoder.tensors().map(|tensor| (tensor.name().to_owned(), tensor)).collect();
+        let in_memory = Probes::take_streamed(self, &mut |name, _| {
+            let Some(tensor) = tensors.get(name) else {
                 return Err(Error::new(ErrorKind::Weights, format!("there is no weight `{name}`")));
             };
             let in_files = self.folder.name_in_files(name);
             let dtype = written.iter().find_map(|file| file.dtype(&in_files));
-            let (values, _) = self.folder.exact_values(backend, parameter)?;
-            upload(&rounded(values, dtype.unwrap_or(safetensors::Dtype::F32)), shape)
+            let (values, _) = self.folder.exact_values(backend, tensor)?;
+            let dtype = dtype.unwrap_or(safetensors::Dtype::F32);
+            Ok(ParameterValues::F32(rounded(values, dtype)))
         })?;
         in_memory.compare_with(&saved)?;
-        let in_f32 = self.decoder.parameters().all(|p| p.value().dtype() == Dtype::F32);
+        let in_f32 = self.decoder.parameters().all(|p| p.values().dtype() == Dtype::F32);
         if self.folder.keeps_f32(dtype) && in_f32 && self.precision() == Dtype::F32 {
             // The same by the pass that training and encoding use.
             Probes::take(self)?.compare_with(&saved)?;

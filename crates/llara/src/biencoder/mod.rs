@@ -17,14 +17,14 @@ pub use output::{EncoderOutput, compute_similarity};
 pub use probes::Probes;
 pub use recipe::Recipe;
 
-use crate::backend::{Backend, Cpu, Dtype, Shape};
+use crate::backend::{Backend, Cpu, Dtype, Shape, View};
 use crate::data::{Batch, BatchView, positives};
 use crate::dist::{Collective, Solo};
 use crate::loss::{Contrastive, Embeddings, InfoNce};
 use crate::model::weights::ModelFolder;
 use crate::model::{
-    Decoder, Dropout, Input, LoraConfig, SavedDecoder, Values, embed_streamed, mean_pool,
-    mean_pool_backward,
+    Decoder, Dropout, GradientsReady, Input, LoraConfig, SavedDecoder, Values, embed_streamed,
+    mean_pool, mean_pool_backward,
 };
 use crate::text::{PromptEncoder, Role};
 use crate::{Error, ErrorKind, Result};
@@ -156,6 +156,8 @@ impl<B: Backend> BiEncoderModel<B> {
         options.check(1)?;
         let Parts { backend, mut decoder, folder, prompts, mut recipe } = parts;
         decoder.set_last_block_at_pooled_rows(options.shortcuts.last_layer_at_pooled);
+        let activations = decoder.activations();
+        decoder.set_activations(&backend, activations, false)?;
         recipe.normalized = options.normalized;
         let mode = Mode::Eval;
         Ok(BiEncoderModel {
@@ -183,6 +185,12 @@ impl<B: Backend> BiEncoderModel<B> {
     /// The options that the model was made with.
     pub fn options(&self) -> &BiEncoderOptions {
         &self.options
+    }
+
+    /// Scores queries against the passages of every process, in a run on several processes. In one
+    /// process [`forward`](Self::forward) then fails in training mode.
+    pub fn set_negatives_cross_device(&mut self, on: bool) {
+        self.options.negatives_cross_device = on;
     }
 
     /// The device.
@@ -228,14 +236,15 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Computes activations and their gradients in `precision`. In bf16, matrices that do not learn are
-    /// stored in bf16 as well, for good; whatever learns stays f32.
+    /// Computes activations and their gradients in `precision`. In bf16, frozen matrices are stored in
+    /// bf16 as well, for good; trainable ones stay f32.
     pub fn set_precision(&mut self, precision: Dtype) -> Result<()> {
-        self.decoder.set_activations(precision);
-        match precision {
-            Dtype::F32 => Ok(()),
-            Dtype::Bf16 => self.decoder.round_frozen_weights(&self.backend),
-        }
+        self.decoder.set_activations(&self.backend, precision, precision == Dtype::Bf16)
+    }
+
+    /// Makes all weights not trainable, for a model that only encodes.
+    pub fn freeze(&mut self) -> Result<()> {
+        self.decoder.freeze(&self.backend)
     }
 
     /// What activations are computed in.
@@ -302,7 +311,7 @@ impl<B: Backend> BiEncoderModel<B> {
         let (Some(q), Some(p)) = (q, p) else { return Ok(out) };
         let positives = positives(q.rows(), p.rows())?;
         match self.mode {
-            Mode::Eval => out.scores = Some(host(&self.backend.linear(&q, &p, None, None)?)?),
+            Mode::Eval => out.scores = Some(host(&self.backend.scores(&q, &p, 1.0)?)?),
             Mode::Train => {
                 let embeddings = Embeddings { queries: q, passages: p };
                 let objective = self.objective(Arc::new(Solo))?;
@@ -327,13 +336,18 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// Vectors of one batch, nothing kept for a backward pass. `[S, d]`
     pub(crate) fn encode_batch(&self, batch: &Batch) -> Result<B::Tensor> {
-        let piece = self.options.sub_batch_size.unwrap_or(batch.len()).max(1);
-        let parts = (0..batch.len())
-            .step_by(piece)
-            .map(|start| batch.slice(start..(start + piece).min(batch.len())))
-            .map(|piece| self.encode_training(piece, &vec![0; piece.len()], None))
-            .collect::<Result<Vec<_>>>()?;
-        self.backend.concat_rows(&parts.iter().collect::<Vec<_>>())
+        let chunk = self.options.sub_batch_size.unwrap_or(batch.len()).max(1);
+        if chunk >= batch.len() {
+            return self.encode_training(batch.view(), &vec![0; batch.len()], None);
+        }
+        let mut all = self.backend.zeros(batch.len(), self.dimension(), Dtype::F32)?;
+        for start in (0..batch.len()).step_by(chunk) {
+            let chunk = start..(start + chunk).min(batch.len());
+            let sequences = batch.slice(chunk.clone());
+            let embeddings = self.encode_training(sequences, &vec![0; chunk.len()], None)?;
+            self.backend.copy(embeddings.view(), all.view_mut().with_rows(chunk))?;
+        }
+        Ok(all)
     }
 
     /// Embeddings of some sequences of a training batch, nothing kept for a backward pass.
@@ -369,21 +383,32 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(Encoding { embeddings, input, decoder, inv_norm })
     }
 
-    /// Adds every parameter's gradient, from the gradient by the embeddings `[S, d]`.
-    pub(crate) fn backward(&mut self, encoding: Encoding<B>, gradient: B::Tensor) -> Result<()> {
+    /// Adds every parameter's gradient, from the gradient by the embeddings `[S, d]`; `ready` receives
+    /// parameters as in [`Decoder::backward`].
+    pub(crate) fn backward(
+        &mut self,
+        encoding: Encoding<B>,
+        gradient: View<'_, B::Tensor>,
+        ready: &mut dyn GradientsReady<B>,
+    ) -> Result<()> {
         let Encoding { embeddings, input, decoder, inv_norm } = encoding;
+        let backend = &self.backend;
         let dpooled = match inv_norm {
-            Some(inv_norm) => self.backend.normalize_backward(&gradient, &embeddings, &inv_norm)?,
-            None => gradient,
+            Some(inv_norm) => backend.normalize_backward(gradient, &embeddings, &inv_norm)?,
+            None => {
+                let mut copy = backend.zeros(gradient.rows, gradient.cols, Dtype::F32)?;
+                backend.copy(gradient, copy.view_mut())?;
+                copy
+            }
         };
         let dhidden = mean_pool_backward(&self.backend, &dpooled, &input)?;
-        self.decoder.backward(&self.backend, &input, &dhidden, decoder)
+        self.decoder.backward(&self.backend, &input, &dhidden, decoder, ready)
     }
 
     /// Embeddings of one batch by other weights, in f32; see [`embed_streamed`]. On the host.
-    fn embed_with(&self, batch: &Batch, value: &mut Values<'_, B>) -> Result<Vec<f32>> {
+    fn embed_with(&self, batch: &Batch, values: &mut Values<'_>) -> Result<Vec<f32>> {
         let input = self.input(batch.view(), &vec![0; batch.len()])?;
-        let pooled = embed_streamed(&self.backend, self.decoder.config(), value, &input)?;
+        let pooled = embed_streamed(&self.backend, self.decoder.config(), values, &input)?;
         match self.options.normalized {
             true => self.backend.download(&self.backend.normalize(&pooled)?.0),
             false => self.backend.download(&pooled),

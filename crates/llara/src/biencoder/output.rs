@@ -76,7 +76,7 @@ fn products(q: ArrayViewD<'_, f32>, p: ArrayViewD<'_, f32>) -> Result<Array2<f32
         let x = x.as_standard_layout();
         cpu.upload(x.as_slice().unwrap_or_default(), x.shape()[0], x.shape()[1])
     };
-    let scores = cpu.linear(&upload(&q)?, &upload(&p)?, None, None)?;
+    let scores = cpu.scores(&upload(&q)?, &upload(&p)?, 1.0)?;
     let shape = Ix2(q.shape()[0], p.shape()[0]);
     Ok(matrix(cpu.download(&scores)?, shape[0], shape[1]))
 }

@@ -59,16 +59,17 @@ impl Probes {
         Self::checked(model.precision(), probes)
     }
 
-    /// The same by `model` with other weights, in f32: `value` gives each by name and file shape. No
+    /// The same by `model` with other weights, in f32: `values` gives each by name and shape in files. No
     /// more than the weights of one layer are in memory at a time.
     pub(super) fn take_streamed<B: Backend>(
         model: &BiEncoderModel<B>,
-        value: &mut Values<'_, B>,
+        values: &mut Values<'_>,
     ) -> Result<Self> {
         let mut probes = tokenized(model)?;
         let batch = Batch::from_sequences(probes.iter().map(|probe| &probe.input_ids))?;
-        let values = model.embed_with(&batch, value)?;
-        for (probe, embedding) in probes.iter_mut().zip(values.chunks_exact(model.dimension())) {
+        let embeddings = model.embed_with(&batch, values)?;
+        for (probe, embedding) in probes.iter_mut().zip(embeddings.chunks_exact(model.dimension()))
+        {
             probe.embedding = embedding.to_vec();
         }
         Self::checked(Dtype::F32, probes)

@@ -1,4 +1,4 @@
-//! The one batch type: the token ids of all sequences end to end. No padding exists anywhere.
+//! Packed batches: the token ids of all sequences are concatenated, without padding.
 
 use std::collections::hash_map::Entry;
 use std::ops::Range;
@@ -7,8 +7,8 @@ use ndarray::ArrayView2;
 
 use crate::{Error, ErrorKind, Result};
 
-/// Packed sequences. Sequence `s` is `ids[offsets[s]..offsets[s + 1]]`; none is empty, though a
-/// batch of no sequences may be.
+/// Packed sequences. Sequence `s` is `ids[offsets[s]..offsets[s + 1]]`. No sequence is empty; the batch
+/// may have no sequences.
 ///
 /// ```
 /// # use llara::data::Batch;
@@ -21,15 +21,15 @@ use crate::{Error, ErrorKind, Result};
 pub struct Batch {
     /// Token ids, `[tokens]`.
     ids: Vec<u32>,
-    /// Where sequences begin and end, `[sequences + 1]`; the first is 0, the last `tokens`.
+    /// Boundaries of the sequences, `[sequences + 1]`; the first is 0, the last `tokens`.
     offsets: Vec<u32>,
 }
 
 impl Batch {
-    /// Puts sequences end to end.
+    /// Concatenates sequences.
     ///
     /// # Errors
-    /// A sequence is empty, or there are more tokens than a `u32` counts.
+    /// A sequence is empty, or there are more than `u32::MAX` tokens.
     pub fn from_sequences(sequences: impl IntoIterator<Item: AsRef<[u32]>>) -> Result<Batch> {
         let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
         for sequence in sequences {
@@ -39,13 +39,12 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Takes the real tokens out of a padded pair, each of shape `(sequences, length)`: ids where
-    /// the mask is 1. The padding may be on either side, or on both; what stands there is not
-    /// looked at.
+    /// Packs a padded batch: takes the ids at which the mask is 1. Both arrays have the shape
+    /// `(sequences, length)`. The padding may be on either side, or on both; the ids there are ignored.
     ///
     /// # Errors
-    /// The shapes differ; a row has no real token, padding between real tokens, a mask value other
-    /// than 0 and 1, or an id that is negative or beyond `u32`.
+    /// The shapes differ; a row has no token whose mask is 1, padding between such tokens, a mask value
+    /// other than 0 and 1, or an id that is negative or exceeds `u32::MAX`.
     pub fn from_padded(
         input_ids: ArrayView2<i64>,
         attention_mask: ArrayView2<i64>,
@@ -53,7 +52,7 @@ impl Batch {
         if input_ids.dim() != attention_mask.dim() {
             return Err(Error::new(
                 ErrorKind::Argument,
-                "`attention_mask` does not fit `input_ids`",
+                "`attention_mask` and `input_ids` differ in shape",
             )
             .expected(format!("shape {:?}", input_ids.dim()))
             .got(format!("{:?}", attention_mask.dim())));
@@ -80,25 +79,25 @@ impl Batch {
                 }
                 last_real = Some(column);
                 batch.ids.push(u32::try_from(id).map_err(|_| {
-                    bad(format!("input_ids[{column}] is no token id"))
+                    bad(format!("input_ids[{column}] is not a token id"))
                         .expected("0 to 2³² − 1")
                         .got(id)
                 })?);
             }
             if last_real.is_none() {
-                return Err(bad("no real token: its attention mask is 0 throughout".into()));
+                return Err(bad("no token: all values of its attention mask are 0".into()));
             }
             batch.close_sequence()?;
         }
         Ok(batch)
     }
 
-    /// Each sequence's ids, in order.
+    /// The ids of each sequence, in order.
     pub fn sequences(&self) -> impl ExactSizeIterator<Item = &[u32]> {
         self.offsets.windows(2).map(|w| &self.ids[w[0] as usize..w[1] as usize])
     }
 
-    /// How many sequences.
+    /// The number of sequences.
     pub fn len(&self) -> usize {
         self.offsets.len() - 1
     }
@@ -108,7 +107,7 @@ impl Batch {
         self.len() == 0
     }
 
-    /// How many tokens, over all sequences.
+    /// The number of tokens in all sequences.
     pub fn tokens(&self) -> usize {
         self.ids.len()
     }
@@ -118,17 +117,17 @@ impl Batch {
         &self.ids
     }
 
-    /// Where sequences begin and end, `[sequences + 1]`.
+    /// Boundaries of the sequences, `[sequences + 1]`.
     pub fn offsets(&self) -> &[u32] {
         &self.offsets
     }
 
-    /// Each token's position in its sequence, from 0, `[tokens]`.
+    /// The position of each token in its sequence, from 0, `[tokens]`.
     pub fn positions(&self) -> Vec<u32> {
         self.offsets.windows(2).flat_map(|w| 0..w[1] - w[0]).collect()
     }
 
-    /// Tokens of the longest sequence; 0 if there is none.
+    /// The length of the longest sequence in tokens; 0 if there is none.
     pub fn longest(&self) -> usize {
         self.sequences().map(<[u32]>::len).max().unwrap_or(0)
     }
@@ -138,8 +137,8 @@ impl Batch {
         self.ids.iter().copied().max()
     }
 
-    /// Packs each different sequence once, in order of first appearance. Returns the batch and, for
-    /// every sequence given, its index in the batch.
+    /// Packs each distinct sequence once, in the order of first occurrence. Returns the batch and, for each
+    /// input sequence, its index in the batch.
     ///
     /// # Errors
     /// As for [`Batch::from_sequences`].
@@ -148,19 +147,19 @@ impl Batch {
     ) -> Result<(Batch, Vec<u32>)> {
         let mut seen = std::collections::HashMap::new();
         let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
-        let mut places = Vec::new();
+        let mut indices = Vec::new();
         for sequence in sequences {
-            let place = match seen.entry(sequence) {
-                Entry::Occupied(place) => *place.get(),
-                Entry::Vacant(place) => {
+            let index = match seen.entry(sequence) {
+                Entry::Occupied(index) => *index.get(),
+                Entry::Vacant(index) => {
                     batch.ids.extend_from_slice(sequence);
                     batch.close_sequence()?;
-                    *place.insert(batch.len() as u32 - 1)
+                    *index.insert(batch.len() as u32 - 1)
                 }
             };
-            places.push(place);
+            indices.push(index);
         }
-        Ok((batch, places))
+        Ok((batch, indices))
     }
 
     /// All sequences, without a copy.
@@ -168,17 +167,17 @@ impl Batch {
         BatchView { ids: &self.ids, offsets: &self.offsets }
     }
 
-    /// The sequences of a range, without a copy.
+    /// A range of sequences, without a copy.
     ///
     /// # Panics
-    /// Like any slice, if the range ends beyond [`Batch::len`] or before it starts.
+    /// If the range ends after [`Batch::len`] or before its start.
     pub fn slice(&self, sequences: Range<usize>) -> BatchView<'_> {
         let offsets = &self.offsets[sequences.start..=sequences.end];
         let (first, last) = (offsets[0], offsets[offsets.len() - 1]);
         BatchView { ids: &self.ids[first as usize..last as usize], offsets }
     }
 
-    /// Makes the ids since the last offset a sequence.
+    /// Ends a sequence that consists of the ids since the last offset.
     fn close_sequence(&mut self) -> Result<()> {
         let sequence = self.len();
         let end = u32::try_from(self.ids.len()).map_err(|_| {
@@ -199,7 +198,7 @@ impl Batch {
 /// The index of each query's positive, the first of its group of passages.
 ///
 /// # Errors
-/// When there is no query, or the passages cannot be shared equally among the queries.
+/// There is no query, or the number of passages is not a multiple of the number of queries.
 pub(crate) fn positives(queries: usize, passages: usize) -> Result<Vec<u32>> {
     if queries == 0 || passages == 0 || !passages.is_multiple_of(queries) {
         return Err(Error::new(ErrorKind::Argument, "passages cannot be grouped by query")
@@ -210,12 +209,12 @@ pub(crate) fn positives(queries: usize, passages: usize) -> Result<Vec<u32>> {
     Ok((0..queries).map(|query| (query * group) as u32).collect())
 }
 
-/// Some consecutive sequences of a [`Batch`].
+/// A view of consecutive sequences of a [`Batch`].
 #[derive(Debug, Clone, Copy)]
 pub struct BatchView<'b> {
     /// Token ids of these sequences, `[tokens]`.
     ids: &'b [u32],
-    /// Boundaries in the ids of the whole batch, `[sequences + 1]`.
+    /// Boundaries in the ids of the batch, `[sequences + 1]`.
     offsets: &'b [u32],
 }
 
@@ -225,7 +224,7 @@ impl<'b> BatchView<'b> {
         self.ids
     }
 
-    /// How many sequences.
+    /// The number of sequences.
     pub fn len(&self) -> usize {
         self.offsets.len() - 1
     }
@@ -235,13 +234,13 @@ impl<'b> BatchView<'b> {
         self.len() == 0
     }
 
-    /// Where each sequence begins and ends in [`ids`](Self::ids).
+    /// The range of each sequence in [`ids`](Self::ids).
     pub fn bounds(&self) -> impl Iterator<Item = Range<u32>> {
         let first = self.offsets[0];
         self.offsets.windows(2).map(move |w| w[0] - first..w[1] - first)
     }
 
-    /// Tokens of the longest sequence; 0 if there is none.
+    /// The length of the longest sequence in tokens; 0 if there is none.
     pub fn longest(&self) -> usize {
         self.offsets.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0)
     }
@@ -254,7 +253,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn padding_on_any_side_is_taken_off() {
+    fn padding_on_any_side_is_removed() {
         let ids = array![[9i64, 9, 1, 2], [3, 9, 9, -100], [-1, 4, 5, 9], [6, 7, 8, 0]];
         let mask = array![[0i64, 0, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]];
         let batch = Batch::from_padded(ids.view(), mask.view()).unwrap();
@@ -275,7 +274,7 @@ mod tests {
         assert!(
             refuse(&ids, array![[1, 1, 1], [1, 0, 1]]).contains("row 1: padding in the middle")
         );
-        assert!(refuse(&ids, array![[0, 0, 0], [1, 1, 1]]).contains("row 0: no real token"));
+        assert!(refuse(&ids, array![[0, 0, 0], [1, 1, 1]]).contains("row 0: no token"));
         assert!(refuse(&ids, array![[1, 2, 1], [1, 1, 1]]).contains("attention_mask[1] is 2"));
         assert!(refuse(&ids, array![[1, -1, 1], [1, 1, 1]]).contains("attention_mask[1] is -1"));
         assert!(refuse(&ids, array![[1, 1], [1, 1]]).contains("shape (2, 3)"));
@@ -343,8 +342,8 @@ mod tests {
     fn equal_sequences_are_packed_once() {
         let batch =
             Batch::from_sequences([vec![1, 2], vec![3], vec![1, 2], vec![1], vec![3]]).unwrap();
-        let (distinct, places) = Batch::deduplicated(batch.sequences()).unwrap();
+        let (distinct, indices) = Batch::deduplicated(batch.sequences()).unwrap();
         assert_eq!(distinct, Batch::from_sequences([vec![1, 2], vec![3], vec![1]]).unwrap());
-        assert_eq!(places, [0, 1, 0, 2, 1]);
+        assert_eq!(indices, [0, 1, 0, 2, 1]);
     }
 }

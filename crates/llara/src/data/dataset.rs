@@ -1,33 +1,33 @@
-//! JSON-lines files as one indexed list of rows: checked once, then read row by row from disk.
+//! JSON Lines files as one indexed list of rows: checked once, then read row by row from disk.
 
 use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use super::TrainingRow;
-use crate::storage::{LineReader, MAX_LINE_BYTES};
+use crate::storage::{Fingerprint, LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
 
-/// What to do with a row that is malformed.
+/// What to do with a malformed row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BadRows {
-    /// Refuse the data, naming the row.
+    /// Fail with an error that names the row.
     Error,
-    /// Leave the row out and count it.
+    /// Skip the row and count it.
     Skip,
 }
 
-/// Rows that [`BadRows::Skip`] left out.
+/// The rows that [`BadRows::Skip`] skipped.
 #[derive(Debug, Default)]
 pub struct Skipped {
-    /// How many.
+    /// The number of rows.
     pub count: u64,
-    /// Why, for the first few, each with its file and line.
+    /// The reasons for the first few, each with its file and line.
     pub reasons: Vec<String>,
 }
 
-/// Training rows in files. Memory holds 24 bytes for each row, not its text; [`Dataset::row`] is
-/// one read from disk and may be called from many threads.
+/// Training rows in files. Each row takes 24 bytes of memory; its text is read from disk. [`Dataset::row`]
+/// reads a row from disk and may be called from several threads.
 #[derive(Debug)]
 pub struct Dataset {
     files: Vec<SourceFile>,
@@ -40,36 +40,36 @@ pub struct Dataset {
 #[derive(Debug)]
 struct SourceFile {
     path: PathBuf,
-    /// Kept open: what was checked stays readable though the path be replaced.
+    /// Kept open, so that the checked contents are read even if another file replaces the path.
     file: File,
     /// Index of the file's first row.
     first_row: usize,
 }
 
-/// Where a row's line is.
+/// The position of a row's line.
 #[derive(Debug, Clone, Copy)]
 struct IndexEntry {
-    /// Bytes from the start of the file.
+    /// Offset from the start of the file, in bytes.
     offset: u64,
-    /// Of the line's bytes, to notice that the file was written to.
+    /// Hash of the line's bytes, to detect that the file was written to.
     checksum: u64,
-    /// Bytes, without the end of the line.
+    /// Length in bytes, without the line ending.
     length: u32,
-    /// From 1.
+    /// Line number, from 1.
     line: u32,
 }
 
-/// Reasons kept of skipped rows.
+/// Number of reasons that are stored for skipped rows.
 const MAX_REASONS: usize = 10;
 
 impl Dataset {
-    /// Reads and checks every row once. Each path is a file, or a folder whose `.jsonl` and `.json`
-    /// files are taken in the order of their names, hidden ones left out. Blank lines, a byte-order
-    /// mark and CRLF are allowed.
+    /// Reads and checks every row once. Each path is a file, or a folder, of which the `.jsonl` and `.json`
+    /// files are read in the order of their names, without hidden ones. Empty lines, a byte-order mark and
+    /// CRLF line endings are allowed.
     ///
     /// # Errors
-    /// A path cannot be read; a folder has no such file; a file is empty, one JSON array, or has a
-    /// malformed row that is not to be skipped; no row is left.
+    /// A path cannot be read; a folder has no such file; a file is empty, is one JSON array, or has a
+    /// malformed row that is not to be skipped; or no row remains.
     pub fn open(paths: &[PathBuf], on_bad_row: BadRows) -> Result<Dataset> {
         let mut dataset = Dataset {
             files: Vec::new(),
@@ -88,21 +88,21 @@ impl Dataset {
         if !self.rows.is_empty() {
             return Ok(());
         }
-        let error = Error::new(ErrorKind::Data, "there is no row to train on");
+        let error = Error::new(ErrorKind::Data, "there are no training rows");
         Err(match self.skipped.reasons.first() {
             Some(first) => error.got(format!(
-                "{} rows, all skipped, the first for this reason: {first}",
+                "{} rows, all skipped; the reason for the first: {first}",
                 self.skipped.count
             )),
-            None => error.hint("name at least one file or folder of training rows"),
+            None => error.hint("give at least one file or folder of training rows"),
         })
     }
 
-    /// Checks that every row can fill a group of `group_size` passages. A row with fewer negatives
-    /// than that repeats them; a row without any fits only a group of 1.
+    /// Checks that every row can fill a group of `group_size` passages. If a row has fewer negatives than
+    /// the group needs, they are repeated; a row without negatives can only fill a group of 1.
     ///
     /// # Errors
-    /// The first row without negatives, where the group needs one.
+    /// [`ErrorKind::Data`] with the first row without negatives, if `group_size` is 2 or more.
     pub fn check_group(&self, group_size: usize) -> Result<()> {
         match self.without_negatives.first() {
             Some(&index) if group_size > 1 => Err(self.no_negatives(index, group_size)),
@@ -110,27 +110,26 @@ impl Dataset {
         }
     }
 
-    /// Leaves out the rows that [`check_group`](Self::check_group) refuses, and counts them as
-    /// skipped.
+    /// Removes the rows that [`check_group`](Self::check_group) refuses, and counts them as skipped.
     ///
     /// # Errors
-    /// When no row is left.
+    /// No row remains.
     pub fn skip_short_groups(&mut self, group_size: usize) -> Result<()> {
         if group_size <= 1 || self.without_negatives.is_empty() {
             return Ok(());
         }
-        let left_out = std::mem::take(&mut self.without_negatives);
-        for &index in &left_out {
+        let removed = std::mem::take(&mut self.without_negatives);
+        for &index in &removed {
             let reason = self.no_negatives(index, group_size);
             self.skipped.add(&reason);
         }
         for file in &mut self.files {
-            file.first_row -= left_out.partition_point(|&index| index < file.first_row);
+            file.first_row -= removed.partition_point(|&index| index < file.first_row);
         }
         let mut index = 0;
         self.rows.retain(|_| {
             index += 1;
-            left_out.binary_search(&(index - 1)).is_err()
+            removed.binary_search(&(index - 1)).is_err()
         });
         self.check_not_empty()
     }
@@ -143,8 +142,8 @@ impl Dataset {
                 group_size - 1
             ))
             .hint(
-                "train with the other rows of the batch as negatives alone: --train-group-size 1; or \
-                 mine hard negatives for these rows first",
+                "use only the passages of the other rows as negatives (--train-group-size 1), or mine hard \
+                 negatives for these rows first",
             );
         match self.location(index) {
             Some((path, line)) => error.line(path, line),
@@ -152,22 +151,22 @@ impl Dataset {
         }
     }
 
-    /// How many rows.
+    /// The number of rows.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
 
-    /// Never true: a dataset without rows does not open.
+    /// Always false: opening a dataset without rows is an error.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
 
-    /// What was left out.
+    /// The rows that were skipped.
     pub fn skipped(&self) -> &Skipped {
         &self.skipped
     }
 
-    /// The file and line (from 1) of a row; `None` beyond the last.
+    /// The file and line (from 1) of a row; `None` if there is no such row.
     pub fn location(&self, index: usize) -> Option<(&Path, u64)> {
         let (source, entry) = self.find(index)?;
         Some((&source.path, u64::from(entry.line)))
@@ -176,37 +175,39 @@ impl Dataset {
     /// Reads a row.
     ///
     /// # Errors
-    /// There is no such row, reading failed, or the file is no longer what was checked.
+    /// There is no such row, reading failed, or the file was changed since it was checked.
     pub fn row(&self, index: usize) -> Result<TrainingRow> {
         let (source, entry) = self.find(index).ok_or_else(|| {
             Error::new(ErrorKind::Argument, format!("there is no row {index}"))
                 .expected(format!("0 to {}", self.rows.len().saturating_sub(1)))
         })?;
         let changed = || {
-            Error::new(ErrorKind::Data, "the file was changed after it had been checked")
+            Error::new(ErrorKind::Data, "the file was changed after it was checked")
                 .line(&source.path, entry.line.into())
-                .hint("leave training data alone while a run reads it; start again")
+                .hint("do not change training data during a run; start the run again")
         };
         let mut bytes = vec![0; entry.length as usize];
         read_at(&source.file, &mut bytes, entry.offset).map_err(|e| match e.kind() {
             std::io::ErrorKind::UnexpectedEof => changed(),
             _ => Error::io("read training data", &source.path, e),
         })?;
-        if fnv1a(FNV_START, &bytes) != entry.checksum {
+        if checksum(&bytes) != entry.checksum {
             return Err(changed());
         }
         TrainingRow::parse(&bytes, &source.path, entry.line.into())
     }
 
-    /// A number that tells other rows, or another order of them, from these: the same on every
-    /// machine, wherever the files are. A resumed run can check that its data did not change.
+    /// A hash of the rows and their order. It does not depend on the machine or on the paths of the files.
+    /// A resumed run can compare it to check that its data did not change.
     pub fn fingerprint(&self) -> u64 {
-        self.rows.iter().fold(FNV_START, |hash, row| fnv1a(hash, &row.checksum.to_le_bytes()))
+        let mut fingerprint = Fingerprint::new();
+        self.rows.iter().for_each(|row| fingerprint.add(&row.checksum.to_le_bytes()));
+        fingerprint.short()
     }
 
     fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {
         let entry = self.rows.get(index)?;
-        // A file whose rows were all skipped starts where the next one does.
+        // A file whose rows were all skipped has the same first row as the next file.
         let after = self.files.partition_point(|file| file.first_row <= index);
         Some((self.files.get(after.checked_sub(1)?)?, entry))
     }
@@ -227,11 +228,13 @@ impl Dataset {
                 continue;
             }
             let number = u32::try_from(line.number).map_err(|_| {
-                Error::new(ErrorKind::Data, "the file has more lines than can be counted")
+                Error::new(ErrorKind::Data, "the file has too many lines")
                     .file(&path)
+                    .expected(format!("at most {}", u32::MAX))
+                    .hint("split the file")
             })?;
             if blank && line.start.trim_ascii_start().first() == Some(&b'[') {
-                return Err(Error::new(ErrorKind::Data, "the file is one JSON array")
+                return Err(Error::new(ErrorKind::Data, "the file is a JSON array")
                     .line(&path, line.number)
                     .expected("one JSON object per line")
                     .hint("convert it: jq -c '.[]' old.json > new.jsonl"));
@@ -242,7 +245,7 @@ impl Dataset {
                     .map(|row| (bytes, row.neg.is_empty())),
                 None => Err(Error::new(ErrorKind::Data, "the line is too long")
                     .line(&path, line.number)
-                    .expected(format!("at most {} MiB, one row", MAX_LINE_BYTES >> 20))),
+                    .expected(format!("one row of at most {} MiB", MAX_LINE_BYTES >> 20))),
             };
             match (checked, on_bad_row) {
                 (Ok((bytes, no_negatives)), _) => {
@@ -251,7 +254,7 @@ impl Dataset {
                     }
                     self.rows.push(IndexEntry {
                         offset: line.offset,
-                        checksum: fnv1a(FNV_START, bytes),
+                        checksum: checksum(bytes),
                         length: bytes.len() as u32, // at most MAX_LINE_BYTES
                         line: number,
                     });
@@ -278,7 +281,7 @@ impl Skipped {
     }
 }
 
-/// Files as they are, folders as the files in them.
+/// The files of `paths`, with folders replaced by the files in them.
 fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
@@ -301,9 +304,11 @@ fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
             }
             files[before..].sort();
         } else {
-            return Err(Error::new(ErrorKind::Data, "neither a file nor a folder")
+            return Err(Error::new(ErrorKind::Data, "this is neither a file nor a folder")
                 .file(path)
-                .hint("rows are read in any order, so a pipe will not do: write a file first"));
+                .hint(
+                    "rows are read in random order, so a pipe cannot be used: write a file first",
+                ));
         }
     }
     Ok(files)
@@ -319,11 +324,11 @@ fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
 }
 
-const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
-
-/// FNV-1a, 64 bits: enough to notice a change, and the same everywhere.
-fn fnv1a(hash: u64, bytes: &[u8]) -> u64 {
-    bytes.iter().fold(hash, |hash, &b| (hash ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
+/// A hash of one line.
+fn checksum(bytes: &[u8]) -> u64 {
+    let mut fingerprint = Fingerprint::new();
+    fingerprint.add(bytes);
+    fingerprint.short()
 }
 
 #[cfg(test)]
@@ -379,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_its_files_in_the_order_of_their_names() {
+    fn the_files_of_a_folder_are_read_in_the_order_of_their_names() {
         let [a, b, c] = ["a", "b", "c"].map(row);
         let dir = folder(&[
             ("2.json", &format!("\n{c}")),
@@ -421,7 +426,7 @@ mod tests {
             |name: &str| open(dir.path().join(name), BadRows::Skip).unwrap_err().to_string();
         assert!(refuse("empty").contains("empty: the file has no rows"));
         assert!(refuse("blank").contains("no rows"));
-        assert!(refuse("array").contains("array:2: the file is one JSON array"));
+        assert!(refuse("array").contains("array:2: the file is a JSON array"));
         assert!(refuse("").contains("no training data"));
         assert!(refuse("nowhere").contains("check the path"));
         assert!(Dataset::open(&[], BadRows::Error).is_err());
@@ -440,11 +445,11 @@ mod tests {
         assert_eq!(dataset.location(1).unwrap().1, 3);
         fs::write(&path, format!("[{long}]")).unwrap();
         let e = open(&path, BadRows::Skip).unwrap_err().to_string();
-        assert!(e.contains("x.jsonl:1: the file is one JSON array"), "{e}");
+        assert!(e.contains("x.jsonl:1: the file is a JSON array"), "{e}");
     }
 
     #[test]
-    fn a_changed_file_is_noticed() {
+    fn a_changed_file_is_detected() {
         let (a, b) = (row("a"), row("b"));
         let dir = folder(&[("x.jsonl", &format!("{a}\n{b}\n"))]);
         let path = dir.path().join("x.jsonl");
@@ -457,7 +462,7 @@ mod tests {
         assert_ne!(open(&path, BadRows::Error).unwrap().fingerprint(), fingerprint);
         fs::write(&path, &a).unwrap();
         assert!(dataset.row(1).unwrap_err().to_string().contains("was changed"));
-        // Moved and spaced otherwise, the rows are the same.
+        // Rows with another path and other empty lines are the same.
         let moved = folder(&[("y.jsonl", &format!("{a}\n\n{b}"))]);
         assert_eq!(open(&moved, BadRows::Error).unwrap().fingerprint(), fingerprint);
     }
@@ -478,7 +483,7 @@ mod tests {
         });
     }
 
-    /// Pieces that make a file: good rows, bad ones, blank ones, any bytes.
+    /// Lines of a file: valid rows, invalid rows, empty lines, any bytes.
     fn line() -> impl Strategy<Value = Vec<u8>> {
         prop_oneof![
             4 => "[a-zäß ]{0,9}x".prop_map(|q| row(&q).into_bytes()),
@@ -491,11 +496,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn the_index_equals_reading_all_of_it(
+        fn the_index_equals_reading_the_entire_file(
             lines in prop::collection::vec(line(), 0..20), crlf: bool, ended: bool, mark: bool,
         ) {
             let mut bytes = if mark { b"\xef\xbb\xbf".to_vec() } else { Vec::new() };
-            // So that the file is none that is refused whole.
+            // One valid row, so that the file is not refused.
             let first = row("first").into_bytes();
             let all: Vec<&[u8]> = [first.as_slice()].into_iter().chain(lines.iter().map(Vec::as_slice)).collect();
             bytes.extend(all.join(if crlf { &b"\r\n"[..] } else { &b"\n"[..] }));

@@ -1,5 +1,5 @@
-//! Training data, from files to one packed batch: [`Dataset`] reads and checks rows, [`Sampler`]
-//! draws them and their passages, [`Batch`] is what a model takes.
+//! Training data, from files to packed batches: [`Dataset`] reads and checks rows, [`Sampler`] draws rows
+//! and their passages, [`Batch`] is the input of a model.
 
 mod batch;
 mod dataset;

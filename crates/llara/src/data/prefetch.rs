@@ -7,55 +7,55 @@ use std::thread::{self, Builder};
 
 use crate::{Error, ErrorKind, Result};
 
-/// Finished items in the queue. One more may be in production.
-const WAITING: usize = 1;
+/// Capacity of the queue of finished items. One more may be in production.
+const QUEUE_CAPACITY: usize = 1;
 
 /// An item, or the panic of the iterator.
-type Made<T> = Result<T, Box<dyn Any + Send>>;
+type Produced<T> = Result<T, Box<dyn Any + Send>>;
 
 /// The prefetched items, in order.
 pub(crate) struct Prefetched<T> {
-    receiver: Receiver<Made<T>>,
+    receiver: Receiver<Produced<T>>,
 }
 
-/// Hands `consume` the items of an iterator that runs ahead of it on another thread.
+/// Calls `consume` with the items of an iterator that runs ahead of it on another thread.
 ///
-/// Order and number of the items are the iterator's. A panic in it reaches the consumer when that
-/// item is asked for, and never if it stops before. When `consume` returns or panics, the iterator
-/// is dropped once the item in the making is done: nothing goes on in the background.
+/// The items have the iterator's order and number. If the iterator panics, the panic is resumed in the
+/// consumer when it requests that item. When `consume` returns or panics, the thread finishes the current
+/// item and drops the iterator before this function returns.
 ///
 /// # Errors
-/// Those of `consume`; [`ErrorKind::Backend`] when there is no thread to be had.
+/// Those of `consume`; [`ErrorKind::Backend`] if no thread can be started.
 pub(crate) fn prefetch<T: Send, R>(
     items: impl Iterator<Item = T> + Send,
     consume: impl FnOnce(&mut Prefetched<T>) -> Result<R>,
 ) -> Result<R> {
     thread::scope(|scope| {
-        let (sender, receiver) = sync_channel(WAITING);
+        let (sender, receiver) = sync_channel(QUEUE_CAPACITY);
         Builder::new()
             .name("llara-prefetch".into())
-            .spawn_scoped(scope, move || make(items, &sender))
+            .spawn_scoped(scope, move || produce(items, &sender))
             .map_err(|e| {
-                Error::new(ErrorKind::Backend, "the system gives no thread for the next batch")
+                Error::new(ErrorKind::Backend, "cannot start a thread for the next batch")
                     .because(e)
                     .hint("raise the limit on threads or processes (ulimit -u)")
             })?;
-        // Lives no longer than `consume`: with it goes what a waiting thread sends to.
+        // The receiver is dropped at the end of `consume`, which ends a blocked send of the thread.
         consume(&mut Prefetched { receiver })
     })
 }
 
-/// Makes items until there is none, one panics, or nobody takes them.
-fn make<T>(mut items: impl Iterator<Item = T>, sender: &SyncSender<Made<T>>) {
+/// Produces items until the iterator ends or panics, or the receiver is dropped.
+fn produce<T>(mut items: impl Iterator<Item = T>, sender: &SyncSender<Produced<T>>) {
     loop {
-        // Sound to go on from: after a panic the iterator is not asked again.
-        let made = match catch_unwind(AssertUnwindSafe(|| items.next())) {
+        // Unwind safety: after a panic the iterator is not used again.
+        let item = match catch_unwind(AssertUnwindSafe(|| items.next())) {
             Ok(None) => return,
             Ok(Some(item)) => Ok(item),
             Err(panic) => Err(panic),
         };
-        let last = made.is_err();
-        if sender.send(made).is_err() || last {
+        let last = item.is_err();
+        if sender.send(item).is_err() || last {
             return;
         }
     }
@@ -64,12 +64,12 @@ fn make<T>(mut items: impl Iterator<Item = T>, sender: &SyncSender<Made<T>>) {
 impl<T> Iterator for Prefetched<T> {
     type Item = T;
 
-    /// Waits for the next item if it is not there yet.
+    /// Waits for the next item.
     ///
     /// # Panics
-    /// With the iterator's own panic.
+    /// Resumes a panic of the iterator.
     fn next(&mut self) -> Option<T> {
-        // Closed by the thread once the items are used up.
+        // The thread closes the channel at the end of the items.
         self.receiver.recv().ok()?.map_or_else(|panic| resume_unwind(panic), Some)
     }
 }
@@ -91,13 +91,13 @@ mod tests {
             let got: Vec<usize> =
                 prefetch(items, |items| Ok(items.take(taken).collect())).unwrap();
             prop_assert_eq!(got, (0..count.min(taken)).collect::<Vec<_>>());
-            prop_assert!(asked.into_inner() <= taken + WAITING + 1);
+            prop_assert!(asked.into_inner() <= taken + QUEUE_CAPACITY + 1);
         }
     }
 
     #[test]
-    fn the_next_item_is_made_while_the_loop_works() {
-        // Would wait for ever if an item were only begun when it is asked for.
+    fn the_next_item_is_produced_during_the_loop() {
+        // Blocks forever if an item is only produced on request.
         let (begun, seen) = std::sync::mpsc::channel();
         let items = (0..4).inspect(move |&i| begun.send(i).unwrap());
         prefetch(items, |items| {
@@ -111,13 +111,13 @@ mod tests {
         .unwrap();
     }
 
-    /// 0, 1 and a panic.
+    /// An iterator of 0, 1 and a panic.
     fn breaking() -> impl Iterator<Item = i32> + Send {
         (0..9).map(|i| if i < 2 { i } else { panic!("item {i} is broken") })
     }
 
     #[test]
-    fn a_panic_comes_in_its_items_place() {
+    fn a_panic_is_resumed_at_its_item() {
         let mut seen = Vec::new();
         let run = AssertUnwindSafe(|| {
             prefetch(breaking(), |items| {
@@ -131,10 +131,10 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_the_loop_is_not_hidden_by_a_panic_that_it_never_met() {
+    fn an_error_of_the_loop_is_not_hidden_by_a_later_panic() {
         let failed: Result<()> = prefetch(breaking(), |items| {
             let first = items.next();
-            // Time for the panic to happen; none of the loop's business.
+            // Time for the panic, which must not affect the loop.
             thread::sleep(std::time::Duration::from_millis(20));
             Err(Error::new(ErrorKind::Numeric, format!("diverged at {first:?}")))
         });

@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::{Error, ErrorKind, Result};
 
-/// A query with its positives and hard negatives. `pos` is not empty, no text is blank.
+/// A query with its positives and hard negatives. `pos` is not empty, and every text contains a character
+/// other than white space.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainingRow {
     /// The text to search with.
@@ -15,19 +16,19 @@ pub struct TrainingRow {
     pub pos: Vec<String>,
     /// Hard negatives: similar passages that do not answer it. May be empty.
     pub neg: Vec<String>,
-    /// The row's name, if it has one.
+    /// An identifier of the row.
     pub id: Option<String>,
-    /// An instruction to put in front of this row's query.
+    /// An instruction that is prepended to this row's query.
     pub prompt: Option<String>,
-    /// A teacher's score for each of `pos`, finite.
+    /// The teacher's score of each passage in `pos`; finite.
     pub pos_scores: Option<Vec<f32>>,
-    /// A teacher's score for each of `neg`, finite.
+    /// The teacher's score of each passage in `neg`; finite.
     pub neg_scores: Option<Vec<f32>>,
 }
 
 impl TrainingRow {
-    /// Reads one line; `path` and `line` (from 1) are for the errors. Unknown
-    /// fields are ignored; an optional field that is `null` is absent.
+    /// Parses one line. `path` and `line` (from 1) are used in errors. Unknown fields are ignored; an
+    /// optional field that is `null` counts as absent.
     ///
     /// ```
     /// # use llara::data::TrainingRow;
@@ -37,68 +38,71 @@ impl TrainingRow {
     /// ```
     ///
     /// # Errors
-    /// The line is not UTF-8, not JSON, not an object; a field is missing, of the wrong type, empty
-    /// or blank; the scores do not match their passages or are not finite.
+    /// The line is not UTF-8 or not a JSON object; a field is missing, has the wrong type, is empty or
+    /// consists of white space; or the scores differ in number from their passages or are not finite.
     pub fn parse(bytes: &[u8], path: impl AsRef<Path>, line: u64) -> Result<TrainingRow> {
-        let place = Place { path: path.as_ref(), line };
+        let location = Location { path: path.as_ref(), line };
         let text = std::str::from_utf8(bytes).map_err(|e| {
-            place
+            location
                 .error("not UTF-8")
-                .got(format!("a wrong byte {} bytes into the line", e.valid_up_to()))
+                .got(format!("an invalid byte at column {}", e.valid_up_to() + 1))
                 .hint("convert the file to UTF-8")
         })?;
         let value: Value = serde_json::from_str(text).map_err(|e| {
-            place
+            location
                 .error(format!("not JSON at column {}", e.column()))
                 .because(e)
-                .hint("each line must be one whole JSON object")
+                .hint("each line must be one complete JSON object")
         })?;
         let Value::Object(mut fields) = value else {
-            return Err(place
+            return Err(location
                 .error("not a JSON object")
                 .expected("{\"query\": …, \"pos\": […], \"neg\": […]}")
                 .got(describe(&value)));
         };
 
-        let query = place.text("query", place.required(&mut fields, "query")?)?;
-        let pos = place.texts("pos", place.required(&mut fields, "pos")?)?;
+        let query = location.text("query", location.required(&mut fields, "query")?)?;
+        let pos = location.texts("pos", location.required(&mut fields, "pos")?)?;
         if pos.is_empty() {
-            return Err(place.error("`pos` is empty").expected("at least one passage").got("[]"));
+            return Err(location
+                .error("`pos` is empty")
+                .expected("at least one passage")
+                .got("[]"));
         }
         let neg = match optional(&mut fields, "neg") {
             None => Vec::new(),
-            Some(neg) => place.texts("neg", neg)?,
+            Some(neg) => location.texts("neg", neg)?,
         };
-        let pos_scores = place.scores("pos_scores", &mut fields, "pos", pos.len())?;
-        let neg_scores = place.scores("neg_scores", &mut fields, "neg", neg.len())?;
+        let pos_scores = location.scores("pos_scores", &mut fields, "pos", pos.len())?;
+        let neg_scores = location.scores("neg_scores", &mut fields, "neg", neg.len())?;
         let id = match optional(&mut fields, "id") {
             None => None,
             Some(Value::String(id)) => Some(id),
             Some(Value::Number(id)) => Some(id.to_string()),
-            Some(other) => return Err(place.wrong_type("id", "a string or a number", &other)),
+            Some(other) => return Err(location.wrong_type("id", "a string or a number", &other)),
         };
         let prompt = match optional(&mut fields, "prompt") {
             None => None,
             Some(Value::String(prompt)) => Some(prompt),
-            Some(other) => return Err(place.wrong_type("prompt", "a string", &other)),
+            Some(other) => return Err(location.wrong_type("prompt", "a string", &other)),
         };
         Ok(TrainingRow { query, pos, neg, id, prompt, pos_scores, neg_scores })
     }
 }
 
-/// Where a row stands; makes its errors.
-struct Place<'a> {
+/// The file and line of a row; creates its errors.
+struct Location<'a> {
     path: &'a Path,
     line: u64,
 }
 
-impl Place<'_> {
+impl Location<'_> {
     fn error(&self, what: impl Into<String>) -> Error {
         Error::new(ErrorKind::Data, what).line(self.path, self.line)
     }
 
     fn wrong_type(&self, field: &str, expected: &str, got: &Value) -> Error {
-        self.error(format!("`{field}` is of the wrong type")).expected(expected).got(describe(got))
+        self.error(format!("`{field}` has the wrong type")).expected(expected).got(describe(got))
     }
 
     fn required(&self, fields: &mut Map<String, Value>, name: &str) -> Result<Value> {
@@ -113,7 +117,7 @@ impl Place<'_> {
     fn text(&self, field: &str, value: Value) -> Result<String> {
         match value {
             Value::String(text) if text.trim().is_empty() => {
-                Err(self.error(format!("`{field}` is blank")).got(format!("{:?}", preview(&text))))
+                Err(self.error(format!("`{field}` is empty")).got(format!("{:?}", preview(&text))))
             }
             Value::String(text) => Ok(text),
             other => Err(self.wrong_type(field, "a string", &other)),
@@ -155,7 +159,7 @@ impl Place<'_> {
             if !score.is_finite() {
                 return Err(self
                     .error(format!("`{name}` is not finite"))
-                    .expected("a number that f32 can hold")
+                    .expected("a number within the range of f32")
                     .got(number));
             }
             scores.push(score);
@@ -175,7 +179,7 @@ fn field_names(fields: &Map<String, Value>) -> String {
 fn describe(value: &Value) -> String {
     match value {
         Value::Null => "null".into(),
-        Value::Bool(b) => format!("the truth value {b}"),
+        Value::Bool(b) => format!("{b}"),
         Value::Number(n) => format!("the number {n}"),
         Value::String(s) => format!("the string {:?}", preview(s)),
         Value::Array(items) => format!("a list of {}", items.len()),
@@ -183,7 +187,7 @@ fn describe(value: &Value) -> String {
     }
 }
 
-/// Enough to recognise a text by, in an error of a line or two.
+/// The first characters of a text, for error messages.
 fn preview(text: &str) -> String {
     const CHARS: usize = 60;
     match text.char_indices().nth(CHARS) {
@@ -241,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn every_fault_is_named_with_its_field() {
+    fn errors_name_the_field() {
         let with = |extra: &str| format!(r#"{{"query":"q","pos":["a"],"neg":["b","c"],{extra}}}"#);
         for (line, part) in [
             ("{\"query\":".to_owned(), "not JSON at column"),
@@ -250,20 +254,20 @@ mod tests {
             ("null".into(), "not a JSON object"),
             (r#"{"pos":["a"],"neg":["b"]}"#.into(), "`query` is missing"),
             (r#"{"query":"q","neg":["b"]}"#.into(), "`pos` is missing"),
-            (r#"{"query":"q","pos":["a"],"neg":"b"}"#.into(), "`neg` is of the wrong type"),
-            (r#"{"query":" \t","pos":["a"],"neg":["b"]}"#.into(), "`query` is blank"),
-            (r#"{"query":1,"pos":["a"],"neg":["b"]}"#.into(), "`query` is of the wrong type"),
-            (r#"{"query":"q","pos":"a","neg":["b"]}"#.into(), "`pos` is of the wrong type"),
+            (r#"{"query":"q","pos":["a"],"neg":"b"}"#.into(), "`neg` has the wrong type"),
+            (r#"{"query":" \t","pos":["a"],"neg":["b"]}"#.into(), "`query` is empty"),
+            (r#"{"query":1,"pos":["a"],"neg":["b"]}"#.into(), "`query` has the wrong type"),
+            (r#"{"query":"q","pos":"a","neg":["b"]}"#.into(), "`pos` has the wrong type"),
             (r#"{"query":"q","pos":[],"neg":["b"]}"#.into(), "`pos` is empty"),
-            (r#"{"query":"q","pos":["a"],"neg":[""]}"#.into(), "`neg[0]` is blank"),
+            (r#"{"query":"q","pos":["a"],"neg":[""]}"#.into(), "`neg[0]` is empty"),
             (r#"{"query":"q","pos":["a"],"neg_scores":[1]}"#.into(), "differ in length"),
-            (r#"{"query":"q","pos":["a"],"neg":["b",3]}"#.into(), "`neg[1]` is of the wrong type"),
-            (r#"{"query":"q","pos":["a",""],"neg":["b"]}"#.into(), "`pos[1]` is blank"),
-            (with(r#""id":true"#), "`id` is of the wrong type"),
-            (with(r#""prompt":3"#), "`prompt` is of the wrong type"),
+            (r#"{"query":"q","pos":["a"],"neg":["b",3]}"#.into(), "`neg[1]` has the wrong type"),
+            (r#"{"query":"q","pos":["a",""],"neg":["b"]}"#.into(), "`pos[1]` is empty"),
+            (with(r#""id":true"#), "`id` has the wrong type"),
+            (with(r#""prompt":3"#), "`prompt` has the wrong type"),
             (with(r#""neg_scores":[1]"#), "`neg_scores` and `neg` differ in length"),
-            (with(r#""pos_scores":1"#), "`pos_scores` is of the wrong type"),
-            (with(r#""neg_scores":[1,"2"]"#), "`neg_scores[1]` is of the wrong type"),
+            (with(r#""pos_scores":1"#), "`pos_scores` has the wrong type"),
+            (with(r#""neg_scores":[1,"2"]"#), "`neg_scores[1]` has the wrong type"),
             (with(r#""pos_scores":[1e39]"#), "`pos_scores[0]` is not finite"),
             (with(r#""pos_scores":[NaN]"#), "not JSON at column"),
             (with(r#""pos_scores":[1e999]"#), "not JSON"),

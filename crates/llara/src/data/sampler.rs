@@ -1,5 +1,5 @@
-//! Which rows form which batch, and which passages a row gives: a pure function of seed, epoch and
-//! step. It does not depend on the number of processes, so the order of the data does not either.
+//! Selection of the rows of each batch and of the passages of each row: a pure function of seed, epoch and
+//! step. It does not depend on the number of processes.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,27 +14,28 @@ use crate::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Sampling {
-    /// Each epoch visits every row once, in an order of its own; passages are drawn.
+    /// Each epoch visits every row once, in a new random order. Passages are drawn at random.
     Random,
-    /// Rows in file order, continuing from the first row after the last, also within a batch; the
-    /// first passages of each row.
+    /// Rows in file order; after the last row the first one follows, also within a batch. The first
+    /// passages of each row are used.
     Sequential,
 }
 
 /// Settings of a [`Sampler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SamplerConfig {
-    /// Seed of every draw of [`Sampling::Random`].
+    /// Seed of [`Sampling::Random`].
     pub seed: u64,
     /// How rows and passages are chosen.
     pub sampling: Sampling,
-    /// Rows of the dataset.
+    /// Number of rows in the dataset.
     pub rows: usize,
-    /// Rows of a batch, over all processes.
+    /// Number of rows in a batch, over all processes.
     pub batch_size: usize,
-    /// Passages of a row: 1 positive and `group_size − 1` hard negatives.
+    /// Number of passages per row: 1 positive and `group_size − 1` hard negatives.
     pub group_size: usize,
-    /// Leave out an epoch's last batch if it is short. ([`Sampling::Sequential`] has no short one.)
+    /// Skip the last batch of an epoch if it is incomplete. ([`Sampling::Sequential`] has no incomplete
+    /// batches.)
     pub drop_last: bool,
 }
 
@@ -43,7 +44,7 @@ pub struct SamplerConfig {
 pub struct Sampler {
     config: SamplerConfig,
     steps_per_epoch: u64,
-    /// The last epoch's order: only a cache, so that a batch does not cost a permutation.
+    /// The row order of the epoch that was used last. A cache: without it, each batch would compute it.
     order: Mutex<Option<(u64, Arc<[usize]>)>>,
 }
 
@@ -56,23 +57,23 @@ pub struct Draw {
     pub epoch: u64,
 }
 
-/// The texts that one row gives to a batch.
+/// The texts of one row in a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group<'r> {
     /// The query.
     pub query: &'r str,
     /// `group_size` passages, the positive first.
     pub passages: Vec<&'r str>,
-    /// The row's own instruction.
+    /// The instruction of the row, if it has one.
     pub prompt: Option<&'r str>,
 }
 
 impl Sampler {
-    /// A sampler over a dataset.
+    /// Creates a sampler.
     ///
     /// # Errors
-    /// There are no rows, a batch has no rows or more passages than a `u32` counts, a group
-    /// no passages, or `drop_last` would leave no batch at all.
+    /// There are no rows, the batch size or the group size is 0, a batch has more than `u32::MAX` passages,
+    /// or `drop_last` leaves no batch.
     pub fn new(config: SamplerConfig) -> Result<Self> {
         let SamplerConfig { rows, batch_size, group_size, .. } = config;
         let error = |what: &str| Error::new(ErrorKind::Argument, what);
@@ -94,26 +95,26 @@ impl Sampler {
         }
         let drop_last = config.drop_last && config.sampling == Sampling::Random;
         if drop_last && rows < batch_size {
-            return Err(error("dropping the last, short batch leaves none")
+            return Err(error("there is no complete batch, and incomplete ones are dropped")
                 .expected(format!("at least {batch_size} rows, one batch"))
                 .got(rows)
-                .hint("use a smaller batch, or keep the last one"));
+                .hint("use a smaller batch, or do not drop the last batch"));
         }
         let batches = if drop_last { rows / batch_size } else { rows.div_ceil(batch_size) };
         Ok(Self { config, steps_per_epoch: batches as u64, order: Mutex::new(None) })
     }
 
-    /// Its settings.
+    /// The settings.
     pub fn config(&self) -> &SamplerConfig {
         &self.config
     }
 
-    /// Batches of an epoch; at least 1.
+    /// The number of batches in an epoch; at least 1.
     pub fn steps_per_epoch(&self) -> u64 {
         self.steps_per_epoch
     }
 
-    /// The rows of a batch; `step` counts from 0 over all epochs. Never empty.
+    /// The rows of a batch; never empty. `step` counts from 0 over all epochs.
     pub fn batch(&self, step: u64) -> Vec<Draw> {
         let (rows, batch_size) = (self.config.rows, self.config.batch_size);
         match self.config.sampling {
@@ -138,13 +139,13 @@ impl Sampler {
         }
     }
 
-    /// The texts that a drawn row gives. [`Sampling::Sequential`]: the first positive and the first
-    /// negatives, starting over if they are too few. [`Sampling::Random`]: one positive uniformly
-    /// and negatives without replacement, from as many copies of the list as are needed; keyed by
-    /// seed, epoch and row only.
+    /// The texts of a drawn row. [`Sampling::Sequential`]: the first positive and the first negatives,
+    /// repeated from the start if there are too few. [`Sampling::Random`]: one positive, drawn uniformly,
+    /// and negatives drawn without replacement from as many copies of the list as are needed. The draw
+    /// depends only on seed, epoch and row.
     ///
     /// # Errors
-    /// The row has no positive, or no negative for a group of 2 or more.
+    /// The row has no positive, or no negative although the group size is 2 or more.
     pub fn group<'r>(&self, draw: &Draw, row: &'r TrainingRow) -> Result<Group<'r>> {
         let negatives = self.config.group_size - 1;
         if row.pos.is_empty() || (row.neg.is_empty() && negatives > 0) {
@@ -172,7 +173,7 @@ impl Sampler {
     }
 
     fn order(&self, epoch: u64) -> Arc<[usize]> {
-        // A poisoned cache is still whole: it is replaced in one assignment.
+        // A poisoned cache is still valid: it is replaced by one assignment.
         let mut cached = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         match &*cached {
             Some((of, order)) if *of == epoch => Arc::clone(order),
@@ -187,7 +188,7 @@ impl Sampler {
         }
     }
 
-    /// A generator of its own for each thing that is drawn, the same on every platform.
+    /// A separate generator for each draw, the same on every platform.
     fn rng(&self, purpose: Purpose, epoch: u64, row: u64) -> ChaCha8Rng {
         let mut key = [0; 32];
         for (part, number) in
@@ -199,16 +200,16 @@ impl Sampler {
     }
 }
 
-/// Keeps the streams of an epoch's order and of row 0's passages apart.
+/// Part of the generator's key, so that an epoch's order and row 0's passages use different streams.
 #[derive(Clone, Copy)]
 enum Purpose {
     Order = 0,
     Group = 1,
 }
 
-/// Uniform in `0..n`, without bias and without regard to the width of `usize`.
+/// Uniform in `0..n` without bias, the same for every width of `usize`.
 fn below(rng: &mut impl Rng, n: u64) -> u64 {
-    // The lowest 2⁶⁴ mod n numbers would make small remainders likelier.
+    // With the lowest 2⁶⁴ mod n numbers, small remainders would be more likely.
     let biased = n.wrapping_neg() % n;
     loop {
         let x = rng.next_u64();
@@ -218,7 +219,7 @@ fn below(rng: &mut impl Rng, n: u64) -> u64 {
     }
 }
 
-/// Fisher–Yates from the front: the first `count` places are a uniform draw without replacement.
+/// Fisher–Yates from the front: the first `count` items are a uniform draw without replacement.
 fn shuffle_front(rng: &mut impl Rng, items: &mut [usize], count: usize) {
     for i in 0..count {
         let rest = (items.len() - i) as u64;
@@ -252,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn sequential_runs_on_past_the_end() {
+    fn sequential_continues_with_the_first_row() {
         let s = Sampler::new(config(Sampling::Sequential, 10, 3)).unwrap();
         assert_eq!(s.steps_per_epoch(), 4);
         assert_eq!(rows_of(&s, 0), [0, 1, 2]);
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_are_the_same_on_every_platform_and_forever() {
+    fn draws_are_the_same_on_every_platform_and_in_every_version() {
         let s = Sampler::new(config(Sampling::Random, 10, 10)).unwrap();
         assert_eq!(rows_of(&s, 0), [9, 7, 8, 2, 4, 5, 0, 1, 6, 3]);
         let texts = row(3, 9);
@@ -339,7 +340,7 @@ mod tests {
         }
 
         #[test]
-        fn batches_do_not_depend_on_what_was_asked_before(
+        fn batches_do_not_depend_on_earlier_calls(
             rows in 1usize..60, batch_size in 1usize..9, seed: u64, steps in prop::collection::vec(0u64..90, 1..9),
         ) {
             let c = SamplerConfig { seed, ..config(Sampling::Random, rows, batch_size) };
@@ -350,7 +351,7 @@ mod tests {
         }
 
         #[test]
-        fn groups_are_whole_and_depend_on_seed_epoch_and_row_alone(
+        fn groups_are_complete_and_depend_only_on_seed_epoch_and_row(
             pos in 1usize..4, neg in 1usize..12, group_size in 2usize..20, seed: u64, epoch: u64, index: usize,
         ) {
             let texts = row(pos, neg);

@@ -1,29 +1,109 @@
 //! Collective communication between the processes of a training run.
 //!
 //! Every rank calls the same operations in the same order. One process is a group of size 1 and runs
-//! the same code ([`Solo`]).
+//! the same code ([`Solo`]). [`ThreadGroup`] runs several ranks as threads of one process.
+//!
+//! Operations on tensors are ordered with the operations of the backend: they see what was asked for
+//! before them, and what is asked for after them sees their result.
 
 mod solo;
+mod threads;
+
+use std::ops::Range;
 
 pub use solo::Solo;
+pub use threads::{ThreadGroup, ThreadRank};
 
 use crate::Result;
 use crate::backend::Backend;
 
 /// A group of processes that train one model.
+///
+/// # Errors
+/// Each operation fails with [`ErrorKind::Distributed`](crate::ErrorKind) when another rank is gone, does
+/// not answer in time, or calls another operation; and as the backend fails.
 pub trait Collective<B: Backend>: Send + Sync {
     /// This process, from 0.
     fn rank(&self) -> usize;
     /// Number of processes, `W`.
     fn size(&self) -> usize;
-    /// The rows of all ranks, in the order of ranks: `[n, d]` → `[W·n, d]`.
-    fn all_gather(&self, x: B::Tensor) -> Result<B::Tensor>;
-    /// The sum over ranks of this rank's share of rows: `[W·n, d]` → `[n, d]`.
-    fn reduce_scatter(&self, x: B::Tensor) -> Result<B::Tensor>;
+
+    /// The rows of all ranks, in the order of ranks: `[counts[rank], d]` → `[Σ counts, d]`. `counts` has
+    /// the number of rows of each rank; some may be 0.
+    fn all_gather_rows(&self, x: B::Tensor, counts: &[usize]) -> Result<B::Tensor>;
+    /// The sum over ranks of this rank's rows: `[Σ counts, d]` → `[counts[rank], d]`.
+    fn reduce_scatter_rows(&self, x: B::Tensor, counts: &[usize]) -> Result<B::Tensor>;
     /// The sum over ranks, in place.
     fn all_reduce(&self, x: &mut B::Tensor) -> Result<()>;
-    /// Rank 0's values, in place.
-    fn broadcast(&self, x: &mut B::Tensor) -> Result<()>;
+    /// The values of the rank `root`, in place.
+    fn broadcast(&self, x: &mut B::Tensor, root: usize) -> Result<()>;
+
+    /// Begins the sum over ranks of the gradients in `bucket`. The caller adds the parts of the bucket as
+    /// they are ready and starts the communication when all of them are there; it runs while the
+    /// backward pass goes on.
+    fn gradient_sum(&self, bucket: &Bucket) -> Result<Box<dyn GradientSum<B>>>;
+    /// Replaces the elements of each part by those of the rank that owns them. `parts` are all parts of
+    /// `bucket`.
+    fn all_gather_weights(&self, bucket: &Bucket, parts: &mut [FlatPart<'_, B>]) -> Result<()>;
+
+    /// The sums over ranks of numbers on the host, in place and with the same bits on every rank.
+    fn all_reduce_scalars(&self, values: &mut [f64]) -> Result<()>;
+    /// Waits until every rank has called it with its `status`.
+    ///
+    /// # Errors
+    /// This rank's own error; else, if another rank has one, an error that names that rank and says what
+    /// happened there. Either all ranks return an error or none does.
+    fn agree(&self, status: Result<()>) -> Result<()>;
     /// Waits until every rank has called it.
     fn barrier(&self) -> Result<()>;
+}
+
+/// A range of the flat index space of all trainable parameters, which is divided into one range of equal
+/// length for each rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bucket {
+    /// Flat indices.
+    pub range: Range<usize>,
+    /// Elements that each rank owns in the whole space: rank `r` owns `r·shard..(r + 1)·shard`.
+    pub shard: usize,
+}
+
+impl Bucket {
+    /// The flat indices of this bucket that a rank owns; may be empty.
+    pub fn owned_by(&self, rank: usize) -> Range<usize> {
+        let start = (rank * self.shard).clamp(self.range.start, self.range.end);
+        let end = ((rank + 1) * self.shard).clamp(self.range.start, self.range.end);
+        start..end
+    }
+}
+
+/// Consecutive elements of a tensor, row by row, and their place in the flat index space.
+pub struct FlatPart<'t, B: Backend> {
+    /// A weight or a gradient, f32.
+    pub tensor: &'t mut B::Tensor,
+    /// Which of its elements.
+    pub elements: Range<usize>,
+    /// Flat index of the first of them.
+    pub start: usize,
+}
+
+/// A sum of gradients over ranks that was begun by [`Collective::gradient_sum`].
+pub trait GradientSum<B: Backend>: Send {
+    /// Adds a part whose gradient is complete. The tensor must not be used again before
+    /// [`finish`](GradientSum::finish).
+    ///
+    /// # Errors
+    /// As the backend fails.
+    fn add(&mut self, part: FlatPart<'_, B>) -> Result<()>;
+    /// Starts the communication; every part has been added.
+    ///
+    /// # Errors
+    /// See [`Collective`].
+    fn start(&mut self) -> Result<()>;
+    /// Waits for the sum. Of the same `parts`, in any order, the elements that this rank owns then hold the
+    /// sum over ranks; the others are unspecified.
+    ///
+    /// # Errors
+    /// See [`Collective`].
+    fn finish(self: Box<Self>, parts: &mut [FlatPart<'_, B>]) -> Result<()>;
 }

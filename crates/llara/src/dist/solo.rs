@@ -1,6 +1,6 @@
 //! A group of one process.
 
-use super::Collective;
+use super::{Bucket, Collective, FlatPart, GradientSum};
 use crate::Result;
 use crate::backend::Backend;
 
@@ -17,11 +17,11 @@ impl<B: Backend> Collective<B> for Solo {
         1
     }
 
-    fn all_gather(&self, x: B::Tensor) -> Result<B::Tensor> {
+    fn all_gather_rows(&self, x: B::Tensor, _: &[usize]) -> Result<B::Tensor> {
         Ok(x)
     }
 
-    fn reduce_scatter(&self, x: B::Tensor) -> Result<B::Tensor> {
+    fn reduce_scatter_rows(&self, x: B::Tensor, _: &[usize]) -> Result<B::Tensor> {
         Ok(x)
     }
 
@@ -29,11 +29,41 @@ impl<B: Backend> Collective<B> for Solo {
         Ok(())
     }
 
-    fn broadcast(&self, _: &mut B::Tensor) -> Result<()> {
+    fn broadcast(&self, _: &mut B::Tensor, _: usize) -> Result<()> {
         Ok(())
     }
 
+    fn gradient_sum(&self, _: &Bucket) -> Result<Box<dyn GradientSum<B>>> {
+        Ok(Box::new(Solo))
+    }
+
+    fn all_gather_weights(&self, _: &Bucket, _: &mut [FlatPart<'_, B>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn all_reduce_scalars(&self, _: &mut [f64]) -> Result<()> {
+        Ok(())
+    }
+
+    fn agree(&self, status: Result<()>) -> Result<()> {
+        status
+    }
+
     fn barrier(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl<B: Backend> GradientSum<B> for Solo {
+    fn add(&mut self, _: FlatPart<'_, B>) -> Result<()> {
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, _: &mut [FlatPart<'_, B>]) -> Result<()> {
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! The part of the local cache that belongs to one model, in the layout of the Hub's own tools:
+//! The local cache of one model, in the layout of the Hub's own tools:
 //! `models--org--name/{refs/<revision>, blobs/<etag>, snapshots/<commit>/<file> → ../../blobs/<etag>}`.
 
 use std::fs;
@@ -23,7 +23,7 @@ impl RepoCache {
         RepoCache { folder, revision: id.revision.clone() }
     }
 
-    /// The commit that the revision stood for when it was last fetched.
+    /// The commit to which the revision referred at the last download.
     pub(super) fn commit(&self) -> Option<String> {
         if is_commit(&self.revision) {
             return Some(self.revision.clone());
@@ -38,27 +38,27 @@ impl RepoCache {
         self.folder.join("snapshots").join(commit)
     }
 
-    /// A file of the snapshot, if it is there.
+    /// The path of a file of the snapshot, if it exists.
     pub(super) fn file(&self, commit: &str, name: &str) -> Option<PathBuf> {
         Some(self.snapshot(commit).join(name)).filter(|path| path.is_file())
     }
 
-    /// The place of a blob. `etag` must have been checked.
+    /// The path of a blob. `etag` must have been checked.
     fn blob(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(etag)
     }
 
-    /// Whether the blob is there with this length.
+    /// Whether the blob exists and has this length.
     pub(super) fn has_blob(&self, etag: &str, length: u64) -> bool {
         self.blob(etag).metadata().is_ok_and(|m| m.is_file() && m.len() == length)
     }
 
-    /// An empty file beside the blobs; removed when dropped.
+    /// An empty temporary file in the folder of the blobs; removed when dropped.
     pub(super) fn new_blob(&self) -> Result<NamedTempFile> {
         temporary(&self.folder.join("blobs"))
     }
 
-    /// Gives a complete file its place among the blobs.
+    /// Renames a complete file to the name of its blob.
     pub(super) fn keep_blob(&self, file: NamedTempFile, etag: &str) -> Result<()> {
         let path = self.blob(etag);
         let fail = |e| Error::io("write to the Hub's cache", &path, e);
@@ -67,26 +67,26 @@ impl RepoCache {
         Ok(())
     }
 
-    /// Lets `name` of the snapshot stand for a blob.
+    /// Links the file `name` of the snapshot to a blob.
     pub(super) fn link(&self, commit: &str, name: &str, etag: &str) -> Result<PathBuf> {
         let path = self.snapshot(commit).join(name);
         let fail = |e| Error::io("write to the Hub's cache", &path, e);
         let folder = self.snapshot(commit);
         fs::create_dir_all(&folder).map_err(fail)?;
-        // Made under another name and moved, so that a link that leads nowhere is replaced.
+        // Created under another name and renamed, so that a broken link is replaced.
         let target = Path::new("../../blobs").join(etag);
         let linked = tempfile::Builder::new()
             .prefix(".link-")
             .make_in(&folder, |path| symlink(&target, path))
             .and_then(|link| link.persist(&path).map_err(|e| e.error));
         if linked.is_err() {
-            // A file system without links.
+            // A file system without symbolic links.
             fs::copy(self.blob(etag), &path).map_err(fail)?;
         }
         Ok(path)
     }
 
-    /// Remembers which commit the revision stands for.
+    /// Records the commit to which the revision refers.
     pub(super) fn write_commit(&self, commit: &str) -> Result<()> {
         if is_commit(&self.revision) {
             return Ok(());
@@ -100,7 +100,7 @@ impl RepoCache {
     }
 }
 
-/// A temporary file in `folder`, which is made if need be, with the permissions of an ordinary file.
+/// A temporary file in `folder`, which is created if it does not exist, with ordinary permissions.
 fn temporary(folder: &Path) -> Result<NamedTempFile> {
     let fail = |e| Error::io("write to the Hub's cache", folder, e);
     fs::create_dir_all(folder).map_err(fail)?;

@@ -1,5 +1,5 @@
-//! Requests to the Hub or to a mirror of it. Every answer is bounded in length and time, and the token
-//! goes to the server's own address alone.
+//! Requests to the Hub or to a mirror of it. The length and the time of every response are limited, and the token
+//! is sent only to the server's own address.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
@@ -11,23 +11,23 @@ use ureq::{Agent, Body};
 use super::names::{self, ModelId, quote};
 use crate::{Error, ErrorKind, Result};
 
-/// Redirects that are followed for one file.
+/// Maximum number of redirects for one file.
 const MAX_REDIRECTS: usize = 5;
-/// Bytes of an error's page that are read.
+/// Bytes of an error response that are read.
 const MAX_ERROR_BYTES: u64 = 2048;
-/// Bytes of the list of files.
+/// Maximum size of the list of files, in bytes.
 const MAX_LISTING_BYTES: u64 = 16 << 20;
-/// The slowest download that is waited for, in bytes a second.
-const SLOWEST_RATE: u64 = 8 << 10;
+/// Minimum rate of a download, in bytes per second.
+const MIN_RATE: u64 = 8 << 10;
 
-/// How long a server may take.
+/// Time limits of requests.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Timeouts {
-    /// To accept a connection.
+    /// For connecting.
     pub(super) connect: Duration,
-    /// To begin its answer, and between two pieces of it.
+    /// Until the response starts, and between two reads of it.
     pub(super) read: Duration,
-    /// For the body of a small answer; a file has longer, by its length.
+    /// For the body of a small response. The limit of a file also depends on its length.
     pub(super) body: Duration,
 }
 
@@ -38,12 +38,12 @@ impl Default for Timeouts {
     }
 }
 
-/// What the server says about a file before it sends it.
+/// The headers of a file.
 #[derive(Debug, Default)]
 pub(super) struct Head {
-    /// The name of the blob, checked.
+    /// The name of the blob; it was checked.
     pub(super) etag: String,
-    /// The length, if it is known.
+    /// The length in bytes, if it is known.
     pub(super) length: Option<u64>,
 }
 
@@ -78,7 +78,7 @@ impl Client {
         }
         let agent = Agent::config_builder()
             .http_status_as_error(false)
-            // Redirects are followed here, where each address is looked at first.
+            // Redirects are followed by this client, which checks each address first.
             .max_redirects(0)
             .max_redirects_will_error(false)
             .user_agent(concat!("llara/", env!("CARGO_PKG_VERSION")))
@@ -103,15 +103,15 @@ impl Client {
         }
         let listing = parse_listing(&bytes)?;
         if names::is_commit(&id.revision) && listing.commit != id.revision {
-            return Err(answer("the server answers with another commit", &url)
+            return Err(answer("the server sent another commit", &url)
                 .expected(&id.revision)
                 .got(listing.commit));
         }
         Ok(listing)
     }
 
-    /// Fetches a file of a commit. `sink` is given what is known of the file before its bytes; `None`
-    /// from it means that they are not needed.
+    /// Downloads a file of a commit. `sink` gets the headers and returns the writer for the contents, or
+    /// `None` if they are not needed.
     pub(super) fn download<'w>(
         &self,
         id: &ModelId,
@@ -142,12 +142,12 @@ impl Client {
             if length > most {
                 return Err(too_long(&url, most));
             }
-            let patience = self.timeouts.body + Duration::from_secs(length / SLOWEST_RATE);
-            if start.elapsed() > patience {
+            let limit = self.timeouts.body + Duration::from_secs(length / MIN_RATE);
+            if start.elapsed() > limit {
                 return Err(answer("the server sends too slowly", &url)
-                    .expected(format!("{SLOWEST_RATE} bytes a second"))
+                    .expected(format!("{MIN_RATE} bytes a second"))
                     .got(format!("{length} bytes in {} seconds", start.elapsed().as_secs()))
-                    .hint("try again, or fetch the model in another way and give its folder"));
+                    .hint("try again, or download the model by other means and give its folder"));
             }
             if let Some(digest) = &mut digest {
                 digest.update(&buffer[..n]);
@@ -166,7 +166,7 @@ impl Client {
             let got: String =
                 digest.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
             if got != head.etag {
-                return Err(answer("the file is not the one that the server announced", &url)
+                return Err(answer("the hash of the file differs from the announced one", &url)
                     .expected(format!("SHA-256 {}", head.etag))
                     .got(format!("SHA-256 {got}"))
                     .hint("try again; if it persists, do not use this server"));
@@ -175,7 +175,7 @@ impl Client {
         Ok(head)
     }
 
-    /// The answer to a request, after redirects, and the headers that the server itself sent on the way.
+    /// The response to a request after redirects, and the headers of the Hub's own responses.
     fn get(
         &self,
         url: &str,
@@ -185,7 +185,7 @@ impl Client {
     ) -> Result<(Response<Body>, Known)> {
         let mut known = Known::default();
         let mut address: Uri =
-            url.parse().map_err(|e| answer("an impossible address", url).because(e))?;
+            url.parse().map_err(|e| answer("invalid address", url).because(e))?;
         for _ in 0..=MAX_REDIRECTS {
             let own = same_server(&address, &self.address);
             let mut request = self.agent.get(&address).header("accept-encoding", encoding);
@@ -194,9 +194,9 @@ impl Client {
             }
             let request = request.config().timeout_recv_body(body_time).build();
             let response = request.call().map_err(|e| {
-                answer("cannot fetch this", &address.to_string()).because(e).hint(
-                    "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the cache alone",
-                )
+                answer("cannot download", &address.to_string())
+                    .because(e)
+                    .hint("check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses only the cache")
             })?;
             if own {
                 known.add(response.headers());
@@ -210,17 +210,17 @@ impl Client {
             }
             let target = text(response.headers(), header::LOCATION.as_str()).unwrap_or_default();
             address = redirect(&address, &target).ok_or_else(|| {
-                answer("the server redirects to an impossible address", &address.to_string())
+                answer("the server redirects to an invalid address", &address.to_string())
                     .expected("an https address, or a path on the same server")
                     .got(quote(&target))
             })?;
         }
-        Err(answer("the server redirects without end", url)
+        Err(answer("too many redirects", url)
             .expected(format!("at most {MAX_REDIRECTS} redirects"))
             .hint("check HF_ENDPOINT"))
     }
 
-    /// The error for a status that is no success.
+    /// The error for a status other than success.
     fn refused(
         &self,
         status: StatusCode,
@@ -231,7 +231,7 @@ impl Client {
         let headers = response.headers();
         let wait = text(headers, "retry-after").filter(|s| s.bytes().all(|b| b.is_ascii_digit()));
         let mut page = Vec::new();
-        // The page only explains; what went wrong is the status.
+        // The body only adds details to the status; a failed read is ignored.
         let _ = response.body_mut().as_reader().take(MAX_ERROR_BYTES).read_to_end(&mut page);
         let page = String::from_utf8_lossy(&page);
         let token =
@@ -252,18 +252,18 @@ impl Client {
                 }
                 _ => "the server limits requests: wait some minutes and try again".to_owned(),
             },
-            500.. => "the server has a fault: try again later".to_owned(),
+            500.. => "this is an error of the server: try again later".to_owned(),
             _ => "check HF_ENDPOINT".to_owned(),
         };
         let got = match page.trim() {
             "" => status.to_string(),
             page => format!("{status}: {}", quote(page)),
         };
-        answer("the server refuses this", &address.to_string()).got(got).hint(hint)
+        answer("the server refused the request", &address.to_string()).got(got).hint(hint)
     }
 }
 
-/// Headers of the server's own answers, the first of each kind.
+/// Headers of the Hub's own responses; the first of each name.
 #[derive(Debug, Default)]
 struct Known {
     linked_etag: Option<String>,
@@ -286,7 +286,7 @@ impl Known {
     }
 }
 
-/// Checks what the headers say about a file.
+/// Checks the headers of a file.
 fn head(
     url: &str,
     response: &Response<Body>,
@@ -297,21 +297,21 @@ fn head(
     if let Some(named) = &known.commit
         && names::commit(named)? != commit
     {
-        return Err(answer("the server answers with another commit", url)
+        return Err(answer("the server sent another commit", url)
             .expected(commit)
             .got(quote(named)));
     }
     let own = text(response.headers(), "etag");
     let etag = known.linked_etag.as_ref().or(known.etag.as_ref()).or(own.as_ref());
     let Some(etag) = etag else {
-        return Err(answer("the server names no ETag for this file", url)
+        return Err(answer("the server sent no ETag for this file", url)
             .expected("an ETag or X-Linked-Etag header")
             .hint("check HF_ENDPOINT"));
     };
     let number = |name: &str, value: &str| {
         value.trim().parse::<u64>().map_err(|_| {
-            answer("the server names an impossible length", url)
-                .expected(format!("a whole number in {name}"))
+            answer("the server sent an invalid length", url)
+                .expected(format!("an integer in {name}"))
                 .got(quote(value))
         })
     };
@@ -327,7 +327,7 @@ fn head(
     if let (Some(linked), Some(announced)) = (linked, announced)
         && linked != announced
     {
-        return Err(answer("the server names two lengths for one file", url)
+        return Err(answer("the server sent two different lengths for one file", url)
             .expected(format!("{linked} bytes, by X-Linked-Size"))
             .got(format!("{announced} bytes, by Content-Length")));
     }
@@ -338,7 +338,7 @@ fn head(
     Ok(Head { etag: names::etag(etag)?.to_owned(), length })
 }
 
-/// The commit and the files in the answer to a request for a model.
+/// Parses the response to a request for a model's commit and files.
 pub(super) fn parse_listing(bytes: &[u8]) -> Result<Listing> {
     #[derive(serde::Deserialize)]
     struct Raw {
@@ -350,7 +350,7 @@ pub(super) fn parse_listing(bytes: &[u8]) -> Result<Listing> {
         rfilename: String,
     }
     let raw: Raw = serde_json::from_slice(bytes).map_err(|e| {
-        Error::new(ErrorKind::Io, "the server's list of files cannot be read")
+        Error::new(ErrorKind::Io, "the server's list of files is not valid")
             .because(e)
             .hint("check HF_ENDPOINT")
     })?;
@@ -361,7 +361,7 @@ pub(super) fn parse_listing(bytes: &[u8]) -> Result<Listing> {
     Ok(Listing { commit: names::commit(&raw.sha)?.to_owned(), files })
 }
 
-/// The address that a redirect leads to. Not from https to http.
+/// The target of a redirect; `None` if it is invalid or leads from https to http.
 fn redirect(from: &Uri, location: &str) -> Option<Uri> {
     let target = if location.starts_with('/') && !location.starts_with("//") {
         let (scheme, authority) = (from.scheme_str()?, from.authority()?);
@@ -381,7 +381,7 @@ fn is_web_address(uri: &Uri) -> bool {
         && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
 }
 
-/// Whether both addresses have one scheme, host and port.
+/// Whether both addresses have the same scheme, host and port.
 fn same_server(a: &Uri, b: &Uri) -> bool {
     let port = |uri: &Uri| {
         uri.port_u16().or(if uri.scheme_str() == Some("https") { Some(443) } else { Some(80) })
@@ -401,19 +401,20 @@ fn text(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
 }
 
-/// An error about the answer to the request for `url`.
+/// An error about the response for `url`.
 fn answer(what: &str, url: &str) -> Error {
-    // What follows the path is the signature of a redirect and may be long and secret.
+    // The query of a redirect contains a signature, which may be long and secret.
     let url = url.split(['?', '#']).next().unwrap_or_default();
     Error::new(ErrorKind::Io, format!("{what} ({})", url.escape_debug()))
 }
 
 fn broken(url: &str, source: &io::Error) -> Error {
-    answer(&format!("the answer broke off: {source}"), url).hint("check the network and try again")
+    answer(&format!("the download was interrupted: {source}"), url)
+        .hint("check the network and try again")
 }
 
 fn too_long(url: &str, limit: u64) -> Error {
-    answer("the answer is too long", url)
+    answer("the response is too long", url)
         .expected(format!("at most {limit} bytes"))
         .hint("check HF_ENDPOINT: do not use this server unless you trust it")
 }

@@ -1,12 +1,13 @@
-//! Finding the folder of a model: on this machine, or in the local cache of the Hugging Face Hub, into
-//! which missing files are downloaded.
+//! Resolves a model's name to a local folder: a path, or a snapshot in the cache of the Hugging Face Hub,
+//! into which missing files are downloaded.
 //!
-//! The environment variables are those of the Hub's own tools: `HF_HOME` and `HF_HUB_CACHE` (where the
-//! cache is), `HF_TOKEN` (for private and gated models), `HF_ENDPOINT` (a mirror) and `HF_HUB_OFFLINE`
-//! (use the cache alone).
+//! The environment variables are those of the Hub's own tools: `HF_HOME` and `HF_HUB_CACHE` (the location of
+//! the cache), `HF_TOKEN` (for private and gated models), `HF_ENDPOINT` (a mirror) and `HF_HUB_OFFLINE` (use
+//! only the cache).
 //!
-//! The server is not trusted. Every name that it sends is checked before it becomes part of a path, every
-//! length before it is allocated or written, and contents are compared with the SHA-256 that it announced.
+//! The server is not trusted. Every name that it sends is checked before it becomes part of a path, and every
+//! length before memory or disk space is used for it. Contents are compared with the SHA-256 that the server
+//! announced.
 
 mod cache;
 mod client;
@@ -23,11 +24,11 @@ use serde_json::Value;
 use self::cache::RepoCache;
 use self::client::{Client, Listing, Timeouts};
 use self::names::ModelId;
-use crate::storage::read_limited;
+use crate::storage::{INDEX_FILE, WEIGHTS_FILE, read_limited};
 use crate::{Error, ErrorKind, Result};
 
-/// Files beside the weights, which not every model has. They are fetched before the weights, so that a
-/// cache with all weights has these too.
+/// Files other than the weights; not every model has all of them. They are downloaded before the weights, so
+/// that a cache with all weights has these too.
 const BESIDE_WEIGHTS: [&str; 7] = [
     "generation_config.json",
     "tokenizer_config.json",
@@ -37,30 +38,29 @@ const BESIDE_WEIGHTS: [&str; 7] = [
     "tokenizer.json",
     "config.json",
 ];
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
-/// Largest file of weights, in bytes.
+/// Largest weight file, in bytes.
 const MAX_WEIGHT_BYTES: u64 = 1 << 40;
 /// Largest other file.
 const MAX_OTHER_BYTES: u64 = 512 << 20;
 /// Largest index of shards.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 
-/// The folder of `model`. If `model` is the path of a folder, that folder. If it has the form `org/name` or
-/// `org/name@revision`, the snapshot in the Hub's cache, into which missing files are downloaded; the
-/// revision is a branch, a tag or a commit, by default `main`. A complete snapshot is used without any
-/// network access. Nothing is downloaded if there is a folder `org` here, since a path was meant then.
-/// `cache_dir` is the cache; by default `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
+/// The folder of `model`. If `model` is the path of a folder, the result is that path. If it has the form
+/// `org/name` or `org/name@revision`, the result is the snapshot in the Hub's cache, into which missing files
+/// are downloaded. The revision is a branch, a tag or a commit; the default is `main`. A complete snapshot is
+/// used without network access. Nothing is downloaded if the current folder has a folder `org`, because then
+/// `model` is probably a misspelt path. `cache_dir` is the cache; the default is `HF_HUB_CACHE`,
+/// `HF_HOME/hub` or `~/.cache/huggingface/hub`.
 ///
 /// # Errors
-/// [`ErrorKind::Argument`]: neither a folder nor a model id; [`ErrorKind::Io`]: the model is not in
-/// the cache and cannot be fetched.
+/// [`ErrorKind::Argument`]: `model` is neither a folder nor a model id; [`ErrorKind::Io`]: the model is not
+/// in the cache and cannot be downloaded.
 pub fn resolve(model: &str, cache_dir: Option<&Path>) -> Result<PathBuf> {
     resolve_with(model, cache_dir, &mut |_| ())
 }
 
-/// [`resolve`], calling `on_fetch` with the name of each file before it is downloaded.
+/// Like [`resolve`]; calls `on_fetch` with the name of each file before it is downloaded.
 ///
 /// # Errors
 /// Those of [`resolve`].
@@ -72,7 +72,8 @@ pub fn resolve_with(
     resolve_files(model, cache_dir, Files::All, on_fetch)
 }
 
-/// [`resolve_with`] without the weights: the folder has at least `config.json` and `tokenizer.json`.
+/// Like [`resolve_with`], but without the weights: the folder has at least `config.json` and
+/// `tokenizer.json`.
 ///
 /// # Errors
 /// Those of [`resolve`].
@@ -108,7 +109,7 @@ fn resolve_files(
     }
     let Some(id) = ModelId::parse(model) else {
         return Err(Error::new(ErrorKind::Argument, "there is no such model folder").file(path).hint(
-            "check the path; a model of the Hugging Face Hub is written org/name or org/name@revision",
+            "check the path; models of the Hugging Face Hub are named org/name or org/name@revision",
         ));
     };
     let folder = settings::cache_folder(cache_dir)?;
@@ -118,12 +119,13 @@ fn resolve_files(
     {
         return Ok(snapshot);
     }
-    // `models/mine` has the form of a model id, but beside a folder `models` it is a misspelt path.
+    // `models/mine` has the form of a model id, but if there is a folder `models`, it is a misspelt path.
     if Path::new(&id.org).is_dir() {
         return Err(Error::new(ErrorKind::Argument, "there is no such model folder")
             .file(path)
             .hint(format!(
-                "check the path; a model of the Hub is fetched where no folder is called `{}`",
+                "check the path; to download `{}` from the Hub, run in a folder without a folder `{}`",
+                id.path(),
                 id.org
             )));
     }
@@ -134,8 +136,8 @@ fn resolve_files(
         )
         .file(&folder)
         .expected(format!("config.json, tokenizer.json and the weights of `{model}`"))
-        .got("HF_HUB_OFFLINE is set, so nothing is fetched")
-        .hint("fetch the model once with the network, or give a folder"));
+        .got("HF_HUB_OFFLINE is set, so nothing is downloaded")
+        .hint("download the model once without HF_HUB_OFFLINE, or give a folder"));
     }
     let timeouts = Timeouts::default();
     let client = Client::new(&settings::endpoint(), settings::token(), timeouts)?;
@@ -164,13 +166,13 @@ fn fetch_model(
     }
     if files == Files::BesideWeights {
         // Nothing more.
-    } else if listed.contains(SINGLE) {
-        fetch(SINGLE)?;
-    } else if listed.contains(INDEX) {
-        let index = fetch(INDEX)?;
+    } else if listed.contains(WEIGHTS_FILE) {
+        fetch(WEIGHTS_FILE)?;
+    } else if listed.contains(INDEX_FILE) {
+        let index = fetch(INDEX_FILE)?;
         for shard in shards(&index)? {
             if !listed.contains(&shard) {
-                return Err(Error::new(ErrorKind::Weights, "the index names a missing shard")
+                return Err(Error::new(ErrorKind::Weights, "the index lists a missing shard")
                     .file(&index)
                     .expected(format!("a file of `{}`", id.path()))
                     .got(names::quote(&shard)));
@@ -181,16 +183,16 @@ fn fetch_model(
     let Some(snapshot) = complete_snapshot(cache, &commit, files)? else {
         let shown: Vec<String> = listed.iter().take(30).map(|name| names::quote(name)).collect();
         return Err(Error::new(ErrorKind::Io, format!("`{}` is not a usable model", id.path()))
-            .expected(format!("config.json, tokenizer.json, and {SINGLE} or shards"))
+            .expected(format!("config.json, tokenizer.json, and {WEIGHTS_FILE} or shards"))
             .got(format!("{} files: {}", listed.len(), shown.join(", ")))
-            .hint("convert it once with transformers: save_pretrained of model and tokenizer"));
+            .hint("convert it with transformers: save_pretrained of model and tokenizer"));
     };
-    // Last, so that until then the revision stands for the commit that was fetched before.
+    // Last: until then the revision refers to the commit that was downloaded before.
     cache.write_commit(&commit)?;
     Ok(snapshot)
 }
 
-/// Downloads one file into the cache, unless its blob is there.
+/// Downloads one file into the cache, unless the cache has its blob already.
 fn fetch_file(
     client: &Client,
     id: &ModelId,
@@ -200,7 +202,7 @@ fn fetch_file(
 ) -> Result<PathBuf> {
     names::repository_file(name)?;
     let limit = match name {
-        INDEX => MAX_INDEX_BYTES,
+        INDEX_FILE => MAX_INDEX_BYTES,
         name if name.ends_with(".safetensors") => MAX_WEIGHT_BYTES,
         _ => MAX_OTHER_BYTES,
     };
@@ -216,13 +218,13 @@ fn fetch_file(
     cache.link(commit, name, &head.etag)
 }
 
-/// The snapshot folder, if it has everything without which a model cannot be loaded.
+/// The snapshot folder, if it has all files that are needed to load the model.
 fn complete_snapshot(cache: &RepoCache, commit: &str, files: Files) -> Result<Option<PathBuf>> {
     let file = |name: &str| cache.file(commit, name);
     if file("config.json").is_none() || file("tokenizer.json").is_none() {
         return Ok(None);
     }
-    let weights = match (file(SINGLE), file(INDEX)) {
+    let weights = match (file(WEIGHTS_FILE), file(INDEX_FILE)) {
         _ if files == Files::BesideWeights => true,
         (Some(_), _) => true,
         (None, Some(index)) => shards(&index)?.iter().all(|shard| file(shard).is_some()),
@@ -235,21 +237,25 @@ fn complete_snapshot(cache: &RepoCache, commit: &str, files: Files) -> Result<Op
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let text = read_limited(index, "read the index of shards", MAX_INDEX_BYTES)?;
     let json: Value = serde_json::from_slice(&text).map_err(|e| {
-        Error::new(ErrorKind::Weights, "not an index of shards").file(index).because(e)
+        Error::new(ErrorKind::Weights, "the index of shards is not valid JSON")
+            .file(index)
+            .because(e)
     })?;
     let names = json.get("weight_map").and_then(Value::as_object).into_iter().flatten();
     let names: BTreeSet<String> =
         names.filter_map(|(_, shard)| shard.as_str().map(str::to_owned)).collect();
     match names.iter().find(|name| !names::is_shard(name)) {
-        Some(name) => Err(Error::new(ErrorKind::Weights, "a shard outside the model folder")
-            .file(index)
-            .expected("the plain name of a .safetensors file")
-            .got(names::quote(name))),
+        Some(name) => {
+            Err(Error::new(ErrorKind::Weights, "the index lists a shard outside the model folder")
+                .file(index)
+                .expected("the name of a .safetensors file, without a folder")
+                .got(names::quote(name)))
+        }
         None => Ok(names),
     }
 }
 
-/// Reads a list of files as from a server, for fuzzing.
+/// Parses a server's list of files, for fuzzing.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn fuzz_listing(bytes: &[u8]) {
     if let Ok(listing) = client::parse_listing(bytes) {

@@ -1,4 +1,4 @@
-//! Checks of everything that a user or a server names before it becomes part of a path or a URL.
+//! Checks of names from users and servers before they become part of a path or a URL.
 
 use crate::{Error, ErrorKind, Result};
 
@@ -15,7 +15,7 @@ pub(super) struct ModelId {
 }
 
 impl ModelId {
-    /// `None` for anything that the Hub would not accept as a name; it is meant as a path then.
+    /// `None` if the Hub does not allow the name; then it is a path.
     pub(super) fn parse(model: &str) -> Option<ModelId> {
         let (id, revision) = match model.split_once('@') {
             Some((id, revision)) => (id, revision),
@@ -32,7 +32,7 @@ impl ModelId {
     }
 }
 
-/// A part of a name, in the characters that the Hub allows.
+/// Whether a part of a name has only characters that the Hub allows.
 fn is_plain(part: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     !part.is_empty()
@@ -42,7 +42,8 @@ fn is_plain(part: &str) -> bool {
         && !part.contains("..")
 }
 
-/// A revision becomes a path below `refs/`: parts as in a name, separated by single slashes.
+/// Whether this is a valid revision, which becomes a path below `refs/`: parts as in a name, separated by
+/// single slashes.
 fn is_revision(revision: &str) -> bool {
     revision.len() <= MAX_NAME_BYTES && revision.split('/').all(is_plain)
 }
@@ -61,15 +62,15 @@ fn is_lower_hex(byte: u8) -> bool {
     matches!(byte, b'0'..=b'9' | b'a'..=b'f')
 }
 
-/// The commit that a server names.
+/// Checks a commit that a server sent.
 pub(super) fn commit(text: &str) -> Result<&str> {
     if is_commit(text) {
         return Ok(text);
     }
-    Err(hostile("a commit that is not one", "40 hexadecimal digits", text))
+    Err(invalid("an invalid commit hash", "40 hexadecimal digits", text))
 }
 
-/// The name of a blob from an `ETag` header: without the mark of a weak one and without quotes.
+/// The name of a blob from an `ETag` header: without the prefix of a weak one and without quotes.
 pub(super) fn etag(header: &str) -> Result<&str> {
     let tag = header.trim();
     let tag = tag.strip_prefix("W/").unwrap_or(tag);
@@ -78,10 +79,14 @@ pub(super) fn etag(header: &str) -> Result<&str> {
     if (1..=128).contains(&tag.len()) && tag.bytes().all(allowed) {
         return Ok(tag);
     }
-    Err(hostile("an ETag that cannot be a file name", "1 to 128 letters, digits, `-`, `_`", header))
+    Err(invalid(
+        "an ETag that is not a valid file name",
+        "1 to 128 letters, digits, `-`, `_`",
+        header,
+    ))
 }
 
-/// A file name of a repository: relative, with `/` between parts, none of which leaves the folder.
+/// Checks a file name of a repository: relative, with `/` between parts, and inside the folder.
 pub(super) fn repository_file(name: &str) -> Result<&str> {
     let part = |part: &str| {
         !part.is_empty() && part != "." && part != ".." && part.len() <= MAX_NAME_BYTES
@@ -90,26 +95,26 @@ pub(super) fn repository_file(name: &str) -> Result<&str> {
     if name.len() <= 4096 && !name.contains(forbidden) && name.split('/').all(part) {
         return Ok(name);
     }
-    Err(hostile(
-        "a file name that could leave the folder of the model",
+    Err(invalid(
+        "a file name outside the folder of the model",
         "a relative path without `..`, empty parts or control characters",
         name,
     ))
 }
 
-/// The name of a shard: a plain `.safetensors` file in the model's folder.
+/// Whether this can be the name of a shard: a `.safetensors` file in the model's folder.
 pub(super) fn is_shard(name: &str) -> bool {
     is_plain(name) && name.ends_with(".safetensors")
 }
 
-fn hostile(what: &str, expected: &str, got: &str) -> Error {
-    Error::new(ErrorKind::Io, format!("the server names {what}"))
+fn invalid(what: &str, expected: &str, got: &str) -> Error {
+    Error::new(ErrorKind::Io, format!("the server sent {what}"))
         .expected(expected)
         .got(quote(got))
         .hint("check HF_ENDPOINT: do not use this server unless you trust it")
 }
 
-/// A server's text for an error: at most 100 characters, control characters escaped.
+/// A server's text for an error message: at most 100 characters, control characters escaped.
 pub(super) fn quote(text: &str) -> String {
     let shown: String = text.chars().take(100).collect();
     let more = if shown.len() < text.len() { "…" } else { "" };

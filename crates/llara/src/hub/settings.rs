@@ -1,11 +1,11 @@
-//! The environment variables of the Hub's tools: where the cache is, the token, the server.
+//! The environment variables of the Hub's tools: cache, token, server.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 use crate::{Error, ErrorKind, Result};
 
-/// The server that is asked unless `HF_ENDPOINT` names another.
+/// The default of `HF_ENDPOINT`.
 const HUB: &str = "https://huggingface.co";
 
 /// The folder of the cache: `given`, `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`.
@@ -29,7 +29,7 @@ pub(super) fn endpoint() -> String {
     variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned()).trim_end_matches('/').to_owned()
 }
 
-/// `HF_TOKEN`, or the token that logging in with the Hub's tools has stored.
+/// `HF_TOKEN`, or the token that the Hub's tools store at login.
 pub(super) fn token() -> Option<String> {
     let stored = || {
         let path = hub_home()?.join("token");

@@ -1,4 +1,4 @@
-//! The Hub's client against a mirror that lies, on the loopback interface.
+//! Tests of the Hub's client with a malicious mirror on the loopback interface.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-/// What the mirror sends for a path: status line and headers, body.
+/// The response of the mirror for a path: status line and headers, body.
 type Answer = (String, Vec<u8>);
 
 /// A server on 127.0.0.1 that sends prepared answers and records the requests, for as long as the test
@@ -30,7 +30,7 @@ impl Mirror {
         let requests = Arc::new(Mutex::new(Vec::new()));
         let record = Arc::clone(&requests);
         std::thread::spawn(move || {
-            // Bounded: no test asks for so much.
+            // A limit above the number of requests of any test.
             for stream in listener.incoming().take(100) {
                 let Ok(stream) = stream else { return };
                 stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -64,7 +64,7 @@ fn serve(
         Some((head, body)) => {
             write!(stream, "HTTP/1.1 {head}\r\nConnection: close\r\n\r\n")?;
             if head.contains("x-endless") {
-                // Until the client has had enough.
+                // Until the client closes the connection.
                 while stream.write_all(body).is_ok() {}
             } else {
                 stream.write_all(body)?;
@@ -95,8 +95,8 @@ fn listing(files: &[&str], sha: &str) -> Answer {
 
 const LISTING: &str = "/api/models/org/name/revision/main";
 
-/// The answers of an honest mirror of a model with three files.
-fn honest() -> HashMap<String, Answer> {
+/// The valid responses of a mirror of a model with three files.
+fn valid_responses() -> HashMap<String, Answer> {
     let files = ["README.md", "config.json", "tokenizer.json", "model.safetensors"];
     let sha = sha256(b"weights");
     HashMap::from([
@@ -139,11 +139,11 @@ fn fetch_into(mirror: &Mirror, cache: &Path, model: &str, token: Option<&str>) -
     fetch_model(&client, &id, &RepoCache::new(cache, &id), Files::All, &mut |_| ())
 }
 
-/// Fetches from an honest mirror with some answers replaced, which must fail with `parts` in the message
-/// and leave no file behind that a later run could take for a part of the model.
+/// Downloads from a mirror with some responses replaced. This must fail with `parts` in the message and must
+/// not leave a file that a later run could use as a part of the model.
 #[track_caller]
 fn refused(changes: impl IntoIterator<Item = (String, Answer)>, parts: &[&str]) {
-    let mut answers = honest();
+    let mut answers = valid_responses();
     answers.extend(changes);
     let (dir, found) = fetch(&Mirror::start(answers), None);
     let e = found.unwrap_err().to_string();
@@ -159,12 +159,12 @@ fn refused(changes: impl IntoIterator<Item = (String, Answer)>, parts: &[&str]) 
         fs::read_dir(blobs).into_iter().flatten().map(|e| e.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| ["c0", "t0"].contains(&name.to_str().unwrap())), "{left:?}");
     let cache = RepoCache::new(dir.path(), &ModelId::parse("org/name").unwrap());
-    assert_eq!(cache.commit(), None, "a fetch that failed is remembered as a complete one");
+    assert_eq!(cache.commit(), None, "a failed download was recorded as complete");
 }
 
 #[test]
-fn an_honest_mirror_fills_the_cache_once() {
-    let mirror = Mirror::start(honest());
+fn a_model_is_downloaded_once() {
+    let mirror = Mirror::start(valid_responses());
     let dir = tempfile::tempdir().unwrap();
     let snapshot = fetch_into(&mirror, dir.path(), "org/name", None).unwrap();
     assert_eq!(snapshot, dir.path().join("models--org--name/snapshots").join(COMMIT));
@@ -180,18 +180,18 @@ fn an_honest_mirror_fills_the_cache_once() {
     let before = mirror.requests().len();
     assert_eq!(resolve("org/name", Some(dir.path())).unwrap(), snapshot);
     assert_eq!(resolve(&format!("org/name@{COMMIT}"), Some(dir.path())).unwrap(), snapshot);
-    // A second fetch asks for the list alone.
+    // A second download requests only the list.
     fetch_into(&mirror, dir.path(), "org/name", None).unwrap();
     assert_eq!(mirror.requests().len(), before + 1);
-    // A blob that is there is linked and not downloaded again.
+    // An existing blob is linked and not downloaded again.
     fs::remove_file(snapshot.join("model.safetensors")).unwrap();
     fetch_into(&mirror, dir.path(), "org/name", None).unwrap();
     assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), b"weights");
 }
 
 #[test]
-fn a_revision_is_asked_for_and_remembered() {
-    let mut answers = honest();
+fn a_revision_is_requested_and_recorded() {
+    let mut answers = valid_responses();
     let list = answers.remove(LISTING).unwrap();
     answers.insert("/api/models/org/name/revision/refs%2Fpr%2F1".into(), list.clone());
     answers.insert(format!("/api/models/org/name/revision/{}", "f".repeat(40)), list);
@@ -211,7 +211,7 @@ fn names_that_leave_the_cache_are_refused() {
         let linked = format!("\r\nX-Linked-Etag: \"{tag}\"\r\nETag: \"ok\"");
         refused([(file_path("config.json"), ok(&linked, b"{}"))], &["ETag", "hint"]);
     }
-    refused([(file_path("config.json"), ok("", b"{}"))], &["names no ETag"]);
+    refused([(file_path("config.json"), ok("", b"{}"))], &["sent no ETag"]);
     for sha in ["../../../x", "main", "", "0123456789ABCDEF0123456789ABCDEF01234567"] {
         let files = ["config.json", "tokenizer.json"];
         refused([(LISTING.into(), listing(&files, sha))], &["commit", "40 hexadecimal digits"]);
@@ -223,7 +223,7 @@ fn names_that_leave_the_cache_are_refused() {
     refused([(file_path("config.json"), ok(&other, b"{}"))], &["another commit"]);
     for name in ["../x", "/etc/x", "a\u{1b}[31m", "a/../../x", "a\\..\\x"] {
         let files = ["config.json", "tokenizer.json", "model.safetensors", name];
-        refused([(LISTING.into(), listing(&files, COMMIT))], &["a file name that could leave"]);
+        refused([(LISTING.into(), listing(&files, COMMIT))], &["a file name outside the folder"]);
     }
 }
 
@@ -231,20 +231,20 @@ fn names_that_leave_the_cache_are_refused() {
 fn shards_outside_the_folder_are_refused() {
     for shard in ["../../x.safetensors", "/x.safetensors", "a/b.safetensors", "x.bin", ""] {
         let index = serde_json::json!({"weight_map": {"w": shard}}).to_string();
-        let files = ["config.json", "tokenizer.json", INDEX];
-        let mut answers = honest();
+        let files = ["config.json", "tokenizer.json", INDEX_FILE];
+        let mut answers = valid_responses();
         answers.insert(LISTING.into(), listing(&files, COMMIT));
-        answers.insert(file_path(INDEX), etag("i0", index.as_bytes()));
+        answers.insert(file_path(INDEX_FILE), etag("i0", index.as_bytes()));
         let (_dir, found) = fetch(&Mirror::start(answers), None);
         let e = found.unwrap_err().to_string();
         assert!(e.contains("a shard outside the model folder"), "{e}");
     }
     let index = r#"{"weight_map": {"w": "m-1.safetensors"}}"#;
-    let mut answers = honest();
-    answers.insert(LISTING.into(), listing(&["config.json", "tokenizer.json", INDEX], COMMIT));
-    answers.insert(file_path(INDEX), etag("i0", index.as_bytes()));
+    let mut answers = valid_responses();
+    answers.insert(LISTING.into(), listing(&["config.json", "tokenizer.json", INDEX_FILE], COMMIT));
+    answers.insert(file_path(INDEX_FILE), etag("i0", index.as_bytes()));
     let (_dir, found) = fetch(&Mirror::start(answers), None);
-    assert!(found.unwrap_err().to_string().contains("the index names a missing shard"));
+    assert!(found.unwrap_err().to_string().contains("the index lists a missing shard"));
 }
 
 #[test]
@@ -253,9 +253,9 @@ fn lengths_and_contents_are_verified() {
         let headers = format!("\r\nETag: \"w0\"\r\nX-Linked-Size: {size}");
         (file_path("model.safetensors"), ok(&headers, b"weights"))
     };
-    refused([weights("8")], &["two lengths"]);
-    refused([weights("-1")], &["impossible length"]);
-    refused([weights("99999999999999999999")], &["impossible length"]);
+    refused([weights("8")], &["two different lengths"]);
+    refused([weights("-1")], &["invalid length"]);
+    refused([weights("99999999999999999999")], &["invalid length"]);
     let head = |length: &str| {
         (format!("200 OK\r\nETag: \"w0\"\r\nContent-Length: {length}"), b"abc".to_vec())
     };
@@ -285,7 +285,7 @@ fn an_endless_body_ends_at_the_limit() {
 }
 
 #[test]
-fn a_silent_server_is_given_up() {
+fn a_server_without_a_response_times_out() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", silent.local_addr().unwrap());
     let short = Duration::from_millis(300);
@@ -293,21 +293,21 @@ fn a_silent_server_is_given_up() {
     let client = Client::new(&address, None, timeouts).unwrap();
     let start = std::time::Instant::now();
     let e = client.list(&ModelId::parse("org/name").unwrap()).unwrap_err().to_string();
-    assert!(e.contains("cannot fetch this") && e.contains("hint"), "{e}");
+    assert!(e.contains("cannot download") && e.contains("hint"), "{e}");
     assert!(start.elapsed() < Duration::from_secs(10));
 }
 
 #[test]
-fn redirects_are_limited_and_take_no_token_along() {
+fn redirects_are_limited_and_do_not_get_the_token() {
     let to = |location: &str| {
         (format!("302 Found\r\nLocation: {location}\r\nContent-Length: 0"), Vec::new())
     };
-    refused([(LISTING.to_owned(), to(LISTING))], &["redirects without end", "at most 5"]);
+    refused([(LISTING.to_owned(), to(LISTING))], &["too many redirects", "at most 5"]);
     for bad in ["", "ftp://127.0.0.1/x", "file:///etc/passwd", "//host/x", "http://a@127.0.0.1/"] {
-        refused([(LISTING.to_owned(), to(bad))], &["an impossible address"]);
+        refused([(LISTING.to_owned(), to(bad))], &["an invalid address"]);
     }
     let other = Mirror::start(HashMap::from([("/w".to_owned(), ok("", b"weights"))]));
-    let mut answers = honest();
+    let mut answers = valid_responses();
     let (head, _) = &answers[&file_path("model.safetensors")];
     let head = head.replace("/cdn/w?sig=1", &format!("{}/w", other.address));
     answers.insert(file_path("model.safetensors"), (head, Vec::new()));
@@ -325,7 +325,7 @@ fn redirects_are_limited_and_take_no_token_along() {
 }
 
 #[test]
-fn refusals_say_what_to_do() {
+fn refusals_have_a_hint() {
     let status = |status: &str, body: &[u8]| {
         let head = format!("{status}\r\nRetry-After: 17\r\nContent-Length: {}", body.len());
         (LISTING.to_owned(), (head, body.to_vec()))
@@ -335,17 +335,17 @@ fn refusals_say_what_to_do() {
     refused([status("404 Not Found", b"")], &["404", "spelling", "revision `main`"]);
     refused([status("429 Too Many Requests", b"")], &["429", "wait 17 seconds"]);
     refused([status("503 Service Unavailable", &[b'x'; 9999])], &["503", "try again later"]);
-    refused([(LISTING.to_owned(), ok("", b"<html>"))], &["list of files cannot be read"]);
+    refused([(LISTING.to_owned(), ok("", b"<html>"))], &["list of files is not valid"]);
     let empty = listing(&["config.json", "tokenizer.json"], COMMIT);
     refused([(LISTING.to_owned(), empty)], &["not a usable model", "2 files"]);
 }
 
 #[test]
-fn a_compressed_answer_is_read() {
+fn a_compressed_response_is_read() {
     // `{}`, by gzip.
     let small: &[u8] =
         &[31, 139, 8, 0, 0, 0, 0, 0, 2, 3, 171, 174, 5, 0, 67, 191, 166, 163, 2, 0, 0, 0];
-    let mut answers = honest();
+    let mut answers = valid_responses();
     let headers = "\r\nContent-Encoding: gzip\r\nETag: \"c0\"";
     answers.insert(file_path("config.json"), ok(headers, small));
     let (_dir, found) = fetch(&Mirror::start(answers), None);
@@ -353,7 +353,7 @@ fn a_compressed_answer_is_read() {
 }
 
 #[test]
-fn an_address_or_a_token_that_is_none_is_refused() {
+fn an_invalid_address_or_token_is_refused() {
     for endpoint in ["", "huggingface.co", "ftp://host", "http://", "http://u:p@host", "http://h?x"]
     {
         let e = Client::new(endpoint, None, timeouts()).err().unwrap().to_string();
@@ -363,7 +363,7 @@ fn an_address_or_a_token_that_is_none_is_refused() {
     assert!(e.to_string().contains("HF_TOKEN") && !e.to_string().contains("a\r"), "{e}");
 }
 
-/// A cache as the Hub's tools lay it out, with copies in place of links.
+/// A cache in the layout of the Hub's tools, with copies instead of links.
 fn cache(files: &[&str], index: &str) -> (tempfile::TempDir, RepoCache) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("models--org--name");
@@ -381,7 +381,7 @@ fn cache(files: &[&str], index: &str) -> (tempfile::TempDir, RepoCache) {
 #[test]
 fn a_snapshot_is_complete_with_all_its_shards() {
     let index = r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}"#;
-    let mut files = vec!["config.json", "tokenizer.json", INDEX, "m-1.safetensors"];
+    let mut files = vec!["config.json", "tokenizer.json", INDEX_FILE, "m-1.safetensors"];
     let (dir, repo) = cache(&files, index);
     let complete = |repo: &RepoCache, files| complete_snapshot(repo, COMMIT, files);
     assert_eq!(complete(&repo, Files::All).unwrap(), None);
@@ -397,8 +397,8 @@ fn a_snapshot_is_complete_with_all_its_shards() {
 }
 
 #[test]
-fn a_reference_that_is_no_commit_is_not_followed() {
-    let (dir, repo) = cache(&["config.json", "tokenizer.json", SINGLE], "{}");
+fn an_invalid_reference_is_not_used() {
+    let (dir, repo) = cache(&["config.json", "tokenizer.json", WEIGHTS_FILE], "{}");
     assert_eq!(repo.commit().as_deref(), Some(COMMIT));
     for bad in ["../../..", "main", "", "abc"] {
         fs::write(dir.path().join("models--org--name/refs/main"), bad).unwrap();
@@ -407,7 +407,7 @@ fn a_reference_that_is_no_commit_is_not_followed() {
 }
 
 #[test]
-fn a_folder_wins_and_a_file_is_refused() {
+fn a_folder_takes_precedence_and_a_file_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_str().unwrap();
     assert_eq!(resolve(path, None).unwrap(), dir.path());
@@ -429,7 +429,7 @@ proptest! {
     #[test]
     fn no_index_panics(text in any::<String>()) {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(INDEX);
+        let path = dir.path().join(INDEX_FILE);
         fs::write(&path, text).unwrap();
         let _ = shards(&path);
     }

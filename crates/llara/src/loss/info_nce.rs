@@ -4,7 +4,7 @@
 //! `loss = mean_i (log Σ_j exp s_ij − s_{i,t(i)})`.
 
 use crate::Result;
-use crate::backend::{Accumulate, Backend, Shape};
+use crate::backend::Backend;
 
 /// The loss at a temperature.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,26 +32,21 @@ impl InfoNce {
         p: &B::Tensor,
         targets: &B::Index,
     ) -> Result<Scored<B>> {
-        let mut scores = backend.linear(q, p, None, None)?;
-        backend.scale(&mut scores, 1.0 / self.temperature)?;
+        let scores = backend.scores(q, p, 1.0 / self.temperature)?;
         let (loss, dscores) = backend.cross_entropy(&scores, targets)?;
         Ok(Scored { scores, loss, dscores })
     }
 
     /// Gradients of `factor · loss` by q and p, from the gradient of the loss by the scores:
-    /// `dq = ds · p`, `dp = dsᵀ · q`, with `ds = dscores · factor / temperature`.
+    /// `dq = dscores · p · factor / temperature`, `dp = dscoresᵀ · q · factor / temperature`.
     pub fn backward<B: Backend>(
         &self,
         backend: &B,
         q: &B::Tensor,
         p: &B::Tensor,
-        mut dscores: B::Tensor,
+        dscores: &B::Tensor,
         factor: f32,
     ) -> Result<(B::Tensor, B::Tensor)> {
-        backend.scale(&mut dscores, factor / self.temperature)?;
-        let dq = backend.linear_input_grad(&dscores, p, None)?;
-        let mut dp = backend.zeros(p.rows(), p.cols())?;
-        backend.linear_weight_grad(&dscores, q, &mut dp, Accumulate::Overwrite)?;
-        Ok((dq, dp))
+        backend.scores_backward(dscores, q, p, factor / self.temperature)
     }
 }

@@ -4,4 +4,4 @@ mod info_nce;
 mod objective;
 
 pub use info_nce::{InfoNce, Scored};
-pub use objective::{Contrastive, Embeddings, LossAndGradient, Objective};
+pub use objective::{Contrastive, Embeddings, LossAndGradient, Objective, RowsPerRank};

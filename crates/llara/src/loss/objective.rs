@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::info_nce::{InfoNce, Scored};
 use crate::Result;
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Dtype, Shape};
 use crate::dist::Collective;
 
 /// The embeddings of one process's share of a batch.
@@ -15,9 +15,54 @@ pub struct Embeddings<B: Backend> {
     pub passages: B::Tensor,
 }
 
+/// How the rows of a step are divided among processes. Rank `r` has `queries[r]` consecutive rows of the
+/// global batch, after those of the ranks before it; a rank may have none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RowsPerRank {
+    /// Queries of each rank. `[W]`
+    pub queries: Vec<usize>,
+    /// Passages of a query, `G`.
+    pub group_size: usize,
+}
+
+impl RowsPerRank {
+    /// All rows of a step in one process.
+    pub fn one(queries: usize, group_size: usize) -> Self {
+        RowsPerRank { queries: vec![queries], group_size }
+    }
+
+    /// Divides a global batch of `rows`, of which each of `ranks` ranks takes at most `batch_size`: the
+    /// last ranks of a short batch have fewer, or none.
+    pub fn divided(rows: usize, batch_size: usize, ranks: usize, group_size: usize) -> Self {
+        let of = |rank: usize| rows.saturating_sub(rank * batch_size).min(batch_size);
+        RowsPerRank { queries: (0..ranks).map(of).collect(), group_size }
+    }
+
+    /// Rows of the global batch.
+    pub fn total(&self) -> usize {
+        self.queries.iter().sum()
+    }
+
+    /// Rows of the ranks before `rank`.
+    pub fn before(&self, rank: usize) -> usize {
+        self.queries[..rank].iter().sum()
+    }
+
+    /// Passages of each rank. `[W]`
+    pub fn passages(&self) -> Vec<usize> {
+        self.queries.iter().map(|queries| queries * self.group_size).collect()
+    }
+
+    /// The share of the global batch that a rank has. The mean over a global batch is the sum over ranks of
+    /// this share times the mean over the rank's rows.
+    pub fn share(&self, rank: usize) -> f64 {
+        self.queries[rank] as f64 / self.total().max(1) as f64
+    }
+}
+
 /// What an objective makes of embeddings. Gradients have the shapes of the embeddings.
 pub struct LossAndGradient<B: Backend> {
-    /// This process's loss, on the device. `[1, 1]`
+    /// Mean loss of this process's queries, on the device; 0 if it has none. `[1, 1]`
     pub loss: B::Tensor,
     /// Gradient of the global loss by this process's queries. `[B, d]`
     pub dqueries: B::Tensor,
@@ -30,7 +75,7 @@ pub struct LossAndGradient<B: Backend> {
 /// of the global one. The model only encodes, and runs backward from the gradient.
 pub trait Objective<B: Backend>: Send + Sync {
     /// The loss and its gradient. `positives[i]` is the row of `embeddings.passages` that is the
-    /// positive of query `i`.
+    /// positive of query `i`; `rows` says how many rows each process has.
     ///
     /// # Errors
     /// When an operation of the device or of the process group fails.
@@ -39,6 +84,7 @@ pub trait Objective<B: Backend>: Send + Sync {
         backend: &B,
         embeddings: Embeddings<B>,
         positives: &[u32],
+        rows: &RowsPerRank,
     ) -> Result<LossAndGradient<B>>;
 }
 
@@ -53,7 +99,8 @@ pub struct Contrastive<B: Backend> {
 }
 
 impl<B: Backend> Contrastive<B> {
-    /// Scores and loss of this process's queries, for a caller that needs no gradient.
+    /// Scores and loss of this process's queries, for a caller that needs no gradient. Every process has
+    /// as many rows.
     ///
     /// # Errors
     /// As for [`Objective::loss_and_gradient`].
@@ -63,7 +110,11 @@ impl<B: Backend> Contrastive<B> {
         embeddings: Embeddings<B>,
         positives: &[u32],
     ) -> Result<Scored<B>> {
-        let (queries, passages, targets) = self.gather(backend, embeddings, positives)?;
+        let rows = RowsPerRank {
+            queries: vec![embeddings.queries.rows(); self.collective.size()],
+            group_size: embeddings.passages.rows() / embeddings.queries.rows().max(1),
+        };
+        let (queries, passages, targets) = self.gather(backend, embeddings, positives, &rows)?;
         self.info_nce.forward(backend, &queries, &passages, &targets)
     }
 
@@ -73,21 +124,32 @@ impl<B: Backend> Contrastive<B> {
         backend: &B,
         embeddings: Embeddings<B>,
         positives: &[u32],
+        rows: &RowsPerRank,
     ) -> Result<(B::Tensor, B::Tensor, B::Index)> {
         let Embeddings { queries, passages } = embeddings;
         if !self.negatives_cross_device {
-            return Ok((queries, passages, backend.upload_index(positives)?));
+            return Ok((queries, passages, upload(backend, positives)?));
         }
-        let first = (self.collective.rank() * passages.rows()) as u32;
+        let first = (rows.before(self.collective.rank()) * rows.group_size) as u32;
         let targets: Vec<u32> = positives.iter().map(|positive| first + positive).collect();
-        let targets = backend.upload_index(&targets)?;
-        Ok((queries, self.collective.all_gather(passages)?, targets))
+        let targets = upload(backend, &targets)?;
+        let passages = self.collective.all_gather_rows(passages, &rows.passages())?;
+        Ok((queries, passages, targets))
     }
 
-    /// What turns the gradient of this process's loss into its part of the global loss, which is the
-    /// mean over processes: the parts then add up to the gradient that one process would compute.
-    fn gradient_factor(&self) -> f32 {
-        1.0 / self.collective.size() as f32
+    /// The gradient by this process's passages, from that by the passages that were scored.
+    fn own_passages(&self, dpassages: B::Tensor, rows: &RowsPerRank) -> Result<B::Tensor> {
+        match self.negatives_cross_device {
+            true => self.collective.reduce_scatter_rows(dpassages, &rows.passages()),
+            false => Ok(dpassages),
+        }
+    }
+
+    /// What turns the gradient of this process's loss into its part of the gradient of the global loss,
+    /// which is the mean over all rows: the parts then add up to the gradient that one process would
+    /// compute.
+    fn gradient_factor(&self, rows: &RowsPerRank) -> f32 {
+        rows.share(self.collective.rank()) as f32
     }
 }
 
@@ -97,17 +159,31 @@ impl<B: Backend> Objective<B> for Contrastive<B> {
         backend: &B,
         embeddings: Embeddings<B>,
         positives: &[u32],
+        rows: &RowsPerRank,
     ) -> Result<LossAndGradient<B>> {
-        let (queries, passages, targets) = self.gather(backend, embeddings, positives)?;
+        let (queries, passages, targets) = self.gather(backend, embeddings, positives, rows)?;
+        if queries.rows() == 0 {
+            // The passages of other processes still get their gradient summed.
+            let dqueries = backend.zeros(0, queries.cols(), Dtype::F32)?;
+            let dpassages = self
+                .own_passages(backend.zeros(passages.rows(), passages.cols(), Dtype::F32)?, rows)?;
+            return Ok(LossAndGradient {
+                loss: backend.zeros(1, 1, Dtype::F32)?,
+                dqueries,
+                dpassages,
+            });
+        }
         let Scored { loss, dscores, .. } =
             self.info_nce.forward(backend, &queries, &passages, &targets)?;
-        let factor = self.gradient_factor();
+        let factor = self.gradient_factor(rows);
         let (dqueries, dpassages) =
-            self.info_nce.backward(backend, &queries, &passages, dscores, factor)?;
-        let dpassages = match self.negatives_cross_device {
-            true => self.collective.reduce_scatter(dpassages)?,
-            false => dpassages,
-        };
+            self.info_nce.backward(backend, &queries, &passages, &dscores, factor)?;
+        let dpassages = self.own_passages(dpassages, rows)?;
         Ok(LossAndGradient { loss, dqueries, dpassages })
     }
+}
+
+fn upload<B: Backend>(backend: &B, rows: &[u32]) -> Result<B::Index> {
+    let [rows] = backend.upload_indices([rows])?;
+    Ok(rows)
 }

@@ -2,10 +2,11 @@
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
-use super::decoder::{Decoder, Values};
+use super::block::Block;
+use super::decoder::Decoder;
 use super::lora::{Lora, LoraConfig, PROJECTIONS};
-use super::parameter::Parameter;
-use crate::backend::{Backend, Dtype, Shape};
+use super::parameter::{NamedTensor, Parameter, ParameterValues, Values};
+use crate::backend::{Backend, Dtype, PreparedWeight, Shape};
 use crate::{Error, ErrorKind, Result};
 
 /// Names of the two matrices of an adapter, after the name of its projection.
@@ -45,37 +46,41 @@ impl LoraConfig {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Freezes all weights and puts an adapter on every projection that `config` names, asking `value`
+    /// Freezes all weights and puts an adapter on every projection that `config` names, asking `values`
     /// for A `[r, in]` and B `[out, r]` by name and shape.
     pub(crate) fn attach_adapters(
         &mut self,
+        backend: &B,
         config: &LoraConfig,
-        value: &mut Values<'_, B>,
+        values: &mut Values<'_>,
     ) -> Result<()> {
         config.check()?;
-        self.freeze();
-        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
-        for (module, (name, linear)) in (0..).zip(projections) {
-            if !config.target_modules.iter().any(|target| target == name) {
-                continue;
+        self.parameters_mut().for_each(Parameter::freeze);
+        let mut module = 0;
+        for linear in self.blocks_mut().flat_map(Block::linears_mut) {
+            let input = linear.weight.values().cols();
+            let names: Vec<String> = linear.weight.tensors().map(|t| t.name().to_owned()).collect();
+            for (projection, weight) in linear.projections.iter_mut().zip(names) {
+                let number = module;
+                module += 1;
+                if !config.target_modules.iter().any(|target| target == projection.name) {
+                    continue;
+                }
+                let base = weight.strip_suffix("weight").unwrap_or(&weight);
+                let output = projection.features.len();
+                let mut matrix = |part: &str, shape: [usize; 2]| {
+                    Parameter::stacked(backend, vec![(format!("{base}{part}"), shape)], values)
+                };
+                projection.lora = Some(Lora {
+                    a: matrix(NAMES[0], [config.rank, input])?,
+                    b: matrix(NAMES[1], [output, config.rank])?,
+                    scale: config.scale(),
+                    dropout: config.dropout,
+                    module: number,
+                });
             }
-            let weight = linear.weight.name();
-            let base = weight.strip_suffix("weight").unwrap_or(weight).to_owned();
-            let (output, input) = linear.weight.value().shape();
-            let mut matrix = |part: &str, shape: [usize; 2]| {
-                let name = format!("{base}{part}");
-                let value = value(&name, &shape)?;
-                Ok::<_, Error>(Parameter::new(name, &shape, value))
-            };
-            linear.lora = Some(Lora {
-                a: matrix(NAMES[0], [config.rank, input])?,
-                b: matrix(NAMES[1], [output, config.rank])?,
-                scale: config.scale(),
-                dropout: config.dropout,
-                module,
-            });
         }
-        Ok(())
+        self.set_activations(backend, self.activations(), false)
     }
 
     /// New adapters as PEFT begins them: A uniform within `±1/√in`, B zero, so that at first the model
@@ -87,15 +92,14 @@ impl<B: Backend> Decoder<B> {
         seed: u64,
     ) -> Result<()> {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
-        self.attach_adapters(config, &mut |name, shape| {
+        self.attach_adapters(backend, config, &mut |name, shape| {
             let [rows, cols] = [shape[0], shape[1]];
             if name.ends_with(NAMES[1]) {
-                return backend.zeros(rows, cols);
+                return Ok(ParameterValues::Zeros(Dtype::F32));
             }
             let bound = 1.0 / (cols as f32).sqrt();
-            let values: Vec<f32> =
-                (0..rows * cols).map(|_| generator.random_range(-bound..bound)).collect();
-            backend.upload(&values, rows, cols)
+            let draws = (0..rows * cols).map(|_| generator.random_range(-bound..bound));
+            Ok(ParameterValues::F32(draws.collect()))
         })
     }
 
@@ -104,43 +108,65 @@ impl<B: Backend> Decoder<B> {
     pub(crate) fn merge_adapters(
         &mut self,
         backend: &B,
-        exact: &mut dyn FnMut(&Parameter<B>) -> Result<B::Tensor>,
+        exact: &mut dyn FnMut(&NamedTensor<'_, B>) -> Result<Vec<f32>>,
     ) -> Result<()> {
         // Before the first weight is replaced: any of these can be refused.
         let mut unrounded = Vec::new();
-        for (_, linear) in self.blocks_mut().flat_map(|block| block.projections_mut()) {
-            let rounded = linear.lora.is_some() && linear.weight.value().dtype() == Dtype::Bf16;
-            unrounded.push(if rounded { Some(exact(&linear.weight)?) } else { None });
+        for linear in self.blocks_mut().flat_map(Block::linears_mut) {
+            let has_adapter = linear.projections.iter().any(|p| p.lora.is_some());
+            if has_adapter && linear.weight.values().dtype() == Dtype::Bf16 {
+                let (rows, cols) = linear.weight.values().shape();
+                let mut matrix = backend.zeros(rows, cols, Dtype::F32)?;
+                for (tensor, p) in linear.weight.tensors().zip(&linear.projections) {
+                    let to = matrix.view_mut().with_rows(p.features.clone());
+                    backend.upload_into(&exact(&tensor)?, to)?;
+                }
+                unrounded.push(Some(matrix));
+            } else {
+                unrounded.push(None);
+            }
         }
-        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
-        for ((_, linear), unrounded) in projections.zip(unrounded) {
-            let Some(lora) = linear.lora.take() else { continue };
-            let mut b = backend.slice_rows(lora.b.value(), 0, lora.b.value().rows())?;
-            backend.scale(&mut b, lora.scale)?;
-            let weight = match unrounded {
-                Some(weight) => weight,
-                None => linear.weight.take_value(backend)?,
-            };
-            let merged = backend.linear_input_grad(&b, lora.a.value(), Some(weight))?;
-            linear.weight.set_value(merged);
+        let linears = self.blocks_mut().flat_map(Block::linears_mut);
+        for (linear, unrounded) in linears.zip(unrounded) {
+            let adapters: Vec<_> = linear
+                .projections
+                .iter_mut()
+                .filter_map(|p| Some((p.features.clone(), p.lora.take()?)))
+                .collect();
+            if adapters.is_empty() {
+                continue;
+            }
+            linear.weight.replace_values(backend, |values| {
+                let mut values = unrounded.unwrap_or(values);
+                for (features, Lora { a, b, scale, .. }) in adapters {
+                    let mut part = backend.zeros(features.len(), values.cols(), Dtype::F32)?;
+                    let rows = values.view().with_rows(features.clone());
+                    backend.copy(rows, part.view_mut())?;
+                    let (a, b) = (a.weight(), b.weight().values());
+                    let sum = backend.linear_input_grad(b.view(), a.view(), scale, Some(part))?;
+                    backend.copy(sum.view(), values.view_mut().with_rows(features))?;
+                }
+                Ok(values)
+            })?;
         }
         Ok(())
     }
 
     /// Takes all adapters off, to be [put back](Decoder::put_back_adapters).
     pub(crate) fn detach_adapters(&mut self) -> Vec<Option<Lora<B>>> {
-        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
-        projections.map(|(_, linear)| linear.lora.take()).collect()
+        let linears = self.blocks_mut().flat_map(Block::linears_mut);
+        linears.flat_map(|linear| &mut linear.projections).map(|p| p.lora.take()).collect()
     }
 
     /// Replaces all adapters.
     pub(crate) fn put_back_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
-        let projections = self.blocks_mut().flat_map(|block| block.projections_mut());
-        projections.zip(adapters).for_each(|((_, linear), adapter)| linear.lora = adapter);
+        let linears = self.blocks_mut().flat_map(Block::linears_mut);
+        let projections = linears.flat_map(|linear| &mut linear.projections);
+        projections.zip(adapters).for_each(|(projection, adapter)| projection.lora = adapter);
     }
 
-    /// The adapters' matrices; all parameters that learn, where adapters are attached.
-    pub fn adapter_parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
-        self.parameters().filter(|p| NAMES.iter().any(|name| p.name().ends_with(name)))
+    /// The adapters' matrices; all trainable parameters, where adapters are attached.
+    pub fn adapter_tensors(&self) -> impl Iterator<Item = NamedTensor<'_, B>> {
+        self.tensors().filter(|t| NAMES.iter().any(|name| t.name().ends_with(name)))
     }
 }

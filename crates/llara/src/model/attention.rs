@@ -1,16 +1,25 @@
 //! Grouped-query self-attention with rotary positions, and Qwen3's norms of queries and keys.
 
+use std::ops::Range;
+
 use super::linear::{Linear, SavedLinear};
 use super::norm::{RmsNorm, SavedNorm};
 use super::parameter::Parameter;
-use super::pass::Pass;
+use super::pass::{OutputRows, Pass};
 use crate::Result;
-use crate::backend::{AttentionOutput, AttentionShape, Backend, RopeDirection};
+use crate::backend::{
+    AttentionGradients, AttentionInput, AttentionOutput, AttentionShape, Backend, RopeDirection,
+    Shape, View, ViewMut,
+};
+
+/// q among the projections of [`Attention::qkv`].
+const Q: Range<usize> = 0..1;
+/// k and v among them.
+const KV: Range<usize> = 1..3;
 
 pub(crate) struct Attention<B: Backend> {
-    pub(crate) q: Linear<B>,
-    pub(crate) k: Linear<B>,
-    pub(crate) v: Linear<B>,
+    /// q, k and v, in one product where every row is a query.
+    pub(crate) qkv: Linear<B>,
     pub(crate) o: Linear<B>,
     /// Norms of each query and key head, before the rotation.
     pub(crate) q_norm: Option<RmsNorm<B>>,
@@ -18,23 +27,66 @@ pub(crate) struct Attention<B: Backend> {
     pub(crate) shape: AttentionShape,
 }
 
-pub(crate) struct SavedAttention<B: Backend> {
-    q: Heads<B>,
-    k: Heads<B>,
-    /// `[T, KV·hd]`
-    v: B::Tensor,
-    attended: AttentionOutput<B>,
-    /// Of v and o.
-    linears: [SavedLinear<B>; 2],
+/// The projections of an attention's input.
+enum Projected<B: Backend> {
+    /// q, k and v side by side, where every row is a query. `[T, (H + 2·KV)·hd]`
+    Fused { qkv: B::Tensor, saved: SavedLinear<B> },
+    /// Where only the last rows of each sequence are.
+    Separate {
+        /// `[R, H·hd]`
+        q: B::Tensor,
+        saved_q: SavedLinear<B>,
+        /// k and v side by side. `[T, 2·KV·hd]`
+        kv: B::Tensor,
+        saved_kv: SavedLinear<B>,
+    },
 }
 
-/// Queries or keys as attention sees them, and what the way back to the input needs.
-struct Heads<B: Backend> {
-    /// Normed and rotated. `[T, heads·hd]`, or `[R, heads·hd]` for queries of some rows
-    rotated: B::Tensor,
-    /// The projection that went into the norm, and what the norm saved.
-    normed: Option<(B::Tensor, SavedNorm<B>)>,
-    linear: SavedLinear<B>,
+impl<B: Backend> Projected<B> {
+    /// q, k and v.
+    fn views(&self, shape: &AttentionShape) -> [View<'_, B::Tensor>; 3] {
+        let (q_cols, kv_cols) = (shape.q_cols(), shape.kv_cols());
+        match self {
+            Projected::Fused { qkv, .. } => {
+                let [k, v] = [q_cols, q_cols + kv_cols].map(|at| at..at + kv_cols);
+                [0..q_cols, k, v].map(|columns| qkv.view().with_cols(columns))
+            }
+            Projected::Separate { q, kv, .. } => {
+                let [k, v] = [0, kv_cols].map(|at| kv.view().with_cols(at..at + kv_cols));
+                [q.view(), k, v]
+            }
+        }
+    }
+
+    /// q, to be rotated.
+    fn q_mut(&mut self, shape: &AttentionShape) -> ViewMut<'_, B::Tensor> {
+        match self {
+            Projected::Fused { qkv, .. } => qkv.view_mut().with_cols(0..shape.q_cols()),
+            Projected::Separate { q, .. } => q.view_mut(),
+        }
+    }
+
+    /// k, to be rotated.
+    fn k_mut(&mut self, shape: &AttentionShape) -> ViewMut<'_, B::Tensor> {
+        let (q_cols, kv_cols) = (shape.q_cols(), shape.kv_cols());
+        match self {
+            Projected::Fused { qkv, .. } => qkv.view_mut().with_cols(q_cols..q_cols + kv_cols),
+            Projected::Separate { kv, .. } => kv.view_mut().with_cols(0..kv_cols),
+        }
+    }
+}
+
+/// Queries or keys after their norm, and what the norm saved; `[n, heads·hd]`.
+type Normed<B> = (<B as Backend>::Tensor, SavedNorm<B>);
+
+pub(crate) struct SavedAttention<B: Backend> {
+    /// Rotated in place where there are no norms of heads.
+    projected: Projected<B>,
+    /// Normed and rotated, where there are.
+    q_heads: Option<Normed<B>>,
+    k_heads: Option<Normed<B>>,
+    output: AttentionOutput<B>,
+    saved_o: SavedLinear<B>,
 }
 
 /// The rows for which an attention computes queries.
@@ -42,8 +94,8 @@ pub(crate) struct QueryRows<'a, B: Backend> {
     pub(crate) pass: &'a Pass<'a, B>,
     /// Normed input of these rows. `[R, d]`
     pub(crate) x: &'a B::Tensor,
-    /// Their indices among all rows; `None`: all rows.
-    pub(crate) rows: Option<&'a B::Index>,
+    /// Which of all rows they are; `None`: all.
+    pub(crate) selected: Option<&'a OutputRows<'a, B>>,
 }
 
 impl<B: Backend> Attention<B> {
@@ -56,19 +108,35 @@ impl<B: Backend> Attention<B> {
         queries: &QueryRows<'_, B>,
         residual: &B::Tensor,
     ) -> Result<(B::Tensor, SavedAttention<B>)> {
-        let q = heads_forward(queries.pass, &self.q, self.q_norm.as_ref(), queries.x)?;
-        let k = heads_forward(pass, &self.k, self.k_norm.as_ref(), x)?;
-        let (v, saved_v) = self.v.forward(pass, x, None)?;
-        let attended = pass.backend.attention(
-            &q.rotated,
-            &k.rotated,
-            &v,
-            &queries.pass.rows.layout,
-            &pass.rows.layout,
-            &self.shape,
-        )?;
-        let (y, saved_o) = self.o.forward(queries.pass, &attended.out, Some(residual))?;
-        Ok((y, SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] }))
+        let mut projected = match queries.selected {
+            None => {
+                let (qkv, saved) = self.qkv.forward(pass, x, self.qkv.all(), None)?;
+                Projected::Fused { qkv, saved }
+            }
+            Some(_) => {
+                let (q, saved_q) = self.qkv.forward(queries.pass, queries.x, Q, None)?;
+                let (kv, saved_kv) = self.qkv.forward(pass, x, KV, None)?;
+                Projected::Separate { q, saved_q, kv, saved_kv }
+            }
+        };
+        let [q, k, _] = projected.views(&self.shape);
+        let mut q_heads = normed(queries.pass, self.q_norm.as_ref(), q)?;
+        let mut k_heads = normed(pass, self.k_norm.as_ref(), k)?;
+        let q = match &mut q_heads {
+            Some((q, _)) => q.view_mut(),
+            None => projected.q_mut(&self.shape),
+        };
+        rotate(queries.pass, q, RopeDirection::Forward)?;
+        let k = match &mut k_heads {
+            Some((k, _)) => k.view_mut(),
+            None => projected.k_mut(&self.shape),
+        };
+        rotate(pass, k, RopeDirection::Forward)?;
+        let input = self.input(pass, queries, &projected, (&q_heads, &k_heads));
+        let output = pass.backend.attention(&input)?;
+        let all = self.o.all();
+        let (y, saved_o) = self.o.forward(queries.pass, &output.out, all, Some(residual))?;
+        Ok((y, SavedAttention { projected, q_heads, k_heads, output, saved_o }))
     }
 
     /// Gradient by x alone `[T, d]`, from dy `[R, d]`, or `None` where it is not `needed`; the residual's
@@ -81,93 +149,129 @@ impl<B: Backend> Attention<B> {
         queries: &QueryRows<'_, B>,
         saved: SavedAttention<B>,
     ) -> Result<Option<B::Tensor>> {
-        let SavedAttention { q, k, v, attended, linears: [saved_v, saved_o] } = saved;
-        let dout = self.o.backward(queries.pass, dy, &attended.out, saved_o, None)?;
-        let (dq, dk, dv) = pass.backend.attention_backward(
-            &dout,
-            &q.rotated,
-            &k.rotated,
-            &v,
-            &attended,
-            &queries.pass.rows.layout,
-            &pass.rows.layout,
-            &self.shape,
-        )?;
-        let dq = heads_backward(queries.pass, self.q_norm.as_mut(), dq, &q)?;
-        let dk = heads_backward(pass, self.k_norm.as_mut(), dk, &k)?;
-        if !needed {
-            self.q.backward_weights(queries.pass, &dq, queries.x, q.linear)?;
-            self.k.backward_weights(pass, &dk, x, k.linear)?;
-            self.v.backward_weights(pass, &dv, x, saved_v)?;
-            return Ok(None);
-        }
-        let dx = self.k.backward(pass, &dk, x, k.linear, None)?;
-        let mut dx = self.v.backward(pass, &dv, x, saved_v, Some(dx))?;
-        match queries.rows {
-            None => self.q.backward(pass, &dq, x, q.linear, Some(dx)).map(Some),
-            Some(rows) => {
-                let from_queries = self.q.backward(queries.pass, &dq, queries.x, q.linear, None)?;
-                pass.backend.scatter_add_rows(&from_queries, rows, &mut dx)?;
+        let SavedAttention { projected, q_heads, k_heads, output, saved_o } = saved;
+        let all = self.o.all();
+        let (dout, inner) = self.o.backward_input(queries.pass, dy, all.clone(), None)?;
+        self.o.backward_weights(queries.pass, dy, &output.out, all, (saved_o, inner))?;
+        let input = self.input(pass, queries, &projected, (&q_heads, &k_heads));
+        let gradients = pass.backend.attention_backward(&dout, &input, &output)?;
+        drop((dout, output));
+        let [q, k, _] = projected.views(&self.shape);
+        let (q_cols, kv_cols) = (self.shape.q_cols(), self.shape.kv_cols());
+        match gradients {
+            AttentionGradients::Fused(mut dqkv) => {
+                let dq = (&mut dqkv, 0..q_cols);
+                heads_backward(pass, self.q_norm.as_mut(), dq, q, &q_heads)?;
+                let dk = (&mut dqkv, q_cols..q_cols + kv_cols);
+                heads_backward(pass, self.k_norm.as_mut(), dk, k, &k_heads)?;
+                let Projected::Fused { qkv, saved } = projected else {
+                    unreachable!("the gradients are shaped as the projections are")
+                };
+                drop((qkv, q_heads, k_heads));
+                self.backward_projections(pass, &dqkv, (x, needed), 0..3, saved)
+            }
+            AttentionGradients::Separate { mut dq, mut dkv } => {
+                let of_q = (&mut dq, 0..q_cols);
+                heads_backward(queries.pass, self.q_norm.as_mut(), of_q, q, &q_heads)?;
+                let of_k = (&mut dkv, 0..kv_cols);
+                heads_backward(pass, self.k_norm.as_mut(), of_k, k, &k_heads)?;
+                let Projected::Separate { q, saved_q, kv, saved_kv } = projected else {
+                    unreachable!("the gradients are shaped as the projections are")
+                };
+                drop((q, kv, q_heads, k_heads));
+                let dx = self.backward_projections(pass, &dkv, (x, needed), KV, saved_kv)?;
+                let of_queries = (queries.x, needed);
+                let dx_of_queries =
+                    self.backward_projections(queries.pass, &dq, of_queries, Q, saved_q)?;
+                let (Some(mut dx), Some(dx_of_queries)) = (dx, dx_of_queries) else {
+                    return Ok(None);
+                };
+                if let Some(selected) = queries.selected {
+                    pass.backend.scatter_add_rows(&dx_of_queries, selected.scatter, &mut dx)?;
+                }
                 Ok(Some(dx))
             }
         }
     }
 
+    /// From the gradient by some of q, k and v to that by their input, and by their weights.
+    fn backward_projections(
+        &mut self,
+        pass: &Pass<'_, B>,
+        dy: &B::Tensor,
+        (x, needed): (&B::Tensor, bool),
+        which: Range<usize>,
+        saved: SavedLinear<B>,
+    ) -> Result<Option<B::Tensor>> {
+        let (dx, inner) = match needed {
+            true => {
+                let (dx, inner) = self.qkv.backward_input(pass, dy, which.clone(), None)?;
+                (Some(dx), inner)
+            }
+            false => (None, self.qkv.inner_gradients(pass, dy, which.clone())?),
+        };
+        self.qkv.backward_weights(pass, dy, x, which, (saved, inner))?;
+        Ok(dx)
+    }
+
+    /// What the attention itself reads.
+    fn input<'a>(
+        &'a self,
+        pass: &'a Pass<'_, B>,
+        queries: &'a QueryRows<'_, B>,
+        projected: &'a Projected<B>,
+        (q_heads, k_heads): (&'a Option<Normed<B>>, &'a Option<Normed<B>>),
+    ) -> AttentionInput<'a, B> {
+        let [q, k, v] = projected.views(&self.shape);
+        AttentionInput {
+            q: q_heads.as_ref().map_or(q, |(q, _)| q.view()),
+            k: k_heads.as_ref().map_or(k, |(k, _)| k.view()),
+            v,
+            queries: &queries.pass.rows.layout,
+            keys: &pass.rows.layout,
+            shape: &self.shape,
+        }
+    }
+
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
         let norms = self.q_norm.iter().chain(&self.k_norm).map(|norm| &norm.weight);
-        [&self.q, &self.k, &self.v, &self.o].into_iter().flat_map(Linear::parameters).chain(norms)
+        [&self.qkv, &self.o].into_iter().flat_map(Linear::parameters).chain(norms)
     }
 
     pub(crate) fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
         let norms = self.q_norm.iter_mut().chain(&mut self.k_norm).map(|norm| &mut norm.weight);
-        [&mut self.q, &mut self.k, &mut self.v, &mut self.o]
-            .into_iter()
-            .flat_map(Linear::parameters_mut)
-            .chain(norms)
+        [&mut self.qkv, &mut self.o].into_iter().flat_map(Linear::parameters_mut).chain(norms)
     }
 }
 
-/// Project, norm each head where the family does, rotate.
-fn heads_forward<B: Backend>(
+/// Each head normed, where the family does that.
+fn normed<B: Backend>(
     pass: &Pass<'_, B>,
-    projection: &Linear<B>,
     norm: Option<&RmsNorm<B>>,
-    x: &B::Tensor,
-) -> Result<Heads<B>> {
-    let (projected, linear) = projection.forward(pass, x, None)?;
-    let (mut rotated, normed) = match norm {
-        Some(norm) => {
-            let (y, saved) = norm.forward(pass.backend, &projected, pass.activations)?;
-            (y, Some((projected, saved)))
-        }
-        None => (projected, None),
-    };
-    pass.backend.rope(
-        &mut rotated,
-        &pass.rows.layout.positions,
-        pass.rope,
-        RopeDirection::Forward,
-    )?;
-    Ok(Heads { rotated, normed, linear })
+    x: View<'_, B::Tensor>,
+) -> Result<Option<Normed<B>>> {
+    norm.map(|norm| norm.forward(pass.backend, x, pass.activations)).transpose()
 }
 
-/// From the gradient by rotated heads to that by their projection.
+/// From the gradient by rotated heads to that by their projection x, in place, in some columns.
 fn heads_backward<B: Backend>(
     pass: &Pass<'_, B>,
     norm: Option<&mut RmsNorm<B>>,
-    mut grad: B::Tensor,
-    saved: &Heads<B>,
-) -> Result<B::Tensor> {
-    pass.backend.rope(
-        &mut grad,
-        &pass.rows.layout.positions,
-        pass.rope,
-        RopeDirection::Backward,
-    )?;
-    match (norm, &saved.normed) {
-        (Some(norm), Some((projected, saved))) => {
-            norm.backward(pass.backend, &grad, projected, saved, None)
-        }
-        _ => Ok(grad),
+    (grad, columns): (&mut B::Tensor, Range<usize>),
+    x: View<'_, B::Tensor>,
+    saved: &Option<Normed<B>>,
+) -> Result<()> {
+    rotate(pass, grad.view_mut().with_cols(columns.clone()), RopeDirection::Backward)?;
+    if let (Some(norm), Some((_, saved))) = (norm, saved) {
+        norm.backward_in_place(pass.backend, grad.view_mut().with_cols(columns), x, saved)?;
     }
+    Ok(())
+}
+
+fn rotate<B: Backend>(
+    pass: &Pass<'_, B>,
+    x: ViewMut<'_, B::Tensor>,
+    direction: RopeDirection,
+) -> Result<()> {
+    pass.backend.rope(x, &pass.rows.layout.positions, pass.rope, direction)
 }

@@ -2,13 +2,12 @@
 
 use super::attention::{Attention, QueryRows, SavedAttention};
 use super::linear::Linear;
-use super::lora::PROJECTIONS;
 use super::mlp::{Mlp, SavedMlp};
 use super::norm::RmsNorm;
 use super::parameter::Parameter;
-use super::pass::Pass;
+use super::pass::{OutputRows, Pass};
 use crate::Result;
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Dtype, Shape};
 
 pub(crate) struct Block<B: Backend> {
     pub(crate) input_norm: RmsNorm<B>,
@@ -29,14 +28,6 @@ pub(crate) struct SavedBlock<B: Backend> {
     mlp: SavedMlp<B>,
 }
 
-/// The rows at which a layer is computed, if not at all rows.
-pub(crate) struct OutputRows<'a, B: Backend> {
-    /// The pass over these rows.
-    pub(crate) pass: &'a Pass<'a, B>,
-    /// Their indices among all rows. `[R]`
-    pub(crate) rows: &'a B::Index,
-}
-
 impl<B: Backend> Block<B> {
     /// `middle = x + attention(norm(x))`, `y = middle + mlp(norm(middle))`: x `[T, d]`, y `[R, d]` at
     /// the selected rows, or `[T, d]`.
@@ -47,7 +38,7 @@ impl<B: Backend> Block<B> {
         selected: Option<&OutputRows<'_, B>>,
     ) -> Result<(B::Tensor, SavedBlock<B>)> {
         let backend = pass.backend;
-        let (x_normed, _) = self.input_norm.forward(backend, &x, pass.activations)?;
+        let (x_normed, _) = self.input_norm.forward(backend, x.view(), pass.activations)?;
         let pick = |x: &B::Tensor| selected.map(|w| backend.gather_rows(x, w.rows)).transpose();
         let (queries, residual) = (pick(&x_normed)?, pick(&x)?);
         let (middle, attention) = self.attention.forward(
@@ -58,7 +49,7 @@ impl<B: Backend> Block<B> {
         )?;
         let pass = selected.map_or(pass, |w| w.pass);
         let (middle_normed, _) =
-            self.post_attention_norm.forward(backend, &middle, pass.activations)?;
+            self.post_attention_norm.forward(backend, middle.view(), pass.activations)?;
         let (y, mlp) = self.mlp.forward(pass, &middle_normed, &middle)?;
         Ok((y, SavedBlock { x, attention, middle, mlp }))
     }
@@ -76,11 +67,11 @@ impl<B: Backend> Block<B> {
         let backend = pass.backend;
         let at = selected.map_or(pass, |w| w.pass);
         let to = pass.activations;
-        let (normed, norm) = self.post_attention_norm.forward(backend, &saved.middle, to)?;
+        let (normed, norm) = self.post_attention_norm.forward(backend, saved.middle.view(), to)?;
         let dnormed = self.mlp.backward(at, &*at.activation(&dy)?, &normed, saved.mlp)?;
         let dmiddle =
             self.post_attention_norm.backward(backend, &dnormed, &saved.middle, &norm, Some(dy))?;
-        let (normed, norm) = self.input_norm.forward(backend, &saved.x, to)?;
+        let (normed, norm) = self.input_norm.forward(backend, saved.x.view(), to)?;
         let picked = selected.map(|w| backend.gather_rows(&normed, w.rows)).transpose()?;
         let queries = query_rows(pass, &normed, picked.as_ref(), selected);
         let dnormed = {
@@ -93,8 +84,9 @@ impl<B: Backend> Block<B> {
         let dresidual = match selected {
             None => dmiddle,
             Some(selected) => {
-                let mut all = backend.zeros(pass.rows.layout.rows, dmiddle.cols())?;
-                backend.scatter_add_rows(&dmiddle, selected.rows, &mut all)?;
+                let rows = pass.rows.layout.rows();
+                let mut all = backend.zeros(rows, dmiddle.cols(), Dtype::F32)?;
+                backend.scatter_add_rows(&dmiddle, selected.scatter, &mut all)?;
                 all
             }
         };
@@ -102,12 +94,11 @@ impl<B: Backend> Block<B> {
         Ok(below_learns.then_some(dx))
     }
 
-    /// The projections, each with the name that adapters are asked for.
-    pub(crate) fn projections_mut(&mut self) -> [(&'static str, &mut Linear<B>); 7] {
-        let Attention { q, k, v, o, .. } = &mut self.attention;
-        let Mlp { gate, up, down } = &mut self.mlp;
-        let [nq, nk, nv, no, ngate, nup, ndown] = PROJECTIONS;
-        [(nq, q), (nk, k), (nv, v), (no, o), (ngate, gate), (nup, up), (ndown, down)]
+    /// The layers that adapters can be attached to.
+    pub(crate) fn linears_mut(&mut self) -> [&mut Linear<B>; 4] {
+        let Attention { qkv, o, .. } = &mut self.attention;
+        let Mlp { gate_up, down } = &mut self.mlp;
+        [qkv, o, gate_up, down]
     }
 
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
@@ -133,9 +124,7 @@ fn query_rows<'a, B: Backend>(
     selected: Option<&'a OutputRows<'a, B>>,
 ) -> QueryRows<'a, B> {
     match (picked, selected) {
-        (Some(x), Some(selected)) => {
-            QueryRows { pass: selected.pass, x, rows: Some(selected.rows) }
-        }
-        _ => QueryRows { pass, x: x_normed, rows: None },
+        (Some(x), Some(selected)) => QueryRows { pass: selected.pass, x, selected: Some(selected) },
+        _ => QueryRows { pass, x: x_normed, selected: None },
     }
 }

@@ -1,17 +1,19 @@
 //! The decoder: embeddings, layers, final norm.
 
 use super::attention::Attention;
-use super::block::{Block, OutputRows, SavedBlock};
+use super::block::{Block, SavedBlock};
 use super::config::DecoderConfig;
+use super::gradients_ready::GradientsReady;
 use super::input::Input;
-use super::linear::Linear;
+use super::linear::{Linear, Projection};
+use super::lora::PROJECTIONS;
 use super::mlp::Mlp;
 use super::norm::{RmsNorm, SavedNorm};
-use super::parameter::Parameter;
+use super::parameter::{NamedTensor, Parameter, ParameterValues, Values};
 use super::pass::{Dropout, Pass};
 use super::rope::Rope;
 use crate::Result;
-use crate::backend::{AttentionShape, Backend, Dtype, Shape};
+use crate::backend::{AttentionShape, Backend, CountingBackend, Cpu, Dtype, Shape};
 
 /// A decoder without its language-model head: token ids in, hidden states out.
 pub struct Decoder<B: Backend> {
@@ -35,14 +37,11 @@ pub struct SavedDecoder<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Builds the decoder that `config` describes, asking `value` for each parameter's tensor by name
-    /// and file shape. Names are those of the bare decoder, without a `model.` in front.
-    pub fn build(config: DecoderConfig, value: &mut Values<'_, B>) -> Result<Self> {
-        let mut builder = Builder { config: &config, value };
-        let embed_tokens = builder.parameter(
-            "embed_tokens.weight".to_owned(),
-            &[config.vocab_size, config.hidden_size],
-        )?;
+    /// Builds the decoder that `config` describes, asking `values` for each tensor by name and shape in
+    /// files. Names are those of the bare decoder, without a `model.` in front.
+    pub fn build(backend: &B, config: DecoderConfig, values: &mut Values<'_>) -> Result<Self> {
+        let mut builder = Builder { backend, config: &config, values };
+        let embed_tokens = builder.embed_tokens()?;
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| builder.block(layer))
             .collect::<Result<_>>()?;
@@ -59,16 +58,6 @@ impl<B: Backend> Decoder<B> {
             last_block_at_pooled_rows,
             activations,
         })
-    }
-
-    /// The names and file shapes of all parameters of a `config`, in the order of `parameters`.
-    pub fn parameter_shapes(backend: &B, config: &DecoderConfig) -> Result<Vec<NamedShape>> {
-        let mut shapes = Vec::new();
-        Self::build(config.clone(), &mut |name, shape| {
-            shapes.push((name.to_owned(), shape.to_vec()));
-            backend.zeros(0, 0)
-        })?;
-        Ok(shapes)
     }
 
     /// The configuration that the decoder was built from.
@@ -111,8 +100,8 @@ impl<B: Backend> Decoder<B> {
         let activations = self.activations;
         let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
-        let selected = OutputRows { pass: &pooled_pass, rows: &input.pooled_rows };
-        let mut x = backend.gather_rows(self.embed_tokens.value(), &input.ids)?;
+        let selected = input.selected(&pooled_pass);
+        let mut x = backend.gather_rows(self.embed_tokens.values(), &input.ids)?;
         if x.dtype() != Dtype::F32 {
             x = backend.cast(&x, Dtype::F32)?; // the residual stream, from a frozen table
         }
@@ -126,43 +115,49 @@ impl<B: Backend> Decoder<B> {
             true => x,
             false => backend.gather_rows(&x, &input.pooled_rows)?,
         };
-        let (hidden, norm) = self.norm.forward(backend, &pooled, Dtype::F32)?;
+        let (hidden, norm) = self.norm.forward(backend, pooled.view(), Dtype::F32)?;
         Ok((hidden, pooled, norm))
     }
 
     /// Adds the gradient of every parameter that learns, from the gradient by the hidden states
-    /// `[R, d]` that [`forward_saving`](Decoder::forward_saving) returned for the same input.
+    /// `[R, d]` that [`forward_saving`](Decoder::forward_saving) returned for the same input. `ready`
+    /// receives the parameters of each layer when this pass has added all of their gradient.
     pub fn backward(
         &mut self,
         backend: &B,
         input: &Input<B>,
         dhidden: &B::Tensor,
         saved: SavedDecoder<B>,
+        ready: &mut dyn GradientsReady<B>,
     ) -> Result<()> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
         let (activations, dropout) = (self.activations, saved.dropout);
         let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
-        let selected = OutputRows { pass: &pooled_pass, rows: &input.pooled_rows };
+        let selected = input.selected(&pooled_pass);
         let mut dx = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
+        ready.ready(&mut std::iter::once(&mut self.norm.weight))?;
         if !self.last_block_at_pooled_rows {
-            let mut all = backend.zeros(input.all.layout.rows, self.config.hidden_size)?;
-            backend.scatter_add_rows(&dx, &input.pooled_rows, &mut all)?;
+            let rows = input.all.layout.rows();
+            let mut all = backend.zeros(rows, self.config.hidden_size, Dtype::F32)?;
+            backend.scatter_add_rows(&dx, &input.pooled_scatter, &mut all)?;
             dx = all;
         }
         let table_learns = self.embed_tokens.is_trainable();
         for (layer, saved) in saved.blocks.into_iter().enumerate().rev() {
             let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
             let below_learns = layer > 0 || table_learns;
-            match self.blocks[layer].backward(&pass, dx, saved, selected, below_learns)? {
+            let below = self.blocks[layer].backward(&pass, dx, saved, selected, below_learns)?;
+            ready.ready(&mut self.blocks[layer].parameters_mut())?;
+            match below {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }
         }
-        if let (_, Some(dtable)) = self.embed_tokens.value_and_grad(backend)? {
-            backend.scatter_add_rows(&dx, &input.ids, dtable)?;
+        if let (_, Some(dtable)) = self.embed_tokens.values_and_grad(backend)? {
+            backend.scatter_add_rows(&dx, &input.ids_scatter, dtable)?;
         }
-        Ok(())
+        ready.ready(&mut std::iter::once(&mut self.embed_tokens))
     }
 
     /// Nothing after the last layer but pooling reads its output, so all of it but keys and values is
@@ -172,27 +167,35 @@ impl<B: Backend> Decoder<B> {
         self.last_block_at_pooled_rows = on;
     }
 
-    /// The type of activations and their gradients; f32 unless set. In bf16, products multiply bf16 and
-    /// sum f32; the residual stream, what learns, and the result stay f32.
-    pub fn set_activations(&mut self, dtype: Dtype) {
+    /// Sets the dtype of activations and their gradients, f32 unless set, and prepares the weights for
+    /// it. In bf16, products multiply bf16 and sum f32; the residual stream, trainable parameters and
+    /// the result stay f32. `round_frozen` stores every frozen matrix as bf16, half the memory: exact
+    /// where it came from a bf16 file.
+    pub(crate) fn set_activations(
+        &mut self,
+        backend: &B,
+        dtype: Dtype,
+        round_frozen: bool,
+    ) -> Result<()> {
         self.activations = dtype;
+        for parameter in self.parameters_mut() {
+            if round_frozen && !parameter.is_trainable() && parameter.is_matrix() {
+                parameter.round(backend)?;
+            }
+            parameter.prepare(backend, dtype)?;
+        }
+        Ok(())
     }
 
-    /// The type of activations and their gradients.
+    /// The dtype of activations and their gradients.
     pub fn activations(&self) -> Dtype {
         self.activations
     }
 
-    /// Stops all parameters from learning, for a model that only encodes.
-    pub fn freeze(&mut self) {
+    /// Makes all parameters not trainable, for a model that only encodes or trains adapters.
+    pub fn freeze(&mut self, backend: &B) -> Result<()> {
         self.parameters_mut().for_each(Parameter::freeze);
-    }
-
-    /// Stores every frozen matrix as bf16, half the memory. Exact where it came from a bf16 file.
-    pub(crate) fn round_frozen_weights(&mut self, backend: &B) -> Result<()> {
-        self.parameters_mut()
-            .filter(|p| !p.is_trainable() && p.shape().len() == 2)
-            .try_for_each(|p| p.round(backend))
+        self.set_activations(backend, self.activations, false)
     }
 
     fn ends_at_pooled_rows(&self, layer: usize) -> bool {
@@ -227,6 +230,11 @@ impl<B: Backend> Decoder<B> {
             .chain(std::iter::once(&mut self.norm.weight))
     }
 
+    /// The tensors of the model's files, in the order of the model.
+    pub fn tensors(&self) -> impl Iterator<Item = NamedTensor<'_, B>> {
+        self.parameters().flat_map(Parameter::tensors)
+    }
+
     /// Forgets all gradients.
     pub fn clear_gradients(&mut self) {
         self.parameters_mut().for_each(Parameter::clear_grad);
@@ -238,44 +246,89 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Replaces the token embeddings by a table with more rows. `[vocab_size, d]`
-    pub(crate) fn replace_embeddings(&mut self, vocab_size: usize, table: B::Tensor) {
+    pub(crate) fn replace_embeddings(
+        &mut self,
+        backend: &B,
+        vocab_size: usize,
+        table: &[f32],
+    ) -> Result<()> {
+        self.embed_tokens.grow(backend, vocab_size, table)?;
         self.config.vocab_size = vocab_size;
-        self.embed_tokens.replace(&[vocab_size, self.config.hidden_size], table);
+        Ok(())
+    }
+
+    /// The token embeddings. `[vocab_size, d]`
+    pub(crate) fn embeddings(&self) -> &B::Tensor {
+        self.embed_tokens.values()
     }
 }
-
-/// Where a decoder's tensors come from, by name and file shape.
-pub type Values<'v, B> = dyn FnMut(&str, &[usize]) -> Result<<B as Backend>::Tensor> + 'v;
 
 /// A parameter's name and its shape in files.
 pub(crate) type NamedShape = (String, Vec<usize>);
 
-/// Names and shapes as Hugging Face writes them.
-pub(super) struct Builder<'a, B: Backend> {
-    pub(super) config: &'a DecoderConfig,
-    pub(super) value: &'a mut Values<'a, B>,
+impl DecoderConfig {
+    /// The names and shapes in files of all parameters, in the order of the model.
+    ///
+    /// # Errors
+    /// When the configuration describes no decoder.
+    pub(crate) fn parameter_shapes(&self) -> Result<Vec<NamedShape>> {
+        let mut shapes = Vec::new();
+        let counting = CountingBackend::new(Cpu::new().memory());
+        Decoder::build(&counting, self.clone(), &mut |name, shape| {
+            shapes.push((name.to_owned(), shape.to_vec()));
+            Ok(ParameterValues::Zeros(Dtype::F32))
+        })?;
+        Ok(shapes)
+    }
 }
 
-impl<B: Backend> Builder<'_, B> {
-    pub(super) fn parameter(&mut self, name: String, shape: &[usize]) -> Result<Parameter<B>> {
-        let value = (self.value)(&name, shape)?;
-        Ok(Parameter::new(name, shape, value))
+/// Names and shapes as Hugging Face writes them.
+pub(super) struct Builder<'a, 'v, B: Backend> {
+    pub(super) backend: &'a B,
+    pub(super) config: &'a DecoderConfig,
+    pub(super) values: &'a mut Values<'v>,
+}
+
+impl<B: Backend> Builder<'_, '_, B> {
+    pub(super) fn embed_tokens(&mut self) -> Result<Parameter<B>> {
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        Parameter::table(self.backend, "embed_tokens.weight".to_owned(), shape, self.values)
     }
 
     pub(super) fn norm(&mut self, name: &str, features: usize) -> Result<RmsNorm<B>> {
-        let weight = self.parameter(format!("{name}.weight"), &[features])?;
+        let part = vec![(format!("{name}.weight"), features)];
+        let weight = Parameter::vector(self.backend, part, self.values)?;
         Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
     }
 
+    /// Projections of one input, such as `self_attn.q_proj` of 64 features.
     fn linear(
         &mut self,
-        name: String,
-        (output, input): (usize, usize),
+        layer: usize,
+        module: &str,
+        (projections, input): (&[(&'static str, usize)], usize),
         bias: bool,
     ) -> Result<Linear<B>> {
-        let weight = self.parameter(format!("{name}.weight"), &[output, input])?;
-        let bias = bias.then(|| self.parameter(format!("{name}.bias"), &[output])).transpose()?;
-        Ok(Linear { weight, bias, lora: None })
+        let base = |name: &str| format!("layers.{layer}.{module}.{name}");
+        let matrix =
+            |&(name, output): &(&str, usize)| (format!("{}.weight", base(name)), [output, input]);
+        let vector = |&(name, output): &(&str, usize)| (format!("{}.bias", base(name)), output);
+        let matrices = projections.iter().map(matrix).collect();
+        let weight = Parameter::stacked(self.backend, matrices, self.values)?;
+        let bias = match bias {
+            true => {
+                let vectors = projections.iter().map(vector).collect();
+                Some(Parameter::vector(self.backend, vectors, self.values)?)
+            }
+            false => None,
+        };
+        let mut start = 0;
+        let projections = projections.iter().map(|&(name, output)| {
+            let features = start..start + output;
+            start += output;
+            Projection { name, features, lora: None }
+        });
+        Ok(Linear { weight, bias, projections: projections.collect() })
     }
 
     pub(super) fn block(&mut self, layer: usize) -> Result<Block<B>> {
@@ -286,13 +339,14 @@ impl<B: Backend> Builder<'_, B> {
         let head_norm = |builder: &mut Self, part: &str| {
             c.qk_norm.then(|| builder.norm(&at(part), c.head_dim)).transpose()
         };
+        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = PROJECTIONS;
+        let qkv = ([(q_proj, q), (k_proj, kv), (v_proj, kv)], d);
+        let gate_up = ([(gate_proj, inner), (up_proj, inner)], d);
         Ok(Block {
             input_norm: self.norm(&at("input_layernorm"), d)?,
             attention: Attention {
-                q: self.linear(at("self_attn.q_proj"), (q, d), c.qkv_bias)?,
-                k: self.linear(at("self_attn.k_proj"), (kv, d), c.qkv_bias)?,
-                v: self.linear(at("self_attn.v_proj"), (kv, d), c.qkv_bias)?,
-                o: self.linear(at("self_attn.o_proj"), (d, q), c.output_bias)?,
+                qkv: self.linear(layer, "self_attn", (&qkv.0, qkv.1), c.qkv_bias)?,
+                o: self.linear(layer, "self_attn", (&[(o_proj, d)], q), c.output_bias)?,
                 q_norm: head_norm(self, "self_attn.q_norm")?,
                 k_norm: head_norm(self, "self_attn.k_norm")?,
                 shape: AttentionShape {
@@ -305,9 +359,8 @@ impl<B: Backend> Builder<'_, B> {
             },
             post_attention_norm: self.norm(&at("post_attention_layernorm"), d)?,
             mlp: Mlp {
-                gate: self.linear(at("mlp.gate_proj"), (inner, d), c.mlp_bias)?,
-                up: self.linear(at("mlp.up_proj"), (inner, d), c.mlp_bias)?,
-                down: self.linear(at("mlp.down_proj"), (d, inner), c.mlp_bias)?,
+                gate_up: self.linear(layer, "mlp", (&gate_up.0, gate_up.1), c.mlp_bias)?,
+                down: self.linear(layer, "mlp", (&[(down_proj, d)], inner), c.mlp_bias)?,
             },
         })
     }

@@ -1,90 +1,151 @@
-//! A linear layer: `y = x · Wᵀ (+ b)`, with an optional adapter.
+//! Linear layers that read the same input, as one: `y = x · Wᵀ (+ b)`, each with an optional adapter.
+
+use std::ops::Range;
 
 use super::lora::{Lora, SavedLora};
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, Epilogue, Shape, View};
 
-/// Weight `[out, in]` and an optional bias `[out]`.
+/// One or several projections of the same input. Their weights are one matrix `[out, in]`, one below the
+/// other, so that one product computes all of them.
 pub(crate) struct Linear<B: Backend> {
+    /// `[Σ out, in]`
     pub(crate) weight: Parameter<B>,
+    /// `[Σ out]`
     pub(crate) bias: Option<Parameter<B>>,
+    pub(crate) projections: Vec<Projection<B>>,
+}
+
+/// One of the projections of a [`Linear`].
+pub(crate) struct Projection<B: Backend> {
+    /// Name that adapters are asked for by, such as `q_proj`.
+    pub(crate) name: &'static str,
+    /// Its features among those of all.
+    pub(crate) features: Range<usize>,
     pub(crate) lora: Option<Lora<B>>,
 }
 
-/// What the adapter's backward pass needs; the layer itself needs only its input.
-pub(crate) struct SavedLinear<B: Backend>(Option<SavedLora<B>>);
+/// What the backward passes of adapters need; a layer itself needs only its input.
+pub(crate) struct SavedLinear<B: Backend>(Vec<Option<SavedLora<B>>>);
+
+/// Gradients inside the adapters, `[n, r]` each.
+pub(crate) struct InnerGradients<B: Backend>(Vec<Option<B::Tensor>>);
 
 impl<B: Backend> Linear<B> {
-    /// `x · Wᵀ (+ b) (+ residual)`: x `[n, in]`, result `[n, out]`.
+    /// All of the projections.
+    pub(crate) fn all(&self) -> Range<usize> {
+        0..self.projections.len()
+    }
+
+    /// Features of some projections among those of all.
+    fn features(&self, which: &Range<usize>) -> Range<usize> {
+        self.projections[which.start].features.start..self.projections[which.end - 1].features.end
+    }
+
+    /// `x · Wᵀ (+ b) (+ residual)` of some projections, side by side: x `[n, in]`, result `[n, out]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
         x: &B::Tensor,
+        which: Range<usize>,
         residual: Option<&B::Tensor>,
     ) -> Result<(B::Tensor, SavedLinear<B>)> {
-        let bias = self.bias.as_ref().map(Parameter::value);
-        let y = pass.backend.linear(x, self.weight.value(), bias, residual)?;
-        match &self.lora {
-            Some(lora) => {
-                let (y, saved) = lora.forward(pass, x, y)?;
-                Ok((y, SavedLinear(Some(saved))))
-            }
-            None => Ok((y, SavedLinear(None))),
+        let features = self.features(&which);
+        let bias = self.bias.as_ref().map(|b| b.values().view().with_cols(features.clone()));
+        let weight = self.weight.weight().view().with_rows(features.clone());
+        let epilogue = Epilogue { bias, residual };
+        let mut y = pass.backend.linear(x.view(), weight, 1.0, epilogue)?;
+        let mut saved = Vec::with_capacity(which.len());
+        for projection in &self.projections[which] {
+            let Projection { features: own, lora, .. } = projection;
+            let columns = own.start - features.start..own.end - features.start;
+            let add = |lora: &Lora<B>| lora.forward(pass, x, y.view_mut().with_cols(columns));
+            saved.push(lora.as_ref().map(add).transpose()?);
         }
+        Ok((y, SavedLinear(saved)))
     }
 
-    /// [`backward_weights`](Self::backward_weights); returns `dx = dy · W (+ onto)`.
-    pub(crate) fn backward(
-        &mut self,
+    /// From the gradient dy `[n, out]` by the result of [`forward`](Self::forward): `dx = dy · W
+    /// (+ onto)`, and what [`backward_weights`](Self::backward_weights) needs.
+    pub(crate) fn backward_input(
+        &self,
         pass: &Pass<'_, B>,
         dy: &B::Tensor,
-        x: &B::Tensor,
-        saved: SavedLinear<B>,
+        which: Range<usize>,
         onto: Option<B::Tensor>,
-    ) -> Result<B::Tensor> {
-        let dhidden = self.backward_weights(pass, dy, x, saved)?;
-        let dx = pass.backend.linear_input_grad(dy, self.weight.value(), onto)?;
-        match (&self.lora, dhidden) {
-            (Some(lora), Some(dhidden)) => lora.backward_input(pass, &dhidden, dx),
-            _ => Ok(dx),
+    ) -> Result<(B::Tensor, InnerGradients<B>)> {
+        let weight = self.weight.weight().view().with_rows(self.features(&which));
+        let mut dx = pass.backend.linear_input_grad(dy.view(), weight, 1.0, onto)?;
+        let inner = self.inner_gradients(pass, dy, which.clone())?;
+        for (projection, g) in self.projections[which].iter().zip(&inner.0) {
+            if let (Some(lora), Some(g)) = (&projection.lora, g) {
+                dx = lora.backward_input(pass, g, dx)?;
+            }
         }
+        Ok((dx, inner))
     }
 
-    /// `dW += dyᵀ · x`, `db += Σ dy` if trainable; returns the gradient inside the adapter, if there is
-    /// one. This is the whole backward pass if no parameter below is trainable.
+    /// What [`backward_weights`](Self::backward_weights) needs where no gradient by x is wanted.
+    pub(crate) fn inner_gradients(
+        &self,
+        pass: &Pass<'_, B>,
+        dy: &B::Tensor,
+        which: Range<usize>,
+    ) -> Result<InnerGradients<B>> {
+        let columns = self.columns(dy, &which);
+        let inner = self.projections[which].iter().zip(columns).map(|(projection, dy)| {
+            projection.lora.as_ref().map(|lora| lora.inner_gradient(pass, dy)).transpose()
+        });
+        Ok(InnerGradients(inner.collect::<Result<_>>()?))
+    }
+
+    /// `dW += dyᵀ · x`, `db += Σ dy` if trainable, and the same for adapters.
     pub(crate) fn backward_weights(
         &mut self,
         pass: &Pass<'_, B>,
         dy: &B::Tensor,
         x: &B::Tensor,
-        saved: SavedLinear<B>,
-    ) -> Result<Option<B::Tensor>> {
+        which: Range<usize>,
+        (saved, inner): (SavedLinear<B>, InnerGradients<B>),
+    ) -> Result<()> {
         let backend = pass.backend;
-        if let (_, Some((dw, accumulate))) = self.weight.value_and_any_grad(backend)? {
-            backend.linear_weight_grad(dy, x, dw, accumulate)?;
+        if let Some((dw, accumulate)) = self.weight.grad_of_parts(backend, which.clone())? {
+            backend.linear_weight_grad(dy.view(), x.view(), dw, accumulate)?;
         }
         if let Some(bias) = &mut self.bias
-            && let (_, Some(db)) = bias.value_and_grad(backend)?
+            && let Some((db, accumulate)) = bias.grad_of_parts(backend, which.clone())?
         {
-            backend.linear_bias_grad(dy, db)?;
+            backend.linear_bias_grad(dy.view(), db, accumulate)?;
         }
-        match (&mut self.lora, saved.0) {
-            (Some(lora), Some(saved)) => lora.backward_weights(pass, dy, x, saved).map(Some),
-            _ => Ok(None),
+        let columns = self.columns(dy, &which);
+        let states = saved.0.into_iter().zip(inner.0).zip(columns);
+        for (projection, ((saved, g), dy)) in self.projections[which].iter_mut().zip(states) {
+            if let (Some(lora), Some(saved), Some(g)) = (&mut projection.lora, saved, g) {
+                lora.backward_weights(pass, dy, x, saved, &g)?;
+            }
         }
+        Ok(())
+    }
+
+    /// The columns of each projection in a gradient of some.
+    fn columns<'t>(&self, dy: &'t B::Tensor, which: &Range<usize>) -> Vec<View<'t, B::Tensor>> {
+        let first = self.features(which).start;
+        let columns = |p: &Projection<B>| p.features.start - first..p.features.end - first;
+        self.projections[which.clone()].iter().map(|p| dy.view().with_cols(columns(p))).collect()
     }
 
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
         std::iter::once(&self.weight)
             .chain(&self.bias)
-            .chain(self.lora.iter().flat_map(Lora::parameters))
+            .chain(self.projections.iter().flat_map(|p| &p.lora).flat_map(Lora::parameters))
     }
 
     pub(crate) fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
+        let adapters = self.projections.iter_mut().flat_map(|p| &mut p.lora);
         std::iter::once(&mut self.weight)
             .chain(&mut self.bias)
-            .chain(self.lora.iter_mut().flat_map(Lora::parameters_mut))
+            .chain(adapters.flat_map(Lora::parameters_mut))
     }
 }

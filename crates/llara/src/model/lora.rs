@@ -3,7 +3,7 @@
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, Shape, View, ViewMut};
 
 /// Which projections get an adapter, and its settings. The defaults are the reference's.
 #[derive(Debug, Clone, PartialEq)]
@@ -64,36 +64,42 @@ impl<B: Backend> Lora<B> {
         &self,
         pass: &Pass<'_, B>,
         x: &B::Tensor,
-        y: B::Tensor,
-    ) -> Result<(B::Tensor, SavedLora<B>)> {
+        y: ViewMut<'_, B::Tensor>,
+    ) -> Result<SavedLora<B>> {
         let dropped = self.dropped(pass, x)?;
-        let input = dropped.as_ref().unwrap_or(x);
-        let mut hidden = pass.backend.linear(input, self.a.value(), None, None)?;
-        pass.backend.scale(&mut hidden, self.scale)?;
-        let y = pass.backend.linear_onto(&hidden, self.b.value(), y)?;
-        Ok((y, SavedLora(hidden)))
+        let input = dropped.as_ref().unwrap_or(x).view();
+        let weights = (self.a.weight(), self.b.weight());
+        Ok(SavedLora(pass.backend.lora(input, weights, self.scale, y)?))
     }
 
-    /// With `g = scale · dy · B`: `dB += dyᵀ · hidden`, `dA += gᵀ · drop(x)`; returns g `[T, r]`.
+    /// The gradient by `drop(x) · Aᵀ`: `g = scale · dy · B`. `[T, r]`
+    pub(crate) fn inner_gradient(
+        &self,
+        pass: &Pass<'_, B>,
+        dy: View<'_, B::Tensor>,
+    ) -> Result<B::Tensor> {
+        pass.backend.linear_input_grad(dy, self.b.weight().view(), self.scale, None)
+    }
+
+    /// `dB += dyᵀ · hidden`, `dA += gᵀ · drop(x)`.
     pub(crate) fn backward_weights(
         &mut self,
         pass: &Pass<'_, B>,
-        dy: &B::Tensor,
+        dy: View<'_, B::Tensor>,
         x: &B::Tensor,
         saved: SavedLora<B>,
-    ) -> Result<B::Tensor> {
+        g: &B::Tensor,
+    ) -> Result<()> {
         let backend = pass.backend;
+        if let Some((db, accumulate)) = self.b.grad_of_parts(backend, 0..1)? {
+            backend.linear_weight_grad(dy, saved.0.view(), db, accumulate)?;
+        }
         let dropped = self.dropped(pass, x)?;
-        let (b, db) = self.b.value_and_any_grad(backend)?;
-        if let Some((db, accumulate)) = db {
-            backend.linear_weight_grad(dy, &saved.0, db, accumulate)?;
+        if let Some((da, accumulate)) = self.a.grad_of_parts(backend, 0..1)? {
+            let input = dropped.as_ref().unwrap_or(x).view();
+            backend.linear_weight_grad(g.view(), input, da, accumulate)?;
         }
-        let mut g = backend.linear_input_grad(dy, b, None)?;
-        backend.scale(&mut g, self.scale)?;
-        if let (_, Some((da, accumulate))) = self.a.value_and_any_grad(backend)? {
-            backend.linear_weight_grad(&g, dropped.as_ref().unwrap_or(x), da, accumulate)?;
-        }
-        Ok(g)
+        Ok(())
     }
 
     /// Adds `drop(g · A)` to dx.
@@ -103,14 +109,14 @@ impl<B: Backend> Lora<B> {
         g: &B::Tensor,
         dx: B::Tensor,
     ) -> Result<B::Tensor> {
-        let (backend, a) = (pass.backend, self.a.value());
+        let (backend, a, g) = (pass.backend, self.a.weight().view(), g.view());
         match pass.dropout.filter(|_| self.dropout > 0.0) {
             Some(dropout) => {
-                let dinput = backend.linear_input_grad(g, a, None)?;
+                let dinput = backend.linear_input_grad(g, a, 1.0, None)?;
                 let key = dropout.key(self.module, self.dropout);
                 backend.dropout(&dinput, pass.rows.tokens(), &key, Some(dx))
             }
-            None => backend.linear_input_grad(g, a, Some(dx)),
+            None => backend.linear_input_grad(g, a, 1.0, Some(dx)),
         }
     }
 

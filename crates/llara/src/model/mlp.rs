@@ -7,17 +7,16 @@ use crate::Result;
 use crate::backend::Backend;
 
 pub(crate) struct Mlp<B: Backend> {
-    pub(crate) gate: Linear<B>,
-    pub(crate) up: Linear<B>,
+    /// gate and up, in one product.
+    pub(crate) gate_up: Linear<B>,
     pub(crate) down: Linear<B>,
 }
 
-/// All `[T, intermediate]`.
 pub(crate) struct SavedMlp<B: Backend> {
-    gate: B::Tensor,
-    up: B::Tensor,
-    /// Of gate, up and down.
-    linears: [SavedLinear<B>; 3],
+    /// gate and up side by side. `[T, 2 · intermediate]`
+    gate_up: B::Tensor,
+    saved_gate_up: SavedLinear<B>,
+    saved_down: SavedLinear<B>,
 }
 
 impl<B: Backend> Mlp<B> {
@@ -28,11 +27,10 @@ impl<B: Backend> Mlp<B> {
         x: &B::Tensor,
         residual: &B::Tensor,
     ) -> Result<(B::Tensor, SavedMlp<B>)> {
-        let (gate, saved_gate) = self.gate.forward(pass, x, None)?;
-        let (up, saved_up) = self.up.forward(pass, x, None)?;
-        let hidden = pass.backend.swiglu(&gate, &up)?;
-        let (y, saved_down) = self.down.forward(pass, &hidden, Some(residual))?;
-        Ok((y, SavedMlp { gate, up, linears: [saved_gate, saved_up, saved_down] }))
+        let (gate_up, saved_gate_up) = self.gate_up.forward(pass, x, self.gate_up.all(), None)?;
+        let hidden = pass.backend.swiglu(&gate_up)?;
+        let (y, saved_down) = self.down.forward(pass, &hidden, self.down.all(), Some(residual))?;
+        Ok((y, SavedMlp { gate_up, saved_gate_up, saved_down }))
     }
 
     /// Gradient by x alone; the residual's is dy itself.
@@ -43,20 +41,23 @@ impl<B: Backend> Mlp<B> {
         x: &B::Tensor,
         saved: SavedMlp<B>,
     ) -> Result<B::Tensor> {
-        let SavedMlp { gate, up, linears: [saved_gate, saved_up, saved_down] } = saved;
-        // `silu(gate) ∘ up` again: cheaper than to keep the widest matrix of the layer a third time.
-        let hidden = pass.backend.swiglu(&gate, &up)?;
-        let dhidden = self.down.backward(pass, dy, &hidden, saved_down, None)?;
-        let (dgate, dup) = pass.backend.swiglu_backward(&dhidden, &gate, &up)?;
-        let dx = self.gate.backward(pass, &dgate, x, saved_gate, None)?;
-        self.up.backward(pass, &dup, x, saved_up, Some(dx))
+        let SavedMlp { gate_up, saved_gate_up, saved_down } = saved;
+        let (dhidden, inner) = self.down.backward_input(pass, dy, self.down.all(), None)?;
+        // `silu(gate) ∘ up` again: cheaper than to keep one more matrix of this width.
+        let (dgate_up, hidden) = pass.backend.swiglu_backward(dhidden, gate_up)?;
+        self.down.backward_weights(pass, dy, &hidden, self.down.all(), (saved_down, inner))?;
+        drop(hidden);
+        let all = self.gate_up.all();
+        let (dx, inner) = self.gate_up.backward_input(pass, &dgate_up, all.clone(), None)?;
+        self.gate_up.backward_weights(pass, &dgate_up, x, all, (saved_gate_up, inner))?;
+        Ok(dx)
     }
 
     pub(crate) fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
-        [&self.gate, &self.up, &self.down].into_iter().flat_map(Linear::parameters)
+        [&self.gate_up, &self.down].into_iter().flat_map(Linear::parameters)
     }
 
     pub(crate) fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
-        [&mut self.gate, &mut self.up, &mut self.down].into_iter().flat_map(Linear::parameters_mut)
+        [&mut self.gate_up, &mut self.down].into_iter().flat_map(Linear::parameters_mut)
     }
 }

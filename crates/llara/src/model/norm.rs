@@ -2,7 +2,7 @@
 
 use super::parameter::Parameter;
 use crate::Result;
-use crate::backend::{Backend, Dtype};
+use crate::backend::{Backend, Dtype, View, ViewMut};
 
 /// Weight `[g]`; normalises rows in groups of g columns (whole rows, or heads).
 pub(crate) struct RmsNorm<B: Backend> {
@@ -16,14 +16,14 @@ pub(crate) struct SavedNorm<B: Backend> {
 }
 
 impl<B: Backend> RmsNorm<B> {
-    /// `y = x / rms(x) · w`, in the dtype `to`.
+    /// `y = x / rms(x) · w`, in `dtype`.
     pub(crate) fn forward(
         &self,
         backend: &B,
-        x: &B::Tensor,
-        to: Dtype,
+        x: View<'_, B::Tensor>,
+        dtype: Dtype,
     ) -> Result<(B::Tensor, SavedNorm<B>)> {
-        let (y, inv_rms) = backend.rms_norm(x, self.weight.value(), self.eps, to)?;
+        let (y, inv_rms) = backend.rms_norm(x, self.weight.values(), self.eps, dtype)?;
         Ok((y, SavedNorm { inv_rms }))
     }
 
@@ -36,7 +36,19 @@ impl<B: Backend> RmsNorm<B> {
         saved: &SavedNorm<B>,
         onto: Option<B::Tensor>,
     ) -> Result<B::Tensor> {
-        let (weight, dw) = self.weight.value_and_grad(backend)?;
+        let (weight, dw) = self.weight.values_and_grad(backend)?;
         backend.rms_norm_backward(dy, x, weight, &saved.inv_rms, dw, onto)
+    }
+
+    /// The same with dx written over dy.
+    pub(crate) fn backward_in_place(
+        &mut self,
+        backend: &B,
+        dy: ViewMut<'_, B::Tensor>,
+        x: View<'_, B::Tensor>,
+        saved: &SavedNorm<B>,
+    ) -> Result<()> {
+        let (weight, dw) = self.weight.values_and_grad(backend)?;
+        backend.rms_norm_backward_in_place(dy, x, weight, &saved.inv_rms, dw)
     }
 }

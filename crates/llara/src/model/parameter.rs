@@ -1,37 +1,222 @@
-//! A trainable matrix: its name in the model's files, its value and its gradient.
+//! A parameter: its names in the model's files, its weight on the device and its gradient.
 
-use crate::backend::{Accumulate, Backend, Dtype, Shape};
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::backend::{Accumulate, Backend, Dtype, PreparedWeight, Shape, View, ViewMut, WeightUse};
 use crate::{Error, ErrorKind, Result};
 
-/// A weight of the model and its gradient, which backward passes accumulate.
-pub struct Parameter<B: Backend> {
+/// Values of a tensor of a model's files, in host memory, row by row.
+pub enum ParameterValues {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// bfloat16.
+    Bf16(Vec<bf16>),
+    /// Zeros, which take no host memory.
+    Zeros(Dtype),
+}
+
+impl ParameterValues {
+    /// Numbers, rounded to `dtype`.
+    pub fn rounded(values: Vec<f32>, dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => ParameterValues::F32(values),
+            Dtype::Bf16 => {
+                ParameterValues::Bf16(values.par_iter().map(|&x| bf16::from_f32(x)).collect())
+            }
+        }
+    }
+
+    fn dtype(&self) -> Dtype {
+        match self {
+            ParameterValues::F32(_) => Dtype::F32,
+            ParameterValues::Bf16(_) => Dtype::Bf16,
+            ParameterValues::Zeros(dtype) => *dtype,
+        }
+    }
+}
+
+/// How the tensors of a parameter lie in its matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Matrices `[out, in]`, one below the other; products multiply by them.
+    Stacked,
+    /// A table `[rows, d]`, of which rows are read.
+    Table,
+    /// Vectors `[n]`, end to end in one row.
+    Vector,
+}
+
+/// One tensor of a model's files within a [`Parameter`].
+#[derive(Debug, Clone)]
+struct Part {
+    /// Name within the bare decoder, such as `layers.0.mlp.up_proj.weight`.
     name: String,
     /// As in the file: `[out, in]` of a matrix, `[n]` of a vector.
     shape: Vec<usize>,
-    /// `[out, in]`, or `[1, n]` for a vector.
-    value: B::Tensor,
+    /// Its rows in the matrix; its columns where the parts are vectors.
+    range: Range<usize>,
+    /// Whether a backward pass has reached it since the gradients were last cleared.
+    reached: bool,
+}
+
+/// One or several tensors of a model's files that are multiplied together, as one matrix on the device:
+/// `q_proj`, `k_proj` and `v_proj` are one parameter of three parts.
+pub struct Parameter<B: Backend> {
+    kind: Kind,
+    parts: Vec<Part>,
+    weight: B::Weight,
+    /// What the weight is prepared for.
+    purpose: WeightUse,
     /// A frozen parameter has no gradient and no optimizer state.
     trainable: bool,
     /// Allocated once, before the first step where there is an optimizer.
     grad: Option<B::Tensor>,
-    /// Whether a backward pass has reached this parameter since the gradients were last cleared.
-    reached: bool,
 }
 
-/// A value and, if it is trainable, its gradient and whether to add to it or overwrite it.
-pub(crate) type ValueAndGrad<'p, B> =
-    (&'p <B as Backend>::Tensor, Option<(&'p mut <B as Backend>::Tensor, Accumulate)>);
+/// One tensor of a model's files, where it is in memory.
+pub struct NamedTensor<'p, B: Backend> {
+    parameter: &'p Parameter<B>,
+    part: &'p Part,
+}
+
+impl<B: Backend> NamedTensor<'_, B> {
+    /// Name within the bare decoder, such as `layers.0.mlp.up_proj.weight`.
+    pub fn name(&self) -> &str {
+        &self.part.name
+    }
+
+    /// Shape as stored in files: `[out, in]` or `[n]`.
+    pub fn shape(&self) -> &[usize] {
+        &self.part.shape
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.part.shape.iter().product()
+    }
+
+    /// The values, `[out, in]` or `[1, n]`.
+    pub fn values(&self) -> View<'_, B::Tensor> {
+        self.parameter.range_of(self.parameter.values().view(), self.part.range.clone())
+    }
+
+    /// Whether it is trained.
+    pub fn is_trainable(&self) -> bool {
+        self.parameter.trainable
+    }
+
+    /// The gradient summed since it was last cleared, shaped as the values.
+    ///
+    /// # Errors
+    /// As for [`Parameter::grad`].
+    pub fn grad(&self) -> Result<View<'_, B::Tensor>> {
+        let grad = self.parameter.grad()?;
+        Ok(self.parameter.range_of(grad.view(), self.part.range.clone()))
+    }
+}
 
 impl<B: Backend> Parameter<B> {
-    pub(crate) fn new(name: String, shape: &[usize], value: B::Tensor) -> Self {
-        Parameter {
-            name,
-            shape: shape.to_vec(),
-            value,
-            trainable: true,
-            grad: None,
-            reached: false,
+    /// Matrices of the same number of columns, one below the other: names and shapes `[out, in]`, and
+    /// what gives the values of each.
+    pub(crate) fn stacked(
+        backend: &B,
+        parts: Vec<(String, [usize; 2])>,
+        values: &mut Values<'_>,
+    ) -> Result<Self> {
+        let parts = parts.into_iter().map(|(name, shape)| (name, shape.to_vec())).collect();
+        Self::new(backend, Kind::Stacked, parts, values)
+    }
+
+    /// A table of embeddings. `[rows, d]`
+    pub(crate) fn table(
+        backend: &B,
+        name: String,
+        shape: [usize; 2],
+        values: &mut Values<'_>,
+    ) -> Result<Self> {
+        Self::new(backend, Kind::Table, vec![(name, shape.to_vec())], values)
+    }
+
+    /// Vectors, end to end: names and lengths.
+    pub(crate) fn vector(
+        backend: &B,
+        parts: Vec<(String, usize)>,
+        values: &mut Values<'_>,
+    ) -> Result<Self> {
+        let parts = parts.into_iter().map(|(name, length)| (name, vec![length])).collect();
+        Self::new(backend, Kind::Vector, parts, values)
+    }
+
+    fn new(
+        backend: &B,
+        kind: Kind,
+        named: Vec<(String, Vec<usize>)>,
+        values: &mut Values<'_>,
+    ) -> Result<Self> {
+        let mut parts: Vec<Part> = Vec::with_capacity(named.len());
+        for (name, shape) in named {
+            let start = parts.last().map_or(0, |part| part.range.end);
+            parts.push(Part { name, range: start..start + shape[0], shape, reached: false });
         }
+        let total = parts.last().map_or(0, |part| part.range.end);
+        let (rows, cols) = match kind {
+            Kind::Vector => (1, total),
+            Kind::Stacked | Kind::Table => (total, parts[0].shape[1]),
+        };
+        let mut matrix: Option<B::Tensor> = None;
+        for part in &parts {
+            let values = values(&part.name, &part.shape)?;
+            let whole = parts.len() == 1;
+            let matrix = match (&mut matrix, &values) {
+                (Some(matrix), _) => matrix,
+                (none, ParameterValues::F32(values)) if whole => {
+                    *none = Some(backend.upload(values, rows, cols)?);
+                    continue;
+                }
+                (none, values) => none.insert(backend.zeros(rows, cols, values.dtype())?),
+            };
+            let to = match kind {
+                Kind::Vector => matrix.view_mut().with_cols(part.range.clone()),
+                Kind::Stacked | Kind::Table => matrix.view_mut().with_rows(part.range.clone()),
+            };
+            match &values {
+                ParameterValues::F32(values) => backend.upload_into(values, to)?,
+                ParameterValues::Bf16(values) => backend.upload_into(&values[..], to)?,
+                ParameterValues::Zeros(_) => {}
+            }
+        }
+        let Some(matrix) = matrix else { unreachable!("a parameter has a part") };
+        let purpose = match kind {
+            Kind::Stacked => WeightUse::Frozen(matrix.dtype()),
+            Kind::Table | Kind::Vector => WeightUse::Elementwise,
+        };
+        let weight = backend.prepare(matrix, purpose)?;
+        Ok(Parameter { kind, parts, weight, purpose, trainable: true, grad: None })
+    }
+
+    /// Some of the matrix's rows, or columns where the parts are vectors.
+    fn range_of<'t>(
+        &self,
+        matrix: View<'t, B::Tensor>,
+        range: Range<usize>,
+    ) -> View<'t, B::Tensor> {
+        match self.kind {
+            Kind::Vector => matrix.with_cols(range),
+            Kind::Stacked | Kind::Table => matrix.with_rows(range),
+        }
+    }
+
+    /// Name of the first of its tensors.
+    pub fn name(&self) -> &str {
+        &self.parts[0].name
+    }
+
+    /// The tensors of the model's files that it consists of.
+    pub fn tensors(&self) -> impl Iterator<Item = NamedTensor<'_, B>> {
+        self.parts.iter().map(|part| NamedTensor { parameter: self, part })
     }
 
     /// Whether it is trained.
@@ -39,122 +224,195 @@ impl<B: Backend> Parameter<B> {
         self.trainable
     }
 
-    /// Makes it not trainable.
-    pub(crate) fn freeze(&mut self) {
-        self.trainable = false;
-        self.grad = None;
+    /// Whether it is a matrix and not a vector.
+    pub(crate) fn is_matrix(&self) -> bool {
+        self.kind != Kind::Vector
     }
 
-    /// Name within the bare decoder, such as `layers.0.mlp.up_proj.weight`.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// The values, `[out, in]` or `[1, n]`.
+    pub fn values(&self) -> &B::Tensor {
+        self.weight.values()
     }
 
-    /// Shape as stored in files: `[out, in]` or `[n]`.
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
+    /// What products multiply by. `[out, in]`
+    pub(crate) fn weight(&self) -> &B::Weight {
+        &self.weight
     }
 
-    /// The weights, `[out, in]` or `[1, n]`.
-    pub fn value(&self) -> &B::Tensor {
-        &self.value
-    }
-
-    /// The gradient summed since it was last cleared, shaped as the value.
+    /// The gradient summed since it was last cleared, shaped as the values.
     ///
     /// # Errors
     /// When no backward pass has reached this parameter: a part of the model that is not trained by
     /// mistake must not go unnoticed.
     pub fn grad(&self) -> Result<&B::Tensor> {
-        match &self.grad {
-            Some(grad) if self.reached => Ok(grad),
-            _ => Err(Error::new(
+        match (&self.grad, self.parts.iter().find(|part| !part.reached)) {
+            (Some(grad), None) => Ok(grad),
+            (_, unreached) => Err(Error::new(
                 ErrorKind::Numeric,
-                format!("parameter `{}` received no gradient", self.name),
+                format!(
+                    "parameter `{}` received no gradient",
+                    unreached.unwrap_or(&self.parts[0]).name
+                ),
             )
             .expected("a gradient for every trainable parameter")
             .hint("run a forward and backward pass in training mode first")),
         }
     }
 
-    /// The value to read and, if trainable, the gradient to add to, for a backward pass.
-    pub(crate) fn value_and_grad(
+    /// The gradient of some parts for a backward pass, and whether to add to it; `None` if the
+    /// parameter is frozen.
+    pub(crate) fn grad_of_parts(
         &mut self,
         backend: &B,
-    ) -> Result<(&B::Tensor, Option<&mut B::Tensor>)> {
-        let (value, grad) = self.value_and_any_grad(backend)?;
-        match grad {
-            Some((grad, Accumulate::Overwrite)) => {
-                backend.clear(grad)?;
-                Ok((value, Some(grad)))
-            }
-            grad => Ok((value, grad.map(|(grad, _)| grad))),
+        parts: Range<usize>,
+    ) -> Result<Option<(ViewMut<'_, B::Tensor>, Accumulate)>> {
+        if !self.trainable {
+            return Ok(None);
+        }
+        self.reserve_grad(backend)?;
+        let reached = self.parts[parts.start].reached;
+        let range = self.parts[parts.start].range.start..self.parts[parts.end - 1].range.end;
+        for part in &mut self.parts[parts] {
+            assert_eq!(part.reached, reached, "{}: reached apart", part.name);
+            part.reached = true;
+        }
+        let accumulate = if reached { Accumulate::Add } else { Accumulate::Overwrite };
+        let Some(grad) = &mut self.grad else { unreachable!("it was reserved") };
+        let grad = match self.kind {
+            Kind::Vector => grad.view_mut().with_cols(range),
+            Kind::Stacked | Kind::Table => grad.view_mut().with_rows(range),
+        };
+        Ok(Some((grad, accumulate)))
+    }
+
+    /// The same as [`grad`](Self::grad), for a sum over processes.
+    ///
+    /// # Errors
+    /// As for [`grad`](Self::grad).
+    pub(crate) fn grad_mut(&mut self) -> Result<&mut B::Tensor> {
+        self.grad()?;
+        match &mut self.grad {
+            Some(grad) => Ok(grad),
+            None => unreachable!("grad() has just found it"),
         }
     }
 
-    /// The same for a backward pass that can overwrite the gradient.
-    pub(crate) fn value_and_any_grad(&mut self, backend: &B) -> Result<ValueAndGrad<'_, B>> {
-        if !self.trainable {
-            return Ok((&self.value, None));
-        }
-        let accumulate = if self.reached { Accumulate::Add } else { Accumulate::Overwrite };
+    /// Makes the gradient zero, for a process that has no sequence in a step.
+    pub(crate) fn set_zero_grad(&mut self, backend: &B) -> Result<()> {
         self.reserve_grad(backend)?;
-        self.reached = true;
-        Ok((&self.value, self.grad.as_mut().map(|grad| (grad, accumulate))))
+        if let Some(grad) = &mut self.grad {
+            backend.clear(grad)?;
+            self.parts.iter_mut().for_each(|part| part.reached = true);
+        }
+        Ok(())
+    }
+
+    /// The values to read and, if trainable, the whole gradient to add to: it is zero if no backward
+    /// pass has reached it before.
+    pub(crate) fn values_and_grad(
+        &mut self,
+        backend: &B,
+    ) -> Result<(&B::Tensor, Option<&mut B::Tensor>)> {
+        let all = 0..self.parts.len();
+        if let Some((grad, Accumulate::Overwrite)) = self.grad_of_parts(backend, all)? {
+            backend.clear(grad.tensor)?;
+        }
+        Ok((self.weight.values(), self.grad.as_mut()))
     }
 
     /// Allocates the gradient, so that it does not come to lie among activations.
     pub(crate) fn reserve_grad(&mut self, backend: &B) -> Result<()> {
         if self.trainable && self.grad.is_none() {
-            self.grad = Some(backend.zeros(self.value.rows(), self.value.cols())?);
+            let (rows, cols) = self.values().shape();
+            self.grad = Some(backend.zeros(rows, cols, Dtype::F32)?);
         }
         Ok(())
     }
 
-    /// Frees the gradient's memory.
-    pub(crate) fn drop_grad(&mut self) {
-        self.grad = None;
-        self.reached = false;
-    }
-
-    /// Stores the value as bf16.
-    pub(crate) fn round(&mut self, backend: &B) -> Result<()> {
-        if self.value.dtype() == Dtype::Bf16 {
-            return Ok(());
-        }
-        self.value = backend.cast(&self.value, Dtype::Bf16)?;
-        Ok(())
-    }
-
-    /// The value to change and the gradient to read, for an optimizer.
-    pub(crate) fn value_mut_and_grad(&mut self) -> Result<(&mut B::Tensor, &B::Tensor)> {
+    /// The weight to change and the gradient to read, for an optimizer.
+    ///
+    /// # Errors
+    /// As for [`grad`](Self::grad).
+    pub(crate) fn weight_mut_and_grad(&mut self) -> Result<(&mut B::Weight, &B::Tensor)> {
         self.grad()?;
         match &self.grad {
-            Some(grad) => Ok((&mut self.value, grad)),
+            Some(grad) => Ok((&mut self.weight, grad)),
             None => unreachable!("grad() has just found it"),
         }
     }
 
     /// Marks the gradient as zero for the next backward pass.
     pub(crate) fn clear_grad(&mut self) {
-        self.reached = false;
+        self.parts.iter_mut().for_each(|part| part.reached = false);
     }
 
-    /// Takes the value out, to be changed as a whole and set again.
-    pub(crate) fn take_value(&mut self, backend: &B) -> Result<B::Tensor> {
-        Ok(std::mem::replace(&mut self.value, backend.zeros(0, 0)?))
-    }
-
-    /// Puts in a value of the same shape.
-    pub(crate) fn set_value(&mut self, value: B::Tensor) {
-        self.value = value;
-    }
-
-    /// Replaces value and shape, for a vocabulary that grows.
-    pub(crate) fn replace(&mut self, shape: &[usize], value: B::Tensor) {
-        self.shape = shape.to_vec();
-        self.value = value;
+    /// Frees the gradient's memory.
+    pub(crate) fn drop_grad(&mut self) {
         self.grad = None;
-        self.reached = false;
+        self.clear_grad();
+    }
+
+    /// Makes it not trainable.
+    pub(crate) fn freeze(&mut self) {
+        self.trainable = false;
+        self.drop_grad();
+    }
+
+    /// Prepares the weight for products with activations of this dtype.
+    pub(crate) fn prepare(&mut self, backend: &B, activations: Dtype) -> Result<()> {
+        let purpose = match (self.kind, self.trainable) {
+            (Kind::Table | Kind::Vector, _) => WeightUse::Elementwise,
+            (Kind::Stacked, true) => WeightUse::Trainable(activations),
+            (Kind::Stacked, false) => WeightUse::Frozen(activations),
+        };
+        if purpose == self.purpose {
+            return Ok(());
+        }
+        self.purpose = purpose;
+        self.replace_values(backend, Ok)
+    }
+
+    /// Stores the values as bf16.
+    pub(crate) fn round(&mut self, backend: &B) -> Result<()> {
+        if self.values().dtype() == Dtype::Bf16 {
+            return Ok(());
+        }
+        self.replace_values(backend, |values| backend.cast(&values, Dtype::Bf16))
+    }
+
+    /// Puts other values of the same shape in place of those there are. When `change` fails, the
+    /// parameter is left without values.
+    pub(crate) fn replace_values(
+        &mut self,
+        backend: &B,
+        change: impl FnOnce(B::Tensor) -> Result<B::Tensor>,
+    ) -> Result<()> {
+        let values = self.take_values(backend)?;
+        self.put_values(backend, change(values)?)
+    }
+
+    /// Takes the values out, to be changed and [put back](Self::put_values).
+    pub(crate) fn take_values(&mut self, backend: &B) -> Result<B::Tensor> {
+        let nothing = backend.prepare(backend.zeros(0, 0, Dtype::F32)?, WeightUse::Elementwise)?;
+        Ok(std::mem::replace(&mut self.weight, nothing).into_values())
+    }
+
+    /// Puts in values of the same shape, and prepares the weight from them.
+    pub(crate) fn put_values(&mut self, backend: &B, values: B::Tensor) -> Result<()> {
+        self.weight = backend.prepare(values, self.purpose)?;
+        Ok(())
+    }
+
+    /// Replaces the values of a table by one of `rows` rows.
+    pub(crate) fn grow(&mut self, backend: &B, rows: usize, values: &[f32]) -> Result<()> {
+        let table = backend.upload(values, rows, self.values().cols())?;
+        self.weight = backend.prepare(table, self.purpose)?;
+        self.parts[0].shape[0] = rows;
+        self.parts[0].range = 0..rows;
+        self.drop_grad();
+        Ok(())
     }
 }
+
+/// Where the values of a decoder's tensors come from, by name and shape in files.
+pub type Values<'v> = dyn FnMut(&str, &[usize]) -> Result<ParameterValues> + 'v;

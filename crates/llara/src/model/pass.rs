@@ -3,7 +3,7 @@
 use std::ops::Deref;
 
 use crate::Result;
-use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, Shape, TokenIds};
+use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, ScatterPlan, Shape, TokenIds};
 
 /// The device, the rows of the batch, their rotary angles, the dtype of activations, and the dropout of
 /// adapters.
@@ -47,6 +47,16 @@ pub(crate) struct Rows<B: Backend> {
     pub(crate) layout: Layout<B>,
     /// The number of each row's sequence in the whole step; dropout is keyed by it. `[rows]`
     pub(crate) sequences: B::Index,
+}
+
+/// The rows at which a layer is computed, if not at all rows: the pooled ones.
+pub(crate) struct OutputRows<'a, B: Backend> {
+    /// The pass over these rows.
+    pub(crate) pass: &'a Pass<'a, B>,
+    /// Their indices among all rows. `[R]`
+    pub(crate) rows: &'a B::Index,
+    /// Adds a gradient by these rows to one by all rows.
+    pub(crate) scatter: &'a ScatterPlan<B>,
 }
 
 /// The random state of a step's dropout.

@@ -16,8 +16,12 @@ pub fn mean_pool<B: Backend>(
 /// Gradient of [`mean_pool`]: `[S, d]` → `[R, d]`.
 pub(crate) fn mean_pool_backward<B: Backend>(
     backend: &B,
-    dreps: &B::Tensor,
+    dembeddings: &B::Tensor,
     input: &Input<B>,
 ) -> Result<B::Tensor> {
-    backend.segment_mean_backward(dreps, &input.pooled.layout.offsets, input.pooled.layout.rows)
+    backend.segment_mean_backward(
+        dembeddings,
+        &input.pooled.layout.offsets,
+        input.pooled.layout.rows(),
+    )
 }

@@ -1,4 +1,4 @@
-//! A test collection in BEIR's form: a folder of `corpus.jsonl`, `queries.jsonl` and `qrels/*.tsv`.
+//! Test collections in BEIR's format: a folder with `corpus.jsonl`, `queries.jsonl` and `qrels/*.tsv`.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -8,22 +8,23 @@ use super::Qrels;
 use super::lines::{Line, Lines, join_title};
 use crate::{Error, ErrorKind, Result};
 
-/// Texts with their ids, side by side: `texts[i]` belongs to `ids[i]`. Ids are unique.
+/// Texts and their ids: `texts[i]` has the id `ids[i]`. Ids are unique.
 ///
-/// Ids are shared, so that a run over a large corpus need not copy them.
+/// Ids are reference-counted, so that a run over a large corpus does not copy them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TextTable {
     /// The ids, in the order of the file.
     pub ids: Arc<[String]>,
-    /// The texts as the encoder gets them.
+    /// The texts, as they are embedded.
     pub texts: Vec<String>,
 }
 
 impl TextTable {
-    /// Reads a corpus: a `corpus.jsonl` (`_id`, `title` if any, `text`), or a folder that has one.
+    /// Reads a corpus: a file of JSON lines (`_id`, optional `title`, `text`), or the `corpus.jsonl` of a
+    /// folder.
     ///
     /// # Errors
-    /// Those of [`BeirDataset::open`] that concern the corpus.
+    /// The errors of [`BeirDataset::open`] about the corpus.
     pub fn read_corpus(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let in_folder = path.join("corpus.jsonl");
@@ -43,54 +44,54 @@ impl TextTable {
     }
 }
 
-/// What to do with a judgment of a query or a document that the collection does not have.
+/// What to do with a judgment whose query or document is not in the collection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum UnknownIds {
-    /// Refuse the collection and list the ids.
+    /// Fail with an error that lists the ids.
     #[default]
     Error,
-    /// Leave the judgment out and count it. Metrics are then computed as if it had never been made.
+    /// Ignore the judgment and count it.
     Skip,
 }
 
 /// One split of a BEIR dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BeirDataset {
-    /// The passages: title, one blank and text, or the text alone; trimmed. A passage may be blank,
-    /// as published collections have such.
+    /// The passages: title, one space and text, or only the text; trimmed. A passage may be empty, as in
+    /// some published collections.
     pub corpus: TextTable,
-    /// The queries that are judged in the split.
+    /// The queries with judgments in the split.
     pub queries: TextTable,
     /// The judgments of the split.
     pub qrels: Qrels,
 }
 
 impl BeirDataset {
-    /// Reads a folder with `corpus.jsonl` (`_id`, `title` if any, `text`), `queries.jsonl` (`_id`,
-    /// `text`) and `qrels/<split>.tsv`. Ids may be strings or whole numbers.
+    /// Reads a folder with `corpus.jsonl` (`_id`, optional `title`, `text`), `queries.jsonl` (`_id`, `text`)
+    /// and `qrels/<split>.tsv`. Ids may be strings or integers.
     ///
     /// # Errors
-    /// A file that cannot be read ([`ErrorKind::Io`]); [`ErrorKind::Data`] with file and line for
-    /// bad JSON, a missing or mistyped field, an id that comes twice, a judged query without text
-    /// or a malformed judgment; with the file for one that is empty and for judgments of unknown
-    /// queries or documents; [`ErrorKind::Argument`] for a split that the folder does not have.
+    /// [`ErrorKind::Io`]: a file cannot be read; [`ErrorKind::Data`] with file and line: invalid JSON, a
+    /// field that is missing or has the wrong type, a duplicate id, a judged query without text, a malformed
+    /// judgment; [`ErrorKind::Data`] with the file: an empty file, judgments of unknown queries or documents;
+    /// [`ErrorKind::Argument`]: the folder has no such split.
     pub fn open(folder: impl AsRef<Path>, split: &str) -> Result<Self> {
         Self::open_with(folder, split, UnknownIds::Error).map(|(dataset, _)| dataset)
     }
 
-    /// [`open`](Self::open) with a choice of what to do with judgments of unknown queries or documents; also
-    /// returns how many judgments were left out.
+    /// Like [`open`](Self::open). `on_unknown` selects what to do with judgments of unknown queries or
+    /// documents. Also returns the number of ignored judgments.
     ///
     /// # Errors
-    /// Those of [`open`](Self::open); with [`UnknownIds::Skip`], unknown ids are an error only if no judgment
-    /// is left.
+    /// Those of [`open`](Self::open). With [`UnknownIds::Skip`], unknown ids are an error only if no judgment
+    /// remains.
     pub fn open_with(
         folder: impl AsRef<Path>,
         split: &str,
         on_unknown: UnknownIds,
     ) -> Result<(Self, usize)> {
         let folder = folder.as_ref();
-        // The small files first: an error in them should not need a large corpus to be found.
+        // The small files first: their errors are reported before a large corpus is read.
         let qrels_path = find_split(folder, split)?;
         let mut qrels = Qrels::read_tsv(&qrels_path)?;
 
@@ -127,7 +128,7 @@ impl BeirDataset {
         if qrels.is_empty() {
             return Err(Error::new(
                 ErrorKind::Data,
-                "no judgment is of a known query and document",
+                "no judgment has a known query and a known document",
             )
             .file(&qrels_path)
             .expected(format!("ids of {} and {}", queries_path.display(), corpus_path.display()))
@@ -137,7 +138,7 @@ impl BeirDataset {
     }
 }
 
-/// The queries that still have judgments.
+/// The queries that have judgments.
 fn judged_only(queries: TextTable, qrels: &Qrels) -> TextTable {
     if queries.ids.iter().all(|id| qrels.get(id).is_some()) {
         return queries;
@@ -167,13 +168,14 @@ fn find_split(folder: &Path, split: &str) -> Result<PathBuf> {
         }
     }
     splits.sort_unstable();
-    let exist = if splits.is_empty() { "no *.tsv at all".into() } else { splits.join(", ") };
+    let exist =
+        if splits.is_empty() { "none, there is no *.tsv".into() } else { splits.join(", ") };
     Err(Error::new(ErrorKind::Argument, format!("there is no split `{split}`"))
         .file(&qrels)
-        .expected(format!("one of those in the folder: {exist}")))
+        .expected(format!("one of the splits in the folder: {exist}")))
 }
 
-/// Reads a JSONL file of `_id`, `title` and `text`. `keep` makes the text of a line, or drops it.
+/// Reads a JSONL file of `_id`, `title` and `text`. `keep` returns the text of a line, or `None` to skip it.
 fn read_table(
     path: &Path,
     keep: impl Fn(Line<'_>, &str, Option<String>, String) -> Result<Option<String>>,
@@ -190,8 +192,8 @@ fn read_table(
         let text = line.required("text", record.text)?;
         if !seen.insert(id.clone()) {
             return Err(line
-                .error(format!("`_id` \"{id}\" comes twice"))
-                .hint("give every line an id of its own, or remove the repetition"));
+                .error(format!("duplicate `_id` \"{id}\""))
+                .hint("give every line a unique id, or remove the duplicate"));
         }
         if let Some(text) = keep(line, &id, title, text)? {
             ids.push(id);
@@ -199,12 +201,12 @@ fn read_table(
         }
     }
     if seen.is_empty() {
-        return Err(Error::new(ErrorKind::Data, "there is no record in the file").file(path));
+        return Err(Error::new(ErrorKind::Data, "the file contains no record").file(path));
     }
     Ok(TextTable { ids: ids.into(), texts })
 }
 
-/// Refuses judgments of `what` that the file at `path` does not have, with the first few of them.
+/// Fails if a judged id is not in the file at `path`. `what` is "queries" or "documents".
 fn require_known<'a>(
     qrels: &Path,
     what: &str,
@@ -223,13 +225,13 @@ fn require_known<'a>(
     if unknown.len() > SHOWN {
         list.push_str(", …");
     }
-    Err(Error::new(ErrorKind::Data, format!("judgments name unknown {what}"))
+    Err(Error::new(ErrorKind::Data, format!("there are judgments of unknown {what}"))
         .file(qrels)
         .expected(format!("ids of {}", path.display()))
         .got(format!("{} unknown: {list}", unknown.len()))
         .hint(
-            "check that the judgments belong to this collection and that no file is cut short; \
-             `llara evaluate --on-unknown-id skip` leaves such judgments out",
+            "check that the judgments belong to this collection and that no file is truncated; \
+             `llara evaluate --on-unknown-id skip` ignores such judgments",
         ))
 }
 
@@ -276,7 +278,7 @@ mod tests {
         for (corpus, expected) in [
             (
                 "{\"_id\": \"a\", \"text\": \"x\"}\n{\"_id\": \"b\" \"text\"}",
-                "corpus.jsonl:2: bad JSON",
+                "corpus.jsonl:2: invalid JSON",
             ),
             ("{\"text\": \"x\"}", "corpus.jsonl:1: `_id` is missing"),
             ("{\"_id\": \"a\"}", "corpus.jsonl:1: `text` is missing"),
@@ -284,9 +286,9 @@ mod tests {
             ("{\"_id\": \"a\", \"text\": \"x\", \"title\": []}", "corpus.jsonl:1: `title` has the"),
             (
                 "{\"_id\": \"7\", \"text\": \"\"}\n{\"_id\": 7, \"text\": \"\"}",
-                "corpus.jsonl:2: `_id` \"7\" comes twice",
+                "corpus.jsonl:2: duplicate `_id` \"7\"",
             ),
-            ("\n", "corpus.jsonl: there is no record"),
+            ("\n", "corpus.jsonl: the file contains no record"),
         ] {
             let error = error(corpus, QUERIES, QRELS);
             assert!(error.contains(expected), "{error}");
@@ -314,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_ids_are_left_out_on_request() {
+    fn unknown_ids_are_ignored_with_skip() {
         let open = |qrels: &str| {
             let dir = folder(CORPUS, QUERIES, qrels);
             BeirDataset::open_with(dir.path(), "test", UnknownIds::Skip)
@@ -324,12 +326,12 @@ mod tests {
         let (dataset, skipped) =
             open(&format!("{QRELS}9\t2\t1\nq2\tnone\t1\n9\tnone\t1\n")).unwrap();
         assert_eq!((&dataset, skipped), (&all, 3));
-        // A query whose judgments are all left out is not measured.
+        // A query whose judgments are all ignored is not evaluated.
         let (dataset, skipped) = open("1\tnone\t1\nq2\tb1\t2\n").unwrap();
         assert_eq!((&*dataset.queries.ids, skipped), (&["q2".to_owned()][..], 1));
         assert_eq!((dataset.queries.texts.len(), dataset.qrels.len()), (1, 1));
         let error = open("9\t2\t1\n").unwrap_err().to_string();
-        assert!(error.contains("no judgment is of a known query and document"), "{error}");
+        assert!(error.contains("no judgment has a known query and a known document"), "{error}");
     }
 
     proptest! {
@@ -343,7 +345,7 @@ mod tests {
         }
 
         #[test]
-        fn texts_come_back(texts in prop::collection::vec(any::<String>(), 1..8)) {
+        fn texts_are_read_back(texts in prop::collection::vec(any::<String>(), 1..8)) {
             let corpus: String = texts
                 .iter()
                 .enumerate()

@@ -1,4 +1,4 @@
-//! A bi-encoder as the encoder of a retrieval system: any number of texts, of any length.
+//! Embedding any number of texts with a bi-encoder.
 
 use ndarray::{Array2, ArrayView2};
 
@@ -10,41 +10,41 @@ use crate::storage::Fingerprint;
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
 
-/// Its vector stands in an [`Origin`] for all of what computes: device, number format, adapters.
+/// Its embedding is part of an [`Origin`]: it depends on the device, the number format and the adapter.
 const PROBE: &str = "A lighthouse keeper counts the ships that pass at night.";
 
-/// Embeds texts with a model: tokenized in parallel, sorted by length, encoded in batches of a token
-/// budget, and put back in their order.
+/// Embeds texts with a model: tokenizes them in parallel, sorts them by length, encodes them in batches with
+/// a limited number of tokens, and restores their order.
 ///
-/// A vector does not depend on the batch that its text was encoded in.
+/// An embedding does not depend on the batch in which its text was encoded.
 ///
 /// ```no_run
 /// # use llara::{BiEncoderModel, BiEncoderOptions, Role};
 /// use llara::retrieval::{Embedder, TextEmbedder};
 ///
 /// let model = BiEncoderModel::from_folder("models/mine", BiEncoderOptions::default())?;
-/// let vectors = TextEmbedder::new(&model).embed(Role::Query, &["When does tin melt?".into()])?;
+/// let embeddings = TextEmbedder::new(&model).embed(Role::Query, &["When does tin melt?".into()])?;
 /// # Ok::<(), llara::Error>(())
 /// ```
 pub struct TextEmbedder<'m, B: Backend> {
-    /// What encodes.
+    /// The model.
     pub model: &'m BiEncoderModel<B>,
-    /// Tokens that a query with its template is cut to.
+    /// Maximum length of a query in tokens, template included.
     pub query_max_len: usize,
-    /// Tokens that a passage with its template is cut to.
+    /// Maximum length of a passage in tokens, template included.
     pub passage_max_len: usize,
-    /// Put in front of every query.
+    /// Prepended to every query.
     pub query_instruction: String,
-    /// Put in front of every passage.
+    /// Prepended to every passage.
     pub passage_instruction: String,
-    /// Tokens encoded at a time; a longer text goes alone.
+    /// Maximum number of tokens in a batch. A longer text is a batch of its own.
     pub batch_tokens: usize,
-    /// Told after every batch how many texts were in it.
+    /// Called after every batch with the number of its texts.
     pub on_batch: Option<&'m dyn Fn(usize)>,
 }
 
 impl<'m, B: Backend> TextEmbedder<'m, B> {
-    /// Lengths and instructions of the model's recipe; 8,192 tokens at a time.
+    /// Uses the lengths and instructions of the model's recipe, and batches of 8,192 tokens.
     pub fn new(model: &'m BiEncoderModel<B>) -> Self {
         TextEmbedder {
             model,
@@ -57,11 +57,11 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
         }
     }
 
-    /// What the vectors of a file follow from: where it is the same, so are the bytes, on one kind of
-    /// machine. Reads all weights once.
+    /// The inputs that determine the embeddings of `texts`. Files with the same origin have the same bytes on
+    /// the same kind of machine. Reads all weights once.
     ///
     /// # Errors
-    /// When the device fails, or the length leaves no room for text.
+    /// The device fails, or the maximum length leaves no token for the text.
     pub fn origin(&self, role: Role, texts: &TextFile) -> Result<Origin> {
         let (instruction, max_len) = self.instruction_and_length(role);
         let prompts = self.model.prompts();
@@ -69,14 +69,14 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
         let mut tokenizer = Fingerprint::new();
         tokenizer.add(&prompts.tokenizer().contents()?);
         let mut weights = Fingerprint::new();
-        for parameter in self.model.decoder().parameters() {
-            weights.add(parameter.name().as_bytes());
-            weights.add_numbers(&self.model.backend().download(parameter.value())?);
+        for tensor in self.model.decoder().tensors() {
+            weights.add(tensor.name().as_bytes());
+            weights.add_numbers(&self.model.backend().download_view(tensor.values())?);
         }
         let mut probe = Fingerprint::new();
         for sequence in self.tokenize(role, &[PROBE.to_owned()])? {
-            let vectors = self.model.encode(&Batch::from_sequences([sequence])?)?;
-            vectors.iter().flatten().for_each(|&x| probe.add_numbers(&[x]));
+            let embeddings = self.model.encode(&Batch::from_sequences([sequence])?)?;
+            embeddings.iter().flatten().for_each(|&x| probe.add_numbers(&[x]));
         }
         Ok(Origin::new()
             .with("program", concat!("llara ", env!("CARGO_PKG_VERSION")))
@@ -89,9 +89,9 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
             .with("pooled_tokens", template.pooled_tokens)
             .with("normalized", self.model.options().normalized)
             .with("batch_tokens", self.batch_tokens)
-            .with_fingerprint("tokenizer", tokenizer)
-            .with_fingerprint("weights", weights)
-            .with_fingerprint("probe", probe)
+            .with_fingerprint("tokenizer", &tokenizer)
+            .with_fingerprint("weights", &weights)
+            .with_fingerprint("probe", &probe)
             .with_fingerprint("input", texts.fingerprint()))
     }
 
@@ -120,24 +120,24 @@ impl<B: Backend> Embedder for TextEmbedder<'_, B> {
 
     fn embed(&self, role: Role, texts: &[String]) -> Result<Array2<f32>> {
         let sequences = self.tokenize(role, texts)?;
-        let mut vectors = Array2::zeros((texts.len(), self.dimension()));
-        for places in batches_by_length(&sequences, self.batch_tokens) {
-            let batch = Batch::from_sequences(places.iter().map(|&place| &sequences[place]))?;
+        let mut embeddings = Array2::zeros((texts.len(), self.dimension()));
+        for indices in batches_by_length(&sequences, self.batch_tokens) {
+            let batch = Batch::from_sequences(indices.iter().map(|&index| &sequences[index]))?;
             let encoded = self.model.encode(&batch)?.ok_or_else(|| {
-                Error::new(ErrorKind::Backend, "the model gave no vectors for a batch")
+                Error::new(ErrorKind::Backend, "the model returned no embeddings for a batch")
             })?;
-            for (&place, vector) in places.iter().zip(encoded.rows()) {
-                vectors.row_mut(place).assign(&vector);
+            for (&index, embedding) in indices.iter().zip(encoded.rows()) {
+                embeddings.row_mut(index).assign(&embedding);
             }
             if let Some(on_batch) = self.on_batch {
-                on_batch(places.len());
+                on_batch(indices.len());
             }
         }
-        Ok(vectors)
+        Ok(embeddings)
     }
 }
 
-/// Inner products on the model's own device.
+/// Inner products on the model's device.
 impl<B: Backend> Similarity for TextEmbedder<'_, B> {
     fn block(&self, queries: ArrayView2<f32>, passages: ArrayView2<f32>) -> Result<Array2<f32>> {
         let backend = self.model.backend();
@@ -145,26 +145,26 @@ impl<B: Backend> Similarity for TextEmbedder<'_, B> {
             let x = x.as_standard_layout();
             backend.upload(x.as_slice().unwrap_or_default(), x.nrows(), x.ncols())
         };
-        let scores = backend.linear(&upload(queries)?, &upload(passages)?, None, None)?;
+        let scores = backend.scores(&upload(queries)?, &upload(passages)?, 1.0)?;
         let shape = (queries.nrows(), passages.nrows());
         Array2::from_shape_vec(shape, backend.download(&scores)?)
             .map_err(|e| Error::new(ErrorKind::Backend, "scores of the wrong shape").because(e))
     }
 }
 
-/// Places of the sequences, the longest first (so that the largest batch shows at once whether memory
-/// is enough), cut where the next one would go over the budget.
+/// Divides the indices of the sequences, sorted by decreasing length, into batches of at most `budget`
+/// tokens. The longest are first, so that a lack of memory is found at the start.
 fn batches_by_length(sequences: &[Vec<u32>], budget: usize) -> Vec<Vec<usize>> {
-    let mut places: Vec<usize> = (0..sequences.len()).collect();
-    places.sort_by_key(|&place| std::cmp::Reverse(sequences[place].len()));
+    let mut indices: Vec<usize> = (0..sequences.len()).collect();
+    indices.sort_by_key(|&index| std::cmp::Reverse(sequences[index].len()));
     let mut batches: Vec<Vec<usize>> = Vec::new();
     let mut tokens = 0;
-    for place in places {
-        let length = sequences[place].len();
+    for index in indices {
+        let length = sequences[index].len();
         match batches.last_mut() {
-            Some(batch) if tokens + length <= budget => batch.push(place),
+            Some(batch) if tokens + length <= budget => batch.push(index),
             _ => {
-                batches.push(vec![place]);
+                batches.push(vec![index]);
                 tokens = 0;
             }
         }
@@ -187,14 +187,14 @@ mod tests {
             let sequences: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![0; n]).collect();
             let batches = batches_by_length(&sequences, budget);
             for batch in &batches {
-                let tokens: usize = batch.iter().map(|&place| lengths[place]).sum();
+                let tokens: usize = batch.iter().map(|&index| lengths[index]).sum();
                 prop_assert!(tokens <= budget || batch.len() == 1);
             }
             let order = batches.concat();
             prop_assert!(order.is_sorted_by_key(|&p| (std::cmp::Reverse(lengths[p]), p)));
-            let mut places = order;
-            places.sort_unstable();
-            prop_assert!(places.into_iter().eq(0..lengths.len()));
+            let mut indices = order;
+            indices.sort_unstable();
+            prop_assert!(indices.into_iter().eq(0..lengths.len()));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Embedding files of texts and whole test collections with an encoder.
+//! Embedding files of texts, and evaluation on test collections.
 
 use std::collections::HashSet;
 use std::num::NonZeroUsize;
@@ -6,71 +6,70 @@ use std::num::NonZeroUsize;
 use ndarray::{Array2, ArrayView2, s};
 
 use super::{
-    BeirDataset, Metrics, Run, SearchOptions, Searcher, Similarity, TextFile, VectorWriter,
+    BeirDataset, EmbeddingWriter, Metrics, Run, SearchOptions, Searcher, Similarity, TextFile,
     evaluate, lines::excerpt,
 };
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
 
-/// Texts handed to the encoder at a time: enough to sort by length into full batches, few enough
-/// that memory does not grow with the collection.
+/// Number of texts that are passed to the embedder at a time: enough to sort by length into full batches, few
+/// enough that memory does not grow with the collection.
 pub const BLOCK_TEXTS: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
-/// So many different texts with equal embeddings are an error; a few may be equal after truncation.
-const MANY: usize = 8;
+/// This number of different texts with equal embeddings is an error. Fewer may be equal after truncation.
+const MAX_EQUAL: usize = 8;
 
-/// What turns texts into embeddings.
+/// Computes embeddings of texts.
 pub trait Embedder {
-    /// The width `d` of an embedding.
+    /// The dimension `d` of an embedding.
     fn dimension(&self) -> usize;
 
     /// Embeds texts: row i of the result `(texts, d)` belongs to text i.
     ///
-    /// The texts may be thousands, of any length; to batch them well is the encoder's part.
+    /// There may be thousands of texts of any length; the implementation divides them into batches.
     fn embed(&self, role: Role, texts: &[String]) -> Result<Array2<f32>>;
 }
 
-/// How far an encoding is.
+/// The progress of embedding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Which side is being embedded: of a collection, first the queries, then the passages.
+    /// The role of the current texts. Of a collection, the queries are embedded first, then the passages.
     pub role: Role,
-    /// Texts embedded so far.
+    /// Number of texts embedded so far.
     pub done: usize,
-    /// Texts to embed.
+    /// Number of texts to embed.
     pub total: usize,
 }
 
-/// Embeds every text of a file into a file of embeddings: row i is text i. Memory is bounded.
+/// Embeds every text of a file into a file of embeddings: row i belongs to text i. Memory use is bounded.
 ///
-/// Texts whose embeddings the output has already are passed over. After every block but the last,
-/// what is there is [kept](VectorWriter::keep), and then `on_progress` is told. On an error the
-/// output's place is left as it was.
+/// Texts whose embeddings are already in the output are skipped. After every block but the last one,
+/// [`EmbeddingWriter::keep`] is called, then `on_progress`. On an error the output path is unchanged.
 ///
 /// # Errors
-/// [`ErrorKind::Argument`]: the output was made for another shape; otherwise those of the encoder,
-/// of reading ([`TextFile::chunks`]) and of writing ([`VectorWriter::append`]).
+/// [`ErrorKind::Argument`]: the output has another shape; and the errors of the embedder, of reading
+/// ([`TextFile::chunks`]) and of writing ([`EmbeddingWriter::append`]).
 pub fn encode_stream(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
     texts: &TextFile,
-    output: VectorWriter,
+    output: EmbeddingWriter,
     on_progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     encode_blocks(embedder, (role, texts), output, BLOCK_TEXTS, on_progress)
 }
 
-/// [`encode_stream`] in blocks of any size.
+/// [`encode_stream`] with any block size.
 fn encode_blocks(
     embedder: &(impl Embedder + ?Sized),
     (role, texts): (Role, &TextFile),
-    mut output: VectorWriter,
+    mut output: EmbeddingWriter,
     block: NonZeroUsize,
     on_progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     let expected = (texts.len(), embedder.dimension());
     if (output.rows(), output.cols()) != expected {
-        return Err(Error::new(ErrorKind::Argument, "the output was made for another shape")
+        return Err(Error::new(ErrorKind::Argument, "the output has another shape")
             .expected(format!("{expected:?}"))
             .got(format!("{:?}", (output.rows(), output.cols()))));
     }
@@ -88,13 +87,13 @@ fn encode_blocks(
     output.finish()
 }
 
-/// Embeds a test collection, searches it exactly and scores the rankings.
+/// Embeds a test collection, searches it exactly and computes the metrics.
 ///
-/// Passages are searched as they are embedded, so only the embeddings of the queries and of one
-/// block of passages are in memory. `on_progress` is told after every block.
+/// Passages are searched block by block, so only the embeddings of the queries and of one block of passages
+/// are in memory. `on_progress` is called after every block.
 ///
 /// # Errors
-/// Those of the encoder and of [`Searcher`].
+/// Those of the embedder and of [`Searcher`].
 pub fn evaluate_dataset(
     embedder: &(impl Embedder + ?Sized),
     similarity: &(impl Similarity + ?Sized),
@@ -116,7 +115,7 @@ pub fn evaluate_dataset(
     Ok((evaluate(&run, &dataset.qrels), run))
 }
 
-/// Embeds texts block by block; `take` gets each block with the place of its first text.
+/// Embeds texts block by block and calls `take` with the index of each block's first text and its embeddings.
 fn for_each_block(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
@@ -133,12 +132,11 @@ fn for_each_block(
     Ok(())
 }
 
-/// Embeds any number of texts with `embedder` and checks the embeddings: row i of the result `(texts, d)`
-/// belongs to text i.
+/// Embeds any number of texts and checks the embeddings. Row i of the result `(texts, d)` belongs to text i.
 ///
 /// # Errors
-/// Those of the encoder; [`ErrorKind::Backend`]: it returns another shape; [`ErrorKind::Numeric`]: an
-/// embedding is not finite, is zero, or is the same for all of many different texts.
+/// Those of the embedder; [`ErrorKind::Backend`]: it returns another shape; [`ErrorKind::Numeric`]: an
+/// embedding is not finite or is zero, or all of 8 or more different texts have the same embedding.
 pub fn embed_texts(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
@@ -152,8 +150,7 @@ pub fn embed_texts(
     Ok(embeddings)
 }
 
-/// Embeds texts, of which the first is number `first`, and checks the result: its shape, because a missing
-/// row would shift all later ones, and its values.
+/// Embeds texts and checks the shape and the values of the result. `first` is the number of the first text.
 fn embed_checked(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
@@ -163,18 +160,15 @@ fn embed_checked(
     let embeddings = embedder.embed(role, texts)?;
     let expected = (texts.len(), embedder.dimension());
     if embeddings.dim() != expected {
-        return Err(Error::new(
-            ErrorKind::Backend,
-            "the encoder returned embeddings of the wrong shape",
-        )
-        .expected(format!("{expected:?}"))
-        .got(format!("{:?}", embeddings.dim())));
+        return Err(Error::new(ErrorKind::Backend, "the embedder returned the wrong shape")
+            .expected(format!("{expected:?}"))
+            .got(format!("{:?}", embeddings.dim())));
     }
     check_values(embeddings.view(), role, texts, first)?;
     Ok(embeddings)
 }
 
-/// Refuses embeddings that no working model computes.
+/// Refuses embeddings that only a damaged model computes.
 fn check_values(
     embeddings: ArrayView2<f32>,
     role: Role,
@@ -189,28 +183,27 @@ fn check_values(
         };
         if let Some(value) = embedding.iter().find(|x| !x.is_finite()) {
             return Err(bad("is not finite").got(format!("{value} for {:?}", excerpt(text))).hint(
-                "the model computes numbers that are too large: check its weights, and rope_theta \
-                     and rms_norm_eps in config.json; in bf16, try --dtype f32",
+                "the model computes numbers that are too large: check its weights, and rope_theta and \
+                 rms_norm_eps in config.json; with bf16, try --dtype f32",
             ));
         }
         if embedding.iter().all(|&x| x == 0.0) {
-            return Err(bad("is zero").got(format!("zeros only for {:?}", excerpt(text))).hint(
-                "the model cannot tell texts apart: its weights are zero, damaged, or too large; fetch or \
-                 export it again",
+            return Err(bad("is zero").got(format!("only zeros for {:?}", excerpt(text))).hint(
+                "the model's weights are zero, damaged or too large: download or export the model again",
             ));
         }
     }
-    let (Some(same), true) = (embeddings.rows().into_iter().next(), texts.len() >= MANY) else {
+    let (Some(same), true) = (embeddings.rows().into_iter().next(), texts.len() >= MAX_EQUAL)
+    else {
         return Ok(());
     };
     if embeddings.rows().into_iter().all(|row| row == same) {
         let distinct = texts.iter().collect::<HashSet<_>>().len();
-        if distinct >= MANY {
-            let what =
-                format!("{distinct} different texts ({role}) have one and the same embedding");
+        if distinct >= MAX_EQUAL {
+            let what = format!("{distinct} different texts ({role}) have the same embedding");
             return Err(Error::new(ErrorKind::Numeric, what).expected("different embeddings").hint(
-                "check that the weights are not damaged, and that texts are not cut to the same few \
-                 tokens by their maximum length",
+                "check that the weights are not damaged, and that the maximum length does not truncate \
+                 all texts to the same few tokens",
             ));
         }
     }
@@ -224,9 +217,9 @@ mod tests {
     use ndarray::ShapeBuilder;
 
     use super::*;
-    use crate::retrieval::{Origin, Qrels, TextTable, read_vectors};
+    use crate::retrieval::{Origin, Qrels, TextTable, read_embeddings};
 
-    /// Embeds a text as its number and 1, column by column in memory; remembers the block sizes.
+    /// Embeds a text as its number and 1, in column-major order; records the block sizes.
     #[derive(Default)]
     struct Numbers(RefCell<Vec<(Role, usize)>>);
 
@@ -279,12 +272,12 @@ mod tests {
         std::fs::write(&input, texts).unwrap();
         let file = TextFile::open(&input).unwrap();
         let (embedder, mut seen) = (Numbers::default(), Vec::new());
-        let writer = VectorWriter::create(&output, file.len(), 2).unwrap();
+        let writer = EmbeddingWriter::create(&output, file.len(), 2).unwrap();
         let mut on_progress = |p: Progress| seen.push((p.done, p.total));
         encode_stream(&embedder, Role::Passage, &file, writer, &mut on_progress).unwrap();
         let expected =
             Array2::from_shape_fn((n, 2), |(i, j)| if j == 0 { (i * 7 % n) as f32 } else { 1.0 });
-        assert_eq!(read_vectors(&output).unwrap(), expected);
+        assert_eq!(read_embeddings(&output).unwrap(), expected);
         assert_eq!(seen, [(BLOCK_TEXTS.get(), n), (n, n)]);
         assert_eq!(*embedder.0.borrow(), [(Role::Passage, BLOCK_TEXTS.get()), (Role::Passage, 10)]);
     }
@@ -299,7 +292,7 @@ mod tests {
 
         fn embed(&self, role: Role, texts: &[String]) -> Result<Array2<f32>> {
             if self.0.0.borrow().len() == self.1 {
-                return Err(Error::new(ErrorKind::Backend, "the device is gone"));
+                return Err(Error::new(ErrorKind::Backend, "the device failed"));
             }
             self.0.embed(role, texts)
         }
@@ -315,7 +308,7 @@ mod tests {
                 .unwrap();
             let file = TextFile::open(&input).unwrap();
             let encode = |embedder: &dyn Embedder, seen: &mut Vec<usize>| {
-                let writer = VectorWriter::resume(&output, texts, 2, Origin::new())?;
+                let writer = EmbeddingWriter::resume(&output, texts, 2, Origin::new())?;
                 let mut on_progress = |p: Progress| seen.push(p.done);
                 encode_blocks(embedder, (Role::Query, &file), writer, BLOCK, &mut on_progress)
             };
@@ -325,7 +318,7 @@ mod tests {
             for done in 0..texts.div_ceil(BLOCK.get()) {
                 let mut seen = Vec::new();
                 encode(&Failing(Numbers::default(), done), &mut seen).unwrap_err();
-                assert_eq!(VectorWriter::kept(&output).unwrap_or(0), done * BLOCK.get());
+                assert_eq!(EmbeddingWriter::kept(&output).unwrap_or(0), done * BLOCK.get());
                 assert!(!output.exists());
                 encode(&Numbers::default(), &mut seen).unwrap();
                 let ends = (1..).map(|i| (i * BLOCK.get()).min(texts));
@@ -387,7 +380,7 @@ mod tests {
         std::fs::write(&input, "1\n2\n").unwrap();
         let file = TextFile::open(&input).unwrap();
         let encode = |embedder: &dyn Embedder, rows| {
-            let writer = VectorWriter::create(&output, rows, 2).unwrap();
+            let writer = EmbeddingWriter::create(&output, rows, 2).unwrap();
             encode_stream(embedder, Role::Query, &file, writer, &mut |_| {}).unwrap_err().kind()
         };
         assert_eq!(encode(&Wrong, 2), ErrorKind::Backend);

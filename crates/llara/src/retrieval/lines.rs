@@ -1,4 +1,4 @@
-//! Lines of a UTF-8 text file, numbered, with bounded memory; and the fields of a JSON line.
+//! Reads numbered lines of a UTF-8 text file in bounded memory, and the fields of a JSON line.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -10,14 +10,14 @@ use serde_json::Value;
 use crate::storage::{LineReader, MAX_LINE_BYTES, compressed, open_file};
 use crate::{Error, ErrorKind, Result};
 
-/// Reads a text file line by line, and refuses what is no text.
+/// Reads a text file line by line. Bytes that are not UTF-8 are an error.
 pub(super) struct Lines<R = BufReader<File>> {
     reader: LineReader<R>,
     path: PathBuf,
 }
 
 impl Lines {
-    /// Opens a regular file: what is read here is read twice, which a pipe cannot give.
+    /// Opens a regular file. The files are read twice, which is not possible with a pipe.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let file = open_regular(path)?;
         Ok(Lines::new(BufReader::with_capacity(1 << 18, file), path))
@@ -29,7 +29,7 @@ impl<R: BufRead> Lines<R> {
         Lines { reader: LineReader::new(reader), path: path.to_owned() }
     }
 
-    /// The next line without its end, or nothing at the end of the file.
+    /// The next line without its line ending, or `None` at the end of the file.
     pub(super) fn next_line(&mut self) -> Result<Option<Line<'_>>> {
         let path = &self.path;
         let line = self.reader.next_line().map_err(|e| Error::io("read the file", path, e))?;
@@ -64,17 +64,17 @@ pub(super) fn open_regular(path: &Path) -> Result<File> {
     })
 }
 
-/// One line and where it stands.
+/// One line and its position.
 #[derive(Clone, Copy)]
 pub(super) struct Line<'a> {
     path: &'a Path,
     number: u64,
-    /// The line without its end.
+    /// The line without its line ending.
     pub(super) text: &'a str,
 }
 
 impl Line<'_> {
-    /// Whether there is nothing to see on the line.
+    /// Whether the line is empty or consists of white space.
     pub(super) fn is_blank(&self) -> bool {
         self.text.trim().is_empty()
     }
@@ -84,26 +84,26 @@ impl Line<'_> {
         Error::new(ErrorKind::Data, what).line(self.path, self.number)
     }
 
-    /// Reads the line as a JSON object with the fields that retrieval files have.
+    /// Parses the line as a JSON object with the fields of retrieval files.
     pub(super) fn json(&self) -> Result<Record> {
-        // serde would also take a JSON array for a struct.
+        // serde also accepts a JSON array for a struct.
         if !self.text.trim_start().starts_with('{') {
             return Err(self
                 .error("the line is not a JSON object")
                 .expected(r#"{"text": "…"}"#)
                 .got(excerpt(self.text))
-                .hint("JSONL has one object per line"));
+                .hint("a JSONL file has one JSON object per line"));
         }
         serde_json::from_str(self.text).map_err(|e| {
-            // serde_json counts lines within what it was given, which is this one line.
+            // serde_json counts lines from the start of its input, which is this one line.
             let message = e.to_string();
             let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(m, _)| m);
-            self.error(format!("bad JSON: {message} at column {}", e.column()))
-                .hint("JSONL has one object per line")
+            self.error(format!("invalid JSON: {message} at column {}", e.column()))
+                .hint("a JSONL file has one JSON object per line")
         })
     }
 
-    /// The string in a field that must be there.
+    /// The string in a required field.
     pub(super) fn required(&self, name: &str, value: Option<Value>) -> Result<String> {
         self.optional(name, value)?.ok_or_else(|| self.error(format!("`{name}` is missing")))
     }
@@ -120,15 +120,15 @@ impl Line<'_> {
         }
     }
 
-    /// The identifier in a field: a string, or a whole number, which becomes its decimal digits.
+    /// The identifier in a field: a string, or an integer, which is converted to decimal digits.
     pub(super) fn id(&self, name: &str, value: Option<Value>) -> Result<String> {
         match value {
             Some(Value::Number(number)) if number.is_i64() || number.is_u64() => {
                 Ok(number.to_string())
             }
             Some(Value::Number(number)) => Err(self
-                .error(format!("`{name}` is not a whole number of 64 bits"))
-                .expected("a string or a whole number")
+                .error(format!("`{name}` is not a 64-bit integer"))
+                .expected("a string or an integer")
                 .got(number)),
             other => {
                 let id = self.required(name, other)?;
@@ -138,7 +138,7 @@ impl Line<'_> {
     }
 }
 
-/// The fields of a line that retrieval reads; `null` counts as absent and other fields are ignored.
+/// The fields of a line that are read. `null` counts as absent; other fields are ignored.
 #[derive(Deserialize)]
 pub(super) struct Record {
     /// `_id` of BEIR files.
@@ -150,7 +150,7 @@ pub(super) struct Record {
     pub(super) text: Option<Value>,
 }
 
-/// A passage as BEIR gives it to an encoder: the title, one blank and the text, trimmed.
+/// A passage in BEIR's format for encoders: the title, one space and the text, trimmed.
 pub(super) fn join_title(title: Option<&str>, text: &str) -> String {
     match title {
         Some(title) if !title.trim().is_empty() => format!("{title} {text}").trim().to_owned(),
@@ -187,19 +187,19 @@ mod tests {
     }
 
     #[test]
-    fn byte_order_mark_and_carriage_returns_are_dropped() {
+    fn byte_order_mark_and_carriage_returns_are_removed() {
         let read = all(b"\xef\xbb\xbfone\r\n\r\nt\rwo\n\xef\xbb\xbfx").unwrap();
         let expected = [(1, "one"), (2, ""), (3, "t\rwo"), (4, "\u{feff}x")];
         assert_eq!(read, expected.map(|(n, t)| (n, t.to_owned())));
     }
 
     #[test]
-    fn bad_bytes_and_endless_lines_are_refused_with_their_line() {
+    fn invalid_bytes_and_long_lines_are_refused_with_their_line() {
         let error = all(b"fine\nb\xffd\n").unwrap_err().to_string();
         assert!(error.starts_with("f.txt:2: the line is not UTF-8"), "{error}");
         let reader = LineReader::with_limit(Cursor::new(&b"abcdefgh\n"[..]), 7);
-        let mut endless = Lines { reader, path: "f.txt".into() };
-        let error = endless.next_line().err().unwrap().to_string();
+        let mut long = Lines { reader, path: "f.txt".into() };
+        let error = long.next_line().err().unwrap().to_string();
         assert!(error.starts_with("f.txt:1: the line is too long"), "{error}");
     }
 
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn identifiers_are_strings_or_whole_numbers() {
+    fn identifiers_are_strings_or_integers() {
         let line = Line { path: Path::new("f"), number: 1, text: "" };
         let id = |json: &str| line.id("_id", serde_json::from_str(json).unwrap());
         assert_eq!(id("\"a b\"").unwrap(), "a b");
@@ -227,14 +227,14 @@ mod tests {
     fn json_errors_name_line_and_column() {
         let line = Line { path: Path::new("f"), number: 9, text: r#"{"text": oops}"# };
         let error = line.json().err().unwrap().to_string();
-        assert!(error.starts_with("f:9: bad JSON: expected value at column 10"), "{error}");
+        assert!(error.starts_with("f:9: invalid JSON: expected value at column 10"), "{error}");
         for text in [r#"["1", "t", "x"]"#, "7", "\"text\"", r#"{"text": "a", "text": "b"}"#] {
             assert!(Line { path: Path::new("f"), number: 1, text }.json().is_err(), "{text}");
         }
     }
 
     #[test]
-    fn titles_are_joined_with_one_blank() {
+    fn titles_are_joined_with_one_space() {
         assert_eq!(join_title(Some(" A"), "b "), "A b");
         assert_eq!(join_title(Some("  "), " b "), "b");
         assert_eq!(join_title(None, "b"), "b");
@@ -251,7 +251,7 @@ mod tests {
         }
 
         #[test]
-        fn lines_come_back(texts in prop::collection::vec("[^\r\n\u{feff}]{0,20}", 0..10), crlf: bool) {
+        fn lines_are_read_back(texts in prop::collection::vec("[^\r\n\u{feff}]{0,20}", 0..10), crlf: bool) {
             let end = if crlf { "\r\n" } else { "\n" };
             let file: String = texts.iter().map(|t| format!("{t}{end}")).collect();
             let read: Vec<String> =

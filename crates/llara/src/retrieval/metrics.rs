@@ -1,4 +1,4 @@
-//! Retrieval metrics as trec_eval computes them: nDCG, reciprocal rank, recall, average precision.
+//! Retrieval metrics as defined by trec_eval: nDCG, reciprocal rank, recall, average precision.
 
 use std::collections::HashMap;
 
@@ -6,35 +6,34 @@ use serde::Serialize;
 
 use super::{Qrels, Ranking, Run};
 
-/// Means over the judged queries of a run.
+/// Means of metrics over the judged queries of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Metrics {
-    /// Normalised discounted cumulative gain of the first 10, gain = grade (`ndcg_cut_10`).
+    /// Normalized discounted cumulative gain of the first 10, gain = grade (`ndcg_cut_10`).
     #[serde(rename = "ndcg@10")]
     pub ndcg_at_10: f64,
     /// Reciprocal rank of the first relevant document among the first 10.
     #[serde(rename = "mrr@10")]
     pub mrr_at_10: f64,
-    /// Share of the relevant documents that are among the first 10 (`recall_10`).
+    /// Fraction of the relevant documents that are among the first 10 (`recall_10`).
     #[serde(rename = "recall@10")]
     pub recall_at_10: f64,
-    /// Share of the relevant documents that are among the first 100 (`recall_100`).
+    /// Fraction of the relevant documents that are among the first 100 (`recall_100`).
     #[serde(rename = "recall@100")]
     pub recall_at_100: f64,
-    /// Mean average precision over all that was retrieved (`map`).
+    /// Mean average precision over all retrieved documents (`map`).
     pub map: f64,
-    /// The number of queries that the means are over.
+    /// The number of queries in the means.
     pub queries: usize,
 }
 
-/// Scores a run against judgments.
+/// Computes the metrics of a run.
 ///
-/// The means are over the queries of the run that are judged. A query counts as 0 if none of its
-/// judged documents is relevant or nothing was retrieved for it, as in trec_eval; queries that are
-/// only in the run or only in the judgments do not count. No common query at all: `queries` is 0,
-/// and so is the rest.
+/// The means are over the queries that are in the run and in the judgments; other queries are ignored. As in
+/// trec_eval, all metrics of a query are 0 if none of its judged documents is relevant or nothing was
+/// retrieved for it. If the run and the judgments have no common query, `queries` and all metrics are 0.
 ///
-/// Grades below 1 are not relevant and gain nothing; documents without a judgment likewise.
+/// Documents with a grade below 1 and documents without a judgment are not relevant; their gain is 0.
 pub fn evaluate(run: &Run, qrels: &Qrels) -> Metrics {
     let mut sum = Metrics::default();
     for ranking in run.rankings() {
@@ -79,15 +78,15 @@ fn evaluate_query(run: &Run, ranking: &Ranking, judged: &HashMap<String, i32>) -
     metrics
 }
 
-/// What a document of this grade adds to the DCG at a position counted from 0.
+/// The contribution of a document of this grade to the DCG. `position` is counted from 0.
 fn discounted(grade: i32, position: usize) -> f64 {
     f64::from(grade) / ((position + 2) as f64).log2()
 }
 
 impl Metrics {
-    /// The metrics that a search for `top_k` of `documents` documents measures: the name for people, the
-    /// name in JSON, and the value. A metric at a cutoff of 10 or 100 is left out if fewer documents were
-    /// asked for, unless these were all there are; MAP is over what was retrieved.
+    /// The metrics that are defined for a search of the best `top_k` of `documents` documents: display name,
+    /// JSON key and value. A metric at a cutoff of 10 or 100 is omitted if `top_k` is smaller than the
+    /// cutoff, unless all documents were retrieved. MAP is over the retrieved documents.
     pub fn measured(
         &self,
         top_k: usize,
@@ -160,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn cutoffs_beyond_what_was_searched_for_are_left_out() {
+    fn metrics_at_cutoffs_above_top_k_are_omitted() {
         let names = |top_k, documents| -> Vec<&str> {
             let measured = Metrics::default().measured(top_k, documents);
             measured.into_iter().map(|(name, ..)| name).collect()
@@ -179,8 +178,8 @@ mod tests {
         }
     }
 
-    // Judgments and scores drawn at random, with ties and negative grades; the numbers are those of
-    // pytrec_eval-terrier 0.5.11 (reciprocal rank on runs cut at 10).
+    // Random judgments and scores with ties and negative grades. The expected values are from
+    // pytrec_eval-terrier 0.5.11 (reciprocal rank on runs truncated at 10).
     const Q0: (&str, &str) = (
         "d20:-1 d9:-1 d25:2 d3:2 d4:-1 d34:0 d6:-1 d23:3 d36:2 d29:-1 d16:3 d33:-1",
         "d14:4 d37:5 d3:0 d36:4 d25:0 d38:4 d39:1 d2:3 d8:5 d9:4 d13:3 d4:6 d17:2 d34:3 d18:4 d30:3 \
@@ -214,7 +213,7 @@ mod tests {
         {
             assert_close(one(judged, retrieved), expected);
         }
-        // A query without a relevant judgment counts, one that is not judged does not.
+        // A query without a relevant document is in the mean, a query without judgments is not.
         let nothing_relevant = ("d1:0 d2:-1", "d1:2 d2:1");
         let all = evaluate_all(&[
             ("q0", Q0.0, Q0.1),
@@ -237,26 +236,26 @@ mod tests {
     }
 
     #[test]
-    fn negative_grades_gain_nothing_and_cost_nothing() {
+    fn negative_grades_have_no_gain() {
         let metrics = one("a:-1 b:2 c:1 z:-2", "a:1 b:0.5 c:0.2");
         assert_close(metrics, [0.66967181649423, 0.5, 1.0, 1.0, 0.5833333333333333]);
     }
 
     #[test]
-    fn ties_go_to_the_greater_id() {
+    fn ties_are_ordered_by_decreasing_id() {
         assert_close(one("d9:1", "d10:1 d9:1"), [1.0; 5]);
         assert_close(one("d10:1", "d10:1 d9:1"), [1.0 / 3f64.log2(), 0.5, 1.0, 1.0, 0.5]);
     }
 
     #[test]
-    fn nothing_in_common_is_zero_not_nan() {
+    fn no_common_query_gives_zero_not_nan() {
         let run = Run::new(Arc::from([]), Vec::new()).unwrap();
         assert_eq!(evaluate(&run, &Qrels::default()), Metrics::default());
         assert_eq!(one("a:1", ""), Metrics { queries: 1, ..Metrics::default() });
     }
 
     #[test]
-    fn json_has_the_names_people_know() {
+    fn json_keys_are_the_usual_names() {
         let json = serde_json::to_value(Metrics::default()).unwrap();
         let names: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(names, ["ndcg@10", "mrr@10", "recall@10", "recall@100", "map", "queries"]);

@@ -1,7 +1,9 @@
-//! Dense retrieval with a trained encoder: embed files, search exactly, and score the rankings.
+//! Dense retrieval with a trained model: embedding files of texts, exact search, and evaluation.
 
 mod beir;
 mod embedder;
+mod embedding_writer;
+mod embeddings;
 mod encode;
 mod lines;
 mod metrics;
@@ -10,12 +12,12 @@ mod qrels;
 mod run;
 mod search;
 mod texts;
-mod vector_writer;
-mod vectors;
 mod verify;
 
 pub use beir::{BeirDataset, TextTable, UnknownIds};
 pub use embedder::TextEmbedder;
+pub use embedding_writer::EmbeddingWriter;
+pub use embeddings::{begins_like_embeddings, read_embeddings};
 pub use encode::{BLOCK_TEXTS, Embedder, Progress, embed_texts, encode_stream, evaluate_dataset};
 pub use metrics::{Metrics, evaluate};
 pub use origin::Origin;
@@ -23,6 +25,4 @@ pub use qrels::Qrels;
 pub use run::{Hit, Ranking, Run, begins_like_trec_run, check_trec_run, write_trec_run};
 pub use search::{SearchOptions, Searcher, Similarity, search};
 pub use texts::{Chunks, TextFile, TextFormat};
-pub use vector_writer::VectorWriter;
-pub use vectors::{begins_like_embeddings, read_vectors};
 pub use verify::verify_embeddings;

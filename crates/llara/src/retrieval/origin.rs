@@ -1,5 +1,5 @@
-//! What the vectors of a file follow from, so that a later run can tell whether it would make the
-//! same.
+//! The inputs that determine the embeddings of a file, so that a later run can check whether it would
+//! compute the same.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::lines::excerpt;
 use crate::storage::Fingerprint;
 
-/// Named facts that decide every bit of a file of vectors: texts, weights, settings.
+/// Named values that determine every bit of a file of embeddings: texts, weights, settings.
 ///
 /// ```
 /// use llara::retrieval::Origin;
@@ -22,51 +22,52 @@ use crate::storage::Fingerprint;
 pub struct Origin(Map<String, Value>);
 
 impl Origin {
-    /// Nothing yet.
+    /// An origin without values.
     pub fn new() -> Self {
         Origin::default()
     }
 
-    /// The same with one fact more.
+    /// Adds a value.
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.0.insert(name.to_owned(), value.into());
         self
     }
 
-    /// The same with the fingerprint of something too large to be written down.
-    pub(super) fn with_fingerprint(self, name: &str, fingerprint: Fingerprint) -> Self {
+    /// Adds the hash of data that is too large to be stored.
+    pub(super) fn with_fingerprint(self, name: &str, fingerprint: &Fingerprint) -> Self {
         self.with(name, fingerprint.to_string())
     }
 
-    /// The facts of both in which they differ.
-    pub(super) fn differences<'o>(&'o self, other: &'o Origin) -> Vec<Difference<'o>> {
-        let names = self.0.keys().chain(other.0.keys().filter(|name| !self.0.contains_key(*name)));
+    /// The values that differ between this origin and an `earlier` one.
+    pub(super) fn differences<'o>(&'o self, earlier: &'o Origin) -> Vec<Difference<'o>> {
+        let removed = earlier.0.keys().filter(|name| !self.0.contains_key(*name));
+        let names = self.0.keys().chain(removed);
         names
-            .map(|name| Difference { name, ours: self.0.get(name), theirs: other.0.get(name) })
-            .filter(|difference| difference.ours != difference.theirs)
+            .map(|name| Difference { name, now: self.0.get(name), before: earlier.0.get(name) })
+            .filter(|difference| difference.now != difference.before)
             .collect()
     }
 }
 
-/// One fact that is not the same.
+/// A value that differs between two origins.
 pub(super) struct Difference<'o> {
     name: &'o str,
-    ours: Option<&'o Value>,
-    theirs: Option<&'o Value>,
+    now: Option<&'o Value>,
+    before: Option<&'o Value>,
 }
 
 impl Difference<'_> {
-    /// As it is now.
+    /// Name and value in the present run.
     pub(super) fn now(&self) -> impl fmt::Display {
-        self.shown(self.ours)
+        self.describe(self.now)
     }
 
-    /// As it was when the file was begun.
-    pub(super) fn then(&self) -> impl fmt::Display {
-        self.shown(self.theirs)
+    /// Name and value in the earlier run.
+    pub(super) fn before(&self) -> impl fmt::Display {
+        self.describe(self.before)
     }
 
-    fn shown(&self, value: Option<&Value>) -> String {
+    fn describe(&self, value: Option<&Value>) -> String {
         match value {
             Some(value) => format!("{} {}", self.name, excerpt(&value.to_string())),
             None => format!("no {}", self.name),
@@ -79,18 +80,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn differences_are_named_with_both_values() {
-        let then = Origin::new().with("role", "query").with("max_len", 32).with("old", true);
+    fn differences_have_the_name_and_both_values() {
+        let before = Origin::new().with("role", "query").with("max_len", 32).with("old", true);
         let now = Origin::new().with("max_len", 64).with("role", "query").with("new", 1);
-        let differences = now.differences(&then);
+        let differences = now.differences(&before);
         let shown: Vec<String> =
-            differences.iter().map(|d| format!("{} | {}", d.now(), d.then())).collect();
+            differences.iter().map(|d| format!("{} | {}", d.now(), d.before())).collect();
         assert_eq!(shown, ["max_len 64 | max_len 32", "new 1 | no new", "no old | old true"]);
         assert!(now.differences(&now.clone()).is_empty());
     }
 
     #[test]
-    fn it_comes_back_from_json() {
+    fn json_round_trip() {
         let origin = Origin::new().with("role", "query").with("max_len", 32);
         let json = serde_json::to_string(&origin).unwrap();
         assert_eq!(json, r#"{"role":"query","max_len":32}"#);

@@ -1,4 +1,4 @@
-//! Relevance judgments ("qrels"): which documents answer which query, and how well.
+//! Relevance judgments ("qrels"): the relevance grades of documents for queries.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::{IntErrorKind, ParseIntError};
@@ -7,20 +7,20 @@ use std::path::Path;
 use super::lines::{Line, Lines, excerpt};
 use crate::{Error, ErrorKind, Result};
 
-/// Graded judgments of documents per query. A document counts as relevant from grade 1 on.
+/// Relevance grades of documents, by query. A document is relevant if its grade is 1 or more.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Qrels {
-    // Ordered, so that errors and sums over queries come out the same every time.
+    // Ordered, so that errors and sums over queries are deterministic.
     queries: BTreeMap<String, HashMap<String, i32>>,
 }
 
 impl Qrels {
-    /// Reads a BEIR judgment file: tab-separated query id, document id and whole-number grade,
-    /// under the header `query-id⇥corpus-id⇥score`, which may be absent.
+    /// Reads a BEIR judgment file: tab-separated query id, document id and integer grade. The header
+    /// `query-id⇥corpus-id⇥score` is optional.
     ///
     /// # Errors
-    /// [`ErrorKind::Data`] with file and line: a wrong number of columns, a grade that is no whole
-    /// number, a pair judged twice with different grades; or no judgment at all.
+    /// [`ErrorKind::Data`] with file and line: a wrong number of columns, a grade that is not an integer,
+    /// two different grades for one pair; or no judgment in the file.
     pub fn read_tsv(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut lines = Lines::open(path)?;
@@ -36,20 +36,22 @@ impl Qrels {
                 && before != grade
             {
                 return Err(line
-                    .error(format!("query `{query}` and document `{document}` are judged twice"))
+                    .error(format!(
+                        "query `{query}` and document `{document}` have two different grades"
+                    ))
                     .expected(format!("the grade {before} of the earlier line"))
                     .got(grade));
             }
         }
         if qrels.is_empty() {
-            return Err(Error::new(ErrorKind::Data, "there is no judgment in the file").file(path));
+            return Err(Error::new(ErrorKind::Data, "the file contains no judgments").file(path));
         }
         Ok(qrels)
     }
 
-    /// Sets the grade of a document for a query and returns the grade it had before.
+    /// Sets the grade of a document for a query and returns the previous grade.
     pub fn insert(&mut self, query: &str, document: &str, grade: i32) -> Option<i32> {
-        // Not `entry`: it would copy the query's id for every judgment.
+        // Not `entry`, which would copy the query's id for every judgment.
         let documents = match self.queries.get_mut(query) {
             Some(documents) => documents,
             None => self.queries.entry(query.to_owned()).or_default(),
@@ -57,8 +59,8 @@ impl Qrels {
         documents.insert(document.to_owned(), grade)
     }
 
-    /// Keeps the judgments of which `keep(query, document)` is true, and returns how many were removed.
-    /// Queries without any judgment are removed too.
+    /// Keeps the judgments for which `keep(query, document)` is true, and returns the number of removed ones.
+    /// Queries without judgments are removed too.
     pub fn retain(&mut self, keep: impl Fn(&str, &str) -> bool) -> usize {
         let mut removed = 0;
         self.queries.retain(|query, documents| {
@@ -70,7 +72,7 @@ impl Qrels {
         removed
     }
 
-    /// The judged documents of a query with their grades; nothing if the query is not judged.
+    /// The judged documents of a query with their grades; `None` if the query has no judgments.
     pub fn get(&self, query: &str) -> Option<&HashMap<String, i32>> {
         self.queries.get(query)
     }
@@ -115,10 +117,10 @@ fn parse_judgment<'a>(line: Line<'a>) -> Result<(&'a str, &'a str, i32)> {
     }
     let grade = grade.parse().map_err(|e: ParseIntError| match e.kind() {
         IntErrorKind::PosOverflow | IntErrorKind::NegOverflow => line
-            .error("the grade is not a whole number of 32 bits")
+            .error("the grade is not a 32-bit integer")
             .expected(format!("{} to {}", i32::MIN, i32::MAX))
             .got(excerpt(grade)),
-        _ => line.error("the grade is not a whole number").expected(COLUMNS).got(excerpt(grade)),
+        _ => line.error("the grade is not an integer").expected(COLUMNS).got(excerpt(grade)),
     })?;
     Ok((query, document, grade))
 }
@@ -151,16 +153,19 @@ mod tests {
     #[test]
     fn errors_name_the_line() {
         for (text, expected) in [
-            ("1\ta\t1\n1\tb\t1.5\n", ":2: the grade is not a whole number"),
-            ("1\ta\tx\n", ":1: the grade is not a whole number"),
-            ("1\ta\t99999999999\n", ":1: the grade is not a whole number of 32 bits"),
-            ("1\ta\t-1000000000000\n", ":1: the grade is not a whole number of 32 bits"),
+            ("1\ta\t1\n1\tb\t1.5\n", ":2: the grade is not an integer"),
+            ("1\ta\tx\n", ":1: the grade is not an integer"),
+            ("1\ta\t99999999999\n", ":1: the grade is not a 32-bit integer"),
+            ("1\ta\t-1000000000000\n", ":1: the grade is not a 32-bit integer"),
             ("1 0 a 1\n", ":1: a judgment has three columns"),
             ("1\t0\ta\t1\n", ":1: a judgment has three columns"),
             ("1\t\t1\n", ":1: an id is empty"),
-            ("1\ta\t1\n1\ta\t1\n1\ta\t2\n", ":3: query `1` and document `a` are judged twice"),
-            ("query-id\tcorpus-id\tscore\n", ": there is no judgment"),
-            ("", ": there is no judgment"),
+            (
+                "1\ta\t1\n1\ta\t1\n1\ta\t2\n",
+                ":3: query `1` and document `a` have two different grades",
+            ),
+            ("query-id\tcorpus-id\tscore\n", ": the file contains no judgments"),
+            ("", ": the file contains no judgments"),
         ] {
             let error = read(text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(&format!("test.tsv{expected}")), "{error}");

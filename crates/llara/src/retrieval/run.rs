@@ -1,4 +1,4 @@
-//! A run: for each query its ranked documents, in the order in which trec_eval would read them.
+//! Runs: the ranked documents of each query, in trec_eval's order.
 
 use std::collections::HashSet;
 use std::io::Read;
@@ -13,23 +13,23 @@ use crate::{Error, ErrorKind, Result};
 pub struct Hit {
     /// Index of the document in [`Run::documents`].
     pub document: u32,
-    /// Its similarity to the query; finite.
+    /// Similarity to the query; finite.
     pub score: f32,
 }
 
-/// What was retrieved for one query.
+/// The retrieved documents of one query.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ranking {
     /// The query's id.
     pub query: String,
-    /// The documents, best first; among equal scores the greater id comes first.
+    /// The documents by decreasing score; documents with equal scores by decreasing id.
     pub hits: Vec<Hit>,
 }
 
 /// The rankings of a set of queries over one collection.
 ///
-/// Rankings are always in trec_eval's order: by falling score, and by falling id (compared as
-/// bytes) where scores are equal. So ranks here, in a run file and in trec_eval are the same.
+/// Rankings are always in trec_eval's order: by decreasing score, and for equal scores by decreasing id,
+/// compared as bytes. Therefore ranks here, in a run file and in trec_eval are the same.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Run {
     documents: Arc<[String]>,
@@ -37,18 +37,18 @@ pub struct Run {
 }
 
 impl Run {
-    /// Sorts rankings of any order into a run.
+    /// Creates a run from rankings in any order, and sorts them.
     ///
     /// # Errors
-    /// A query or a document of a query that comes twice, an index beyond `documents`
-    /// ([`ErrorKind::Data`]); a score that is not finite ([`ErrorKind::Numeric`]).
+    /// [`ErrorKind::Data`]: a duplicate query, a duplicate document of a query, or an index out of the range
+    /// of `documents`; [`ErrorKind::Numeric`]: a score that is not finite.
     pub fn new(documents: Arc<[String]>, mut rankings: Vec<Ranking>) -> Result<Self> {
         let mut queries = HashSet::new();
         for ranking in &mut rankings {
-            let fail = |kind, what: String| Error::new(kind, format!("in a run, {what}"));
+            let fail = |kind, what: String| Error::new(kind, format!("invalid run: {what}"));
             let Ranking { query, hits } = ranking;
             if !queries.insert(query.clone()) {
-                return Err(fail(ErrorKind::Data, format!("query `{query}` comes twice")));
+                return Err(fail(ErrorKind::Data, format!("query `{query}` is there twice")));
             }
             let mut seen = HashSet::with_capacity(hits.len());
             for hit in hits.iter_mut() {
@@ -62,7 +62,8 @@ impl Run {
                     return Err(fail(ErrorKind::Data, what));
                 }
                 if !hit.score.is_finite() {
-                    let what = format!("query `{query}` gives document `{id}` no finite score");
+                    let what =
+                        format!("query `{query}`: the score of document `{id}` is not finite");
                     return Err(fail(ErrorKind::Numeric, what).got(hit.score));
                 }
                 hit.score += 0.0; // -0.0, which total_cmp puts below 0.0, becomes 0.0
@@ -75,7 +76,7 @@ impl Run {
         Ok(Run { documents, rankings })
     }
 
-    /// A run from rankings that are valid and in order already.
+    /// A run from rankings that are valid and sorted already.
     pub(super) fn from_ordered(documents: Arc<[String]>, rankings: Vec<Ranking>) -> Self {
         Run { documents, rankings }
     }
@@ -98,12 +99,11 @@ impl Run {
 
 /// Writes a run in trec_eval's format: `query Q0 document rank score tag`, ranks from 1.
 ///
-/// Scores have as many digits as it takes to read the same `f32` back. The file appears whole or
-/// not at all.
+/// Scores have as many digits as are needed to read the same `f32` back. The file is written atomically.
 ///
 /// # Errors
-/// An id or tag that is empty or has white space in it, which the format cannot carry
-/// ([`ErrorKind::Data`]); a failed write ([`ErrorKind::Io`]).
+/// [`ErrorKind::Data`]: an id or the tag is empty or contains white space, which the format does not
+/// allow; [`ErrorKind::Io`]: a failed write.
 pub fn write_trec_run(path: impl AsRef<Path>, run: &Run, tag: &str) -> Result<()> {
     let mut file = OutputFile::create(path.as_ref())?;
     let tag = one_word("run tag", tag, file.path())?;
@@ -119,7 +119,7 @@ pub fn write_trec_run(path: impl AsRef<Path>, run: &Run, tag: &str) -> Result<()
     file.commit()
 }
 
-/// Refuses ids that a run file at `path` cannot carry, and a path at which it cannot be written, so that
+/// Checks that ids can be written to a run file and that a file can be written to `path`, so that
 /// [`write_trec_run`] does not fail after a long evaluation.
 ///
 /// # Errors
@@ -149,9 +149,9 @@ fn one_word<'a>(what: &str, word: &'a str, path: &Path) -> Result<&'a str> {
     if !word.is_empty() && !word.contains(char::is_whitespace) {
         return Ok(word);
     }
-    Err(Error::new(ErrorKind::Data, format!("a {what} does not fit the run format"))
+    Err(Error::new(ErrorKind::Data, format!("a {what} cannot be written to a run file"))
         .file(path)
-        .expected("one word: the format separates its columns with blanks")
+        .expected("one word: columns are separated by spaces")
         .got(format!("{word:?}")))
 }
 
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_runs_are_refused() {
+    fn invalid_runs_are_refused() {
         let run = |rankings| Run::new(ids(&["a", "b", "a"]), rankings);
         let kind = |rankings| run(rankings).unwrap_err().kind();
         assert_eq!(kind(vec![ranking("q", &[(3, 1.0)])]), ErrorKind::Data);
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn file_has_six_columns_and_refuses_ids_with_blanks() {
+    fn the_file_has_six_columns_and_ids_with_spaces_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.txt");
         let rankings = vec![ranking("q1", &[(1, 0.1), (0, 1e-8)]), ranking("q2", &[(0, -3.0)])];
@@ -213,12 +213,12 @@ mod tests {
         let run = Run::new(ids(&["a b"]), vec![ranking("q", &[(0, 1.0)])]).unwrap();
         let error = write_trec_run(&path, &run, "t").unwrap_err().to_string();
         assert!(error.contains("\"a b\""), "{error}");
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "the old file was touched");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "the old file was changed");
     }
 
     proptest! {
         #[test]
-        fn any_start_of_a_run_file_is_judged(bytes in prop::collection::vec(any::<u8>(), 0..99)) {
+        fn any_bytes_are_classified_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..99)) {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("run");
             std::fs::write(&path, bytes).unwrap();

@@ -1,4 +1,4 @@
-//! Exact search: the passages with the greatest inner product, for every query.
+//! Exact search: the passages with the greatest inner products with each query.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
@@ -10,23 +10,23 @@ use rayon::prelude::*;
 use super::{Hit, Ranking, Run};
 use crate::{Error, ErrorKind, Result};
 
-/// Queries and passages whose scores are held at a time: 16 MiB, enough for products at full speed.
+/// Queries and passages of a block of scores: 16 MiB, enough for the full speed of the products.
 const QUERY_BLOCK: usize = 256;
 const PASSAGE_BLOCK: usize = 16 * 1024;
 
-/// Inner products of two blocks of embeddings; the backend's matrix product stands behind it.
+/// Computes inner products of two blocks of embeddings, usually with a backend's matrix product.
 pub trait Similarity {
     /// The scores `(queries, passages)` of embeddings `(queries, d)` and `(passages, d)`.
     fn block(&self, queries: ArrayView2<f32>, passages: ArrayView2<f32>) -> Result<Array2<f32>>;
 }
 
-/// What to retrieve.
+/// Options of a search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SearchOptions {
-    /// How many passages to keep per query, at least 1.
+    /// Number of passages that are retrieved per query, at least 1.
     pub top_k: usize,
-    /// Leave out the passage whose id is the query's own, as BEIR does where queries are passages
-    /// of the corpus (ArguAna, Quora).
+    /// Exclude the passage with the query's id, as BEIR does for collections whose queries are passages of
+    /// the corpus (ArguAna, Quora).
     pub ignore_identical_ids: bool,
 }
 
@@ -36,8 +36,8 @@ impl Default for SearchOptions {
     }
 }
 
-/// Searches all passages at once: `queries` (queries, d) and `passages` (passages, d), row i of
-/// each belonging to id i. See [`Searcher`] for passages that come in pieces.
+/// Searches passages that are all in memory. Row i of `queries` (queries, d) and of `passages` (passages, d)
+/// belongs to id i. [`Searcher`] searches passages block by block.
 ///
 /// # Errors
 /// Those of [`Searcher`].
@@ -52,18 +52,18 @@ pub fn search(
     searcher.finish()
 }
 
-/// A search under way: passages are added block by block and need not be held together.
+/// A search to which passages are added block by block, so that they need not all be in memory.
 ///
-/// The result does not depend on how they are cut, so far as [`Similarity`] gives a pair the same
-/// score in every block. Ties are broken as trec_eval does, at the cut after `top_k` too.
+/// The result does not depend on the blocks if [`Similarity`] gives a pair the same score in every block.
+/// Ties are ordered as in trec_eval, also at rank `top_k`.
 pub struct Searcher<'a> {
     queries: ArrayView2<'a, f32>,
     query_ids: &'a [String],
     documents: Arc<[String]>,
-    /// The documents by rising id; `precedence[document]` is the place in it.
+    /// The documents by increasing id; `precedence[document]` is the position of a document in it.
     by_id: Vec<u32>,
     precedence: Vec<u32>,
-    /// Per query.
+    /// The best documents of each query.
     best: Vec<Best>,
     added: usize,
 }
@@ -72,8 +72,8 @@ impl<'a> Searcher<'a> {
     /// Prepares to search `documents` with the embeddings `queries` (queries, d).
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`]: `top_k` is 0, ids and rows differ in number, an id comes twice, or
-    /// there are more than 2³² documents.
+    /// [`ErrorKind::Argument`]: `top_k` is 0, ids and rows differ in number, an id is not unique, or there
+    /// are 2³² documents or more.
     pub fn new(
         query_ids: &'a [String],
         queries: ArrayView2<'a, f32>,
@@ -92,12 +92,12 @@ impl<'a> Searcher<'a> {
         let by_id = ascending(documents)?;
         ascending(query_ids)?;
         let mut precedence = vec![0; documents.len()];
-        for (place, &document) in (0..).zip(&by_id) {
-            precedence[document as usize] = place;
+        for (position, &document) in (0..).zip(&by_id) {
+            precedence[document as usize] = position;
         }
         let own = |query: &String| {
-            let place = by_id.binary_search_by(|&d| documents[d as usize].cmp(query)).ok()?;
-            Some(by_id[place])
+            let position = by_id.binary_search_by(|&d| documents[d as usize].cmp(query)).ok()?;
+            Some(by_id[position])
         };
         let best = query_ids
             .iter()
@@ -114,8 +114,8 @@ impl<'a> Searcher<'a> {
     /// Adds the embeddings `(any number, d)` of the next documents, in the order of their ids.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`]: another width than the queries', or more rows than documents;
-    /// [`ErrorKind::Numeric`]: a score that is not finite; and the errors of `similarity`.
+    /// [`ErrorKind::Argument`]: the dimension differs from that of the queries, or there are more rows than
+    /// documents; [`ErrorKind::Numeric`]: a score is not finite; and the errors of `similarity`.
     pub fn add(
         &mut self,
         similarity: &(impl Similarity + ?Sized),
@@ -124,7 +124,7 @@ impl<'a> Searcher<'a> {
         if passages.ncols() != self.queries.ncols() {
             return Err(Error::new(
                 ErrorKind::Argument,
-                "query and passage embeddings differ in width",
+                "query and passage embeddings differ in dimension",
             )
             .expected(self.queries.ncols())
             .got(passages.ncols()));
@@ -148,7 +148,7 @@ impl<'a> Searcher<'a> {
         Ok(())
     }
 
-    /// Offers a block of passages to the queries from `first` on.
+    /// Adds a block of passages to a block of queries that starts at `first`.
     fn add_block(
         &mut self,
         similarity: &(impl Similarity + ?Sized),
@@ -174,18 +174,19 @@ impl<'a> Searcher<'a> {
             Some((row, column)) => {
                 let query = &self.query_ids[first + row];
                 let document = &self.documents[self.added + column];
-                let what = format!("query `{query}` and passage `{document}` have no finite score");
+                let what =
+                    format!("the score of query `{query}` and passage `{document}` is not finite");
                 Err(Error::new(ErrorKind::Numeric, what)
                     .got(scores[(row, column)])
-                    .hint("the model gives embeddings that are not finite"))
+                    .hint("the embeddings are too large or not finite: check the model's weights"))
             }
         }
     }
 
-    /// The rankings, once every document was added.
+    /// Returns the rankings after all documents were added.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`]: documents are missing.
+    /// [`ErrorKind::Argument`]: not all documents were added.
     pub fn finish(self) -> Result<Run> {
         if self.added != self.documents.len() {
             return Err(Error::new(
@@ -201,7 +202,7 @@ impl<'a> Searcher<'a> {
             .into_par_iter()
             .zip(self.query_ids)
             .map(|(best, query)| {
-                // `Reverse` turns the heap over, so ascending is best first.
+                // Candidates are wrapped in `Reverse`, so the ascending order is best first.
                 let candidates = best.heap.into_sorted_vec().into_iter();
                 let hits = candidates.map(|Reverse(candidate)| Hit {
                     document: by_id[candidate.precedence as usize],
@@ -214,7 +215,7 @@ impl<'a> Searcher<'a> {
     }
 }
 
-/// Indices by rising id; an id that comes twice is an error.
+/// Indices by increasing id. A duplicate id is an error.
 fn ascending(ids: &[String]) -> Result<Vec<u32>> {
     let count = u32::try_from(ids.len()).map_err(|_| {
         Error::new(ErrorKind::Argument, "too many ids").expected("fewer than 2^32").got(ids.len())
@@ -224,13 +225,13 @@ fn ascending(ids: &[String]) -> Result<Vec<u32>> {
     match indices.windows(2).find(|pair| ids[pair[0] as usize] == ids[pair[1] as usize]) {
         None => Ok(indices),
         Some(pair) => {
-            let what = format!("id `{}` comes twice", ids[pair[0] as usize]);
+            let what = format!("duplicate id `{}`", ids[pair[0] as usize]);
             Err(Error::new(ErrorKind::Argument, what))
         }
     }
 }
 
-/// The best passages for one query so far: a heap of at most `top_k` with the worst on top.
+/// The best passages of one query so far: a heap of at most `top_k` candidates with the worst on top.
 struct Best {
     heap: BinaryHeap<Reverse<Candidate>>,
     top_k: usize,
@@ -238,7 +239,7 @@ struct Best {
 }
 
 impl Best {
-    /// Offers documents from `first` on; returns the first column whose score is not finite.
+    /// Adds consecutive documents starting at `first`; returns the first column whose score is not finite.
     fn offer_all(
         &mut self,
         scores: ArrayView1<f32>,
@@ -251,7 +252,7 @@ impl Best {
             }
             if self.ignored != Some(document) {
                 let precedence = precedence[document as usize];
-                // trec_eval holds -0.0 and 0.0 for equal; the sum makes them so.
+                // For trec_eval -0.0 and 0.0 are equal; the sum is 0.0 for both.
                 self.offer(Candidate { score: score + 0.0, precedence });
             }
         }
@@ -370,7 +371,7 @@ mod tests {
             passages in prop::collection::vec((-2..3i8, -2..3i8), 1..60),
             (top_k, cut) in (1..70usize, 0..60usize),
         ) {
-            // Small whole numbers: many ties, and products that are exact in any order.
+            // Small integers: many ties, and products that are exact in any order.
             let queries: Vec<[f32; 2]> = queries.windows(2).map(|w| [w[0].into(), w[1].into()]).collect();
             let passages: Vec<[f32; 2]> = passages.iter().map(|&(a, b)| [a.into(), b.into()]).collect();
             let (q, p) = (Array2::from(queries), Array2::from(passages));

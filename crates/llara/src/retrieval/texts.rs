@@ -1,4 +1,4 @@
-//! A file of texts to embed: JSONL or plain lines, checked as a whole, then read block by block.
+//! Files of texts to embed, JSONL or plain lines: checked completely, then read block by block.
 
 use std::io::{BufReader, Read};
 use std::num::NonZeroUsize;
@@ -10,21 +10,19 @@ use super::lines::{Line, Lines, join_title, open_regular};
 use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
 
-/// How a file holds its texts.
+/// The format of a file of texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TextFormat {
-    /// One JSON object per line with `text`, or with `title` and `text`, which are joined by a
-    /// blank. A text may be blank, as in test collections: its template is embedded. Blank lines are
-    /// skipped: objects are numbered by their order.
+    /// One JSON object per line with `text`, or with `title` and `text`, which are joined by a space. A text
+    /// may be empty, as in some test collections: then only the template is embedded. Empty lines are
+    /// skipped; texts are numbered by the order of the objects.
     Jsonl,
-    /// One text per line, taken as it is. A blank line is refused: skipping it would move every
-    /// later embedding away from its line number.
+    /// One text per line. An empty line is an error: if it were skipped, later embeddings would not have the
+    /// number of their line.
     Lines,
 }
 
-/// A file of texts, of which every line has been checked and counted.
-///
-/// Text i of the file is row i of its embeddings.
+/// A file of texts whose lines were checked and counted. Text i of the file is row i of its embeddings.
 #[derive(Debug, Clone)]
 pub struct TextFile {
     path: PathBuf,
@@ -34,16 +32,15 @@ pub struct TextFile {
 }
 
 impl TextFile {
-    /// Reads the file once to count its texts and to find what is wrong with it.
+    /// Reads the file once, checks it and counts its texts.
     ///
-    /// `.jsonl`, `.ndjson` and `.json` are read as JSONL and `.txt` as plain lines; any other file
-    /// is JSONL if its first character other than white space is `{`.
+    /// `.jsonl`, `.ndjson` and `.json` are read as JSONL and `.txt` as plain lines; any other file is JSONL
+    /// if its first character other than white space is `{`.
     ///
     /// # Errors
-    /// [`ErrorKind::Data`]: plain lines that are all JSON records, which is a file with the wrong name; with
-    /// file and line: bad JSON, bytes that are not UTF-8, `text` missing
-    /// or not a string; or no text at all. [`ErrorKind::Io`]: the file cannot be
-    /// read or is not a regular file.
+    /// [`ErrorKind::Data`] with file and line: invalid JSON, bytes that are not UTF-8, `text` missing or not
+    /// a string; or without a line: no text, or plain lines that are all JSON objects, because the name of
+    /// the file is probably wrong. [`ErrorKind::Io`]: the file cannot be read or is not a regular file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let format = detect_format(&path)?;
@@ -58,14 +55,14 @@ impl TextFile {
             }
         }
         if file.len == 0 {
-            return Err(Error::new(ErrorKind::Data, "there is no text in the file").file(file.path));
+            return Err(Error::new(ErrorKind::Data, "the file contains no text").file(file.path));
         }
         if only_records {
-            return Err(Error::new(ErrorKind::Data, "every line of the file is a JSON record")
+            return Err(Error::new(ErrorKind::Data, "every line of the file is a JSON object")
                 .file(file.path)
-                .expected("plain text, one text per line: the name does not end in .jsonl")
+                .expected("one plain text per line, because the name does not end in .jsonl")
                 .hint(
-                    "rename the file to .jsonl to embed each `text`; to embed the JSON itself, wrap \
+                    "to embed each `text`, rename the file to .jsonl; to embed the JSON itself, convert \
                      each line: jq -Rc '{text: .}'",
                 ));
         }
@@ -78,12 +75,12 @@ impl TextFile {
         self.len
     }
 
-    /// Of all texts in their order, as they were when the file was opened.
-    pub(super) fn fingerprint(&self) -> Fingerprint {
-        self.fingerprint
+    /// The hash of all texts in their order, as they were when the file was opened.
+    pub(super) fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
     }
 
-    /// How the file was read.
+    /// The format of the file.
     pub fn format(&self) -> TextFormat {
         self.format
     }
@@ -91,19 +88,18 @@ impl TextFile {
     /// Reads the texts in order, in blocks of `size` (the last may be shorter).
     ///
     /// # Errors
-    /// [`ErrorKind::Io`], here or from the iterator; the iterator repeats the checks of
-    /// [`open`](Self::open) and stops at the first error, so that a file which changed in between
-    /// is not trusted.
+    /// [`ErrorKind::Io`], here or from the iterator. The iterator repeats the checks of
+    /// [`open`](Self::open), because the file may have changed, and ends at the first error.
     pub fn chunks(&self, size: NonZeroUsize) -> Result<Chunks<'_>> {
         Ok(Chunks { file: self, lines: Some(Lines::open(&self.path)?), size: size.get() })
     }
 
-    /// The text of a line; nothing for one to skip.
+    /// The text of a line; `None` for a line that is skipped.
     fn parse(&self, line: Line<'_>) -> Result<Option<String>> {
         match self.format {
             TextFormat::Lines if line.is_blank() => Err(line
-                .error("the line is blank")
-                .hint("remove blank lines: embedding i belongs to line i")),
+                .error("the line is empty")
+                .hint("remove empty lines: embedding i belongs to line i")),
             TextFormat::Lines => Ok(Some(line.text.to_owned())),
             TextFormat::Jsonl if line.is_blank() => Ok(None),
             TextFormat::Jsonl => {
@@ -123,7 +119,7 @@ impl TextFile {
 fn is_record(line: &str) -> bool {
     const FIELDS: [&str; 9] =
         ["text", "title", "query", "passage", "document", "contents", "content", "sentence", "pos"];
-    // Cheap, and true of hardly any plain text.
+    // A cheap test that few plain texts pass.
     if !line.trim_start().starts_with('{') {
         return false;
     }
@@ -139,7 +135,7 @@ fn detect_format(path: &Path) -> Result<TextFormat> {
         Some("txt") => Ok(TextFormat::Lines),
         _ => {
             let bytes = BufReader::new(open_regular(path)?).bytes();
-            // The bytes of a byte-order mark are passed over along with the blanks.
+            // Skips white space and the bytes of a byte-order mark.
             for byte in bytes {
                 match byte.map_err(|e| Error::io("read the file", path, e))? {
                     b'{' => return Ok(TextFormat::Jsonl),
@@ -152,17 +148,16 @@ fn detect_format(path: &Path) -> Result<TextFormat> {
     }
 }
 
-/// Blocks of texts in the order of the file; made by [`TextFile::chunks`].
+/// Blocks of texts in the order of the file; returned by [`TextFile::chunks`].
 pub struct Chunks<'a> {
     file: &'a TextFile,
-    /// Nothing once the end or an error was reached.
+    /// `None` after the end of the file or an error.
     lines: Option<Lines>,
     size: usize,
 }
 
 impl Chunks<'_> {
-    /// Goes on behind the next `count` texts, or at the end if there are fewer. They are checked all
-    /// the same.
+    /// Skips the next `count` texts, or all if there are fewer. They are checked too.
     ///
     /// # Errors
     /// Those of the iterator.
@@ -265,13 +260,13 @@ mod tests {
     #[test]
     fn errors_name_the_line() {
         for (name, file, expected) in [
-            ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": }", ":2: bad JSON"),
+            ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": }", ":2: invalid JSON"),
             ("a.jsonl", "{\"title\": \"a\"}", ":1: `text` is missing"),
             ("a.jsonl", "{\"text\": [\"a\"]}", ":1: `text` has the wrong type"),
             ("a.jsonl", "{\"text\": \"a\", \"title\": 1}", ":1: `title` has the wrong type"),
-            ("a.jsonl", "\n\n", ": there is no text"),
-            ("a.txt", "a\n \nb\n", ":2: the line is blank"),
-            ("a.txt", "", ": there is no text"),
+            ("a.jsonl", "\n\n", ": the file contains no text"),
+            ("a.txt", "a\n \nb\n", ":2: the line is empty"),
+            ("a.txt", "", ": the file contains no text"),
         ] {
             let error = read(name, file).unwrap_err().to_string();
             assert!(error.contains(&format!("{name}{expected}")), "{error}");
@@ -301,7 +296,7 @@ mod tests {
         let of = |name: &str, contents: &str| {
             let path = dir.path().join(name);
             std::fs::write(&path, contents).unwrap();
-            TextFile::open(&path).unwrap().fingerprint()
+            TextFile::open(&path).unwrap().fingerprint().to_string()
         };
         let plain = of("a.txt", "one\ntwo\n");
         assert_eq!(of("b.jsonl", "{\"text\": \"one\"}\n\n{\"text\": \"two\", \"n\": 1}"), plain);

@@ -1,28 +1,28 @@
-//! Checking a complete file of embeddings against the texts and the model that it should come from.
+//! Checking a complete file of embeddings against its texts and its model.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use super::vectors::{BLOCK, header, require_finite};
+use super::embeddings::{BLOCK, header, require_finite};
 use super::{BLOCK_TEXTS, Embedder, TextFile, embed_texts};
 use crate::storage::open_file;
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
 
-/// Texts that are embedded again.
+/// Maximum number of embeddings that are recomputed.
 const SAMPLES: usize = 64;
-/// Largest difference of a number, relative to the largest of its embedding.
+/// Largest allowed difference of a component, relative to the largest component of the embedding.
 const TOLERANCE: f32 = 1e-5;
 
-/// Checks that the file at `path` is complete and holds the embeddings of `texts`: its header and its length,
-/// that all numbers are finite, and up to 64 embeddings, spread over the file, against new ones. Returns how
-/// many were computed again. Memory is bounded.
+/// Checks that the file at `path` is complete and contains the embeddings of `texts`: its header and length,
+/// that all numbers are finite, and that up to 64 embeddings at regular intervals equal recomputed ones.
+/// Returns the number of recomputed embeddings. Memory use is bounded.
 ///
 /// # Errors
-/// [`ErrorKind::Data`]: the file is of another shape or kind, or an embedding differs;
-/// [`ErrorKind::Numeric`]: a number is not finite; and the errors of the encoder and of reading.
+/// [`ErrorKind::Data`]: the file has another shape or format, or an embedding differs;
+/// [`ErrorKind::Numeric`]: a number is not finite; and the errors of the embedder and of reading.
 pub fn verify_embeddings(
     embedder: &(impl Embedder + ?Sized),
     role: Role,
@@ -65,14 +65,15 @@ pub fn verify_embeddings(
         let largest = computed.iter().fold(0.0f32, |m, x| m.max(x.abs()));
         let close = |(a, b): (&f32, &f32)| (a - b).abs() <= TOLERANCE * largest;
         if !stored.iter().zip(computed).all(close) {
-            let what = format!("embedding {} (counted from 1) is not that of the text", row + 1);
+            let what =
+                format!("embedding {} (counted from 1) differs from that of its text", row + 1);
             return Err(differs(&what));
         }
     }
     Ok(stored.len())
 }
 
-/// Reads all rows, of which the reader is at the first, and returns the samples.
+/// Reads all rows and returns the samples by row number. The reader must be at the first row.
 fn read_samples(
     reader: &mut BufReader<File>,
     (rows, cols): (usize, usize),
@@ -103,7 +104,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-    use crate::retrieval::VectorWriter;
+    use crate::retrieval::EmbeddingWriter;
 
     struct Numbers;
     impl Embedder for Numbers {
@@ -118,14 +119,14 @@ mod tests {
     }
 
     #[test]
-    fn complete_files_are_told_from_others() {
+    fn only_complete_files_are_accepted() {
         let dir = tempfile::tempdir().unwrap();
         let (input, path) = (dir.path().join("texts.txt"), dir.path().join("v.npy"));
         for rows in [1, 10, 300] {
             std::fs::write(&input, (0..rows).map(|i| format!("{i}\n")).collect::<String>())
                 .unwrap();
             let texts = TextFile::open(&input).unwrap();
-            let mut writer = VectorWriter::create(&path, rows, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&path, rows, 2).unwrap();
             let values: Vec<f32> = (0..rows).flat_map(|i| [1.0, 1.0 + i as f32]).collect();
             writer.append(&values).unwrap();
             writer.finish().unwrap();

@@ -1,19 +1,19 @@
-//! How much space a file system has left.
+//! The free space of a file system.
 
 use std::path::Path;
 
 use crate::{Error, Result};
 
-/// Bytes that this user can still write to the file system of `path`. The path itself, and folders
-/// above it, need not exist yet.
+/// The number of bytes that this user can still write to the file system of `path`. The path and its
+/// parent folders need not exist yet.
 ///
 /// # Errors
-/// When the file system cannot be asked.
+/// [`ErrorKind::Io`](crate::ErrorKind::Io): the file system does not report its free space.
 pub fn free_disk_bytes(path: &Path) -> Result<u64> {
     let absolute = std::path::absolute(path).map_err(|e| Error::io("find", path, e))?;
     let existing = absolute.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let stat = rustix::fs::statvfs(existing)
-        .map_err(|e| Error::io("ask for the free disk space of", existing, e.into()))?;
+        .map_err(|e| Error::io("read the free disk space of", existing, e.into()))?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 

@@ -1,9 +1,9 @@
-//! Reads a file as numbered lines, in bounded memory.
+//! Reads a file as numbered lines in bounded memory.
 
 use std::io::{BufRead, Read, Result};
 
-/// The longest line that is read into memory, in bytes. Far above any row or text; a file of another
-/// kind must not fill the memory before it is refused.
+/// The longest line that is read into memory, in bytes. No row or text is that long. The limit stops a
+/// file of another kind from filling the memory before it is refused.
 pub(crate) const MAX_LINE_BYTES: u64 = 64 << 20;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -23,9 +23,9 @@ pub(crate) struct LineReader<R> {
 
 /// One line and its position.
 pub(crate) struct NumberedLine<'l> {
-    /// From 1.
+    /// Line number, from 1.
     pub(crate) number: u64,
-    /// Of its first byte, from the start of the file.
+    /// Offset of its first byte from the start of the file.
     pub(crate) offset: u64,
     /// The line without its line ending; `None` if it is too long.
     pub(crate) content: Option<&'l [u8]>,
@@ -50,7 +50,7 @@ impl<R: BufRead> LineReader<R> {
             self.offset += self.reader.skip_until(b'\n')? as u64;
         }
         self.buffer.clear();
-        // Room for a byte-order mark and the line's end: what does not fit is too long without them.
+        // Includes a byte-order mark and the line ending. What exceeds it is too long without them.
         let limit = self.max_bytes.saturating_add(BYTE_ORDER_MARK.len() as u64 + 2);
         let mut limited = (&mut self.reader).take(limit);
         let read = limited.read_until(b'\n', &mut self.buffer)? as u64;
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_and_ends_are_passed_over() {
+    fn byte_order_marks_and_line_endings_are_removed() {
         let read = all(b"\xef\xbb\xbfone\r\n\r\nt\rwo\n\xef\xbb\xbfx", 99);
         let expected: [(u64, usize, &[u8]); 4] =
             [(1, 3, b"one"), (2, 8, b""), (3, 10, b"t\rwo"), (4, 15, b"\xef\xbb\xbfx")];
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_beyond_the_limit_is_passed_over_whole() {
+    fn a_line_beyond_the_limit_is_skipped() {
         for end in ["\n", "\r\n"] {
             for mark in ["", "\u{feff}"] {
                 let file = format!("{mark}abcdefgh{end}{}{end}x", "-".repeat(40));
@@ -118,12 +118,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn lines_are_where_they_say(
+        fn offsets_are_those_of_the_lines(
             lines in prop::collection::vec("[a\r\u{feff}]{0,9}", 0..9), max_bytes in 0u64..20,
         ) {
             let file = lines.join("\n");
             let read = all(file.as_bytes(), max_bytes);
-            // A file that ends with a line's end has no empty line behind it.
+            // A line ending at the end of the file does not start another line.
             let count = file.split_terminator('\n').count();
             prop_assert_eq!(read.len(), count);
             let mut start = 0;

@@ -28,8 +28,8 @@ pub(crate) fn rounded(values: Vec<f32>, dtype: Dtype) -> Vec<f32> {
     }
 }
 
-/// f32 rounded to a readable type, as little-endian bytes; `Err` with the position of the first
-/// value that the type cannot hold (f16 ends at 65,504) or that is not finite.
+/// f32 values rounded to a readable type, as little-endian bytes. `Err` is the position of the first
+/// value that is not finite or that the type cannot represent (the largest f16 is 65,504).
 pub(super) fn from_f32(values: &[f32], dtype: Dtype) -> Result<Vec<u8>, usize> {
     fn each<const N: usize>(
         values: &[f32],
@@ -64,18 +64,18 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn what_f16_cannot_hold_is_found() {
+    fn values_that_a_type_cannot_represent_are_found() {
         assert_eq!(from_f32(&[1.0, 70_000.0], Dtype::F16), Err(1));
         assert_eq!(from_f32(&[f32::NAN], Dtype::F32), Err(0));
     }
 
     proptest! {
         #[test]
-        fn f32_survives_and_narrow_types_stay_near(values in prop::collection::vec(-1e4f32..1e4, 0..50)) {
-            let there = |dtype| to_f32(&from_f32(&values, dtype).unwrap(), dtype);
-            prop_assert_eq!(&there(Dtype::F32), &values);
+        fn f32_is_exact_and_narrow_types_are_close(values in prop::collection::vec(-1e4f32..1e4, 0..50)) {
+            let round_trip = |dtype| to_f32(&from_f32(&values, dtype).unwrap(), dtype);
+            prop_assert_eq!(&round_trip(Dtype::F32), &values);
             for (dtype, error) in [(Dtype::F16, 1e-3), (Dtype::BF16, 4e-3)] {
-                for (a, b) in there(dtype).iter().zip(&values) {
+                for (a, b) in round_trip(dtype).iter().zip(&values) {
                     prop_assert!((a - b).abs() <= b.abs() * error + 1e-6);
                 }
             }

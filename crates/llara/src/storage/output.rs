@@ -1,4 +1,4 @@
-//! An output file that appears complete or not at all: temporary sibling, fsync, rename.
+//! An output file that is written atomically: a temporary file in the same folder, fsync, rename.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{Builder, NamedTempFile};
 
-use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
-/// A file being written beside its target. [`commit`](Self::commit) puts it in the target's place;
-/// dropped without it, the target stays as it was and nothing is left behind.
+/// A file being written to a temporary file in the folder of its target. [`commit`](Self::commit)
+/// replaces the target by it. If it is dropped before, the target is unchanged and the temporary file is
+/// removed.
 #[derive(Debug)]
 pub(crate) struct OutputFile {
     writer: BufWriter<NamedTempFile>,
@@ -19,15 +19,16 @@ pub(crate) struct OutputFile {
 }
 
 impl OutputFile {
-    /// Starts writing `path`. Errors that would occur at the end are found here where possible.
+    /// Creates the temporary file. Errors that [`commit`](Self::commit) would report are reported here
+    /// where that is possible.
     pub(crate) fn create(path: &Path) -> Result<Self> {
         let target = regular_target(path)?;
         let temp = temporary_sibling(&target)
-            .map_err(|e| Error::io("create a file beside this one", path, e))?;
+            .map_err(|e| Error::io("create a temporary file in the folder of", path, e))?;
         Ok(OutputFile { writer: BufWriter::with_capacity(1 << 18, temp), target, written: 0 })
     }
 
-    /// The file that will appear.
+    /// The final path.
     pub(crate) fn path(&self) -> &Path {
         &self.target
     }
@@ -44,7 +45,7 @@ impl OutputFile {
         Ok(())
     }
 
-    /// Flushes everything to the disk and gives the file its name.
+    /// Flushes the file to the disk and renames it to the final path.
     pub(crate) fn commit(self) -> Result<()> {
         let OutputFile { writer, target, written } = self;
         let fail = |e| write_failed("write", &target, e);
@@ -53,26 +54,29 @@ impl OutputFile {
         let length = temp.as_file().metadata().map_err(fail)?.len();
         if length != written {
             // A write failed and the caller continued.
-            return Err(Error::new(ErrorKind::Io, "the file has not the length that was written")
-                .file(&target)
-                .expected(format!("{written} bytes"))
-                .got(length));
+            return Err(Error::new(
+                ErrorKind::Io,
+                "the file does not have the length that was written",
+            )
+            .file(&target)
+            .expected(format!("{written} bytes"))
+            .got(length));
         }
         temp.persist(&target).map_err(|e| fail(e.error))?;
         sync_folder(&target).map_err(fail)
     }
 }
 
-/// Refuses a path at which no file can be written: no regular file, no file name, or a folder that does
-/// not exist or is read-only. Nothing stays behind.
+/// Refuses a path at which no file can be written: something other than a regular file is there, the path
+/// has no file name, or the folder does not exist or is read-only. Leaves no file.
 pub(crate) fn check_output_path(path: &Path) -> Result<()> {
     OutputFile::create(path).map(drop)
 }
 
-/// The file that writing `path` replaces: the target of a symbolic link, else `path` itself.
+/// The file that writing to `path` replaces: the target of a symbolic link, otherwise `path` itself.
 ///
 /// # Errors
-/// There is something other than a regular file, or `path` ends in a separator or `..`.
+/// Something other than a regular file is there, or `path` ends in a separator or `..`.
 pub(super) fn regular_target(path: &Path) -> Result<PathBuf> {
     let bytes = path.as_os_str().as_encoded_bytes();
     if path.file_name().is_none() || bytes.ends_with(b"/") || bytes.ends_with(b"/.") {
@@ -92,7 +96,7 @@ pub(super) fn regular_target(path: &Path) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// A new file in the folder of `target`, with the permissions that a plain new file would have.
+/// A new file in the folder of `target`, with the permissions of an ordinary new file.
 fn temporary_sibling(target: &Path) -> std::io::Result<NamedTempFile> {
     let mut prefix = std::ffi::OsString::from(".");
     prefix.push(target.file_name().unwrap_or_default());
@@ -111,9 +115,21 @@ fn folder(target: &Path) -> &Path {
     target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes a rename or a removal durable; only Unix can open a folder for that.
+/// Makes a rename or a removal in the folder of `target` durable. Only Unix can open a folder for that.
 pub(super) fn sync_folder(target: &Path) -> std::io::Result<()> {
     if cfg!(unix) { File::open(folder(target))?.sync_all() } else { Ok(()) }
+}
+
+/// The error of a failed write to a file that is removed when a write fails.
+pub(super) fn write_failed(action: &str, path: &Path, source: std::io::Error) -> Error {
+    use std::io::ErrorKind as Io;
+    let full = matches!(source.kind(), Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge);
+    let error = Error::io(action, path, source);
+    if full {
+        error.hint("free some space or choose another folder; the incomplete file was removed")
+    } else {
+        error
+    }
 }
 
 #[cfg(test)]
@@ -121,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn appears_whole_or_not_at_all() {
+    fn the_target_changes_only_at_commit() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out.txt");
         std::fs::write(&path, "old").unwrap();
@@ -133,7 +149,7 @@ mod tests {
         kept.write(b"new").unwrap();
         kept.commit().unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "new");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file stayed");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file remains");
     }
 
     #[test]
@@ -155,7 +171,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn links_are_written_through_and_permissions_are_ordinary() {
+    fn symbolic_links_are_followed_and_permissions_are_ordinary() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let (file, link, plain) =

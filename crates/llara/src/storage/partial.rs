@@ -1,33 +1,35 @@
-//! A resumable output file: the bytes written so far beside the target, and a manifest that describes
+//! A resumable output file: the bytes written so far in `TARGET.partial`, and a manifest that describes
 //! them.
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind as Io, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::OutputFile;
-use super::output::{regular_target, sync_folder};
-use super::staging::remove_if_there;
+use super::input::read_limited;
+use super::lock::is_at;
+use super::output::{OutputFile, regular_target, sync_folder};
 use crate::{Error, ErrorKind, Result};
 
-/// A file being written as `TARGET.partial`, with a manifest `TARGET.partial.json` as soon as there
-/// is something worth keeping. [`commit`](Self::commit) puts it in the target's place and removes
-/// the manifest.
+/// Largest manifest that is read, in bytes.
+const MAX_MANIFEST_BYTES: u64 = 256 << 20;
+
+/// A file being written as `TARGET.partial`, with a manifest `TARGET.partial.json` after the first
+/// [`keep`](Self::keep). [`commit`](Self::commit) renames the file to the target and removes the
+/// manifest.
 ///
 /// The manifest is replaced atomically, and only after the bytes it describes are on the disk, so it
-/// is correct after a crash. Dropped without a manifest, the file is removed; dropped with one, both
-/// files stay.
+/// is correct after a crash. When this value is dropped without a commit, both files remain if there is a
+/// manifest; otherwise the file is removed.
 ///
-/// The file is locked while this exists, so that two runs cannot write the same target (where the file
-/// system supports locks).
+/// The file is locked while this value exists, so that two runs cannot write the same target (where the
+/// file system supports locks).
 #[derive(Debug)]
 pub(crate) struct PartialFile {
     file: File,
     paths: Paths,
     written: u64,
-    /// Whether there is a manifest of this file.
+    /// Whether there is a manifest for this file.
     kept: bool,
     committed: bool,
 }
@@ -42,26 +44,26 @@ struct Paths {
 impl Paths {
     fn of(path: &Path) -> Result<Self> {
         let target = regular_target(path)?;
-        let beside = |ending: &str| {
+        let with_ending = |ending: &str| {
             let mut name = OsString::from(target.as_os_str());
             name.push(ending);
             PathBuf::from(name)
         };
-        Ok(Paths { data: beside(".partial"), manifest: beside(".partial.json"), target })
+        Ok(Paths { data: with_ending(".partial"), manifest: with_ending(".partial.json"), target })
     }
 }
 
 impl PartialFile {
-    /// Opens the file that an interrupted run left, or a new empty one.
+    /// Opens the file of an interrupted run, or creates an empty one.
     ///
     /// # Errors
-    /// When another run has it open, or it cannot be created.
+    /// Another run has the file open, or it cannot be created.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let paths = Paths::of(path)?;
-        let fail = |e| Error::io("create a file beside this one", path, e);
+        let fail = |e| Error::io("create the incomplete file of", path, e);
         if !paths.data.exists() {
-            // Left by a run that was interrupted after its last rename.
-            remove_if_there(&paths.manifest).map_err(fail)?;
+            // The manifest of a run that was interrupted after its last rename.
+            remove_if_exists(&paths.manifest).map_err(fail)?;
         }
         let mut options = File::options();
         options.read(true).write(true);
@@ -72,7 +74,7 @@ impl PartialFile {
             }
             Err(e) => return Err(fail(e)),
         };
-        // Between opening and locking, another run may have put the file in its place.
+        // Between opening and locking, another run may have renamed the file to the target.
         let in_use = matches!(file.try_lock(), Err(TryLockError::WouldBlock))
             || !is_at(&file, &paths.data).map_err(fail)?;
         if in_use {
@@ -106,22 +108,23 @@ impl PartialFile {
         if !self.kept {
             return Ok(None);
         }
-        let path = &self.paths.manifest;
-        fs::read(path).map(Some).map_err(|e| Error::io("read the manifest", path, e))
+        read_limited(&self.paths.manifest, "read the manifest", MAX_MANIFEST_BYTES).map(Some)
     }
 
-    /// The manifest that an interrupted run left for `path`, without opening its file.
+    /// The manifest of an interrupted run for `path`, without opening the incomplete file.
     pub(crate) fn manifest_of(path: &Path) -> Option<Vec<u8>> {
         let paths = Paths::of(path).ok()?;
-        if paths.data.is_file() { fs::read(paths.manifest).ok() } else { None }
+        let manifest =
+            || read_limited(&paths.manifest, "read the manifest", MAX_MANIFEST_BYTES).ok();
+        if paths.data.is_file() { manifest() } else { None }
     }
 
     /// Empties the file.
     pub(crate) fn clear(&mut self) -> Result<()> {
         if self.kept {
-            // First, and durably: the manifest must never describe what is written from now on.
+            // Removed first, and durably: it must not describe bytes that are written later.
             let path = &self.paths.manifest;
-            remove_if_there(path)
+            remove_if_exists(path)
                 .and_then(|()| sync_folder(path))
                 .map_err(|e| Error::io("remove", path, e))?;
             self.kept = false;
@@ -161,23 +164,26 @@ impl PartialFile {
         Ok(())
     }
 
-    /// Flushes everything to the disk and gives the file its name.
+    /// Flushes the file to the disk and renames it to the target.
     pub(crate) fn commit(mut self) -> Result<()> {
         let Paths { target, data, manifest } = &self.paths;
         let fail = |e| Error::io("write", target, e);
         self.file.sync_all().map_err(fail)?;
         let length = self.file.metadata().map_err(fail)?.len();
         if length != self.written {
-            return Err(Error::new(ErrorKind::Io, "the file has not the length that was written")
-                .file(target)
-                .expected(format!("{} bytes", self.written))
-                .got(length));
+            return Err(Error::new(
+                ErrorKind::Io,
+                "the file does not have the length that was written",
+            )
+            .file(target)
+            .expected(format!("{} bytes", self.written))
+            .got(length));
         }
         fs::rename(data, target).map_err(fail)?;
         self.committed = true;
-        // Last: if interrupted before this, the manifest describes a file that no longer exists.
+        // Removed last: after an interruption here it describes a file that no longer exists.
         if self.kept {
-            remove_if_there(manifest).map_err(fail)?;
+            remove_if_exists(manifest).map_err(fail)?;
         }
         sync_folder(target).map_err(fail)
     }
@@ -186,19 +192,16 @@ impl PartialFile {
 impl Drop for PartialFile {
     fn drop(&mut self) {
         if !self.committed && !self.kept {
-            // An earlier error is the one to report.
+            // The caller reports an earlier error; this one would hide it.
             let _ = fs::remove_file(&self.paths.data);
         }
     }
 }
 
-/// Whether an open file is the one at a path.
-pub(super) fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
-    let open = file.metadata()?;
-    match fs::metadata(path) {
-        Ok(there) => Ok((there.dev(), there.ino()) == (open.dev(), open.ino())),
-        Err(e) if e.kind() == Io::NotFound => Ok(false),
-        Err(e) => Err(e),
+fn remove_if_exists(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != Io::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 
@@ -216,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_manifest_nothing_stays() {
+    fn without_a_manifest_the_incomplete_file_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out");
         fs::write(&path, "old").unwrap();
@@ -233,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_kept_is_found_again() {
+    fn kept_bytes_are_resumed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out");
         let mut file = PartialFile::open(&path).unwrap();
@@ -255,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn cleared_its_manifest_goes_before_its_bytes() {
+    fn clearing_removes_the_manifest() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out");
         let mut file = PartialFile::open(&path).unwrap();
@@ -268,7 +271,7 @@ mod tests {
         assert_eq!(names(dir.path()), ["out.partial"]);
         drop(file);
         assert_eq!(names(dir.path()), [""; 0]);
-        // A manifest without its file must not come to speak of another.
+        // A manifest without its file must not be used for a new file.
         fs::write(dir.path().join("out.partial.json"), "3").unwrap();
         assert_eq!(PartialFile::manifest_of(&path), None);
         assert_eq!(PartialFile::open(&path).unwrap().manifest().unwrap(), None);

@@ -1,14 +1,14 @@
 //! Replacing the model in a folder by renames, so that a crash at any point leaves a complete model.
 //!
-//! A staged folder passes through three names inside its target. Each change of name is one atomic
-//! rename, so the name tells how far the replacement came:
+//! A staged folder inside the target has one of three names. Each change of name is one atomic rename, so
+//! the name records the progress of the replacement:
 //!
-//! 1. `.partial-X`: being written. Incomplete; deleted when its process has ended.
+//! 1. `.partial-X`: being written, incomplete. It is deleted when its process has ended.
 //! 2. `.ready-X`: complete and verified. The earlier model's files are moved to `.replaced-X`.
-//! 3. `.moving-X`: the earlier model is complete in `.replaced-X`; the new files move into the target,
-//!    `config.json` last. Then both folders are removed.
+//! 3. `.moving-X`: the earlier model is complete in `.replaced-X`. The new files are moved into the
+//!    target, `config.json` last. Then both folders are removed.
 //!
-//! [`finish_interrupted`] continues from 2 or 3.
+//! [`finish_interrupted`] continues from state 2 or 3.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, TryLockError};
@@ -18,23 +18,28 @@ use std::time::{Duration, Instant};
 
 use crate::{Error, ErrorKind, Result};
 
+/// The file name of weights that are not sharded.
+pub(crate) const WEIGHTS_FILE: &str = "model.safetensors";
+/// The file name of the index of sharded weights.
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+
 /// Being written.
 pub(super) const PARTIAL: &str = ".partial-";
-/// Complete, the earlier model not yet moved away.
+/// Complete; the earlier model is not moved to `.replaced-X` yet.
 pub(super) const READY: &str = ".ready-";
-/// Complete, the earlier model moved away.
+/// Complete; the earlier model is in `.replaced-X`.
 const MOVING: &str = ".moving-";
 /// The earlier model.
 const REPLACED: &str = ".replaced-";
 
-/// The files without which no tool takes a folder for a model or an adapter: moved away first and
-/// moved in last.
+/// The files by which tools recognize a model or an adapter. They are moved out of the target first and
+/// into it last.
 const MARKERS: [&str; 2] = ["config.json", "adapter_config.json"];
 
 /// How long to wait for another process that is replacing a model in the same folder.
 const WAIT: Duration = Duration::from_secs(20);
 
-/// A lock on the target folder itself while its files are renamed, a matter of milliseconds.
+/// A lock on the target folder itself, held for milliseconds while its files are renamed.
 pub(super) struct Guard {
     _folder: File,
 }
@@ -58,19 +63,18 @@ impl Guard {
 /// What [`finish_interrupted`] did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Recovered {
-    /// Whether a complete model was found whose move into the folder had been interrupted, and was
-    /// moved in.
+    /// Whether an interrupted replacement by a complete model was finished.
     pub finished: bool,
     /// Names of incomplete folders that were removed.
     pub removed: Vec<String>,
 }
 
-/// Finishes what a killed process left in a model folder: a complete model is moved into place, an
-/// incomplete one is removed. What a running process is writing is left alone. Does nothing for a
-/// folder that does not exist.
+/// Cleans up after a process that was killed while it saved a model in `folder`: a complete model is moved
+/// into place, an incomplete one is removed. Files that a running process is writing are not touched. Does
+/// nothing if the folder does not exist.
 ///
 /// # Errors
-/// When files cannot be renamed or removed. No complete model is lost then.
+/// [`ErrorKind::Io`]: files cannot be renamed or removed. No complete model is lost in that case.
 pub fn finish_interrupted(folder: &Path) -> Result<Recovered> {
     if !has_leftovers(folder) {
         return Ok(Recovered::default());
@@ -88,7 +92,7 @@ fn has_leftovers(folder: &Path) -> bool {
         .is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|e| ours(&e.file_name()))))
 }
 
-/// The same while the [`Guard`] is held.
+/// [`finish_interrupted`] while the [`Guard`] is held.
 pub(super) fn finish_locked(folder: &Path) -> Result<Recovered> {
     let io = |e| Error::io("finish an interrupted save in", folder, e);
     let mut recovered = Recovered::default();
@@ -100,7 +104,7 @@ pub(super) fn finish_locked(folder: &Path) -> Result<Recovered> {
         if !partial && !text.starts_with(READY) && !text.starts_with(MOVING) {
             continue;
         }
-        // Locked by the process that writes it. Where there are no locks nobody can tell.
+        // Locked by the process that writes it, if the file system supports locks.
         let dir = File::open(&path).map_err(io)?;
         if dir.try_lock().is_err() || !path.is_dir() {
             in_use = true;
@@ -113,7 +117,7 @@ pub(super) fn finish_locked(folder: &Path) -> Result<Recovered> {
         }
     }
     for name in names(folder).map_err(io)? {
-        // The model that replaces it is in place: otherwise it would have been found above.
+        // The model that replaces it is in place; otherwise the loop above would have found it.
         if !in_use && name.to_string_lossy().starts_with(REPLACED) {
             fs::remove_dir_all(folder.join(name)).map_err(io)?;
         }
@@ -121,7 +125,7 @@ pub(super) fn finish_locked(folder: &Path) -> Result<Recovered> {
     Ok(recovered)
 }
 
-/// Puts the files of `partial`, which is complete and on the disk, in place of the model in `target`.
+/// Replaces the model in `target` by the files of `partial`, which is complete and flushed to the disk.
 pub(super) fn replace(target: &Path, partial: &Path) -> io::Result<()> {
     let ready = renamed(partial, PARTIAL, READY);
     rename(partial, &ready)?;
@@ -158,7 +162,7 @@ fn roll_forward(target: &Path, staged: &Path) -> io::Result<()> {
     sync(target)
 }
 
-/// Moves the earlier model's files, and whatever has the name of a new file, into `replaced`.
+/// Moves the earlier model's files, and every file with the name of a new file, into `replaced`.
 fn move_away(target: &Path, new: &[OsString], replaced: &Path) -> io::Result<()> {
     let mut old = names(target)?;
     old.retain(|name| belongs_to_a_model(name) || new.contains(name));
@@ -178,15 +182,11 @@ fn is_marker(name: &OsStr) -> bool {
     MARKERS.iter().any(|marker| name == *marker)
 }
 
-/// Whether a file is a part of a model or adapter as they are saved here, and nothing else of that
-/// name could be: other `.safetensors` files are the user's own.
+/// Whether a file name is one that saving a model or an adapter writes. Other `.safetensors` files belong
+/// to the user.
 fn belongs_to_a_model(name: &OsStr) -> bool {
-    const NAMES: [&str; 4] = [
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "adapter_model.safetensors",
-        "llara_probes.json",
-    ];
+    const NAMES: [&str; 4] =
+        [WEIGHTS_FILE, INDEX_FILE, "adapter_model.safetensors", "llara_probes.json"];
     let name = name.to_string_lossy();
     let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
     let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
@@ -196,7 +196,7 @@ fn belongs_to_a_model(name: &OsStr) -> bool {
         || numbers.is_some_and(|(n, of)| is_number(n) && is_number(of))
 }
 
-/// The path with another prefix of its last part.
+/// The path with `to` in place of the prefix `from` of its last component.
 fn renamed(path: &Path, from: &str, to: &str) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!("{to}{}", name.strip_prefix(from).unwrap_or(&name)))

@@ -1,5 +1,5 @@
-//! One safetensors file: the header is checked against the file's length; tensors are read and written
-//! one at a time, so that no more than one is in memory.
+//! Reading and writing safetensors files: the header is checked against the file's length, and only one
+//! tensor at a time is in memory.
 
 use std::fs::{File, Metadata as FileMetadata};
 use std::io::{BufWriter, Read, Write};
@@ -11,9 +11,10 @@ use blake3::Hash;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use super::input::open_file;
 use super::number::{from_f32, is_readable, to_f32};
+use super::output::write_failed;
 use super::staging::Staging;
-use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes of the header length at the beginning of a file.
@@ -21,10 +22,10 @@ const LENGTH_BYTES: u64 = 8;
 /// The format's limit on headers.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// A safetensors file whose header has been read and found consistent with the file's length.
+/// A safetensors file whose header was read and is consistent with the file's length.
 ///
-/// It stays open: a file put in its place later is not read with the old header, and the data of this
-/// one stays readable. A write to the open file is noticed by its length and modification time.
+/// The file stays open: if another file replaces it, the data of this one is still read, never the new data
+/// with the old header. A write to the open file is detected by its length and modification time.
 #[derive(Debug)]
 pub(crate) struct SafetensorsFile {
     path: PathBuf,
@@ -34,7 +35,7 @@ pub(crate) struct SafetensorsFile {
     data_start: u64,
 }
 
-/// What changes when a file is written to.
+/// Length and modification time, which change when a file is written to.
 #[derive(Debug, PartialEq)]
 struct Stamp {
     length: u64,
@@ -51,7 +52,7 @@ impl SafetensorsFile {
     /// Reads and checks the header.
     ///
     /// # Errors
-    /// When the file is missing, shorter or longer than its header says, or the header is damaged.
+    /// The file is missing, its length does not match its header, or the header is damaged.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let damaged = |what: &str| {
             Error::new(ErrorKind::Weights, what)
@@ -59,7 +60,7 @@ impl SafetensorsFile {
                 .hint("the file is damaged or was not copied in full: fetch or export it again")
         };
         let io = |e| Error::io("read weights", path, e);
-        let mut file = super::open_file(path).map_err(io)?;
+        let mut file = open_file(path).map_err(io)?;
         let stamp = Stamp::of(&file.metadata().map_err(io)?);
         let length = stamp.length;
         let mut prefix = [0; LENGTH_BYTES as usize];
@@ -71,7 +72,7 @@ impl SafetensorsFile {
         file.read_exact(&mut prefix).map_err(io)?;
         let header_length = u64::from_le_bytes(prefix);
         if header_length > (length - LENGTH_BYTES).min(MAX_HEADER_BYTES) {
-            return Err(damaged("the header's length reaches beyond the file")
+            return Err(damaged("the header is longer than the file")
                 .expected(format!("at most {} bytes", length - LENGTH_BYTES))
                 .got(format!("{header_length} bytes")));
         }
@@ -104,7 +105,7 @@ impl SafetensorsFile {
         self.metadata.info(name)
     }
 
-    /// The bytes of a tensor as in the file.
+    /// The bytes of a tensor, in the file's number format.
     pub(crate) fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
         let info = self.info(name).ok_or_else(|| {
             Error::new(ErrorKind::Weights, "no such tensor").tensor(&self.path, name)
@@ -114,12 +115,12 @@ impl SafetensorsFile {
         let io = |e| Error::io("read weights", &self.path, e);
         self.refuse_change()?;
         self.file.read_exact_at(&mut bytes, self.data_start + start as u64).map_err(io)?;
-        // Again, for a write during the read.
+        // Checked again, because the file may have been written to during the read.
         self.refuse_change()?;
         Ok(bytes)
     }
 
-    /// Refuses to read on when the open file was written to since its header was read.
+    /// Fails if the open file was written to since its header was read.
     fn refuse_change(&self) -> Result<()> {
         let io = |e| Error::io("read weights", &self.path, e);
         let now = Stamp::of(&self.file.metadata().map_err(io)?);
@@ -140,7 +141,7 @@ impl SafetensorsFile {
     /// A tensor as f32.
     ///
     /// # Errors
-    /// When its type is not f32, f16 or bf16, or when it holds NaN or infinity.
+    /// The tensor's type is not f32, f16 or bf16, or it contains NaN or infinity.
     pub(crate) fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         let bytes = self.read_bytes(name)?;
         let dtype = self.info(name).map_or(Dtype::F32, |info| info.dtype);
@@ -165,9 +166,10 @@ impl SafetensorsFile {
 /// A tensor to be written: name, type and shape.
 pub(crate) type Declaration = (String, Dtype, Vec<usize>);
 
-/// The beginning of a file: header length and header, padded so that the data is aligned to 8 bytes.
+/// The first bytes of a file: header length and header, padded so that the data is aligned to 8 bytes.
 pub(crate) fn safetensors_header(path: &Path, declared: &[Declaration]) -> Result<Vec<u8>> {
-    let too_large = || Error::new(ErrorKind::Argument, "a tensor beyond 64 bits").file(path);
+    let too_large =
+        || Error::new(ErrorKind::Argument, "the size of a tensor exceeds 64 bits").file(path);
     let mut end = 0usize;
     let mut infos = Vec::with_capacity(declared.len());
     for (name, dtype, shape) in declared {
@@ -198,11 +200,11 @@ pub(crate) struct SafetensorsWriter {
     path: PathBuf,
     file: BufWriter<File>,
     declared: std::vec::IntoIter<Declaration>,
-    /// Of every tensor written so far.
+    /// Declaration and hash of every tensor written so far.
     written: Vec<(Declaration, Hash)>,
 }
 
-/// What [`SafetensorsWriter`] wrote, to be compared with the file.
+/// The tensors that [`SafetensorsWriter`] wrote, for the comparison with the file.
 #[must_use]
 pub(crate) struct WrittenFile {
     /// Name within the folder.
@@ -217,10 +219,10 @@ impl WrittenFile {
         found.map(|((_, dtype, _), _)| *dtype)
     }
 
-    /// Reads the file back, tensor by tensor, and compares it with what was to be written.
+    /// Reads the file back, tensor by tensor, and compares it with the tensors that were written.
     ///
     /// # Errors
-    /// When a tensor is missing, or its type, shape or any byte differs.
+    /// A tensor is missing or unexpected, or its type, shape or any byte differs.
     pub(crate) fn verify(&self, folder: &Path) -> Result<()> {
         let file = SafetensorsFile::open(&folder.join(&self.name))?;
         let differs = |name: &str, what: &str| {
@@ -316,7 +318,7 @@ impl SafetensorsWriter {
         self.file.write_all(bytes).map_err(|e| write_failed("write weights", &self.path, e))
     }
 
-    /// Flushes everything to the disk; an error unless all declared tensors were written.
+    /// Flushes the file to the disk. Fails unless all declared tensors were written.
     pub(crate) fn finish(mut self) -> Result<WrittenFile> {
         if let Some((missing, ..)) = self.declared.next() {
             return Err(Error::new(ErrorKind::Weights, "declared but not written")

@@ -1,18 +1,18 @@
-//! Writing a model folder: files are staged in a hidden folder and appear together or not at all.
+//! Writing a model folder atomically: files are written to a hidden folder and moved in together.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use super::output::write_failed;
 use super::replace::{self, Guard, PARTIAL};
-use super::write_failed;
 use crate::{Error, ErrorKind, Result};
 
 /// A model or adapter folder being written.
 ///
 /// Files are written to a hidden folder inside the target. [`commit`] flushes them to the disk and
-/// replaces the model in the target by renames; see [`replace`](super::replace) for what a crash
-/// leaves. [`keep_unverified`] moves them beside the target instead. Dropped without either, the
-/// target is as it was, and removed if it was not there.
+/// replaces the model in the target by renames; see [`replace`](super::replace) for the states after a
+/// crash. [`keep_unverified`] moves them to a sibling of the target instead. If this value is dropped
+/// without either, the target is unchanged, and removed if it was created here.
 ///
 /// [`commit`]: Staging::commit
 /// [`keep_unverified`]: Staging::keep_unverified
@@ -20,52 +20,52 @@ pub(crate) struct Staging {
     target: PathBuf,
     /// `None` once committed or kept.
     folder: Option<PathBuf>,
-    /// The staged folder, opened and locked: only a folder whose process has ended is cleared away.
+    /// The staged folder, opened and locked: only the folder of a process that has ended is removed.
     _lock: File,
     created_target: bool,
-    /// The file without which no tool takes the folder for complete.
+    /// The file by which tools recognize a complete folder.
     last: &'static str,
 }
 
 impl Staging {
-    /// Creates `target` if need be, and an empty hidden folder in it; `last` is the file that makes the
-    /// folder look complete. What a killed process left there is finished or removed.
+    /// Creates `target` if it does not exist, and an empty hidden folder in it. `last` is the file by which
+    /// tools recognize a complete folder. Interrupted saves in `target` are finished or removed.
     pub(crate) fn new(target: &Path, last: &'static str) -> Result<Self> {
         let created_target = !target.exists();
         let io = |e| Error::io("write to the folder", target, e);
         fs::create_dir_all(target).map_err(|e| Error::io("create the folder", target, e))?;
-        // Held until the new folder has its own lock, so that nobody takes it for a leftover.
+        // Held until the new folder has its own lock, so that no other process removes it.
         let _guard = Guard::lock(target)?;
         replace::finish_locked(target)?;
         let folder = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(target).map_err(io)?;
         let lock = File::open(folder.path()).map_err(io)?;
-        // Fails only where the file system has no locks.
+        // Fails only if the file system does not support locks.
         let _ = lock.try_lock();
         let folder = Some(folder.keep());
         Ok(Staging { target: target.to_owned(), folder, _lock: lock, created_target, last })
     }
 
-    /// Where the files will be.
+    /// The final folder.
     pub(crate) fn target(&self) -> &Path {
         &self.target
     }
 
-    /// Where to write.
+    /// The hidden folder to write to.
     pub(crate) fn path(&self) -> &Path {
         self.folder.as_deref().unwrap_or(&self.target)
     }
 
-    /// Writes a small file in full.
+    /// Writes a small file.
     pub(crate) fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
         let path = self.path().join(name);
         fs::write(&path, contents).map_err(|e| write_failed("write", &self.target.join(name), e))
     }
 
-    /// Replaces the model or adapter in the target by the staged one. Other files of the target stay.
+    /// Replaces the model or adapter in the target by the staged one. Other files of the target remain.
     ///
     /// # Errors
-    /// When a file cannot be flushed or renamed. Either the target is as it was, or the new model is
-    /// complete in hidden folders from which the next save or load of the folder finishes the move.
+    /// A file cannot be flushed or renamed. Then either the target is unchanged, or the new model is
+    /// complete in a hidden folder and the next save or load of the target moves it into place.
     pub(crate) fn commit(mut self) -> Result<()> {
         self.flush()?;
         let _guard = Guard::lock(&self.target)?;
@@ -73,7 +73,7 @@ impl Staging {
         let Some(folder) = self.folder.clone() else { return Ok(()) };
         let replaced = replace::replace(&self.target, &folder);
         if !folder.exists() {
-            // Complete, whatever happened afterwards: not to be removed any more.
+            // Renamed to `.ready-X`: it is complete and must not be removed.
             self.folder = None;
             self.created_target = false;
         }
@@ -82,16 +82,15 @@ impl Staging {
             match self.folder {
                 Some(_) => error,
                 None => error.hint(
-                    "the new model is complete in a hidden folder there: the next load or save of this \
-                     folder moves it into place",
+                    "the new model is complete in a hidden folder inside this one: the next load or save \
+                     of this folder moves it into place",
                 ),
             }
         })
     }
 
-    /// Moves the staged files to a folder of their own, for a model that failed its verification:
-    /// `TARGET.unverified-N` beside the target, or `unverified-N` inside it where the folder above
-    /// cannot be written. The target is left as it was.
+    /// Moves the files of a model that failed its verification to `TARGET.unverified-N`, or to
+    /// `TARGET/unverified-N` if the parent folder is not writable. The target is not changed.
     pub(crate) fn keep_unverified(mut self) -> Result<PathBuf> {
         self.flush()?;
         let Some(folder) = self.folder.clone() else { return Ok(self.target.clone()) };
@@ -119,7 +118,7 @@ impl Staging {
         replace::sync(self.path()).map_err(io)?;
         replace::sync(&self.target).map_err(io)?;
         if let Some(parent) = self.target.parent().filter(|path| !path.as_os_str().is_empty()) {
-            // The target's own name. A folder above it may be unreadable to this user.
+            // Makes the target's own name durable. This user may lack permission to read the parent.
             let _ = replace::sync(parent);
         }
         if names.iter().any(|name| name == self.last) {
@@ -148,17 +147,17 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         if let Some(folder) = self.folder.take() {
-            // What went wrong before is what matters to the caller.
+            // The caller reports an earlier error; this one would hide it.
             let _ = fs::remove_dir_all(folder);
         }
         if self.created_target {
-            // Fails, as it should, when something else has been put there meanwhile.
+            // Fails if another program has created a file there; the folder must then remain.
             let _ = fs::remove_dir(&self.target);
         }
     }
 }
 
-/// Renames a folder to the first free one of `NAME-1`, `NAME-2`, ….
+/// Renames a folder to the first unused name of `NAME-1`, `NAME-2`, ….
 fn move_to_numbered(folder: &Path, name: &Path) -> std::io::Result<PathBuf> {
     for number in 1u32.. {
         let mut numbered = name.as_os_str().to_owned();
@@ -180,13 +179,6 @@ fn move_to_numbered(folder: &Path, name: &Path) -> std::io::Result<PathBuf> {
         }
     }
     Err(std::io::Error::other("all numbers are taken"))
-}
-
-pub(super) fn remove_if_there(path: &Path) -> std::io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -227,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn dropped_it_leaves_nothing() {
+    fn dropping_removes_the_staged_folder_and_a_created_target() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("model");
         drop(stage_new(&target));
@@ -235,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn committed_it_replaces_an_earlier_model_and_nothing_else() {
+    fn commit_replaces_the_earlier_model_and_keeps_other_files() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("model");
         old_model(&target);
@@ -272,7 +264,7 @@ mod tests {
                 assert!(folders.is_empty());
                 break;
             }
-            // The next save begins by finishing; dropped, it leaves the finished model.
+            // The next save first finishes the replacement; dropping it keeps the finished model.
             let never_ready = steps == 0;
             drop(Staging::new(&target, "config.json").unwrap());
             let (files, contents): (&[&str], _) =

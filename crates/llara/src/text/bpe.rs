@@ -1,4 +1,4 @@
-//! A tokenizer from nothing but texts: byte-level BPE, as GPT-2's.
+//! Training a byte-level BPE tokenizer, as GPT-2 uses.
 
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::models::{ModelWrapper, TrainerWrapper};
@@ -9,24 +9,23 @@ use tokenizers::{AddedToken, Tokenizer};
 use super::TextTokenizer;
 use crate::{Error, ErrorKind, Result};
 
-/// The first three ids; BOS stands in front of every text encoded with special tokens.
+/// The first three ids. BOS is prepended to every text that is encoded with special tokens.
 const PAD: &str = "<|pad|>";
 const BOS: &str = "<|bos|>";
 const EOS: &str = "<|eos|>";
 
-/// Every byte is a token, so no text is ever unknown.
+/// Every byte is a token, so every text can be encoded.
 const BYTES: usize = 256;
 
-/// A pair seen once teaches nothing about other texts.
+/// Pairs that occur only once are not merged: they are not likely in other texts.
 const MIN_PAIR_COUNT: u64 = 2;
 
-/// Learns a byte-level BPE tokenizer of up to `vocab_size` entries: `<|pad|>`, `<|bos|>`,
-/// `<|eos|>`, then `special_tokens` (a template's), then the 256 bytes, then merges in the order of
-/// their frequency. Texts too few for so many merges give fewer entries; the same texts give the
-/// same tokenizer.
+/// Trains a byte-level BPE tokenizer of up to `vocab_size` entries: `<|pad|>`, `<|bos|>`, `<|eos|>`, then
+/// `special_tokens` (of a template), then the 256 bytes, then merges in the order of their frequency. If
+/// the texts have fewer frequent pairs, there are fewer entries. The same texts give the same tokenizer.
 ///
 /// # Errors
-/// `vocab_size` has no room for the special tokens and the bytes, or a special token is empty.
+/// `vocab_size` is smaller than the number of special tokens and bytes, or a special token is empty.
 pub fn train_bpe(
     texts: impl Iterator<Item = String> + Send,
     vocab_size: usize,
@@ -35,7 +34,7 @@ pub fn train_bpe(
     let mut specials: Vec<&str> = vec![PAD, BOS, EOS];
     for token in special_tokens {
         if token.is_empty() {
-            return Err(Error::new(ErrorKind::Argument, "a special token is the empty text"));
+            return Err(Error::new(ErrorKind::Argument, "a special token is empty"));
         }
         if !specials.contains(&token.as_str()) {
             specials.push(token);
@@ -43,7 +42,7 @@ pub fn train_bpe(
     }
     let smallest = specials.len() + BYTES;
     if vocab_size < smallest || u32::try_from(vocab_size).is_err() {
-        return Err(Error::new(ErrorKind::Argument, "impossible vocabulary size")
+        return Err(Error::new(ErrorKind::Argument, "the vocabulary size is out of range")
             .expected(format!(
                 "at least {smallest}: {} special tokens and {BYTES} bytes",
                 specials.len()
@@ -63,9 +62,9 @@ pub fn train_bpe(
     tokenizer.with_pre_tokenizer(Some(byte_level)).with_decoder(Some(byte_level));
     tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts).map_err(failed)?;
 
-    let bos = tokenizer
-        .token_to_id(BOS)
-        .ok_or_else(|| Error::new(ErrorKind::Tokenizer, "training lost the BOS token"))?;
+    let bos = tokenizer.token_to_id(BOS).ok_or_else(|| {
+        Error::new(ErrorKind::Tokenizer, "the trained tokenizer has no BOS token")
+    })?;
     let with_bos = TemplateProcessing::builder()
         .try_single(format!("{BOS} $A"))
         .and_then(|b| b.try_pair(format!("{BOS} $A $B")))
@@ -77,8 +76,8 @@ pub fn train_bpe(
     TextTokenizer::new(tokenizer, Some(transformers_config()))
 }
 
-/// `tokenizer_config.json`: without it `AutoTokenizer` picks the class of the model's family, with
-/// that family's special tokens.
+/// `tokenizer_config.json`. Without it `AutoTokenizer` selects the class of the model's family, which has
+/// other special tokens.
 fn transformers_config() -> Vec<u8> {
     let config = serde_json::json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -101,7 +100,7 @@ mod tests {
 
     fn texts() -> impl Iterator<Item = String> + Send {
         (0..200).map(|i| {
-            format!("Ship number {i} carries grain, ship number {} carries oil.", i % 7 + 3)
+            format!("Ship number {i} carries wheat, ship number {} carries oil.", i % 7 + 3)
         })
     }
 
@@ -122,7 +121,7 @@ mod tests {
         let ids = tokenizer.encode("ship <s1><s2>", true).unwrap();
         assert_eq!(ids[0], 1);
         assert!(ids.ends_with(&[3, 4]));
-        // Characters that training never saw still have ids: their bytes.
+        // Characters that are not in the training texts are encoded as bytes.
         assert!(!tokenizer.encode("Grüße, 世界 🚢", false).unwrap().is_empty());
         assert_eq!(tokenizer.encode("🚢", false).unwrap().len(), 4);
     }
@@ -134,14 +133,14 @@ mod tests {
     }
 
     #[test]
-    fn little_data_gives_few_entries_and_none_the_bytes_alone() {
+    fn few_texts_give_few_entries_and_no_texts_only_the_bytes() {
         let tokenizer = train_bpe(texts().take(3), 30_000, &[]).unwrap();
         assert!((260..1000).contains(&tokenizer.vocab_size()));
         assert_eq!(train_bpe(std::iter::empty(), 30_000, &[]).unwrap().vocab_size(), 259);
     }
 
     #[test]
-    fn a_vocabulary_without_room_is_refused() {
+    fn a_vocabulary_that_is_too_small_is_refused() {
         let e = train_bpe(texts(), 260, &["<a>".into(), "<b>".into()]).err().unwrap();
         assert!(e.to_string().contains("at least 261"), "{e}");
         assert!(train_bpe(texts(), 261, &["<a>".into(), "<b>".into()]).is_ok());

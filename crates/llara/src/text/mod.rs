@@ -1,5 +1,5 @@
-//! Text to token ids: what stands around a text ([`Template`]), how it is cut into tokens
-//! ([`TextTokenizer`]) and both together ([`PromptEncoder`]).
+//! Text to token ids: the prefix and suffix of a text ([`Template`]), the tokenizer ([`TextTokenizer`]),
+//! and both together ([`PromptEncoder`]).
 
 mod bpe;
 mod prompt;

@@ -1,4 +1,4 @@
-//! Prefix, text and suffix to one sequence of ids: what the model reads.
+//! Encodes prefix, text and suffix as one sequence of token ids, the input of the model.
 
 use rayon::prelude::*;
 
@@ -6,12 +6,12 @@ use super::template::{too_few_to_pool, trailing_tokens};
 use super::{Role, Template, TextTokenizer};
 use crate::{Error, ErrorKind, Result};
 
-/// Puts texts into a template, as token ids. Prefix and suffix are tokenized once, apart from the
-/// text; truncation takes tokens from the end of the text only.
+/// Encodes texts in a template. Prefix and suffix are tokenized once, separately from the text; truncation
+/// removes tokens only from the end of the text.
 pub struct PromptEncoder {
     tokenizer: TextTokenizer,
     template: Template,
-    /// Rows of the model's embedding matrix.
+    /// Number of rows of the model's embedding matrix.
     vocab_size: usize,
     query: AffixIds,
     passage: AffixIds,
@@ -29,11 +29,11 @@ impl AffixIds {
 }
 
 impl PromptEncoder {
-    /// Fits a template to a tokenizer and to a model with `vocab_size` embeddings.
+    /// Prepares a template for a tokenizer and a model with `vocab_size` token embeddings.
     ///
     /// # Errors
-    /// The template is invalid, the tokenizer lacks its special tokens as single ids, a suffix has
-    /// fewer tokens than are pooled, or the model has no embedding for an id in the template.
+    /// The template is invalid, its special tokens are not single ids of the tokenizer, a suffix has fewer
+    /// tokens than are pooled, or the model has no embedding for an id of the template.
     pub fn new(tokenizer: TextTokenizer, template: Template, vocab_size: usize) -> Result<Self> {
         template.validate()?;
         let missing: Vec<String> = template
@@ -54,11 +54,11 @@ impl PromptEncoder {
         Ok(encoder)
     }
 
-    /// The ids of `text` in its prompt, at most `max_len` of them.
+    /// The ids of prefix, `text` and suffix, at most `max_len`.
     ///
     /// # Errors
-    /// `max_len` leaves no room for the text, a token lies beyond the model's vocabulary, or the
-    /// sequence would be empty.
+    /// `max_len` leaves no token for the text, a token is not in the model's vocabulary, or the sequence
+    /// is empty.
     pub fn encode(&self, role: Role, text: &str, max_len: usize) -> Result<Vec<u32>> {
         self.check_max_len(role, max_len)?;
         let affixes = self.affix_ids(role);
@@ -74,7 +74,7 @@ impl PromptEncoder {
         Ok(ids)
     }
 
-    /// [`PromptEncoder::encode`] for many texts, in parallel; the order stays.
+    /// [`PromptEncoder::encode`] for many texts, in parallel. The result has the order of `texts`.
     ///
     /// # Errors
     /// The first text, in order, that [`PromptEncoder::encode`] refuses.
@@ -84,8 +84,7 @@ impl PromptEncoder {
         texts: &[impl AsRef<str> + Sync],
         max_len: usize,
     ) -> Result<Vec<Vec<u32>>> {
-        // Collected before the errors are looked at: which one is reported must not depend on
-        // the threads.
+        // All results are collected first: the reported error must not depend on the threads.
         let sequences: Vec<Result<Vec<u32>>> =
             texts.par_iter().map(|text| self.encode(role, text.as_ref(), max_len)).collect();
         sequences.into_iter().collect()
@@ -94,19 +93,22 @@ impl PromptEncoder {
     /// Checks that prefix, suffix and at least one token of a text fit into `max_len`.
     ///
     /// # Errors
-    /// They do not; the smallest length that works is named.
+    /// They do not. The error states the smallest valid length.
     pub fn check_max_len(&self, role: Role, max_len: usize) -> Result<()> {
         let smallest = self.affix_ids(role).len() + 1;
         if max_len >= smallest {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Argument, format!("no token of a {role} would be left"))
-            .expected(format!(
-                "a maximum {role} length of at least {smallest}: template `{}` takes {} tokens itself",
-                self.template.name,
-                smallest - 1
-            ))
-            .got(max_len))
+        Err(Error::new(
+            ErrorKind::Argument,
+            format!("the maximum {role} length leaves no token for the text"),
+        )
+        .expected(format!(
+            "a maximum {role} length of at least {smallest}: template `{}` has {} tokens",
+            self.template.name,
+            smallest - 1
+        ))
+        .got(max_len))
     }
 
     /// The tokenizer.
@@ -137,8 +139,8 @@ impl PromptEncoder {
         )
         .expected(format!("ids below {}", self.vocab_size))
         .hint(
-            "use the tokenizer of this very model; for a template's tokens, \
-             llara finetune --use-lora false --add-special-tokens enlarges the model",
+            "use the tokenizer of this model; to add a template's tokens to a model, use llara finetune \
+             --use-lora false --add-special-tokens",
         ))
     }
 }
@@ -146,8 +148,7 @@ impl PromptEncoder {
 fn affix_ids(tokenizer: &TextTokenizer, template: &Template, role: Role) -> Result<AffixIds> {
     let affixes = template.affixes(role);
     let mut prefix = if affixes.special_tokens_in_prefix {
-        // Only those that belong in front: a tokenizer that also closes every text with EOS
-        // must not do so before the text has begun.
+        // Only those before a text: a tokenizer may also append EOS, which belongs after the suffix.
         tokenizer.leading_special_tokens()?
     } else {
         Vec::new()
@@ -171,10 +172,10 @@ fn not_single_ids(template: &Template, tokens: &[impl AsRef<str>]) -> Error {
     let list: Vec<&str> = tokens.iter().map(AsRef::as_ref).collect();
     Error::new(
         ErrorKind::Tokenizer,
-        format!("the tokenizer does not know {} as single tokens", list.join(" ")),
+        format!("the tokenizer has no single tokens for {}", list.join(" ")),
     )
     .expected(format!("every special token of template `{}` as one id", template.name))
-    .got("their spelling in pieces, which would be pooled in their place")
+    .got("several ids for each, of which only some would be pooled")
     .hint(
         "choose the template that the model was trained with (--template), or add the tokens by training \
          all weights: llara finetune --use-lora false --add-special-tokens",
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_tokenized_apart_and_put_end_to_end() {
+    fn parts_are_tokenized_separately_and_concatenated() {
         let encoder = llara();
         let t = encoder.tokenizer();
         let text = "the words";
@@ -312,7 +313,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn only_the_text_is_cut(texts in prop::collection::vec(any::<String>(), 0..5), room in 1usize..20) {
+        fn only_the_text_is_truncated(texts in prop::collection::vec(any::<String>(), 0..5), room in 1usize..20) {
             thread_local!(static ENCODER: PromptEncoder = llara());
             ENCODER.with(|encoder| {
                 for role in [Role::Query, Role::Passage] {

@@ -1,23 +1,23 @@
-//! What stands around a text, as data: prefix, suffix and how many trailing tokens are averaged.
+//! Templates: prefix and suffix of a text, and the number of trailing tokens that are averaged.
 
 use std::fmt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage::read_limited;
+use crate::storage::read_text_file;
 use crate::{Error, ErrorKind, Result};
 
 /// Largest template file that is read, in bytes.
-const MOST_BYTES: u64 = 1 << 20;
+const MAX_BYTES: u64 = 1 << 20;
 
-/// Which side of the bi-encoder a text is on.
+/// Whether a text is a query or a passage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// A text to search with.
+    /// A text that passages are searched for.
     Query,
-    /// A text to be found.
+    /// A text that is searched.
     Passage,
 }
 
@@ -30,19 +30,19 @@ impl fmt::Display for Role {
     }
 }
 
-/// The text in front of and behind a query or a passage. Prefix, text and suffix are tokenized
-/// apart, so no merge crosses a seam.
+/// The prefix and the suffix of a query or a passage. Prefix, text and suffix are tokenized separately,
+/// so no token spans two of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Affixes {
-    /// In front of the text; may be empty.
+    /// Prepended to the text; may be empty.
     #[serde(default)]
     pub prefix: String,
-    /// Behind the text; may be empty.
+    /// Appended to the text; may be empty.
     #[serde(default)]
     pub suffix: String,
-    /// Whether the sequence starts with the special tokens that the tokenizer puts in front of a
-    /// text (BOS), before the prefix.
+    /// Whether the sequence starts with the special tokens that the tokenizer prepends to a text (BOS),
+    /// followed by the prefix.
     #[serde(default = "yes")]
     pub special_tokens_in_prefix: bool,
 }
@@ -51,7 +51,7 @@ fn yes() -> bool {
     true
 }
 
-/// How a model's inputs are put together and which of their tokens become the embedding.
+/// The format of a model's inputs, and the tokens whose hidden states give the embedding.
 ///
 /// ```
 /// # use llara::text::{Role, Template};
@@ -63,14 +63,14 @@ fn yes() -> bool {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Template {
-    /// What logs and saved models call it.
+    /// Name, for logs and saved models.
     pub name: String,
-    /// How many trailing tokens of the whole sequence are averaged; 1 is last-token pooling. At most
-    /// the number of tokens of either suffix, unless the suffix is empty.
+    /// Number of trailing tokens of the sequence that are averaged; 1 is last-token pooling. At most the
+    /// number of tokens of either suffix, unless the suffix is empty.
     pub pooled_tokens: usize,
-    /// Around a query.
+    /// Prefix and suffix of a query.
     pub query: Affixes,
-    /// Around a passage.
+    /// Prefix and suffix of a passage.
     pub passage: Affixes,
 }
 
@@ -78,22 +78,24 @@ impl Template {
     /// The largest `pooled_tokens` of a valid template.
     pub const MAX_POOLED_TOKENS: usize = 1024;
 
-    /// The names that [`Template::preset`] knows.
+    /// The names that [`Template::preset`] accepts.
     pub const PRESETS: [&'static str; 3] = ["llara", "e5-mistral", "qwen3-embedding"];
 
-    /// A template that the program ships.
+    /// A built-in template.
     ///
     /// # Errors
-    /// An unknown name.
+    /// [`ErrorKind::Argument`]: there is no such template.
     pub fn preset(name: &str) -> Result<Template> {
         match name {
             "llara" => Ok(llara()),
             "e5-mistral" => Ok(last_token(name, "</s>", true)),
-            // Its tokenizer's own special token is the one that the suffix already spells out.
+            // Its tokenizer appends the token that the suffix already contains.
             "qwen3-embedding" => Ok(last_token(name, "<|endoftext|>", false)),
-            _ => Err(Error::new(ErrorKind::Argument, format!("no template is called `{name}`"))
+            _ => Err(Error::new(ErrorKind::Argument, format!("there is no template `{name}`"))
                 .expected(format!("one of {}", Self::PRESETS.join(", ")))
-                .hint("describe any other template in a TOML file and give its path")),
+                .hint(
+                    "to use another template, define it in a TOML file and give the file's path",
+                )),
         }
     }
 
@@ -117,19 +119,14 @@ impl Template {
     /// ```
     ///
     /// # Errors
-    /// The file cannot be read, is not TOML, has unknown or missing fields, or describes something
-    /// impossible (see [`Template::validate`]).
+    /// The file cannot be read, is not TOML, has unknown or missing fields, or is not valid (see
+    /// [`Template::validate`]).
     pub fn from_toml_file(path: impl AsRef<Path>) -> Result<Template> {
         let path = path.as_ref();
-        let text = String::from_utf8(read_limited(path, "read the template", MOST_BYTES)?)
-            .map_err(|e| {
-                let before = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-                let line = 1 + before.iter().filter(|&&b| b == b'\n').count() as u64;
-                Error::new(ErrorKind::Config, "bad template: not UTF-8").line(path, line)
-            })?;
+        let text = read_text_file(path, "read the template", MAX_BYTES)?;
         let template: Template = toml::from_str(&text).map_err(|e| {
             let message: String = e.message().chars().filter(|c| !c.is_control()).collect();
-            let error = Error::new(ErrorKind::Config, format!("bad template: {message}"))
+            let error = Error::new(ErrorKind::Config, format!("invalid template: {message}"))
                 .expected("`name`, `pooled_tokens`, and tables `[query]` and `[passage]` with `prefix`, `suffix`, `special_tokens_in_prefix`");
             match e.span() {
                 Some(span) => error.line(path, line_of(&text, span.start)),
@@ -140,18 +137,18 @@ impl Template {
         Ok(template)
     }
 
-    /// Checks what the types cannot.
+    /// Checks the values of the fields.
     ///
     /// # Errors
-    /// The name is blank, `pooled_tokens` is out of its range, or a suffix spells out special tokens,
-    /// but fewer than are pooled: the text in front of them would be pooled too.
+    /// The name is empty or white space, `pooled_tokens` is out of range, or a suffix ends in fewer special
+    /// tokens than are pooled: tokens of the text would be pooled too.
     pub fn validate(&self) -> Result<()> {
         if self.name.trim().is_empty() {
-            return Err(Error::new(ErrorKind::Config, "the template's `name` is blank"));
+            return Err(Error::new(ErrorKind::Config, "the template's `name` is empty"));
         }
         if !(1..=Self::MAX_POOLED_TOKENS).contains(&self.pooled_tokens) {
             return Err(Error::new(ErrorKind::Config, "`pooled_tokens` is out of range")
-                .expected(format!("a whole number from 1 to {}", Self::MAX_POOLED_TOKENS))
+                .expected(format!("an integer from 1 to {}", Self::MAX_POOLED_TOKENS))
                 .got(self.pooled_tokens)
                 .hint("the embedding is the mean over that many trailing tokens"));
         }
@@ -164,7 +161,7 @@ impl Template {
         Ok(())
     }
 
-    /// What stands around a text of this role.
+    /// Prefix and suffix of a text of this role.
     pub fn affixes(&self, role: Role) -> &Affixes {
         match role {
             Role::Query => &self.query,
@@ -172,9 +169,9 @@ impl Template {
         }
     }
 
-    /// The `<…>` tokens standing end to end at the tail of the suffixes, each once, the passage's
-    /// first (LLARA: `<s1>` to `<s16>`). A tokenizer must know each as a single id, or pooling
-    /// would average pieces of their spelling.
+    /// The consecutive `<…>` tokens at the end of the suffixes, each once, first those of the passage
+    /// (LLARA: `<s1>` to `<s16>`). Each must be a single id of the tokenizer; otherwise the tokens of its
+    /// spelling would be pooled.
     pub fn special_tokens(&self) -> Vec<String> {
         let mut tokens: Vec<String> = Vec::new();
         for affixes in [&self.passage, &self.query] {
@@ -219,8 +216,8 @@ pub(super) fn trailing_tokens(suffix: &str) -> Vec<&str> {
     tokens
 }
 
-/// LLARA (Llama2Vec): a passage's last eight tokens predict the passage itself, a query's the
-/// passage that would follow it.
+/// LLARA (Llama2Vec): the last eight tokens of a passage summarize the passage; those of a query predict
+/// the passage that follows.
 fn llara() -> Template {
     let tokens =
         |ids: std::ops::RangeInclusive<u32>| -> String { ids.map(|i| format!("<s{i}>")).collect() };
@@ -239,7 +236,7 @@ fn llara() -> Template {
     }
 }
 
-/// The same on both sides: the text and one closing token, which is the embedding.
+/// The same for both roles: the text and one token, whose hidden state gives the embedding.
 fn last_token(name: &str, suffix: &str, special_tokens_in_prefix: bool) -> Template {
     let affixes =
         Affixes { prefix: String::new(), suffix: suffix.into(), special_tokens_in_prefix };
@@ -256,7 +253,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn llara_is_the_papers() {
+    fn the_llara_template_is_that_of_the_paper() {
         let t = Template::preset("llara").unwrap();
         assert_eq!(
             t.query.suffix,
@@ -313,7 +310,9 @@ mod tests {
                 refuse(&format!("name = \"t\"\npooled_tokens = {number}\n[query]\n[passage]\n"));
             assert!(e.contains("`pooled_tokens` is out of range") && e.contains(number), "{e}");
         }
-        assert!(refuse("name = \" \"\npooled_tokens = 1\n[query]\n[passage]\n").contains("blank"));
+        assert!(
+            refuse("name = \" \"\npooled_tokens = 1\n[query]\n[passage]\n").contains("is empty")
+        );
         assert!(refuse("name = \"t\"\npooled_tokens = 1\n[query]\n").contains("passage"));
         std::fs::write(&path, "name = \"t\"\npooled_tokens = 1\n[query]\n[passage]\n").unwrap();
         let t = Template::from_toml_file(&path).unwrap();

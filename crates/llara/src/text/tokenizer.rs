@@ -1,4 +1,4 @@
-//! A model's tokenizer as Hugging Face writes it: read, extended by special tokens, written back.
+//! Tokenizers in Hugging Face's format: reading, adding special tokens, writing.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -11,13 +11,13 @@ use tokenizers::{AddedToken, Tokenizer};
 use crate::storage::{OutputFile, read_limited};
 use crate::{Error, ErrorKind, Result};
 
-/// Cuts texts into token ids, whole: truncation and padding stored in the file are switched off.
+/// A tokenizer. Truncation and padding that are stored in the file are disabled.
 #[derive(Clone)]
 pub struct TextTokenizer {
     inner: Tokenizer,
-    /// `tokenizer.json` as it was read; `None` once the tokenizer differs from it.
+    /// `tokenizer.json` as it was read; `None` if the tokenizer was changed.
     original: Option<Vec<u8>>,
-    /// `tokenizer_config.json`, which transformers reads beside it.
+    /// `tokenizer_config.json`, which transformers reads too.
     config: Option<Vec<u8>>,
     vocab_size: usize,
 }
@@ -28,20 +28,20 @@ const CONFIG_FILE: &str = "tokenizer_config.json";
 /// Largest tokenizer file that is read, in bytes; the largest published ones have about 40 MB.
 const MAX_BYTES: u64 = 512 << 20;
 
-/// The largest `vocab_size` that a `config.json` may have, too.
+/// The largest vocabulary. `config.json` has the same limit.
 const MAX_VOCAB_SIZE: usize = 1 << 28;
 
 impl TextTokenizer {
     /// Reads `tokenizer.json` of a model folder, and `tokenizer_config.json` if there is one.
     ///
     /// # Errors
-    /// The file is missing, unreadable or no tokenizer.
+    /// `tokenizer.json` is missing, cannot be read or is not a tokenizer.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join(TOKENIZER_FILE);
         let original = read_if_present(&path)?.ok_or_else(|| missing(folder))?;
         let inner = guarded(|| Tokenizer::from_bytes(&original)).map_err(|e| {
-            Error::new(ErrorKind::Tokenizer, "this is not a usable tokenizer")
+            Error::new(ErrorKind::Tokenizer, "cannot load the tokenizer")
                 .file(&path)
                 .because(e)
                 .hint("save it again with transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
@@ -52,12 +52,12 @@ impl TextTokenizer {
         Ok(tokenizer)
     }
 
-    /// A tokenizer that no file holds yet, and the `tokenizer_config.json` to write beside it.
+    /// A tokenizer that was not read from a file, and its `tokenizer_config.json`.
     pub(super) fn new(mut inner: Tokenizer, config: Option<Vec<u8>>) -> Result<Self> {
-        // transformers stores the settings of its last call in the file; they would silently cut
-        // texts or fill them up.
+        // transformers stores the settings of its last call in the file; they would silently truncate or
+        // pad texts.
         inner.with_truncation(None).map_err(|e| {
-            Error::new(ErrorKind::Tokenizer, "cannot switch off truncation").because(e)
+            Error::new(ErrorKind::Tokenizer, "cannot disable truncation").because(e)
         })?;
         inner.with_padding(None);
         let vocab_size = ids(&inner).max().map_or(0, |id| id as usize + 1);
@@ -65,58 +65,57 @@ impl TextTokenizer {
             return Err(Error::new(ErrorKind::Tokenizer, "a token id is out of range")
                 .expected(format!("ids below {MAX_VOCAB_SIZE}"))
                 .got(vocab_size - 1)
-                .hint("the file is damaged, or was not made for this model: fetch it again"));
+                .hint("the file is damaged or belongs to another model: download it again"));
         }
         Ok(Self { inner, original: None, config, vocab_size })
     }
 
-    /// The ids of `text`, never cut. With `with_special_tokens` the tokenizer adds those that its
-    /// post-processor wants around a text.
+    /// The ids of `text`, without truncation. `with_special_tokens` adds the special tokens of the
+    /// tokenizer's post-processor.
     ///
     /// # Errors
-    /// The tokenizer cannot represent the text (for instance, no unknown token).
+    /// The tokenizer cannot encode the text, for example because it has no unknown token.
     pub fn encode(&self, text: &str, with_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding =
             guarded(|| self.inner.encode_fast(text, with_special_tokens)).map_err(cannot_encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The special tokens that the post-processor puts in front of a text: BOS, or nothing.
+    /// The special tokens that the post-processor prepends to a text: BOS or none.
     ///
     /// # Errors
-    /// The tokenizer cannot represent the probe text.
+    /// The tokenizer cannot encode a short text.
     pub fn leading_special_tokens(&self) -> Result<Vec<u32>> {
-        // Only around a text that is not empty can those in front be told from those behind.
+        // The text must not be empty: otherwise prepended and appended tokens cannot be distinguished.
         let encoding = guarded(|| self.inner.encode_fast("a", true)).map_err(cannot_encode)?;
         let special = encoding.get_special_tokens_mask().iter().take_while(|&&m| m == 1).count();
         Ok(encoding.get_ids()[..special].to_vec())
     }
 
-    /// The id of a token, by its exact spelling in the vocabulary.
+    /// The id of a token of the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// The spelling of an id in the vocabulary.
+    /// The token of an id.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// The highest id plus one, added tokens included: how many rows of an embedding matrix the
-    /// tokenizer can ask for.
+    /// The highest id plus one, added tokens included: the number of rows that an embedding matrix needs.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// Makes each of `tokens` a single id wherever it stands; returns how many ids are new. Tokens
-    /// that are single ids already stay as they are. On an error the tokenizer is unchanged.
+    /// Adds `tokens` as special tokens, so that each is encoded as a single id; returns the number of new
+    /// ids. Tokens that are single ids already are not changed. On an error the tokenizer is unchanged.
     ///
     /// # Errors
-    /// A token is empty, the vocabulary has holes that new ids would collide with, or
-    /// `tokenizer_config.json` is no JSON object.
+    /// A token is empty, the vocabulary has gaps so that a new id would be in use already, or
+    /// `tokenizer_config.json` is not a JSON object.
     pub fn add_special_tokens(&mut self, tokens: &[String]) -> Result<usize> {
         if tokens.iter().any(String::is_empty) {
-            return Err(Error::new(ErrorKind::Argument, "a special token is the empty text"));
+            return Err(Error::new(ErrorKind::Argument, "a special token is empty"));
         }
         let mut missing: Vec<&str> = Vec::new();
         for token in tokens {
@@ -131,8 +130,8 @@ impl TextTokenizer {
         guarded(|| inner.add_special_tokens(missing.iter().map(|&t| AddedToken::from(t, true))))
             .map_err(|e| Error::new(ErrorKind::Tokenizer, "cannot add tokens").because(e))?;
 
-        // The tokenizers crate numbers new tokens from the vocabulary's size, which in a
-        // vocabulary with holes may be another token's id.
+        // The tokenizers crate numbers new tokens from the vocabulary's size, which may be the id of another
+        // token if the vocabulary has gaps.
         let mut taken: HashSet<u32> = ids(&self.inner).collect();
         let mut new = 0;
         for &token in &missing {
@@ -152,33 +151,32 @@ impl TextTokenizer {
         Ok(new)
     }
 
-    /// Writes `tokenizer.json` into an existing folder, byte for byte as it was read if nothing
-    /// was added, and `tokenizer_config.json` if there was one. Each file appears whole or not
-    /// at all.
+    /// Writes `tokenizer.json` to an existing folder, with the bytes that were read if no token was added,
+    /// and `tokenizer_config.json` if there was one. Each file is written atomically.
     ///
     /// # Errors
-    /// Writing failed.
+    /// A file cannot be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
-        write_whole(folder, TOKENIZER_FILE, &self.contents()?)?;
+        write_file(folder, TOKENIZER_FILE, &self.contents()?)?;
         match &self.config {
-            Some(config) => write_whole(folder, CONFIG_FILE, config),
+            Some(config) => write_file(folder, CONFIG_FILE, config),
             None => Ok(()),
         }
     }
 
-    /// The bytes of its `tokenizer.json`.
+    /// The bytes of `tokenizer.json`.
     pub(crate) fn contents(&self) -> Result<Cow<'_, [u8]>> {
         if let Some(original) = &self.original {
             return Ok(Cow::Borrowed(original));
         }
-        let serialised = guarded(|| self.inner.to_string(true)).map_err(|e| {
-            Error::new(ErrorKind::Tokenizer, "cannot serialise the tokenizer").because(e)
+        let json = guarded(|| self.inner.to_string(true)).map_err(|e| {
+            Error::new(ErrorKind::Tokenizer, "cannot serialize the tokenizer").because(e)
         })?;
-        Ok(Cow::Owned(serialised.into_bytes()))
+        Ok(Cow::Owned(json.into_bytes()))
     }
 
-    /// The error of a new `token` that would share `id` with a token of the vocabulary.
+    /// The error for a new `token` whose `id` another token has already.
     fn no_free_id(&self, token: &str, id: Option<u32>) -> Error {
         let what = match id {
             Some(id) => format!(
@@ -191,16 +189,16 @@ impl TextTokenizer {
         let entries = self.inner.get_vocab_size(true);
         Error::new(ErrorKind::Tokenizer, what)
             .file(TOKENIZER_FILE)
-            .expected("ids without holes, since new ids are counted from the number of tokens")
+            .expected("ids without gaps, because new ids start at the number of tokens")
             .got(format!("{entries} tokens with ids up to {}", self.vocab_size.saturating_sub(1)))
             .hint(
                 "add the tokens with transformers (tokenizer.add_special_tokens, model.resize_token_embeddings) \
-                 and save the model again, or choose a template whose tokens the tokenizer has",
+                 and save the model again, or use a template whose tokens the tokenizer has",
             )
     }
 
-    /// Whether the token is cut out of any text as one id. To be listed in the vocabulary is not
-    /// enough: only added tokens are kept from merging with what stands beside them.
+    /// Whether the token is always encoded as one id. Being in the vocabulary is not sufficient: only added
+    /// tokens are never merged with adjacent characters.
     fn is_single_id(&self, token: &str) -> Result<bool> {
         let Some(&id) = self.inner.get_added_vocabulary().get_vocab().get(token) else {
             return Ok(false);
@@ -209,11 +207,11 @@ impl TextTokenizer {
     }
 }
 
-/// Calls the tokenizers crate, whose panics on unusual files become errors.
+/// Calls the tokenizers crate and converts its panics, which unusual files can cause, to errors.
 fn guarded<T, E: Into<tokenizers::Error>>(
     call: impl FnOnce() -> Result<T, E>,
 ) -> Result<T, tokenizers::Error> {
-    // What a panic leaves half-done is dropped together with the error.
+    // Unwind safety: after a panic the caller drops everything that `call` may have modified.
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(Into::into),
         Err(panic) => {
@@ -234,9 +232,9 @@ fn cannot_encode(source: tokenizers::Error) -> Error {
     Error::new(ErrorKind::Tokenizer, "cannot tokenize a text").because(source)
 }
 
-/// Where `tokenizer_config.json` lists the added tokens (transformers 4 wrote it so), the classes
-/// of transformers 5 that belong to one model family take them from there and not from
-/// `tokenizer.json`: a token added to the latter alone falls to pieces again.
+/// If `tokenizer_config.json` lists the added tokens (as transformers 4 writes it), the tokenizer classes of
+/// a model family in transformers 5 read them from there, not from `tokenizer.json`: a token that is added
+/// only to the latter is split again.
 fn with_added_tokens(config: &[u8], tokenizer: &Tokenizer, added: &[&str]) -> Result<Vec<u8>> {
     let bad = |what: &str| Error::new(ErrorKind::Tokenizer, what).file(CONFIG_FILE);
     let mut json: Value = serde_json::from_slice(config)
@@ -262,7 +260,7 @@ fn with_added_tokens(config: &[u8], tokenizer: &Tokenizer, added: &[&str]) -> Re
 
 fn missing(folder: &Path) -> Error {
     let hint = if folder.join("tokenizer.model").exists() {
-        "there is a tokenizer.model: convert it once with transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        "there is a tokenizer.model: convert it with transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
     } else {
         "copy tokenizer.json from the base model's folder, or check the path"
     };
@@ -278,7 +276,7 @@ fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
     }
 }
 
-fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+fn write_file(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let mut file = OutputFile::create(&folder.join(name))?;
     file.write(bytes)?;
     file.commit()
@@ -304,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn stored_truncation_and_padding_are_switched_off() {
+    fn stored_truncation_and_padding_are_disabled() {
         let dir = saved(&small());
         let path = dir.path().join(TOKENIZER_FILE);
         let mut json: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -347,7 +345,7 @@ mod tests {
         let mut tokenizer = small();
         let size = tokenizer.vocab_size();
         let id = tokenizer.token_id("mat").unwrap();
-        // After a blank the merges prefer "Ġmat".
+        // After a space the merges prefer "Ġmat".
         assert!(!tokenizer.encode("the mat", false).unwrap().ends_with(&[id]));
         assert_eq!(tokenizer.add_special_tokens(&["mat".into()]).unwrap(), 0);
         assert_eq!(tokenizer.token_id("mat"), Some(id));
@@ -393,7 +391,7 @@ mod tests {
         }
     }
 
-    /// A tokenizer of whole words with these ids.
+    /// A word-level tokenizer with these ids.
     fn words(vocab: Value) -> Result<TextTokenizer> {
         let dir = tempfile::tempdir().unwrap();
         let json = serde_json::json!({
@@ -406,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_with_holes_are_explained() {
+    fn ids_with_gaps_are_explained() {
         let mut tokenizer = words(serde_json::json!({"<unk>": 0, "a": 1, "cat": 3})).unwrap();
         let e = tokenizer.add_special_tokens(&["<s1>".into()]).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Tokenizer);
@@ -442,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn leading_special_tokens_leave_out_those_behind() {
+    fn leading_special_tokens_exclude_appended_ones() {
         let mut tokenizer = small();
         assert_eq!(tokenizer.leading_special_tokens().unwrap(), [1]);
         let both = tokenizers::processors::template::TemplateProcessing::builder()

@@ -6,13 +6,16 @@ use super::config::TrainConfig;
 use super::step_input::StepInput;
 use crate::Result;
 use crate::data::{Dataset, Draw, Sampler};
+use crate::loss::RowsPerRank;
 use crate::model::Dropout;
 use crate::text::{PromptEncoder, Role};
 
 /// The token ids of the texts of one step.
 pub(super) struct Tokenized {
-    /// The rows that the texts come from.
+    /// The rows that the texts come from: this process's share of the batch.
     pub(super) rows: Vec<Draw>,
+    /// How many rows of the batch each process has.
+    pub(super) rows_per_rank: RowsPerRank,
     /// `B` queries.
     pub(super) queries: Vec<Vec<u32>>,
     /// `B·G` passages: in row order, each row's positive first.
@@ -30,6 +33,8 @@ pub(super) struct BatchSource<'r> {
     pub(super) deduplicate: bool,
     /// Whether the model has adapters with dropout.
     pub(super) has_dropout: bool,
+    /// This process, and the number of processes.
+    pub(super) rank: (usize, usize),
 }
 
 impl BatchSource<'_> {
@@ -38,18 +43,25 @@ impl BatchSource<'_> {
     /// # Errors
     /// When a row is no longer what was checked, or a text is refused by the tokenizer.
     pub(super) fn input(&self, step: u64) -> Result<StepInput> {
-        let Tokenized { rows, queries, passages } = self.tokenized(step)?;
+        let Tokenized { rows, rows_per_rank, queries, passages } = self.tokenized(step)?;
         let dropout = self.has_dropout.then_some(Dropout { seed: self.config.seed, step });
-        let input = StepInput::new(queries, passages, self.deduplicate, dropout)?;
+        let share = (rows_per_rank, self.rank.0);
+        let input = StepInput::share(&queries, &passages, share, self.deduplicate, dropout)?;
         Ok(StepInput { rows, ..input })
     }
 
-    /// The token ids of the texts of a step, counted from 0.
+    /// The token ids of the texts of this process's share of a step, counted from 0. Of a global batch of
+    /// `W·b` rows, rank `r` takes rows `r·b..(r + 1)·b`.
     ///
     /// # Errors
     /// As for [`input`](Self::input).
     pub(super) fn tokenized(&self, step: u64) -> Result<Tokenized> {
-        let rows = self.sampler.batch(step);
+        let (rank, ranks) = self.rank;
+        let all = self.sampler.batch(step);
+        let (batch_size, group_size) = (self.config.batch_size, self.config.group_size);
+        let rows_per_rank = RowsPerRank::divided(all.len(), batch_size, ranks, group_size);
+        let first = rows_per_rank.before(rank);
+        let rows = all[first..first + rows_per_rank.queries[rank]].to_vec();
         let mut queries = Vec::with_capacity(rows.len());
         let mut passages = Vec::with_capacity(rows.len() * self.config.group_size);
         for draw in &rows {
@@ -62,6 +74,7 @@ impl BatchSource<'_> {
         let (query_len, passage_len) = (self.config.query_max_len, self.config.passage_max_len);
         Ok(Tokenized {
             rows,
+            rows_per_rank,
             queries: self.prompts.encode_all(Role::Query, &queries, query_len)?,
             passages: self.prompts.encode_all(Role::Passage, &passages, passage_len)?,
         })

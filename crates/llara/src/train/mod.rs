@@ -5,20 +5,25 @@
 
 mod batches;
 mod config;
+mod flat_layout;
 mod optimizer;
 pub mod plan;
+mod reduction;
 mod run_log;
 mod schedule;
+mod state;
 mod step;
 mod step_input;
 mod tensorboard;
 mod trainer;
 
 pub use config::{RunLength, Saving, TrainConfig};
+pub use flat_layout::{FlatLayout, Piece};
 pub use optimizer::{AdamW, AdamWConfig, is_decayed};
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
-pub use step::{Chunking, accumulate_gradients};
+pub use state::TrainState;
+pub use step::{Chunking, accumulate_gradients, accumulate_gradients_with};
 pub use step_input::StepInput;
 pub use tensorboard::EventWriter;
 pub use trainer::{Observer, StepRecord, Summary, Trainer};

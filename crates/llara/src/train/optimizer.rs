@@ -1,6 +1,9 @@
 //! AdamW with clipping by the global norm.
 
-use crate::backend::{AdamWStep, Backend, Shape};
+use super::flat_layout::{FlatLayout, Piece};
+use super::reduction::BUCKET_ELEMENTS;
+use crate::backend::{AdamWStep, Backend, Dtype};
+use crate::dist::{Collective, FlatPart, Solo};
 use crate::model::Decoder;
 use crate::{Error, ErrorKind, Result};
 
@@ -73,12 +76,20 @@ pub fn is_decayed(name: &str) -> bool {
         && !name.split('.').any(is_norm)
 }
 
-/// AdamW (Loshchilov and Hutter 2019): the moments of every trainable parameter and the step count.
+/// AdamW (Loshchilov and Hutter 2019): the step count, and the moments of the elements that this rank
+/// owns. With one rank that is every trainable parameter.
 pub struct AdamW<B: Backend> {
     config: AdamWConfig,
     steps: u64,
-    /// First and second moments, in the order of the trainable parameters.
-    moments: Vec<(B::Tensor, B::Tensor)>,
+    layout: FlatLayout,
+    owned: Vec<Owned<B>>,
+}
+
+/// The moments of a piece of a parameter, `[1, n]` for `n` elements.
+pub(super) struct Owned<B: Backend> {
+    pub(super) piece: Piece,
+    pub(super) first: B::Tensor,
+    pub(super) second: B::Tensor,
 }
 
 impl<B: Backend> AdamW<B> {
@@ -87,16 +98,42 @@ impl<B: Backend> AdamW<B> {
     /// # Errors
     /// When a setting is out of its range, or the device has no memory left.
     pub fn new(backend: &B, decoder: &mut Decoder<B>, config: AdamWConfig) -> Result<Self> {
+        Self::sharded(backend, decoder, config, (0, 1))
+    }
+
+    /// The optimizer of `rank` among `ranks` processes: moments for the elements that this rank owns by
+    /// [`FlatLayout`], and memory for all gradients.
+    ///
+    /// # Errors
+    /// As for [`new`](AdamW::new).
+    pub fn sharded(
+        backend: &B,
+        decoder: &mut Decoder<B>,
+        config: AdamWConfig,
+        (rank, ranks): (usize, usize),
+    ) -> Result<Self> {
         config.check()?;
         decoder.parameters_mut().try_for_each(|parameter| parameter.reserve_grad(backend))?;
-        let moments = decoder
-            .trainable_parameters()
-            .map(|parameter| {
-                let (rows, cols) = parameter.value().shape();
-                Ok((backend.zeros(rows, cols)?, backend.zeros(rows, cols)?))
-            })
-            .collect::<Result<_>>()?;
-        Ok(AdamW { config, steps: 0, moments })
+        let layout = FlatLayout::of(decoder, ranks);
+        let zeros = |piece: Piece| {
+            let length = piece.elements.len();
+            let (first, second) =
+                (backend.zeros(1, length, Dtype::F32)?, backend.zeros(1, length, Dtype::F32)?);
+            Ok(Owned { piece, first, second })
+        };
+        let owned =
+            layout.pieces(layout.owned(rank)).into_iter().map(zeros).collect::<Result<_>>()?;
+        Ok(AdamW { config, steps: 0, layout, owned })
+    }
+
+    /// The layout of the parameters.
+    pub fn layout(&self) -> &FlatLayout {
+        &self.layout
+    }
+
+    /// Updates made so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
     }
 
     /// One update from the gradients in `decoder`, which are then cleared.
@@ -112,10 +149,29 @@ impl<B: Backend> AdamW<B> {
         decoder: &mut Decoder<B>,
         learning_rate: f64,
     ) -> Result<B::Tensor> {
-        let mut sum = backend.zeros(1, 1)?;
+        self.step_in_group(backend, decoder, learning_rate, &Solo)
+    }
+
+    /// [`step`](AdamW::step) of a process of a group. Each process has the sum of the gradients over all
+    /// processes in the range that it owns; afterwards all have the updated weights.
+    ///
+    /// # Errors
+    /// As for [`step`](AdamW::step), or when the group fails.
+    pub fn step_in_group(
+        &mut self,
+        backend: &B,
+        decoder: &mut Decoder<B>,
+        learning_rate: f64,
+        collective: &dyn Collective<B>,
+    ) -> Result<B::Tensor> {
         for parameter in decoder.trainable_parameters() {
-            backend.add_sum_of_squares(parameter.grad()?, &mut sum)?;
+            parameter.grad()?;
         }
+        let mut sum = backend.zeros(1, 1, Dtype::F32)?;
+        for_each_owned(&mut self.owned, decoder.trainable_parameters(), |owned, parameter| {
+            backend.add_sum_of_squares(parameter.grad()?, owned.piece.elements.clone(), &mut sum)
+        })?;
+        collective.all_reduce(&mut sum)?;
         let clip = backend.clip_factor(&sum, self.config.max_grad_norm)?;
         self.steps += 1;
         let update = AdamWStep {
@@ -126,17 +182,69 @@ impl<B: Backend> AdamW<B> {
             weight_decay: self.config.weight_decay,
             step: self.steps,
         };
-        for (parameter, (first, second)) in
-            decoder.trainable_parameters_mut().zip(&mut self.moments)
-        {
+        for_each_owned(&mut self.owned, decoder.trainable_parameters_mut(), |owned, parameter| {
             let weight_decay = if is_decayed(parameter.name()) { update.weight_decay } else { 0.0 };
             let update = AdamWStep { weight_decay, ..update };
-            let (value, grad) = parameter.value_mut_and_grad()?;
-            backend.adamw(value, grad, (first, second), &clip, &update)?;
-        }
+            let (weight, grad) = parameter.weight_mut_and_grad()?;
+            let moments = (&mut owned.first, &mut owned.second);
+            backend.adamw(weight, owned.piece.elements.clone(), grad, moments, &clip, &update)
+        })?;
         decoder.clear_gradients();
+        if collective.size() > 1 {
+            self.all_gather_weights(backend, decoder, collective)?;
+        }
         Ok(clip)
     }
+
+    /// Gives every rank the weights that the others have updated.
+    fn all_gather_weights(
+        &self,
+        backend: &B,
+        decoder: &mut Decoder<B>,
+        collective: &dyn Collective<B>,
+    ) -> Result<()> {
+        for bucket in self.layout.buckets(BUCKET_ELEMENTS) {
+            let pieces = self.layout.pieces(bucket.range.clone());
+            let mut values = decoder
+                .trainable_parameters_mut()
+                .enumerate()
+                .filter(|(number, _)| pieces.iter().any(|piece| piece.parameter == *number))
+                .map(|(_, parameter)| Ok((parameter.take_values(backend)?, parameter)))
+                .collect::<Result<Vec<_>>>()?;
+            let mut parts: Vec<_> = values
+                .iter_mut()
+                .zip(pieces)
+                .map(|((tensor, _), piece)| FlatPart {
+                    tensor,
+                    elements: piece.elements,
+                    start: piece.start,
+                })
+                .collect();
+            let gathered = collective.all_gather_weights(&bucket, &mut parts);
+            // Whatever happened, the model keeps its weights.
+            for (values, parameter) in values {
+                parameter.put_values(backend, values)?;
+            }
+            gathered?;
+        }
+        Ok(())
+    }
+}
+
+/// Calls `f` with each piece and its parameter. Both are in the order of the model, and a parameter has at
+/// most one piece.
+fn for_each_owned<B: Backend, P>(
+    owned: &mut [Owned<B>],
+    parameters: impl Iterator<Item = P>,
+    mut f: impl FnMut(&mut Owned<B>, P) -> Result<()>,
+) -> Result<()> {
+    let mut owned = owned.iter_mut().peekable();
+    for (number, parameter) in parameters.enumerate() {
+        if let Some(piece) = owned.next_if(|owned| owned.piece.parameter == number) {
+            f(piece, parameter)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

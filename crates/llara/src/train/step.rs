@@ -9,10 +9,11 @@ use std::ops::Range;
 
 use super::step_input::StepInput;
 use crate::Result;
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Dtype, ScatterRows, Shape};
 use crate::biencoder::{BiEncoderModel, Encoding};
 use crate::data::Batch;
 use crate::loss::{Embeddings, LossAndGradient, Objective};
+use crate::model::GradientsReady;
 
 /// How a batch is split into chunks, and how many chunks keep their activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,23 +70,48 @@ pub fn accumulate_gradients<B: Backend>(
     input: &StepInput,
     chunking: &Chunking,
 ) -> Result<B::Tensor> {
+    accumulate_gradients_with(model, objective, input, chunking, &mut ())
+}
+
+/// [`accumulate_gradients`] that tells `ready` during the last chunk which gradients are complete.
+///
+/// A process that has no sequence in this step takes part in the objective, and its gradient is zero.
+///
+/// # Errors
+/// As for [`accumulate_gradients`], or what `ready` returns.
+pub fn accumulate_gradients_with<B: Backend>(
+    model: &mut BiEncoderModel<B>,
+    objective: &dyn Objective<B>,
+    input: &StepInput,
+    chunking: &Chunking,
+    ready: &mut dyn GradientsReady<B>,
+) -> Result<B::Tensor> {
+    if input.batch.is_empty() {
+        return no_sequences(model, objective, input, ready);
+    }
     let backend = model.backend().clone();
     let chunks = chunking.chunks(&input.batch);
     let (encoded, states) = encode_chunks(model, input, &chunks, chunking.kept_tokens)?;
-    let queries = backend.upload_index(&input.queries)?;
-    let passages = backend.upload_index(&input.passages)?;
+    let [queries, passages] = backend.upload_indices([&input.queries, &input.passages])?;
     let embeddings = Embeddings {
         queries: backend.gather_rows(&encoded, &queries)?,
         passages: backend.gather_rows(&encoded, &passages)?,
     };
-    let LossAndGradient { loss, dqueries, dpassages } =
-        objective.loss_and_gradient(&backend, embeddings, &input.positives)?;
-    let mut gradient = backend.zeros(encoded.rows(), encoded.cols())?;
-    backend.scatter_add_rows(&dqueries, &queries, &mut gradient)?;
-    backend.scatter_add_rows(&dpassages, &passages, &mut gradient)?;
+    let LossAndGradient { loss, dqueries, dpassages } = objective.loss_and_gradient(
+        &backend,
+        embeddings,
+        &input.positives,
+        &input.rows_per_rank,
+    )?;
+    let mut gradient = backend.zeros(encoded.rows(), encoded.cols(), Dtype::F32)?;
+    for (grad, rows) in [(&dqueries, &input.queries), (&dpassages, &input.passages)] {
+        let plan = ScatterRows::new(rows).upload(&backend)?;
+        backend.scatter_add_rows(grad, &plan, &mut gradient)?;
+    }
     drop((encoded, dqueries, dpassages));
-    for (chunk, state) in chunks.into_iter().zip(states) {
-        let gradient = backend.slice_rows(&gradient, chunk.start, chunk.len())?;
+    let last = chunks.len() - 1;
+    for (number, (chunk, state)) in chunks.into_iter().zip(states).enumerate() {
+        let gradient = gradient.view().with_rows(chunk.clone());
         let encoding = match state {
             Chunk::Kept(encoding) => encoding,
             Chunk::Recomputed => {
@@ -93,8 +119,29 @@ pub fn accumulate_gradients<B: Backend>(
                 model.encode_saving(input.batch.slice(chunk), numbers, input.dropout)?
             }
         };
-        model.backward(encoding, gradient)?;
+        let ready: &mut dyn GradientsReady<B> = if number == last { ready } else { &mut () };
+        model.backward(encoding, gradient, ready)?;
     }
+    Ok(loss)
+}
+
+/// The part of a process without sequences: its gradient is zero, and others wait for it.
+fn no_sequences<B: Backend>(
+    model: &mut BiEncoderModel<B>,
+    objective: &dyn Objective<B>,
+    input: &StepInput,
+    ready: &mut dyn GradientsReady<B>,
+) -> Result<B::Tensor> {
+    let backend = model.backend().clone();
+    let none = || backend.zeros(0, model.dimension(), Dtype::F32);
+    let embeddings = Embeddings { queries: none()?, passages: none()? };
+    let LossAndGradient { loss, .. } =
+        objective.loss_and_gradient(&backend, embeddings, &[], &input.rows_per_rank)?;
+    let decoder = model.decoder_mut();
+    decoder
+        .trainable_parameters_mut()
+        .try_for_each(|parameter| parameter.set_zero_grad(&backend))?;
+    ready.ready(&mut decoder.parameters_mut())?;
     Ok(loss)
 }
 
@@ -108,21 +155,23 @@ fn encode_chunks<B: Backend>(
 ) -> Result<(B::Tensor, Vec<Chunk<B>>)> {
     let backend = model.backend();
     let batch = &input.batch;
-    let mut embeddings = Vec::with_capacity(chunks.len());
+    let mut embeddings = backend.zeros(batch.len(), model.dimension(), Dtype::F32)?;
     let mut states = Vec::with_capacity(chunks.len());
     for chunk in chunks {
         let sequences = batch.slice(chunk.clone());
         let numbers = &input.sequence_numbers[chunk.clone()];
+        let rows = embeddings.view_mut().with_rows(chunk.clone());
         if batch.offsets()[chunk.end] as usize <= kept_tokens {
             let encoding = model.encode_saving(sequences, numbers, input.dropout)?;
-            embeddings.push(backend.slice_rows(&encoding.embeddings, 0, chunk.len())?);
+            backend.copy(encoding.embeddings.view(), rows)?;
             states.push(Chunk::Kept(encoding));
         } else {
-            embeddings.push(model.encode_training(sequences, numbers, input.dropout)?);
+            let chunk = model.encode_training(sequences, numbers, input.dropout)?;
+            backend.copy(chunk.view(), rows)?;
             states.push(Chunk::Recomputed);
         }
     }
-    Ok((backend.concat_rows(&embeddings.iter().collect::<Vec<_>>())?, states))
+    Ok((embeddings, states))
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! Everything that one step reads from the host, made ahead of the step on another thread.
 
-use crate::Result;
 use crate::data::{Batch, Draw, positives};
+use crate::loss::RowsPerRank;
 use crate::model::Dropout;
+use crate::{Error, ErrorKind, Result};
 
 /// One process's share of the batch of one step.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +21,8 @@ pub struct StepInput {
     pub passages: Vec<u32>,
     /// For each query, its positive among the passages. `[B]`
     pub positives: Vec<u32>,
+    /// How many rows of the step each process has.
+    pub rows_per_rank: RowsPerRank,
     /// Tokens of all queries and passages, equal ones counted each time.
     pub tokens: usize,
     /// What the adapters' dropout draws; `None`: nothing is dropped.
@@ -44,7 +47,33 @@ impl StepInput {
     {
         let queries: Vec<_> = queries.into_iter().collect();
         let passages: Vec<_> = passages.into_iter().collect();
-        let positives = positives(queries.len(), passages.len())?;
+        positives(queries.len(), passages.len())?;
+        let rows = RowsPerRank::one(queries.len(), passages.len() / queries.len());
+        Self::share(&queries, &passages, (rows, 0), deduplicate, dropout)
+    }
+
+    /// [`StepInput::new`] of the share of process `rank` in a step whose rows are divided by `rows`; it may
+    /// be empty. The global batch has the queries of all processes, then all passages, and its sequences
+    /// are numbered in that order.
+    ///
+    /// # Errors
+    /// When there are not the queries and passages that `rows` says, or a sequence is empty.
+    pub fn share<S: AsRef<[u32]>, T: AsRef<[u32]>>(
+        queries: &[S],
+        passages: &[T],
+        (rows_per_rank, rank): (RowsPerRank, usize),
+        deduplicate: bool,
+        dropout: Option<Dropout>,
+    ) -> Result<Self> {
+        let count = rows_per_rank.queries[rank];
+        let group_size = rows_per_rank.group_size;
+        if (queries.len(), passages.len()) != (count, count * group_size) {
+            return Err(Error::new(ErrorKind::Argument, "the share of a process is incomplete")
+                .expected(format!("{count} queries and {} passages", count * group_size))
+                .got(format!("{} and {}", queries.len(), passages.len())));
+        }
+        let first = rows_per_rank.before(rank) as u32;
+        let first_passage = rows_per_rank.total() as u32 + first * group_size as u32;
         let all = || queries.iter().map(AsRef::as_ref).chain(passages.iter().map(AsRef::as_ref));
         let tokens = all().map(<[u32]>::len).sum();
         let (batch, mut places) = match deduplicate && dropout.is_none() {
@@ -56,13 +85,18 @@ impl StepInput {
             }
         };
         let passages = places.split_off(queries.len());
+        let numbers = (first..)
+            .take(queries.len())
+            .chain((first_passage..).take(passages.len()))
+            .take(batch.len());
         Ok(StepInput {
             rows: Vec::new(),
-            sequence_numbers: (0..batch.len() as u32).collect(),
+            sequence_numbers: numbers.collect(),
             batch,
             queries: places,
             passages,
-            positives,
+            positives: (0..count).map(|query| (query * group_size) as u32).collect(),
+            rows_per_rank,
             tokens,
             dropout,
         })
@@ -85,7 +119,6 @@ impl StepInput {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ErrorKind;
 
     #[test]
     fn equal_sequences_are_packed_once_unless_dropout_makes_them_different() {

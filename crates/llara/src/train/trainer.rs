@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::batches::BatchSource;
 use super::config::TrainConfig;
-use super::optimizer::AdamW;
 use super::schedule::Schedule;
-use super::step::accumulate_gradients;
+use super::state::{StepResult, TrainState};
 use super::step_input::StepInput;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
@@ -76,7 +75,8 @@ pub struct Trainer<'r, B: Backend> {
     /// Shared with the thread that makes batches.
     batches: Arc<BatchSource<'r>>,
     objective: Box<dyn Objective<B>>,
-    optimizer: AdamW<B>,
+    collective: Arc<dyn Collective<B>>,
+    state: TrainState<B>,
     schedule: Schedule,
     total_steps: u64,
 }
@@ -86,10 +86,9 @@ struct PendingStep<B: Backend> {
     /// Everything but loss and gradient norm.
     record: StepRecord,
     rows: Vec<Draw>,
-    /// `[1, 1]`
-    loss: B::Tensor,
-    /// `[norm, factor]`, `[1, 2]`
-    clip: B::Tensor,
+    /// This process's share of the global batch.
+    share: f64,
+    result: StepResult<B>,
 }
 
 impl<'r, B: Backend> Trainer<'r, B> {
@@ -102,7 +101,21 @@ impl<'r, B: Backend> Trainer<'r, B> {
         dataset: &'r Dataset,
         config: &'r TrainConfig,
     ) -> Result<Self> {
-        let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
+        Self::in_group(model, dataset, config, Arc::new(Solo))
+    }
+
+    /// [`new`](Trainer::new) for one process of a group. Every process has the same model, data and
+    /// settings. The loss and gradient norm that an observer receives are those of the global batch, tokens
+    /// are those of all processes; the processes save nothing but rank 0's checkpoints.
+    ///
+    /// # Errors
+    /// As for [`new`](Trainer::new), or when another process fails.
+    pub fn in_group(
+        model: &'r mut BiEncoderModel<B>,
+        dataset: &'r Dataset,
+        config: &'r TrainConfig,
+        collective: Arc<dyn Collective<B>>,
+    ) -> Result<Self> {
         let sampler = config.sampler(dataset.len(), collective.size())?;
         let total_steps = config.length.steps(sampler.steps_per_epoch())?;
         let schedule =
@@ -118,11 +131,11 @@ impl<'r, B: Backend> Trainer<'r, B> {
         model.set_max_lens(config.query_max_len, config.passage_max_len)?;
         model.set_instructions(&config.query_instruction, &config.passage_instruction);
         dataset.check_group(config.group_size)?;
-        let backend = model.backend().clone();
-        let optimizer = AdamW::new(&backend, model.decoder_mut(), config.adamw)?;
+        let rank = (collective.rank(), collective.size());
+        let state = TrainState::new(model, config, rank)?;
         model.train();
         let prompts = model.shared_prompts();
-        let objective = Box::new(model.objective(collective)?);
+        let objective = Box::new(model.objective(Arc::clone(&collective))?);
         let batches = Arc::new(BatchSource {
             dataset,
             config,
@@ -130,8 +143,14 @@ impl<'r, B: Backend> Trainer<'r, B> {
             prompts,
             deduplicate: model.options().shortcuts.dedup_sequences,
             has_dropout: model.adapter().is_some_and(LoraConfig::has_dropout),
+            rank,
         });
-        Ok(Trainer { model, config, batches, objective, optimizer, schedule, total_steps })
+        Ok(Trainer { model, config, batches, objective, collective, state, schedule, total_steps })
+    }
+
+    /// The state between two steps.
+    pub fn state(&mut self) -> &mut TrainState<B> {
+        &mut self.state
     }
 
     /// Steps that the run will make.
@@ -148,7 +167,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// weight, and nothing is saved after it), when the data changed under the run, or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         let batches = Arc::clone(&self.batches);
-        let inputs = (0..self.total_steps).map(|step| batches.input(step));
+        let inputs = (self.state.step()..self.total_steps).map(|step| batches.input(step));
         let summary = prefetch(inputs, |inputs| self.make_steps(inputs, observer))?;
         self.model.eval();
         Ok(summary)
@@ -163,8 +182,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let mut pending: Option<PendingStep<B>> = None;
         // A step's time includes waiting for its input.
         let mut start = Instant::now();
-        for (step, input) in (0..self.total_steps).zip(inputs) {
-            let next = self.start_step(step, input?)?;
+        for (step, input) in (self.state.step()..self.total_steps).zip(inputs) {
+            let next = self.start_step(step, self.agreed(input)?)?;
             // An asynchronous device gets its next step before the results of this one are read, so
             // that it never waits for the host.
             if let Some(previous) = pending.replace(next) {
@@ -188,13 +207,28 @@ impl<'r, B: Backend> Trainer<'r, B> {
         Ok(progress.summary)
     }
 
+    /// The input of a step, if all processes have theirs.
+    fn agreed(&self, input: Result<StepInput>) -> Result<StepInput> {
+        match input {
+            Ok(input) => self.collective.agree(Ok(())).map(|()| input),
+            Err(error) => {
+                let kind = error.kind();
+                self.collective.agree(Err(error))?;
+                Err(Error::new(kind, "the input of a step failed"))
+            }
+        }
+    }
+
     /// Asks the device for gradients and update of a step, counted from 0.
     fn start_step(&mut self, step: u64, input: StepInput) -> Result<PendingStep<B>> {
         let learning_rate = self.schedule.rate(step);
-        let chunking = &self.config.chunking;
-        let loss = accumulate_gradients(self.model, self.objective.as_ref(), &input, chunking)?;
-        let backend = self.model.backend().clone();
-        let clip = self.optimizer.step(&backend, self.model.decoder_mut(), learning_rate)?;
+        let result = self.state.advance(
+            self.model,
+            self.objective.as_ref(),
+            &input,
+            (&self.config.chunking, learning_rate),
+            self.collective.as_ref(),
+        )?;
         let record = StepRecord {
             step: step + 1,
             total_steps: self.total_steps,
@@ -205,19 +239,23 @@ impl<'r, B: Backend> Trainer<'r, B> {
             tokens: input.tokens as u64,
             elapsed: Duration::ZERO,
         };
-        Ok(PendingStep { record, rows: input.rows, loss, clip })
+        let share = input.rows_per_rank.share(self.collective.rank());
+        Ok(PendingStep { record, rows: input.rows, share, result })
     }
 
     /// Reads what a step has computed. Its time is that since `start`, which becomes now.
     fn read(&self, step: PendingStep<B>, start: &mut Instant) -> Result<StepRecord> {
         let backend = self.model.backend();
-        let loss = backend.download(&step.loss)?[0];
-        let grad_norm = backend.download(&step.clip)?[0];
+        let loss = backend.download(&step.result.loss)?[0];
+        let grad_norm = backend.download(&step.result.clip)?[0];
+        let mut totals = [f64::from(loss) * step.share, step.record.tokens as f64];
+        self.collective.all_reduce_scalars(&mut totals)?;
+        let (loss, tokens) = (totals[0] as f32, totals[1] as u64);
         if !(loss.is_finite() && grad_norm.is_finite()) {
             return Err(self.diverged(step.record.step - 1, &step.rows, loss, grad_norm));
         }
         let elapsed = std::mem::replace(start, Instant::now()).elapsed();
-        Ok(StepRecord { loss, grad_norm, elapsed, ..step.record })
+        Ok(StepRecord { loss, grad_norm, tokens, elapsed, ..step.record })
     }
 
     fn diverged(&self, step: u64, draws: &[Draw], loss: f32, grad_norm: f32) -> Error {
@@ -234,9 +272,14 @@ impl<'r, B: Backend> Trainer<'r, B> {
 
     fn save_on_the_way(&self, step: u64) -> Result<PathBuf> {
         let folder = self.config.output_dir.join(format!("checkpoint-{step}"));
-        match self.model.adapter() {
-            Some(_) => self.model.write_adapter(&folder)?,
-            None => self.model.write_folder(&folder, self.config.saving.dtype)?,
+        let written = match (self.collective.rank(), self.model.adapter()) {
+            (0, Some(_)) => self.model.write_adapter(&folder),
+            (0, None) => self.model.write_folder(&folder, self.config.saving.dtype),
+            _ => Ok(()),
+        };
+        self.collective.agree(written)?;
+        if self.collective.rank() != 0 {
+            return Ok(folder);
         }
         if let (Some(every), Some(keep)) = (self.config.saving.every, self.config.saving.keep)
             && let Some(oldest) = step.checked_sub(every * keep as u64).filter(|&step| step > 0)

@@ -6,8 +6,8 @@ use super::plain::Matrix;
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{
-    Accumulate, AttentionShape, Backend, DropoutKey, Dtype, Layout, RopeDirection, RopeTable,
-    Shape, TokenIds,
+    Accumulate, AttentionGradients, AttentionInput, AttentionShape, Backend, DropoutKey, Dtype,
+    Epilogue, Layout, RopeDirection, RopeTable, ScatterRows, Shape, TokenIds, WeightUse,
 };
 
 /// The operations of a training step on bf16 matrices.
@@ -47,7 +47,7 @@ fn random<B: Backend>(suite: &mut Suite<'_, B>, rows: usize, cols: usize) -> Res
 
 /// A copy, to be used up.
 fn copy<B: Backend>(suite: &Suite<'_, B>, x: &B::Tensor) -> Result<B::Tensor> {
-    suite.backend.slice_rows(x, 0, x.rows())
+    suite.backend.cast(x, x.dtype())
 }
 
 /// How often a number may have been rounded to bf16 on its way.
@@ -89,54 +89,47 @@ fn rows<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> R
     let what = format!("[{rows}, {cols}]");
     let (x, y) = (random(suite, rows, cols)?, random(suite, rows, cols)?);
     let places = suite.indices(if rows == 0 { 0 } else { 50 }, rows.max(1));
-    let places = suite.backend.upload_index(&places)?;
+    let plan = ScatterRows::new(&places).upload(suite.backend)?;
+    let places = suite.index(&places)?;
     let backend = suite.backend;
     let exact = (Dtype::Bf16, Bound::EXACT);
     suite.case("mixed, rows");
     let [got, want] = [&x.narrow, &x.wide].map(|x| backend.gather_rows(x, &places));
     let (got, want) = (got?, want?);
     agree(suite, &format!("{what}, gathered"), &got, &want, exact)?;
-    let [got, want] =
-        [[&x.narrow, &y.narrow], [&x.wide, &y.wide]].map(|parts| backend.concat_rows(&parts));
-    agree(suite, &format!("{what}, joined"), &got?, &want?, exact)?;
     let (mut narrow, mut wide) = (copy(suite, &y.narrow)?, copy(suite, &y.wide)?);
     let mut single = copy(suite, &y.wide)?;
     let (from, from_wide) =
         (backend.gather_rows(&x.narrow, &places)?, backend.gather_rows(&x.wide, &places)?);
-    backend.scatter_add_rows(&from, &places, &mut narrow)?;
-    backend.scatter_add_rows(&from, &places, &mut single)?;
-    backend.scatter_add_rows(&from_wide, &places, &mut wide)?;
+    backend.scatter_add_rows(&from, &plan, &mut narrow)?;
+    backend.scatter_add_rows(&from, &plan, &mut single)?;
+    backend.scatter_add_rows(&from_wide, &plan, &mut wide)?;
     agree(suite, &format!("{what}, scattered"), &single, &wide, (Dtype::F32, Bound::EXACT))?;
     // Rounded once for each time that a row is met.
-    agree(suite, &format!("{what}, scattered"), &narrow, &wide, (Dtype::Bf16, roundings(60.0)))?;
-    let mut wide = backend.cast(&narrow, Dtype::F32)?;
-    backend.scale(&mut narrow, 0.3)?;
-    backend.scale(&mut wide, 0.3)?;
-    agree(suite, &format!("{what}, scaled"), &narrow, &wide, (Dtype::Bf16, roundings(1.0)))
+    agree(suite, &format!("{what}, scattered"), &narrow, &wide, (Dtype::Bf16, roundings(60.0)))
 }
 
 fn swiglu<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
     let what = format!("[{rows}, {cols}]");
-    let [gate, up, dy] = [(); 3].map(|()| random(suite, rows, cols));
-    let (gate, up, dy) = (gate?, up?, dy?);
+    let (gate_up, dy) = (random(suite, rows, 2 * cols)?, random(suite, rows, cols)?);
     let backend = suite.backend;
     let bound = (Dtype::Bf16, roundings(1.0));
-    let got = backend.swiglu(&gate.narrow, &up.narrow)?;
-    let want = backend.swiglu(&gate.wide, &up.wide)?;
+    let got = backend.swiglu(&gate_up.narrow)?;
+    let want = backend.swiglu(&gate_up.wide)?;
     suite.case("mixed, swiglu");
     agree(suite, &what, &got, &want, bound)?;
-    let got = backend.swiglu_backward(&dy.narrow, &gate.narrow, &up.narrow)?;
-    let want = backend.swiglu_backward(&dy.wide, &gate.wide, &up.wide)?;
-    agree(suite, &format!("{what}, dgate"), &got.0, &want.0, bound)?;
-    agree(suite, &format!("{what}, dup"), &got.1, &want.1, bound)
+    let got = backend.swiglu_backward(dy.narrow, gate_up.narrow)?;
+    let want = backend.swiglu_backward(dy.wide, gate_up.wide)?;
+    agree(suite, &format!("{what}, gradient"), &got.0, &want.0, bound)?;
+    agree(suite, &format!("{what}, once more"), &got.1, &want.1, bound)
 }
 
 fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
     let what = format!("[{rows}, {cols}]");
     let (x, onto) = (random(suite, rows, cols)?, random(suite, rows, cols)?);
     let (sequences, positions) = (suite.indices(rows, 5000), suite.indices(rows, 100));
-    let sequences = suite.backend.upload_index(&sequences)?;
-    let positions = suite.backend.upload_index(&positions)?;
+    let sequences = suite.index(&sequences)?;
+    let positions = suite.index(&positions)?;
     let tokens = || TokenIds { sequences: &sequences, positions: &positions };
     let key = DropoutKey { seed: 3, step: 5, module: 7, probability: 0.3 };
     let backend = suite.backend;
@@ -157,10 +150,10 @@ fn norms<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> 
     let w = suite.random(1, cols);
     let w = suite.tensor(&w)?;
     let backend = suite.backend;
-    let (want, inv_rms) = backend.rms_norm(&x.wide, &w, 1e-5, Dtype::F32)?;
+    let (want, inv_rms) = backend.rms_norm(x.wide.view(), &w, 1e-5, Dtype::F32)?;
     suite.case("mixed, rms_norm");
     for x in [&x.narrow, &x.wide] {
-        let (got, inv) = backend.rms_norm(x, &w, 1e-5, Dtype::Bf16)?;
+        let (got, inv) = backend.rms_norm(x.view(), &w, 1e-5, Dtype::Bf16)?;
         agree(suite, &what, &got, &want, (Dtype::Bf16, roundings(1.0)))?;
         agree(suite, &what, &inv, &inv_rms, (Dtype::F32, Bound::EXACT))?;
     }
@@ -168,10 +161,10 @@ fn norms<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> 
     for with_onto in [false, true] {
         let what = format!("{what}, onto {with_onto}");
         let onto = || if with_onto { copy(suite, &dy.wide).map(Some) } else { Ok(None) };
-        let mut dw = backend.zeros(1, cols)?;
+        let mut dw = backend.zeros(1, cols, Dtype::F32)?;
         let want =
             backend.rms_norm_backward(&dy.wide, &x.wide, &w, &inv_rms, Some(&mut dw), onto()?)?;
-        let mut dw_got = backend.zeros(1, cols)?;
+        let mut dw_got = backend.zeros(1, cols, Dtype::F32)?;
         let dy_on = &dy.narrow;
         let got =
             backend.rms_norm_backward(dy_on, &x.wide, &w, &inv_rms, Some(&mut dw_got), onto()?)?;
@@ -201,99 +194,118 @@ fn products<B: Backend>(
         (Dtype::Bf16, roundings(1.1).at_least(magnitude)),
         (Dtype::F32, Bound::sum(input).at_least(magnitude)),
     );
-    for weight in [&w.narrow, &w.wide] {
-        let what = format!("{what}, weight in {}", weight.dtype());
+    let wide = backend.prepare(copy(suite, &w.wide)?, WeightUse::Frozen(Dtype::F32))?;
+    let wide = wide.view();
+    let with_bias = || Epilogue { bias: Some(bias.view()), residual: None };
+    let with_residual = || Epilogue { bias: None, residual: Some(&onto_y.wide) };
+    for (values, purpose) in [
+        (&w.narrow, WeightUse::Frozen(Dtype::Bf16)),
+        (&w.wide, WeightUse::Frozen(Dtype::Bf16)),
+        (&w.wide, WeightUse::Trainable(Dtype::Bf16)),
+    ] {
+        let what = format!("{what}, weight in {}, {purpose:?}", values.dtype());
+        let weight = backend.prepare(copy(suite, values)?, purpose)?;
+        let (weight, x_on, dy_on) = (weight.view(), x.narrow.view(), dy.narrow.view());
         suite.case("mixed, linear");
-        let want = backend.linear(&x.wide, &w.wide, Some(&bias), None)?;
-        let got = backend.linear(&x.narrow, weight, Some(&bias), None)?;
+        let want = backend.linear(x.wide.view(), wide, 1.0, with_bias())?;
+        let got = backend.linear(x_on, weight, 1.0, with_bias())?;
         agree(suite, &what, &got, &want, bf16)?;
-        let want = backend.linear(&x.wide, &w.wide, None, Some(&onto_y.wide))?;
-        let got = backend.linear(&x.narrow, weight, None, Some(&onto_y.wide))?;
+        let want = backend.linear(x.wide.view(), wide, 1.0, with_residual())?;
+        let got = backend.linear(x_on, weight, 1.0, with_residual())?;
         agree(suite, &format!("{what}, residual"), &got, &want, f32)?;
-        let got = backend.linear_onto(&x.narrow, weight, copy(suite, &onto_y.narrow)?)?;
-        agree(suite, &format!("{what}, onto"), &got, &want, bf16)?;
+        let mut got = copy(suite, &onto_y.narrow)?;
+        backend.linear_add(x_on, weight, got.view_mut())?;
+        agree(suite, &format!("{what}, added"), &got, &want, bf16)?;
         suite.case("mixed, linear_input_grad");
-        let want = backend.linear_input_grad(&dy.wide, &w.wide, None)?;
-        let got = backend.linear_input_grad(&dy.narrow, weight, None)?;
+        let want = backend.linear_input_grad(dy.wide.view(), wide, 1.0, None)?;
+        let got = backend.linear_input_grad(dy_on, weight, 1.0, None)?;
         agree(suite, &what, &got, &want, bf16)?;
-        let want =
-            backend.linear_input_grad(&dy.wide, &w.wide, Some(copy(suite, &onto_x.wide)?))?;
-        let onto = copy(suite, &onto_x.narrow)?;
-        let got = backend.linear_input_grad(&dy.narrow, weight, Some(onto))?;
+        let onto = Some(copy(suite, &onto_x.wide)?);
+        let want = backend.linear_input_grad(dy.wide.view(), wide, 1.0, onto)?;
+        let onto = Some(copy(suite, &onto_x.narrow)?);
+        let got = backend.linear_input_grad(dy_on, weight, 1.0, onto)?;
         agree(suite, &format!("{what}, onto"), &got, &want, bf16)?;
     }
     suite.case("mixed, linear_weight_grad");
     let (mut got, mut want) = (copy(suite, &w.wide)?, copy(suite, &w.wide)?);
-    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Accumulate::Add)?;
-    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Accumulate::Add)?;
-    agree(suite, &what, &got, &want, (Dtype::F32, Bound::sum(n)))?;
-    backend.linear_weight_grad(&dy.narrow, &x.narrow, &mut got, Accumulate::Overwrite)?;
-    backend.linear_weight_grad(&dy.wide, &x.wide, &mut want, Accumulate::Overwrite)?;
-    agree(suite, &format!("{what}, overwritten"), &got, &want, (Dtype::F32, Bound::sum(n)))?;
-    let (mut got, mut want) = (backend.zeros(1, output)?, backend.zeros(1, output)?);
-    backend.linear_bias_grad(&dy.narrow, &mut got)?;
-    backend.linear_bias_grad(&dy.wide, &mut want)?;
+    let (dy_on, x_on) = (dy.narrow.view(), x.narrow.view());
+    let (dy_wide, x_wide) = (dy.wide.view(), x.wide.view());
+    for accumulate in [Accumulate::Add, Accumulate::Overwrite] {
+        backend.linear_weight_grad(dy_on, x_on, got.view_mut(), accumulate)?;
+        backend.linear_weight_grad(dy_wide, x_wide, want.view_mut(), accumulate)?;
+        let what = format!("{what}, {accumulate:?}");
+        agree(suite, &what, &got, &want, (Dtype::F32, Bound::sum(n)))?;
+    }
+    let zeros = || backend.zeros(1, output, Dtype::F32);
+    let (mut got, mut want) = (zeros()?, zeros()?);
+    backend.linear_bias_grad(dy_on, got.view_mut(), Accumulate::Overwrite)?;
+    backend.linear_bias_grad(dy_wide, want.view_mut(), Accumulate::Overwrite)?;
     agree(suite, &format!("{what}, bias"), &got, &want, (Dtype::F32, Bound::EXACT))
 }
 
 fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<()> {
     let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16, window: None, scale: 0.25 };
     let (rows, longest) = (lengths.iter().sum(), lengths.iter().copied().max().unwrap_or(0));
-    let (q_cols, kv_cols) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    let [mut q, k, v, dout] =
-        [q_cols, kv_cols, kv_cols, q_cols].map(|cols| random(suite, rows, cols));
+    let cols = shape.q_cols() + 2 * shape.kv_cols();
+    let (mut qkv, dout) = (random(suite, rows, cols)?, random(suite, rows, shape.q_cols())?);
     let backend = suite.backend;
-    let mut offsets = vec![0u32];
-    offsets.extend(lengths.iter().scan(0, |end, length| {
+    let mut bounds = vec![0u32];
+    bounds.extend(lengths.iter().scan(0, |end, length| {
         *end += *length as u32;
         Some(*end)
     }));
     let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
-    let layout = Layout {
-        offsets: backend.upload_index(&offsets)?,
-        positions: backend.upload_index(&positions)?,
-        sequences: lengths.len(),
-        rows,
-        longest,
-    };
-    // Turned first, so that the rotation is checked on the way.
+    let [offsets, positions] = backend.upload_indices([&bounds, &positions])?;
+    let layout = Layout { bounds, offsets, positions, longest };
+    // Rotated first, so that the rotation is checked on the way.
     let half = shape.head_dim / 2;
     let angle = |p: usize, i: usize| p as f64 * 100f64.powf(-(i as f64) / half as f64);
     let cos = Matrix::from_fn(longest, half, |p, i| angle(p, i).cos()).rounded();
     let sin = Matrix::from_fn(longest, half, |p, i| angle(p, i).sin()).rounded();
     let table = RopeTable { cos: suite.tensor(&cos)?, sin: suite.tensor(&sin)? };
-    if let Ok(q) = &mut q {
-        backend.rope(&mut q.narrow, &layout.positions, &table, RopeDirection::Forward)?;
-        backend.rope(&mut q.wide, &layout.positions, &table, RopeDirection::Forward)?;
-        suite.case("mixed, rope");
-        agree(suite, "queries", &q.narrow, &q.wide, (Dtype::Bf16, roundings(1.0)))?;
+    for x in [&mut qkv.narrow, &mut qkv.wide] {
+        let q = x.view_mut().with_cols(0..shape.q_cols());
+        backend.rope(q, &layout.positions, &table, RopeDirection::Forward)?;
     }
-    let (q, k, v, dout) = (q?, k?, v?, dout?);
-    let wide_q = backend.cast(&q.narrow, Dtype::F32)?;
-    let want = backend.attention(&wide_q, &k.wide, &v.wide, &layout, &layout, &shape)?;
-    let got = backend.attention(&q.narrow, &k.narrow, &v.narrow, &layout, &layout, &shape)?;
+    suite.case("mixed, rope");
+    agree(suite, "queries", &qkv.narrow, &qkv.wide, (Dtype::Bf16, roundings(1.0)))?;
+    let wide = backend.cast(&qkv.narrow, Dtype::F32)?;
+    let input = |qkv| attention_input(qkv, &layout, &shape);
+    let want = backend.attention(&input(&wide))?;
+    let got = backend.attention(&input(&qkv.narrow))?;
     let what = format!("lengths {lengths:?}");
     suite.case("mixed, attention");
     agree(suite, &what, &got.out, &want.out, (Dtype::Bf16, roundings(2.0)))?;
-    let lse = Bound::roundings(64.0).at_least(1.0);
-    agree(suite, &what, &got.log_sum_exp, &want.log_sum_exp, (Dtype::F32, lse))?;
-    let want = backend.attention_backward(
-        &dout.wide, &wide_q, &k.wide, &v.wide, &want, &layout, &layout, &shape,
-    )?;
-    let got = backend.attention_backward(
-        &dout.narrow,
-        &q.narrow,
-        &k.narrow,
-        &v.narrow,
-        &got,
-        &layout,
-        &layout,
-        &shape,
-    )?;
+    let want = backend.attention_backward(&dout.wide, &input(&wide), &want)?;
+    let got = backend.attention_backward(&dout.narrow, &input(&qkv.narrow), &got)?;
     // The rounding of the output reaches the gradient through `Σ dout∘out`.
     let bound = (Dtype::Bf16, roundings(8.0).at_least(1.0));
     suite.case("mixed, attention_backward");
-    agree(suite, &format!("{what}, dq"), &got.0, &want.0, bound)?;
-    agree(suite, &format!("{what}, dk"), &got.1, &want.1, bound)?;
-    agree(suite, &format!("{what}, dv"), &got.2, &want.2, bound)
+    match (got, want) {
+        (AttentionGradients::Fused(got), AttentionGradients::Fused(want)) => {
+            agree(suite, &what, &got, &want, bound)
+        }
+        _ => {
+            suite.require(&format!("{what}: q, k and v in one matrix"), false);
+            Ok(())
+        }
+    }
+}
+
+/// q, k and v side by side in one matrix.
+fn attention_input<'a, B: Backend>(
+    qkv: &'a B::Tensor,
+    layout: &'a Layout<B>,
+    shape: &'a AttentionShape,
+) -> AttentionInput<'a, B> {
+    let (q_cols, kv_cols) = (shape.q_cols(), shape.kv_cols());
+    let columns = |start, count| qkv.view().with_cols(start..start + count);
+    AttentionInput {
+        q: columns(0, q_cols),
+        k: columns(q_cols, kv_cols),
+        v: columns(q_cols + kv_cols, kv_cols),
+        queries: layout,
+        keys: layout,
+        shape,
+    }
 }

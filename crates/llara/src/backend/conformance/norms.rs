@@ -2,9 +2,9 @@
 
 use super::Case;
 use super::plain::{self, Matrix};
-use super::suite::{Bound, Suite};
+use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;
-use crate::backend::{Backend, Dtype};
+use crate::backend::{Backend, Dtype, Shape};
 
 /// `rms_norm`, `normalize` and their gradients.
 ///
@@ -53,11 +53,14 @@ fn rms_norm<B: Backend>(
     let w = suite.random(1, group);
     for eps in [1e-6f32, 1e-2] {
         let what = format!("[{rows}, {cols}] in groups of {group}, eps {eps}");
-        let (y, inv_rms) =
-            suite.backend.rms_norm(&suite.tensor(&x)?, &suite.tensor(&w)?, eps, Dtype::F32)?;
+        let (x_on, w_on) = (suite.tensor(&x)?, suite.tensor(&w)?);
+        let (y, inv_rms) = suite.backend.rms_norm(x_on.view(), &w_on, eps, Dtype::F32)?;
         let (want_y, want_inv) = plain::rms_norm(&x, &w, f64::from(eps));
         suite.case("rms_norm").check(&what, &y, &want_y, bound(group).by_row())?;
         suite.check(&format!("1 / rms of {what}"), &inv_rms, &want_inv, bound(group).by_row())?;
+        let x_on = suite.surrounded(&x)?;
+        let (y, _) = suite.backend.rms_norm(inner(&x_on), &w_on, eps, Dtype::F32)?;
+        suite.check(&format!("{what}, a view"), &y, &want_y, bound(group).by_row())?;
     }
     Ok(())
 }
@@ -75,7 +78,7 @@ fn rms_norm_backward<B: Backend>(
     let dy = suite.random(rows, cols);
     let (onto_x, onto_w) = (suite.random(rows, cols), suite.random(1, group));
     let [x_on, w_on, dy_on] = [suite.tensor(&x)?, suite.tensor(&w)?, suite.tensor(&dy)?];
-    let (_, inv_rms) = suite.backend.rms_norm(&x_on, &w_on, eps, Dtype::F32)?;
+    let (_, inv_rms) = suite.backend.rms_norm(x_on.view(), &w_on, eps, Dtype::F32)?;
     let y = |x: &Matrix, w: &Matrix| plain::rms_norm(x, w, f64::from(eps)).0;
     let (want_dx, want_dw) = plain::rms_norm_backward(&dy, &x, &w, f64::from(eps));
 
@@ -111,7 +114,22 @@ fn rms_norm_backward<B: Backend>(
             )?;
         }
     }
-    Ok(())
+    let x_on = suite.surrounded(&x)?;
+    let mut grad = suite.surrounded(&dy)?;
+    let mut dw = suite.tensor(&onto_w)?;
+    suite.backend.rms_norm_backward_in_place(
+        inner_mut(&mut grad),
+        inner(&x_on),
+        &w_on,
+        &inv_rms,
+        Some(&mut dw),
+    )?;
+    let what = format!("[{rows}, {cols}] in groups of {group}");
+    let bound_dx = bound(group).at_least(1.0);
+    suite.case("rms_norm_backward_in_place").check_inner(&what, &grad, &want_dx, bound_dx)?;
+    let want = onto_w.plus(&want_dw);
+    let bound = Bound::sum(1 + rows * cols / group);
+    suite.case("rms_norm_backward_in_place, weight").check(&what, &dw, &want, bound)
 }
 
 fn normalize<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
@@ -130,7 +148,7 @@ fn normalize_backward<B: Backend>(
     let x = suite.random(rows, cols);
     let dy = suite.random(rows, cols);
     let (y, inv_norm) = suite.backend.normalize(&suite.tensor(&x)?)?;
-    let dx = suite.backend.normalize_backward(&suite.tensor(&dy)?, &y, &inv_norm)?;
+    let dx = suite.backend.normalize_backward(suite.tensor(&dy)?.view(), &y, &inv_norm)?;
     // The part along x cancels; what it leaves is rounded by the size of dy / ‖x‖.
     let of_terms = dy.largest() * plain::normalize(&x).1.largest();
     let bound = bound(cols).at_least(of_terms);
@@ -147,7 +165,7 @@ fn null_vector<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     let dy = suite.random(2, 33);
     let (y, inv_norm) = suite.backend.normalize(&suite.tensor(&Matrix::zeros(2, 33))?)?;
     suite.case("normalize, zero rows").check("y", &y, &Matrix::zeros(2, 33), Bound::EXACT)?;
-    let dx = suite.backend.normalize_backward(&suite.tensor(&dy)?, &y, &inv_norm)?;
+    let dx = suite.backend.normalize_backward(suite.tensor(&dy)?.view(), &y, &inv_norm)?;
     suite.check("gradient", &dx, &dy.map(|dy| dy * 1e12), Bound::roundings(8.0))
 }
 

@@ -1,10 +1,12 @@
 //! Checks of the loss, of clipping and of AdamW.
 
+use std::ops::Range;
+
 use super::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::{AdamWStep, Backend};
+use crate::backend::{AdamWStep, Backend, Dtype, Epilogue, PreparedWeight, Shape, WeightUse};
 
 /// `cross_entropy`, `add_sum_of_squares`, `clip_factor` and `adamw`.
 ///
@@ -32,6 +34,10 @@ pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
             adamw(&mut suite, shape, max_norm)?;
         }
     }
+    part_of_a_weight(&mut suite)?;
+    for ends in [(0, 1), (5, 6), (33, 66), (100, 561), (0, 561)] {
+        part_of_a_parameter(&mut suite, ends.0..ends.1)?;
+    }
     failed_step(&mut suite)?;
     Ok(suite.finish())
 }
@@ -41,7 +47,7 @@ fn cross_entropy<B: Backend>(suite: &mut Suite<'_, B>, scores: &Matrix) -> Resul
     let magnitude = scores.largest();
     let what = format!("[{rows}, {cols}], scores to {magnitude:.1}");
     let targets = suite.indices(rows, cols);
-    let targets_on = suite.backend.upload_index(&targets)?;
+    let targets_on = suite.index(&targets)?;
     let (loss, dscores) = suite.backend.cross_entropy(&suite.tensor(scores)?, &targets_on)?;
 
     let want = Matrix::from_fn(1, 1, |_, _| plain::cross_entropy(scores, &targets));
@@ -66,13 +72,19 @@ fn sum_of_squares<B: Backend>(
     (rows, cols): (usize, usize),
 ) -> Result<()> {
     let (first, second) = (suite.random(rows, cols), suite.random(3, 17));
-    let mut sum = suite.backend.zeros(1, 1)?;
-    suite.backend.add_sum_of_squares(&suite.tensor(&first)?, &mut sum)?;
-    suite.backend.add_sum_of_squares(&suite.tensor(&second)?, &mut sum)?;
+    let mut sum = suite.backend.zeros(1, 1, Dtype::F32)?;
+    suite.backend.add_sum_of_squares(&suite.tensor(&first)?, 0..rows * cols, &mut sum)?;
+    suite.backend.add_sum_of_squares(&suite.tensor(&second)?, 0..51, &mut sum)?;
     let want = Matrix::from_fn(1, 1, |_, _| first.dot(&first) + second.dot(&second));
     let bound = Bound::roundings(8.0 + ((rows * cols) as f64).sqrt());
     let what = format!("[{rows}, {cols}], then [3, 17]");
-    suite.case("add_sum_of_squares").check(&what, &sum, &want, bound)
+    suite.case("add_sum_of_squares").check(&what, &sum, &want, bound)?;
+    let range = rows * cols / 3..rows * cols - rows * cols / 4;
+    let mut sum = suite.backend.zeros(1, 1, Dtype::F32)?;
+    suite.backend.add_sum_of_squares(&suite.tensor(&first)?, range.clone(), &mut sum)?;
+    let of_range = first.data[range].iter().map(|x| x * x).sum();
+    let want = Matrix::from_fn(1, 1, |_, _| of_range);
+    suite.check(&format!("a part of [{rows}, {cols}]"), &sum, &want, bound)
 }
 
 fn clip_factor<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
@@ -122,17 +134,18 @@ fn adamw<B: Backend>(
 ) -> Result<()> {
     let backend = suite.backend;
     let mut want = plain::AdamW::new(suite.random(rows, cols));
-    let mut param = suite.tensor(&want.param)?;
-    let mut first = backend.zeros(rows, cols)?;
-    let mut second = backend.zeros(rows, cols)?;
+    let mut param = trainable(suite, &want.param)?;
+    let mut first = backend.zeros(rows, cols, Dtype::F32)?;
+    let mut second = backend.zeros(rows, cols, Dtype::F32)?;
     for step in 1..=5 {
         let grad = suite.random(rows, cols);
         let grad_on = suite.tensor(&grad)?;
-        let mut sum = backend.zeros(1, 1)?;
-        backend.add_sum_of_squares(&grad_on, &mut sum)?;
+        let mut sum = backend.zeros(1, 1, Dtype::F32)?;
+        let all = 0..rows * cols;
+        backend.add_sum_of_squares(&grad_on, all.clone(), &mut sum)?;
         let clip = backend.clip_factor(&sum, max_norm)?;
         let hyper = hyperparameters(step);
-        backend.adamw(&mut param, &grad_on, (&mut first, &mut second), &clip, &hyper)?;
+        backend.adamw(&mut param, all, &grad_on, (&mut first, &mut second), &clip, &hyper)?;
         let factor = factor_of(grad.dot(&grad).sqrt(), max_norm);
         want.update(&grad, factor, &hyper);
 
@@ -140,13 +153,74 @@ fn adamw<B: Backend>(
         let rounding = 8.0 + ((rows * cols) as f64).sqrt();
         let what = format!("[{rows}, {cols}], limit {max_norm:?}, step {step}");
         let bound = Bound::roundings(8.0 + 4.0 * step as f64);
-        suite.case("adamw").check(&what, &param, &want.param, bound)?;
+        suite.case("adamw").check(&what, param.values(), &want.param, bound)?;
         let bound = Bound::roundings(rounding).at_least(0.1 * factor * grad.largest());
         suite.case("adamw, first moment").check(&what, &first, &want.first, bound)?;
         let bound = Bound::roundings(2.0 * rounding);
         suite.case("adamw, second moment").check(&what, &second, &want.second, bound)?;
     }
     Ok(())
+}
+
+/// A range of a parameter gets the bits that it gets as part of the whole, and its neighbours stay.
+fn part_of_a_parameter<B: Backend>(suite: &mut Suite<'_, B>, range: Range<usize>) -> Result<()> {
+    const SHAPE: (usize, usize) = (17, 33);
+    let backend = suite.backend;
+    let (param, grad) = (suite.random(SHAPE.0, SHAPE.1), suite.random(SHAPE.0, SHAPE.1));
+    let grad_on = suite.tensor(&grad)?;
+    let mut sum = backend.zeros(1, 1, Dtype::F32)?;
+    backend.add_sum_of_squares(&grad_on, range.clone(), &mut sum)?;
+    let squares = grad.data[range.clone()].iter().map(|x| x * x).sum();
+    let bound = Bound::roundings(8.0 + (range.len() as f64).sqrt());
+    suite.case("add_sum_of_squares, of a range").check(
+        &format!("{range:?}"),
+        &sum,
+        &Matrix::from_fn(1, 1, |_, _| squares),
+        bound,
+    )?;
+    let clip = backend.clip_factor(&sum, None)?;
+    let [mut whole, mut part] = [trainable(suite, &param)?, trainable(suite, &param)?];
+    let mut moments = [
+        backend.zeros(SHAPE.0, SHAPE.1, Dtype::F32)?,
+        backend.zeros(SHAPE.0, SHAPE.1, Dtype::F32)?,
+    ];
+    let mut part_moments =
+        [backend.zeros(1, range.len(), Dtype::F32)?, backend.zeros(1, range.len(), Dtype::F32)?];
+    for step in 1..=2 {
+        let update = hyperparameters(step);
+        let [first, second] = &mut moments;
+        backend.adamw(&mut whole, 0..561, &grad_on, (first, second), &clip, &update)?;
+        let [first, second] = &mut part_moments;
+        backend.adamw(&mut part, range.clone(), &grad_on, (first, second), &clip, &update)?;
+    }
+    let of = |tensor: &B::Tensor| -> Result<Vec<f64>> {
+        Ok(backend.read_elements(tensor, 0..561)?.into_iter().map(f64::from).collect())
+    };
+    let mut want = param.data;
+    want[range.clone()].copy_from_slice(&of(whole.values())?[range.clone()]);
+    let want = Matrix { rows: SHAPE.0, cols: SHAPE.1, data: want };
+    suite.case("adamw, of a range").check(
+        &format!("{range:?}"),
+        part.values(),
+        &want,
+        Bound::EXACT,
+    )?;
+    for (name, whole, part) in
+        [("first", &moments[0], &part_moments[0]), ("second", &moments[1], &part_moments[1])]
+    {
+        let data = of(whole)?[range.clone()].to_vec();
+        let want = Matrix { rows: 1, cols: range.len(), data };
+        suite.check(&format!("{range:?}, {name} moment"), part, &want, Bound::EXACT)?;
+    }
+
+    let written: Vec<f32> = (0..range.len()).map(|i| i as f32).collect();
+    let mut part = part.into_values();
+    let mut want = backend.read_elements(&part, 0..561)?;
+    backend.write_elements(&mut part, range.start, &written)?;
+    want[range.clone()].copy_from_slice(&written);
+    let data = want.into_iter().map(f64::from).collect();
+    let want = Matrix { rows: SHAPE.0, cols: SHAPE.1, data };
+    suite.case("write_elements").check(&format!("{range:?}"), &part, &want, Bound::EXACT)
 }
 
 /// A gradient that is not finite must leave parameters and moments exactly as they were.
@@ -159,21 +233,65 @@ fn failed_step<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
             let mut grad = suite.random(17, 33);
             grad.data[100] = spoilt;
             let grad = suite.tensor(&grad)?;
-            let mut sum = backend.zeros(1, 1)?;
-            backend.add_sum_of_squares(&grad, &mut sum)?;
+            let mut sum = backend.zeros(1, 1, Dtype::F32)?;
+            let all = 0..17 * 33;
+            backend.add_sum_of_squares(&grad, all.clone(), &mut sum)?;
             let clip = backend.clip_factor(&sum, max_norm)?;
-            let mut after = [suite.tensor(&param)?, suite.tensor(&first)?, suite.tensor(&second)?];
-            let [param_on, first_on, second_on] = &mut after;
-            backend.adamw(param_on, &grad, (first_on, second_on), &clip, &hyperparameters(3))?;
+            let mut param_on = trainable(suite, &param)?;
+            let mut moments = [suite.tensor(&first)?, suite.tensor(&second)?];
+            let [first_on, second_on] = &mut moments;
+            let hyper = hyperparameters(3);
+            backend.adamw(&mut param_on, all, &grad, (first_on, second_on), &clip, &hyper)?;
+            let after = [param_on.values(), &moments[0], &moments[1]];
             suite.case("adamw, norm not finite");
             for (name, (after, before)) in ["parameters", "first moment", "second moment"]
                 .into_iter()
-                .zip(after.iter().zip([&param, &first, &second]))
+                .zip(after.into_iter().zip([&param, &first, &second]))
             {
                 let what = format!("{name} after a gradient of {spoilt}, limit {max_norm:?}");
                 suite.check(&what, after, before, Bound::EXACT)?;
             }
         }
+    }
+    Ok(())
+}
+
+fn trainable<B: Backend>(suite: &Suite<'_, B>, x: &Matrix) -> Result<B::Weight> {
+    suite.backend.prepare(suite.tensor(x)?, WeightUse::Trainable(Dtype::F32))
+}
+
+/// One update of a part of a weight: the rest stays as it was, and products see the new values in
+/// either precision.
+fn part_of_a_weight<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
+    let backend = suite.backend;
+    let (rows, cols) = (17, 40);
+    let part = 123..456;
+    let param = suite.random(rows, cols);
+    let grad = suite.random(rows, cols);
+    let x = suite.random(9, cols);
+    let mut want = plain::AdamW::new(param.clone());
+    want.update(&grad, 1.0, &hyperparameters(1));
+    for at in (0..rows * cols).filter(|at| !part.contains(at)) {
+        want.param.data[at] = param.data[at];
+    }
+    let clip = suite.tensor(&Matrix::from_fn(1, 2, |_, _| 1.0))?;
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let what = format!("elements {part:?} of [{rows}, {cols}], products in {dtype}");
+        let mut weight = backend.prepare(suite.tensor(&param)?, WeightUse::Trainable(dtype))?;
+        let mut first = backend.zeros(1, part.len(), Dtype::F32)?;
+        let mut second = backend.zeros(1, part.len(), Dtype::F32)?;
+        let grad = suite.tensor(&grad)?;
+        let hyper = hyperparameters(1);
+        let moments = (&mut first, &mut second);
+        backend.adamw(&mut weight, part.clone(), &grad, moments, &clip, &hyper)?;
+        let bound = Bound::roundings(12.0);
+        suite.case("adamw, a part").check(&what, weight.values(), &want.param, bound)?;
+        let x_on = backend.cast(&suite.tensor(&x)?, dtype)?;
+        let y = backend.linear(x_on.view(), weight.view(), 1.0, Epilogue::default())?;
+        let want = plain::linear(&x, &want.param, None, None);
+        let coarser = if dtype == Dtype::Bf16 { f64::from(1 << 16) } else { 1.0 };
+        let bound = Bound::roundings(16.0 * coarser).at_least((cols as f64).sqrt());
+        suite.case("linear after adamw").check(&what, &y, &want, bound)?;
     }
     Ok(())
 }

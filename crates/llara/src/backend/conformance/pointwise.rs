@@ -1,12 +1,12 @@
-//! Checks of the rotary embedding, SwiGLU and scaling.
+//! Checks of the rotary embedding, SwiGLU and dropout.
 
 use super::Case;
 use super::plain::{self, Matrix};
-use super::suite::{Bound, Suite};
+use super::suite::{Bound, Suite, inner_mut};
 use crate::Result;
-use crate::backend::{Backend, DropoutKey, RopeDirection, RopeTable, TokenIds};
+use crate::backend::{Backend, DropoutKey, RopeDirection, RopeTable, Shape, TokenIds};
 
-/// `rope`, `swiglu` and their gradients, `scale` and `dropout`.
+/// `rope`, `swiglu` and their gradients, and `dropout`.
 ///
 /// # Errors
 /// What the backend itself reports.
@@ -22,7 +22,6 @@ pub fn pointwise<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         for magnitude in [1.0, 50.0, 1e4] {
             swiglu(&mut suite, shape, magnitude)?;
         }
-        scale(&mut suite, shape)?;
         dropout(&mut suite, shape)?;
     }
     Ok(suite.finish())
@@ -44,17 +43,21 @@ fn rope<B: Backend>(
     let x = suite.random(rows, heads * head_dim);
     let dy = suite.random(rows, heads * head_dim);
     let table = RopeTable { cos: suite.tensor(&cos)?, sin: suite.tensor(&sin)? };
-    let positions_on = suite.backend.upload_index(&positions)?;
-    let turned = |x: &Matrix, turn: RopeDirection| {
+    let positions_on = suite.index(&positions)?;
+    let rotated = |x: &Matrix, direction: RopeDirection| {
         let mut x = suite.tensor(x)?;
-        suite.backend.rope(&mut x, &positions_on, &table, turn)?;
+        suite.backend.rope(x.view_mut(), &positions_on, &table, direction)?;
         Ok::<_, crate::Error>(x)
     };
-    let (y, dx) = (turned(&x, RopeDirection::Forward)?, turned(&dy, RopeDirection::Backward)?);
+    let (y, dx) = (rotated(&x, RopeDirection::Forward)?, rotated(&dy, RopeDirection::Backward)?);
 
     let what = format!("{rows} rows of {heads} heads of {head_dim}");
     let want = plain::rope(&x, &positions, &cos, &sin);
     suite.case("rope, forward").check(&what, &y, &want, Bound::roundings(4.0))?;
+    let mut block = suite.surrounded(&x)?;
+    let forward = RopeDirection::Forward;
+    suite.backend.rope(inner_mut(&mut block), &positions_on, &table, forward)?;
+    suite.case("rope on a view").check_inner(&what, &block, &want, Bound::roundings(4.0))?;
     let opposite = sin.clone().map(|sin| -sin);
     let want = plain::rope(&dy, &positions, &cos, &opposite);
     suite.case("rope, backward").check(&what, &dx, &want, Bound::roundings(4.0))?;
@@ -77,8 +80,9 @@ fn swiglu<B: Backend>(
     let gate = suite.random(rows, cols).map(|x| x * magnitude).rounded();
     let up = suite.random(rows, cols);
     let dy = suite.random(rows, cols);
-    let [gate_on, up_on, dy_on] = [suite.tensor(&gate)?, suite.tensor(&up)?, suite.tensor(&dy)?];
-    let y = suite.backend.swiglu(&gate_on, &up_on)?;
+    let gate_up = gate.beside(&up);
+    let (gate_up_on, dy_on) = (suite.tensor(&gate_up)?, suite.tensor(&dy)?);
+    let y = suite.backend.swiglu(&gate_up_on)?;
     suite.case("swiglu").check(
         &what,
         &y,
@@ -86,40 +90,26 @@ fn swiglu<B: Backend>(
         Bound::roundings(12.0).at_least(1.0),
     )?;
 
-    let (dgate, dup) = suite.backend.swiglu_backward(&dy_on, &gate_on, &up_on)?;
+    let (dgate_up, again) = suite.backend.swiglu_backward(dy_on, gate_up_on)?;
+    let y_bits = suite.read(&y)?.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    let again = suite.read(&again)?.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    suite.case("swiglu_backward, swiglu once more").require(&what, y_bits == again);
     let (want_dgate, want_dup) = plain::swiglu_backward(&dy, &gate, &up);
     // `1 − σ` is rounded as σ is, and counts gate times; beyond a gate of 17 it is nothing.
     let bound = Bound::roundings(32.0).at_least(1.0);
-    suite.case("swiglu_backward, gate").check(&what, &dgate, &want_dgate, bound)?;
-    suite.case("swiglu_backward, up").check(&what, &dup, &want_dup, bound)?;
+    let want = want_dgate.beside(&want_dup);
+    suite.case("swiglu_backward").check(&what, &dgate_up, &want, bound)?;
     // The objective is as large as the gates, and a difference of it is rounded accordingly.
-    let bound = bound.at_least(magnitude);
-    suite.case("swiglu_backward, gate, by differences").check_gradient(
+    suite.case("swiglu_backward, by differences").check_gradient(
         &what,
-        &dgate,
-        &gate,
-        bound,
-        |gate| dy.dot(&plain::swiglu(gate, &up)),
-    )?;
-    suite.case("swiglu_backward, up, by differences").check_gradient(
-        &what,
-        &dup,
-        &up,
-        bound,
-        |up| dy.dot(&plain::swiglu(&gate, up)),
+        &dgate_up,
+        &gate_up,
+        bound.at_least(magnitude),
+        |gate_up| {
+            let half = |first: usize| Matrix::from_fn(rows, cols, |i, j| gate_up.row(i)[first + j]);
+            dy.dot(&plain::swiglu(&half(0), &half(cols)))
+        },
     )
-}
-
-fn scale<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
-    for factor in [0.0f32, -1.0, 1.0 / 3.0, 50.0] {
-        let x = suite.random(rows, cols);
-        let mut y = suite.tensor(&x)?;
-        suite.backend.scale(&mut y, factor)?;
-        let what = format!("[{rows}, {cols}] by {factor}");
-        let want = x.map(|x| x * f64::from(factor));
-        suite.case("scale").check(&what, &y, &want, Bound::roundings(1.0))?;
-    }
-    Ok(())
 }
 
 /// Against a generator written out once more, one number at a time.
@@ -128,8 +118,8 @@ fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -
     let x = suite.random(rows, cols);
     let onto = suite.random(rows, cols);
     let (sequences, positions) = (suite.indices(rows, 1000), suite.indices(rows, 5000));
-    let sequences_on = suite.backend.upload_index(&sequences)?;
-    let positions_on = suite.backend.upload_index(&positions)?;
+    let sequences_on = suite.index(&sequences)?;
+    let positions_on = suite.index(&positions)?;
     let tokens = || TokenIds { sequences: &sequences_on, positions: &positions_on };
     let want = Matrix::from_fn(rows, cols, |row, col| {
         let counter = 16 * (col / 64) + col % 16;

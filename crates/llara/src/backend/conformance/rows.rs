@@ -2,9 +2,9 @@
 
 use super::Case;
 use super::plain::{self, Matrix};
-use super::suite::{Bound, Suite};
+use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Dtype, Elements, ScatterRows, Shape};
 
 /// Copies to, from and on the device, and the operations that pick or average rows.
 ///
@@ -15,9 +15,8 @@ pub fn rows<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     round_trip(&mut suite)?;
     for shape in [(1, 1), (1, 130), (65, 1), (17, 33), (300, 130)] {
         zeros(&mut suite, shape)?;
-        slices(&mut suite, shape)?;
+        copies(&mut suite, shape)?;
     }
-    concatenation(&mut suite)?;
     // Rows of the table, columns, rows picked: fewer, more and none.
     for (table, cols, picked) in
         [(1, 1, 1), (1, 17, 5), (130, 1, 33), (33, 65, 200), (65, 130, 17), (9, 3, 0)]
@@ -59,37 +58,41 @@ fn round_trip<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
 fn zeros<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
     // What lies about in memory of this size is not zero.
     drop(suite.tensor(&Matrix::from_fn(rows, cols, |_, _| 1.0))?);
-    let got = suite.backend.zeros(rows, cols)?;
+    let got = suite.backend.zeros(rows, cols, Dtype::F32)?;
     let want = Matrix::zeros(rows, cols);
-    suite.case("zeros").check(&format!("[{rows}, {cols}]"), &got, &want, Bound::EXACT)
+    suite.case("zeros").check(&format!("[{rows}, {cols}]"), &got, &want, Bound::EXACT)?;
+    let got = suite.backend.zeros(rows, cols, Dtype::Bf16)?;
+    suite.require("zeros in bf16", got.dtype() == Dtype::Bf16);
+    suite.check(&format!("[{rows}, {cols}], bf16"), &got, &want, Bound::EXACT)
 }
 
-fn slices<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+/// From and to blocks of larger matrices.
+fn copies<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let backend = suite.backend;
+    let what = format!("[{rows}, {cols}]");
     let x = suite.random(rows, cols);
-    let on_device = suite.tensor(&x)?;
-    for (start, count) in [(0, rows), (0, 1), (rows - 1, 1), (rows / 2, rows - rows / 2), (rows, 0)]
-    {
-        let got = suite.backend.slice_rows(&on_device, start, count)?;
-        let want = Matrix::from_fn(count, cols, |i, j| x.row(start + i)[j]);
-        let what = format!("{count} rows from {start} of [{rows}, {cols}]");
-        suite.case("slice_rows").check(&what, &got, &want, Bound::EXACT)?;
-    }
-    Ok(())
-}
-
-fn concatenation<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
-    for (parts, cols) in
-        [(&[1][..], 1), (&[3, 1, 17], 33), (&[0, 5, 0, 2, 0], 65), (&[130, 65], 130)]
-    {
-        let parts: Vec<Matrix> = parts.iter().map(|&rows| suite.random(rows, cols)).collect();
-        let tensors = parts.iter().map(|part| suite.tensor(part)).collect::<Result<Vec<_>>>()?;
-        let got = suite.backend.concat_rows(&tensors.iter().collect::<Vec<_>>())?;
-        let data: Vec<f64> = parts.iter().flat_map(|part| part.data.clone()).collect();
-        let want = Matrix { rows: data.len() / cols, cols, data };
-        let what = format!("{} parts of {cols} columns", parts.len());
-        suite.case("concat_rows").check(&what, &got, &want, Bound::EXACT)?;
-    }
-    Ok(())
+    let data: Vec<f32> = x.data.iter().map(|&x| x as f32).collect();
+    let from = suite.surrounded(&x)?;
+    let mut to = suite.surrounded(&Matrix::zeros(rows, cols))?;
+    backend.copy(inner(&from), inner_mut(&mut to))?;
+    suite.case("copy").check_inner(&what, &to, &x, Bound::EXACT)?;
+    let block = backend.download_view(inner(&from))?;
+    suite.require("download_view gives the block", block == data);
+    let mut to = suite.surrounded(&Matrix::zeros(rows, cols))?;
+    backend.upload_into(&data, inner_mut(&mut to))?;
+    suite.case("upload_into").check_inner(&what, &to, &x, Bound::EXACT)?;
+    let halves: Vec<half::bf16> = data.iter().map(|&x| half::bf16::from_f32(x)).collect();
+    let rounded = Matrix { data: halves.iter().map(|x| x.to_f64()).collect(), ..x };
+    let got = backend.upload(Elements::Bf16(&halves), rows, cols)?;
+    suite.require("bf16 stays bf16", got.dtype() == Dtype::Bf16);
+    suite.check(&format!("{what}, bf16"), &got, &rounded, Bound::EXACT)?;
+    // Converted on the way, in both directions.
+    let mut narrow = backend.zeros(rows, cols, Dtype::Bf16)?;
+    backend.copy(inner(&from), narrow.view_mut())?;
+    suite.case("copy").check(&format!("{what}, to bf16"), &narrow, &rounded, Bound::EXACT)?;
+    let mut wide = suite.surrounded(&Matrix::zeros(rows, cols))?;
+    backend.copy(narrow.view(), inner_mut(&mut wide))?;
+    suite.check_inner(&format!("{what}, to f32"), &wide, &rounded, Bound::EXACT)
 }
 
 fn picking<B: Backend>(
@@ -99,14 +102,15 @@ fn picking<B: Backend>(
     let what = format!("{picked} rows of [{table}, {cols}]");
     let x = suite.random(table, cols);
     let rows = suite.indices(picked, table);
-    let rows_on = suite.backend.upload_index(&rows)?;
+    let rows_on = suite.index(&rows)?;
     let y = suite.backend.gather_rows(&suite.tensor(&x)?, &rows_on)?;
     suite.case("gather_rows").check(&what, &y, &plain::gather_rows(&x, &rows), Bound::EXACT)?;
 
     let dy = suite.random(picked, cols);
     let before = suite.random(table, cols);
     let mut dx = suite.tensor(&before)?;
-    suite.backend.scatter_add_rows(&suite.tensor(&dy)?, &rows_on, &mut dx)?;
+    let plan = ScatterRows::new(&rows).upload(suite.backend)?;
+    suite.backend.scatter_add_rows(&suite.tensor(&dy)?, &plan, &mut dx)?;
     let want = plain::scatter_add_rows(&dy, &rows, before.clone());
     let bound = Bound::sum(1 + picked / table);
     suite.case("scatter_add_rows").check(&what, &dx, &want, bound)?;
@@ -126,7 +130,7 @@ fn means<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize], cols: usize) -
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let what = format!("{} segments of [{rows}, {cols}], the longest of {longest}", lengths.len());
     let x = suite.random(rows, cols);
-    let offsets_on = suite.backend.upload_index(&offsets)?;
+    let offsets_on = suite.index(&offsets)?;
     let y = suite.backend.segment_mean(&suite.tensor(&x)?, &offsets_on)?;
     let root = (longest as f64).sqrt();
     let bound = Bound::roundings(8.0 + root).at_least(1.0 / root);

@@ -5,7 +5,7 @@ use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use super::Case;
 use super::plain::Matrix;
 use crate::Result;
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Dtype, Shape, View, ViewMut, WeightUse};
 
 /// How far f32 rounds at most, relative to the number rounded.
 const ROUNDING: f64 = f32::EPSILON as f64 / 2.0;
@@ -123,6 +123,26 @@ impl<'b, B: Backend> Suite<'b, B> {
         x.map(|x| self.tensor(x)).transpose()
     }
 
+    /// `x` on the device as a weight.
+    pub(super) fn weight(&self, x: &Matrix) -> Result<B::Weight> {
+        self.backend.prepare(self.tensor(x)?, WeightUse::Frozen(Dtype::F32))
+    }
+
+    /// `x` on the device, inside a larger matrix of NaN: see [`inner`].
+    pub(super) fn surrounded(&self, x: &Matrix) -> Result<B::Tensor> {
+        let around = Matrix::from_fn(x.rows + 3, x.cols + 5, |i, j| {
+            let inside = (1..=x.rows).contains(&i) && (2..2 + x.cols).contains(&j);
+            if inside { x.row(i - 1)[j - 2] } else { f64::NAN }
+        });
+        self.tensor(&around)
+    }
+
+    /// A list of indices on the device.
+    pub(super) fn index(&self, data: &[u32]) -> Result<B::Index> {
+        let [index] = self.backend.upload_indices([data])?;
+        Ok(index)
+    }
+
     // ---- Checks -------------------------------------------------------------------------------
 
     /// `got` must be `want`, within `bound`.
@@ -146,6 +166,28 @@ impl<'b, B: Backend> Suite<'b, B> {
         }
         self.record(what, worst, bound, |at| format!("({}, {})", at / want.cols, at % want.cols));
         Ok(())
+    }
+
+    /// The inside of `got` must be `want`, and what is around it untouched: see
+    /// [`surrounded`](Suite::surrounded).
+    pub(super) fn check_inner(
+        &mut self,
+        what: &str,
+        got: &B::Tensor,
+        want: &Matrix,
+        bound: Bound,
+    ) -> Result<()> {
+        let (rows, cols) = got.shape();
+        let all = self.read(got)?;
+        let inside = |at: usize| {
+            let (i, j) = (at / cols, at % cols);
+            (1..=want.rows).contains(&i) && (2..2 + want.cols).contains(&j)
+        };
+        let untouched = (0..rows * cols).filter(|&at| !inside(at)).all(|at| all[at].is_nan());
+        self.require(&format!("{what}: only the block is written"), untouched);
+        let data: Vec<f32> = (0..rows * cols).filter(|&at| inside(at)).map(|at| all[at]).collect();
+        let block = self.backend.upload(&data, want.rows, want.cols)?;
+        self.check(what, &block, want, bound)
     }
 
     /// `got` must be the gradient of `objective` at `x`, by central differences.
@@ -239,6 +281,17 @@ impl<'b, B: Backend> Suite<'b, B> {
             case.detail = format!("{what}: element {} is {got:e}, not {want:e}", place(at));
         }
     }
+}
+
+/// The inside of a matrix from [`Suite::surrounded`].
+pub(super) fn inner<T: Shape>(x: &T) -> View<'_, T> {
+    x.view().with_rows(1..x.rows() - 2).with_cols(2..x.cols() - 3)
+}
+
+/// The same, to be written.
+pub(super) fn inner_mut<T: Shape>(x: &mut T) -> ViewMut<'_, T> {
+    let (rows, cols) = x.shape();
+    x.view_mut().with_rows(1..rows - 2).with_cols(2..cols - 3)
 }
 
 /// The largest error of a comparison, and where it is.

@@ -1,4 +1,4 @@
-//! SwiGLU and its backward.
+//! SwiGLU and its backward, on gate and up side by side.
 
 use rayon::prelude::*;
 
@@ -8,63 +8,58 @@ use super::{Cpu, CpuTensor};
 use crate::Result;
 use crate::backend::Shape;
 
-pub(super) fn swiglu(cpu: &Cpu, gate: &CpuTensor, up: &CpuTensor) -> Result<CpuTensor> {
-    assert_eq!(gate.shape(), up.shape(), "swiglu");
-    let mut y = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype())?;
-    let task = rows_per_task(1);
-    with_element!(gate, T => {
+pub(super) fn swiglu(cpu: &Cpu, gate_up: &CpuTensor) -> Result<CpuTensor> {
+    let (rows, cols) = (gate_up.rows(), gate_up.cols() / 2);
+    assert_eq!(gate_up.cols(), 2 * cols, "swiglu: gate and up");
+    let mut y = cpu.unspecified_of(rows, cols, gate_up.dtype())?;
+    let task = rows_per_task(cols);
+    with_element!(gate_up, T => {
         y.elements_mut::<T>()
-            .par_chunks_mut(task)
-            .zip(gate.elements::<T>().par_chunks(task))
-            .zip(up.elements::<T>().par_chunks(task))
-            .for_each(|((y, gate), up)| gate_up(y, gate, up));
+            .par_chunks_mut(task * cols)
+            .zip(gate_up.elements::<T>().par_chunks(2 * task * cols))
+            .for_each(|(y, gate_up)| activate_rows(y, gate_up, cols));
     });
     Ok(y)
 }
 
 vectorised! {
-    fn gate_up<T: Element>(y: &mut [T], gate: &[T], up: &[T]) {
-        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            let gate = gate.single();
-            *y = T::rounded(gate * sigmoid(gate) * up.single());
+    fn activate_rows<T: Element>(y: &mut [T], gate_up: &[T], cols: usize) {
+        for (y, gate_up) in y.chunks_exact_mut(cols).zip(gate_up.chunks_exact(2 * cols)) {
+            let (gate, up) = gate_up.split_at(cols);
+            for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+                let gate = gate.single();
+                *y = T::rounded(gate * sigmoid(gate) * up.single());
+            }
         }
     }
 }
 
-/// With `σ = sigmoid(gate)`: `dgate = dy ∘ up ∘ σ ∘ (1 + gate ∘ (1 − σ))`, `dup = dy ∘ gate ∘ σ`.
-pub(super) fn swiglu_backward(
-    cpu: &Cpu,
-    dy: &CpuTensor,
-    gate: &CpuTensor,
-    up: &CpuTensor,
-) -> Result<(CpuTensor, CpuTensor)> {
-    assert_eq!(dy.shape(), gate.shape(), "swiglu_backward");
-    let mut dgate = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype())?;
-    let mut dup = cpu.unspecified_of(gate.rows(), gate.cols(), gate.dtype())?;
-    let task = rows_per_task(1);
-    with_element!(gate, T => {
-        dgate
-            .elements_mut::<T>()
-            .par_chunks_mut(task)
-            .zip(dup.elements_mut::<T>().par_chunks_mut(task))
-            .zip(dy.elements::<T>().par_chunks(task))
-            .zip(gate.elements::<T>().par_chunks(task))
-            .zip(up.elements::<T>().par_chunks(task))
-            .for_each(|((((dgate, dup), dy), gate), up)| {
-                gate_up_backward(dgate, dup, dy, gate, up);
-            });
+/// With `σ = sigmoid(gate)`: `dgate = dy ∘ up ∘ σ ∘ (1 + gate ∘ (1 − σ))`, `dup = dy ∘ gate ∘ σ`,
+/// both over gate and up; `y = gate ∘ σ ∘ up` over dy. Each element is read before it is written.
+pub(super) fn swiglu_backward(mut dy: CpuTensor, mut gate_up: CpuTensor) -> (CpuTensor, CpuTensor) {
+    let (rows, cols) = dy.shape();
+    assert_eq!(gate_up.shape(), (rows, 2 * cols), "swiglu_backward: gate and up");
+    let task = rows_per_task(cols);
+    with_element!(gate_up, T => {
+        dy.elements_mut::<T>()
+            .par_chunks_mut(task * cols)
+            .zip(gate_up.elements_mut::<T>().par_chunks_mut(2 * task * cols))
+            .for_each(|(dy, gate_up)| activate_rows_backward(dy, gate_up, cols));
     });
-    Ok((dgate, dup))
+    (gate_up, dy)
 }
 
 vectorised! {
-    fn gate_up_backward<T: Element>(dgate: &mut [T], dup: &mut [T], dy: &[T], gate: &[T], up: &[T]) {
-        let grads = dgate.iter_mut().zip(dup).zip(dy);
-        for (((dgate, dup), dy), (gate, up)) in grads.zip(gate.iter().zip(up)) {
-            let (dy, gate, up) = (dy.single(), gate.single(), up.single());
-            let s = sigmoid(gate);
-            *dgate = T::rounded(dy * up * s * (1.0 + gate * (1.0 - s)));
-            *dup = T::rounded(dy * gate * s);
+    fn activate_rows_backward<T: Element>(dy: &mut [T], gate_up: &mut [T], cols: usize) {
+        for (dy, gate_up) in dy.chunks_exact_mut(cols).zip(gate_up.chunks_exact_mut(2 * cols)) {
+            let (gate, up) = gate_up.split_at_mut(cols);
+            for ((dy_y, gate_dgate), up_dup) in dy.iter_mut().zip(gate).zip(up) {
+                let (dy, gate, up) = (dy_y.single(), gate_dgate.single(), up_dup.single());
+                let s = sigmoid(gate);
+                *dy_y = T::rounded(gate * s * up);
+                *gate_dgate = T::rounded(dy * up * s * (1.0 + gate * (1.0 - s)));
+                *up_dup = T::rounded(dy * gate * s);
+            }
         }
     }
 }

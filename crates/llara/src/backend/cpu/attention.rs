@@ -10,16 +10,16 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::element::{Element, with_element};
-use super::gemm::{Gemm, Operand, Output, View, ViewMut};
+use super::gemm::{self, Gemm, Operand, Output};
 use super::shared::SharedSlice;
 use super::vector::{dot, exp_scaled_sum, max, vectorised};
 use super::{Cpu, CpuTensor};
 use crate::Result;
-use crate::backend::{AttentionOutput, AttentionShape, Layout, Shape};
+use crate::backend::{AttentionGradients, AttentionInput, AttentionOutput, Shape, View};
 
 /// Rows of a tile, over all heads that share keys: enough to make a product worth its packing, few
 /// enough that little is computed which no query sees. A multiple of a kernel's six rows.
-pub(in crate::backend) const TILE_ROWS: usize = 72;
+pub(super) const TILE_ROWS: usize = 72;
 
 /// A tile of queries of one sequence and the keys that any of them sees.
 struct Tile {
@@ -31,71 +31,100 @@ struct Tile {
     visible: Vec<Range<usize>>,
 }
 
+/// Where the heads of a matrix lie: head `h` of row `r` begins at `r · stride + column + h · hd`.
+#[derive(Clone, Copy)]
+struct Heads {
+    stride: usize,
+    column: usize,
+    head_dim: usize,
+}
+
+impl Heads {
+    fn of(x: View<'_, CpuTensor>, head_dim: usize) -> Self {
+        Heads { stride: x.tensor.cols(), column: x.col, head_dim }
+    }
+
+    /// The elements of one row and head.
+    fn span(self, row: usize, head: usize) -> Range<usize> {
+        let start = row * self.stride + self.column + head * self.head_dim;
+        start..start + self.head_dim
+    }
+}
+
+/// The heads of a matrix, with its elements.
+#[derive(Clone, Copy)]
+struct HeadsOf<'x, T> {
+    elements: &'x [T],
+    heads: Heads,
+}
+
+impl<'x, T: Element + Output> HeadsOf<'x, T> {
+    fn new(x: View<'x, CpuTensor>, head_dim: usize) -> Self {
+        HeadsOf { elements: x.rows_of(), heads: Heads::of(x, head_dim) }
+    }
+
+    /// Some rows of one head as an operand. `[rows, hd]`
+    fn rows(self, rows: &Range<usize>, head: usize) -> Operand<'x> {
+        let (start, hd) = (self.heads.span(rows.start, head).start, self.heads.head_dim);
+        let x = &self.elements[start..];
+        T::operand(gemm::View::strided(x, (rows.len(), hd), self.heads.stride))
+    }
+}
+
 /// What the tasks of one call have in common.
 struct Plan<'a> {
-    queries: &'a Layout<Cpu>,
-    keys: &'a Layout<Cpu>,
-    shape: &'a AttentionShape,
+    input: &'a AttentionInput<'a, Cpu>,
 }
 
 impl Plan<'_> {
     fn group(&self) -> usize {
-        self.shape.heads / self.shape.kv_heads
-    }
-
-    fn q_cols(&self) -> usize {
-        self.shape.heads * self.shape.head_dim
-    }
-
-    fn kv_cols(&self) -> usize {
-        self.shape.kv_heads * self.shape.head_dim
+        self.input.shape.heads / self.input.shape.kv_heads
     }
 
     /// Every (sequence, key head), each exactly once.
     fn tasks(&self) -> impl IndexedParallelIterator<Item = (usize, usize)> {
-        let kv_heads = self.shape.kv_heads;
-        (0..self.queries.sequences * kv_heads)
+        let kv_heads = self.input.shape.kv_heads;
+        (0..self.input.queries.sequences() * kv_heads)
             .into_par_iter()
             .map(move |task| (task / kv_heads, task % kv_heads))
     }
 
     fn key_rows(&self, sequence: usize) -> Range<usize> {
-        let offsets = &self.keys.offsets;
-        offsets[sequence] as usize..offsets[sequence + 1] as usize
+        let bounds = &self.input.keys.bounds;
+        bounds[sequence] as usize..bounds[sequence + 1] as usize
     }
 
     fn tiles(&self, sequence: usize) -> impl Iterator<Item = Tile> {
-        let offsets = &self.queries.offsets;
-        let (start, end) = (offsets[sequence] as usize, offsets[sequence + 1] as usize);
-        let first_key = self.key_rows(sequence).start;
+        let bounds = &self.input.queries.bounds;
+        let (start, end) = (bounds[sequence] as usize, bounds[sequence + 1] as usize);
+        let keys = self.key_rows(sequence);
+        let window = self.input.shape.window;
         let at_once = (TILE_ROWS / self.group()).max(1);
+        // Queries are the last rows of their sequence.
+        let before = keys.len() - (end - start);
         (start..end).step_by(at_once).map(move |first| {
             let queries = first..(first + at_once).min(end);
-            let positions = &self.queries.positions[queries.clone()];
-            let lowest = |position: u32| match self.shape.window {
-                Some(window) => (position as usize + 1).saturating_sub(window),
-                None => 0,
-            };
-            let from = lowest(positions[0]);
-            let to = positions[positions.len() - 1] as usize + 1;
-            Tile {
-                queries,
-                keys: first_key + from..first_key + to,
-                visible: positions
-                    .iter()
-                    .map(|&p| lowest(p) - from..p as usize + 1 - from)
-                    .collect(),
-            }
+            let lowest = |position: usize| window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let positions = queries.start - start + before..queries.end - start + before;
+            let from = lowest(positions.start);
+            let visible = positions.clone().map(|p| lowest(p) - from..p + 1 - from).collect();
+            Tile { queries, keys: keys.start + from..keys.start + positions.end, visible }
         })
     }
 
     /// The tile's rows of a query-side matrix, head under head: `[group · queries, hd]`. What shares keys
     /// then takes one product, and a larger one.
-    fn stack<T: Element>(&self, tile: &Tile, kv_head: usize, x: &[T], stacked: &mut Vec<T>) {
+    fn stack<T: Element>(
+        &self,
+        tile: &Tile,
+        kv_head: usize,
+        x: HeadsOf<'_, T>,
+        stacked: &mut Vec<T>,
+    ) {
         stacked.clear();
         for head in self.query_heads(kv_head) {
             for row in tile.queries.clone() {
-                stacked.extend_from_slice(&x[self.span(row, head)]);
+                stacked.extend_from_slice(&x.elements[x.heads.span(row, head)]);
             }
         }
     }
@@ -109,12 +138,12 @@ impl Plan<'_> {
         tile: &Tile,
         kv_head: usize,
         stacked: &[T],
-        x: &SharedSlice<'_, T>,
+        (x, heads): (&SharedSlice<'_, T>, Heads),
     ) {
-        let mut rows = stacked.chunks_exact(self.shape.head_dim);
+        let mut rows = stacked.chunks_exact(self.input.shape.head_dim);
         for head in self.query_heads(kv_head) {
             for (row, from) in tile.queries.clone().zip(&mut rows) {
-                let span = self.span(row, head);
+                let span = heads.span(row, head);
                 // SAFETY: the caller's promise.
                 unsafe { x.slice_mut(span.start, span.len()) }.copy_from_slice(from);
             }
@@ -123,19 +152,6 @@ impl Plan<'_> {
 
     fn query_heads(&self, kv_head: usize) -> Range<usize> {
         kv_head * self.group()..(kv_head + 1) * self.group()
-    }
-
-    /// The elements of one row and head of a query-side matrix.
-    fn span(&self, row: usize, head: usize) -> Range<usize> {
-        let start = row * self.q_cols() + head * self.shape.head_dim;
-        start..start + self.shape.head_dim
-    }
-
-    /// One head of the tile's rows of a key-side matrix. `[keys, hd]`
-    fn keys_of<'x, T: Output>(&self, tile: &Tile, kv_head: usize, x: &'x [T]) -> Operand<'x> {
-        let (hd, stride) = (self.shape.head_dim, self.kv_cols());
-        let x = &x[tile.keys.start * stride + kv_head * hd..];
-        T::operand(View::strided(x, (tile.keys.len(), hd), stride))
     }
 }
 
@@ -147,59 +163,51 @@ fn multiply<T: Output, O: Element + Output>(
     b: Operand<'_>,
 ) {
     out.resize(m * n, O::rounded(0.0));
-    Gemm::new(T::PRECISION).serial().multiply(ViewMut::new(out, m, n), a, b);
+    Gemm::new(T::PRECISION).serial().multiply(gemm::ViewMut::new(out, m, n), a, b);
 }
 
 /// All of a buffer as a row-major operand.
 fn matrix<T: Output>(x: &[T], cols: usize) -> Operand<'_> {
-    T::operand(View::new(x, x.len() / cols.max(1), cols))
+    T::operand(gemm::View::new(x, x.len() / cols.max(1), cols))
 }
 
 pub(super) fn attention(
     cpu: &Cpu,
-    (q, k, v): (&CpuTensor, &CpuTensor, &CpuTensor),
-    queries: &Layout<Cpu>,
-    keys: &Layout<Cpu>,
-    shape: &AttentionShape,
+    input: &AttentionInput<'_, Cpu>,
 ) -> Result<AttentionOutput<Cpu>> {
-    let plan = Plan { queries, keys, shape };
-    assert_eq!(q.shape(), (queries.rows, plan.q_cols()), "attention: queries");
-    assert_eq!(k.shape(), (keys.rows, plan.kv_cols()), "attention: keys");
+    let AttentionInput { q, k, v, queries, keys, shape } = input;
+    assert_eq!(q.shape(), (queries.rows(), shape.q_cols()), "attention: queries");
+    assert_eq!(k.shape(), (keys.rows(), shape.kv_cols()), "attention: keys");
     assert_eq!(v.shape(), k.shape(), "attention: values");
-    let mut out = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype())?;
-    let mut log_sum_exp = cpu.unspecified(queries.rows, shape.heads)?;
-    with_element!(q, T => attend::<T>(
-        &plan,
-        (q.elements(), k.elements(), v.elements()),
-        out.elements_mut(),
-        log_sum_exp.as_mut_slice(),
-    ));
-    Ok(AttentionOutput { out, log_sum_exp })
+    let mut out = cpu.unspecified_of(q.rows, q.cols, q.dtype())?;
+    let mut state = cpu.unspecified(q.rows, shape.heads)?;
+    with_element!(q, T => attend::<T>(&Plan { input }, &mut out, &mut state));
+    Ok(AttentionOutput { out, state })
 }
 
-fn attend<T: Element + Output>(
-    plan: &Plan<'_>,
-    (q, k, v): (&[T], &[T], &[T]),
-    out: &mut [T],
-    log_sum_exp: &mut [f32],
-) {
-    let (heads, hd) = (plan.shape.heads, plan.shape.head_dim);
-    let (shared_out, shared_lse) = (SharedSlice::new(out), SharedSlice::new(log_sum_exp));
+/// Writes the weighted values and the log-sum-exp of each query's scaled scores. `[rows, H]`
+fn attend<T: Element + Output>(plan: &Plan<'_>, out: &mut CpuTensor, log_sum_exp: &mut CpuTensor) {
+    let AttentionInput { q, k, v, shape, .. } = *plan.input;
+    let (heads, hd) = (shape.heads, shape.head_dim);
+    let [q, k, v] = [q, k, v].map(|x| HeadsOf::<T>::new(x, hd));
+    let out_heads = Heads::of(out.view(), hd);
+    let shared_out = SharedSlice::new(out.elements_mut::<T>());
+    let shared_lse = SharedSlice::new(log_sum_exp.as_mut_slice());
     plan.tasks().for_each(|(sequence, kv_head)| {
         let (mut tile_q, mut tile_out, mut p) = (Vec::new(), Vec::new(), Vec::new());
         let (mut scores, mut lse) = (Vec::new(), Vec::new());
         for tile in plan.tiles(sequence) {
             let (m, n) = (plan.group() * tile.queries.len(), tile.keys.len());
             plan.stack(&tile, kv_head, q, &mut tile_q);
-            let keys = plan.keys_of(&tile, kv_head, k);
+            let keys = k.rows(&tile.keys, kv_head);
             multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
             p.resize(m * n, T::rounded(0.0));
             lse.resize(m, 0.0);
-            softmax(&mut p, &mut lse, &mut scores, &tile.visible, plan.shape.scale);
-            let values = plan.keys_of(&tile, kv_head, v);
+            softmax(&mut p, &mut lse, &mut scores, &tile.visible, shape.scale);
+            let values = v.rows(&tile.keys, kv_head);
             multiply::<T, T>(&mut tile_out, (m, hd), matrix(&p, n), values);
             // SAFETY: this task alone has the rows of its sequence in its heads.
-            unsafe { plan.unstack(&tile, kv_head, &tile_out, &shared_out) };
+            unsafe { plan.unstack(&tile, kv_head, &tile_out, (&shared_out, out_heads)) };
             let mut lse = lse.iter();
             for head in plan.query_heads(kv_head) {
                 for (row, &lse) in tile.queries.clone().zip(&mut lse) {
@@ -248,46 +256,51 @@ fn clear_outside<T: Element>(row: &mut [T], visible: &Range<usize>) {
 pub(super) fn attention_backward(
     cpu: &Cpu,
     dout: &CpuTensor,
-    (q, k, v): (&CpuTensor, &CpuTensor, &CpuTensor),
-    attended: &AttentionOutput<Cpu>,
-    queries: &Layout<Cpu>,
-    keys: &Layout<Cpu>,
-    shape: &AttentionShape,
-) -> Result<(CpuTensor, CpuTensor, CpuTensor)> {
-    let plan = Plan { queries, keys, shape };
-    assert_eq!(dout.shape(), (queries.rows, plan.q_cols()), "attention_backward: gradient");
-    let mut dq = cpu.unspecified_of(queries.rows, plan.q_cols(), q.dtype())?;
-    let mut dk = cpu.unspecified_of(keys.rows, plan.kv_cols(), k.dtype())?;
-    let mut dv = cpu.unspecified_of(keys.rows, plan.kv_cols(), v.dtype())?;
-    with_element!(q, T => attend_backward::<T>(
-        &plan,
-        &Forward {
-            inputs: (q.elements(), k.elements(), v.elements()),
-            out: attended.out.elements(),
-            log_sum_exp: attended.log_sum_exp.as_slice(),
-            dout: dout.elements(),
-        },
-        (dq.elements_mut(), dk.elements_mut(), dv.elements_mut()),
-    ));
-    Ok((dq, dk, dv))
+    input: &AttentionInput<'_, Cpu>,
+    output: &AttentionOutput<Cpu>,
+) -> Result<AttentionGradients<CpuTensor>> {
+    let AttentionInput { q, queries, keys, shape, .. } = input;
+    assert_eq!(dout.shape(), q.shape(), "attention_backward: gradient");
+    let (q_cols, kv_cols) = (shape.q_cols(), shape.kv_cols());
+    let (q_rows, rows) = (queries.rows(), keys.rows());
+    let hd = shape.head_dim;
+    let plan = Plan { input };
+    if q_rows == rows {
+        let stride = q_cols + 2 * kv_cols;
+        let mut dqkv = cpu.unspecified_of(rows, stride, q.dtype())?;
+        let at = |column| Heads { stride, column, head_dim: hd };
+        let heads = [at(0), at(q_cols), at(q_cols + kv_cols)];
+        with_element!(q, T => {
+            let shared = SharedSlice::new(dqkv.elements_mut::<T>());
+            attend_backward::<T>(&plan, dout, output, [&shared; 3], heads);
+        });
+        return Ok(AttentionGradients::Fused(dqkv));
+    }
+    let mut dq = cpu.unspecified_of(q_rows, q_cols, q.dtype())?;
+    let mut dkv = cpu.unspecified_of(rows, 2 * kv_cols, q.dtype())?;
+    let at = |stride, column| Heads { stride, column, head_dim: hd };
+    let heads = [at(q_cols, 0), at(2 * kv_cols, 0), at(2 * kv_cols, kv_cols)];
+    with_element!(q, T => {
+        let shared_dq = SharedSlice::new(dq.elements_mut::<T>());
+        let shared_dkv = SharedSlice::new(dkv.elements_mut::<T>());
+        attend_backward::<T>(&plan, dout, output, [&shared_dq, &shared_dkv, &shared_dkv], heads);
+    });
+    Ok(AttentionGradients::Separate { dq, dkv })
 }
 
-/// What went in, what came out, and the gradient of that.
-struct Forward<'a, T> {
-    inputs: (&'a [T], &'a [T], &'a [T]),
-    out: &'a [T],
-    log_sum_exp: &'a [f32],
-    dout: &'a [T],
-}
-
+/// Writes dq, dk and dv, each into its heads of a matrix.
 fn attend_backward<T: Element + Output>(
     plan: &Plan<'_>,
-    forward: &Forward<'_, T>,
-    (dq, dk, dv): (&mut [T], &mut [T], &mut [T]),
+    dout: &CpuTensor,
+    output: &AttentionOutput<Cpu>,
+    [shared_dq, shared_dk, shared_dv]: [&SharedSlice<'_, T>; 3],
+    [dq_heads, dk_heads, dv_heads]: [Heads; 3],
 ) {
-    let &Forward { inputs: (q, k, v), out, log_sum_exp, dout } = forward;
-    let (heads, hd, kv_cols) = (plan.shape.heads, plan.shape.head_dim, plan.kv_cols());
-    let [shared_dq, shared_dk, shared_dv] = [dq, dk, dv].map(SharedSlice::new);
+    let AttentionInput { q, k, v, shape, .. } = *plan.input;
+    let (heads, hd) = (shape.heads, shape.head_dim);
+    let [q, k, v, out, dout] =
+        [q, k, v, output.out.view(), dout.view()].map(|x| HeadsOf::<T>::new(x, hd));
+    let log_sum_exp = output.state.as_slice();
     plan.tasks().for_each(|(sequence, kv_head)| {
         let key_rows = plan.key_rows(sequence);
         // Summed over tiles in f32.
@@ -305,14 +318,14 @@ fn attend_backward<T: Element + Output>(
             for head in plan.query_heads(kv_head) {
                 lse.extend(tile.queries.clone().map(|row| log_sum_exp[row * heads + head]));
             }
-            let keys = plan.keys_of(&tile, kv_head, k);
-            let values = plan.keys_of(&tile, kv_head, v);
+            let keys = k.rows(&tile.keys, kv_head);
+            let values = v.rows(&tile.keys, kv_head);
             multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
             multiply::<T, f32>(&mut dp, (m, n), matrix(&tile_dout, hd), values.t());
             p.resize(m * n, T::rounded(0.0));
             ds.resize(m * n, T::rounded(0.0));
             let saved = SavedSoftmax {
-                scale: plan.shape.scale,
+                scale: shape.scale,
                 log_sum_exp: &lse,
                 out: &tile_out,
                 dout: &tile_dout,
@@ -321,20 +334,22 @@ fn attend_backward<T: Element + Output>(
             softmax_backward((&mut p, &mut ds), (&mut scores, &dp), &saved);
             multiply::<T, T>(&mut tile_dq, (m, hd), matrix(&ds, n), keys);
             // SAFETY: this task alone has the rows of its sequence in its heads.
-            unsafe { plan.unstack(&tile, kv_head, &tile_dq, &shared_dq) };
+            unsafe { plan.unstack(&tile, kv_head, &tile_dq, (shared_dq, dq_heads)) };
             let at = (tile.keys.start - key_rows.start) * hd;
             for (weights, rows, grad) in
                 [(&ds, &tile_q, &mut task_dk), (&p, &tile_dout, &mut task_dv)]
             {
-                let out = ViewMut::new(&mut grad[at..], n, hd);
+                let out = gemm::ViewMut::new(&mut grad[at..], n, hd);
                 let product = Gemm::new(T::PRECISION).serial().accumulate();
                 product.multiply(out, matrix(weights, n).t(), matrix(rows, hd));
             }
         }
-        for (grad, shared) in [(&task_dk, &shared_dk), (&task_dv, &shared_dv)] {
+        for (grad, shared, heads) in
+            [(&task_dk, shared_dk, dk_heads), (&task_dv, shared_dv, dv_heads)]
+        {
             for (row, from) in key_rows.clone().zip(grad.chunks_exact(hd)) {
                 // SAFETY: this task alone has the keys of its sequence in its head.
-                let to = unsafe { shared.slice_mut(row * kv_cols + kv_head * hd, hd) };
+                let to = unsafe { shared.slice_mut(heads.span(row, kv_head).start, hd) };
                 to.iter_mut().zip(from).for_each(|(to, from)| *to = T::rounded(*from));
             }
         }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::element::Element;
 use super::unit::Unit;
-use crate::backend::{Dtype, OffsetAllocator, Shape};
+use crate::backend::{Dtype, OffsetAllocator, PreparedWeight, Shape, View, ViewMut};
 use crate::{Error, ErrorKind, Result};
 
 use reserved::Reserved;
@@ -257,12 +257,6 @@ impl CpuTensor {
         self.elements_mut()
     }
 
-    /// All bytes, of either type.
-    pub(super) fn bytes(&self) -> &[u8] {
-        // SAFETY: as in `elements`.
-        unsafe { std::slice::from_raw_parts(self.block.start, self.block.bytes) }
-    }
-
     /// All bytes, of either type, to be written.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `elements`, borrowed mutably.
@@ -281,6 +275,40 @@ impl Shape for CpuTensor {
 
     fn dtype(&self) -> Dtype {
         self.dtype
+    }
+}
+
+/// The CPU multiplies by the values themselves: packing them is a small part of a product, and a copy
+/// would take as much memory as the weights.
+impl PreparedWeight<CpuTensor> for CpuTensor {
+    fn values(&self) -> &CpuTensor {
+        self
+    }
+
+    fn into_values(self) -> CpuTensor {
+        self
+    }
+}
+
+impl<'t> View<'t, CpuTensor> {
+    /// The elements of its rows, with the columns outside the view.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub(super) fn rows_of<T: Element>(self) -> &'t [T] {
+        let cols = self.tensor.cols;
+        &self.tensor.elements()[self.row * cols..(self.row + self.rows) * cols]
+    }
+}
+
+impl<'t> ViewMut<'t, CpuTensor> {
+    /// The elements of its rows, with the columns outside the view, to be written.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub(super) fn rows_of<T: Element>(self) -> &'t mut [T] {
+        let cols = self.tensor.cols;
+        &mut self.tensor.elements_mut()[self.row * cols..(self.row + self.rows) * cols]
     }
 }
 
@@ -304,7 +332,7 @@ mod tests {
         let mut third = CpuTensor::unspecified(&arena, (3, 5), Dtype::Bf16).expect("memory");
         third.elements_mut().fill(half::bf16::from_f32(2.0));
         assert!(second.as_slice().iter().all(|&x| x == 7.0));
-        assert_eq!(third.bytes().len(), 30);
+        assert_eq!(third.bytes_mut().len(), 30);
     }
 
     /// Under Miri: a new matrix must not invalidate borrows of those before it.

@@ -11,6 +11,7 @@ mod dropout;
 mod element;
 pub mod gemm;
 mod loss;
+mod memory;
 mod norms;
 mod optimizer;
 mod products;
@@ -20,18 +21,17 @@ mod shared;
 mod unit;
 mod vector;
 
+use std::ops::Range;
 use std::sync::Arc;
-
-pub(super) use attention::TILE_ROWS;
-pub(super) use vector::rows_per_task;
 
 use buffer::CpuTensor;
 use rayon::prelude::*;
 use unit::Unit;
 
 use super::{
-    Accumulate, AdamWStep, AttentionOutput, AttentionShape, Backend, DropoutKey, Dtype, Layout,
-    RopeDirection, RopeTable, Shape, TokenIds,
+    Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, Backend,
+    DeviceMemory, DropoutKey, Dtype, Elements, Epilogue, RopeDirection, RopeTable, ScatterPlan,
+    TokenIds, View, ViewMut, WeightUse,
 };
 use crate::Result;
 
@@ -67,12 +67,6 @@ impl Cpu {
         gemm::rate::multiplies_bf16_faster()
     }
 
-    /// The element type in which a model computes fastest here: bf16 where
-    /// [`multiplies_bf16_faster`](Self::multiplies_bf16_faster), else f32.
-    pub fn fastest_dtype() -> Dtype {
-        if Self::multiplies_bf16_faster() { Dtype::Bf16 } else { Dtype::F32 }
-    }
-
     /// An f32 matrix whose contents the caller is about to write in full.
     fn unspecified(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
         self.unspecified_of(rows, cols, Dtype::F32)
@@ -92,7 +86,11 @@ impl Cpu {
 
 impl Backend for Cpu {
     type Tensor = CpuTensor;
+    type Weight = CpuTensor;
     type Index = Vec<u32>;
+    /// The log-sum-exp of each query's scaled scores. `[rows of q, H]`
+    type AttentionState = CpuTensor;
+    type Download = Vec<f32>;
 
     fn description(&self) -> String {
         let threads = rayon::current_num_threads();
@@ -109,8 +107,33 @@ impl Backend for Cpu {
         format!("CPU, {threads} thread{plural}, {instructions}")
     }
 
-    fn zeros(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
-        self.zeros_tensor(rows, cols)
+    fn describe_products(&self, dtype: Dtype) -> String {
+        match dtype {
+            Dtype::F32 => "f32".to_owned(),
+            Dtype::Bf16 if Self::multiplies_bf16_faster() => {
+                "bf16, by vdpbf16ps with f32 sums".to_owned()
+            }
+            Dtype::Bf16 => {
+                "operands rounded to bf16, by the f32 kernel, because bf16 products are not \
+                 faster on this processor: bf16 saves memory, but no time"
+                    .to_owned()
+            }
+        }
+    }
+
+    /// bf16 where [`multiplies_bf16_faster`](Cpu::multiplies_bf16_faster), else f32.
+    fn fastest_dtype(&self) -> Dtype {
+        if Self::multiplies_bf16_faster() { Dtype::Bf16 } else { Dtype::F32 }
+    }
+
+    fn memory(&self) -> DeviceMemory {
+        memory::device_memory(rayon::current_num_threads())
+    }
+
+    fn zeros(&self, rows: usize, cols: usize, dtype: Dtype) -> Result<CpuTensor> {
+        let mut x = self.unspecified_of(rows, cols, dtype)?;
+        self.clear(&mut x)?;
+        Ok(x)
     }
 
     fn clear(&self, x: &mut CpuTensor) -> Result<()> {
@@ -119,91 +142,150 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<CpuTensor> {
+    fn upload<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        rows: usize,
+        cols: usize,
+    ) -> Result<CpuTensor> {
+        let data = data.into();
         assert_eq!(data.len(), rows * cols, "upload: elements");
-        let mut x = self.unspecified(rows, cols)?;
-        x.as_mut_slice().copy_from_slice(data);
-        Ok(x)
-    }
-
-    fn upload_index(&self, data: &[u32]) -> Result<Vec<u32>> {
-        buffer::copied(data)
-    }
-
-    fn download(&self, x: &CpuTensor) -> Result<Vec<f32>> {
-        rows::widen(x)
-    }
-
-    fn slice_rows(&self, x: &CpuTensor, start: usize, count: usize) -> Result<CpuTensor> {
-        let mut rows = self.unspecified_of(count, x.cols(), x.dtype())?;
-        let row = x.cols() * x.dtype().bytes();
-        rows.bytes_mut().copy_from_slice(&x.bytes()[start * row..(start + count) * row]);
-        Ok(rows)
-    }
-
-    fn concat_rows(&self, parts: &[&CpuTensor]) -> Result<CpuTensor> {
-        let (cols, dtype) =
-            parts.first().map_or((0, Dtype::F32), |part| (part.cols(), part.dtype()));
-        let mut x = self.unspecified_of(parts.iter().map(|part| part.rows()).sum(), cols, dtype)?;
-        let mut rest = x.bytes_mut();
-        for part in parts {
-            assert_eq!((part.cols(), part.dtype()), (cols, dtype), "concat_rows: columns");
-            let (to, after) = rest.split_at_mut(part.bytes().len());
-            to.copy_from_slice(part.bytes());
-            rest = after;
+        let mut x = self.unspecified_of(rows, cols, data.dtype())?;
+        match data {
+            Elements::F32(data) => x.elements_mut().copy_from_slice(data),
+            Elements::Bf16(data) => x.elements_mut().copy_from_slice(data),
         }
         Ok(x)
     }
 
-    fn cast(&self, x: &CpuTensor, to: Dtype) -> Result<CpuTensor> {
-        rows::cast(self, x, to)
+    fn upload_into<'e>(
+        &self,
+        data: impl Into<Elements<'e>>,
+        to: ViewMut<'_, CpuTensor>,
+    ) -> Result<()> {
+        let data = data.into();
+        assert_eq!(data.len(), to.rows * to.cols, "upload_into: elements");
+        match data {
+            Elements::F32(data) => rows::write(data, to),
+            Elements::Bf16(data) => rows::write(data, to),
+        }
+        Ok(())
+    }
+
+    fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[Vec<u32>; N]> {
+        let mut copies = [const { Vec::new() }; N];
+        for (copy, list) in copies.iter_mut().zip(lists) {
+            *copy = buffer::copied(list)?;
+        }
+        Ok(copies)
+    }
+
+    fn start_download(&self, x: &CpuTensor) -> Result<Vec<f32>> {
+        rows::widen(x)
+    }
+
+    fn finish_download(&self, download: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(download)
+    }
+
+    fn read_elements(&self, x: &CpuTensor, range: Range<usize>) -> Result<Vec<f32>> {
+        buffer::copied(&x.as_slice()[range])
+    }
+
+    fn write_elements(&self, x: &mut CpuTensor, start: usize, data: &[f32]) -> Result<()> {
+        x.as_mut_slice()[start..start + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn copy(&self, x: View<'_, CpuTensor>, to: ViewMut<'_, CpuTensor>) -> Result<()> {
+        rows::copy(x, to);
+        Ok(())
+    }
+
+    fn cast(&self, x: &CpuTensor, dtype: Dtype) -> Result<CpuTensor> {
+        rows::cast(self, x, dtype)
+    }
+
+    fn prepare(&self, values: CpuTensor, _: WeightUse) -> Result<CpuTensor> {
+        Ok(values)
     }
 
     fn linear(
         &self,
-        x: &CpuTensor,
-        w: &CpuTensor,
-        bias: Option<&CpuTensor>,
-        residual: Option<&CpuTensor>,
+        x: View<'_, CpuTensor>,
+        w: View<'_, CpuTensor>,
+        alpha: f32,
+        epilogue: Epilogue<'_, CpuTensor>,
     ) -> Result<CpuTensor> {
-        products::linear(self, x, w, bias, residual)
+        products::linear(self, x, w, alpha, &epilogue)
     }
 
-    fn linear_onto(&self, x: &CpuTensor, w: &CpuTensor, onto: CpuTensor) -> Result<CpuTensor> {
-        Ok(products::linear_onto(x, w, onto))
+    fn linear_add(
+        &self,
+        x: View<'_, CpuTensor>,
+        w: View<'_, CpuTensor>,
+        y: ViewMut<'_, CpuTensor>,
+    ) -> Result<()> {
+        products::linear_add(x, w, y);
+        Ok(())
     }
 
     fn linear_input_grad(
         &self,
-        dy: &CpuTensor,
-        w: &CpuTensor,
+        dy: View<'_, CpuTensor>,
+        w: View<'_, CpuTensor>,
+        alpha: f32,
         onto: Option<CpuTensor>,
     ) -> Result<CpuTensor> {
-        products::linear_input_grad(self, dy, w, onto)
+        products::linear_input_grad(self, dy, w, alpha, onto)
     }
 
     fn linear_weight_grad(
         &self,
-        dy: &CpuTensor,
-        x: &CpuTensor,
-        dw: &mut CpuTensor,
+        dy: View<'_, CpuTensor>,
+        x: View<'_, CpuTensor>,
+        dw: ViewMut<'_, CpuTensor>,
         accumulate: Accumulate,
     ) -> Result<()> {
         products::linear_weight_grad(dy, x, dw, accumulate);
         Ok(())
     }
 
-    fn linear_bias_grad(&self, dy: &CpuTensor, db: &mut CpuTensor) -> Result<()> {
-        products::linear_bias_grad(dy, db);
+    fn linear_bias_grad(
+        &self,
+        dy: View<'_, CpuTensor>,
+        db: ViewMut<'_, CpuTensor>,
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        products::linear_bias_grad(dy, db, accumulate);
         Ok(())
+    }
+
+    fn scores(&self, q: &CpuTensor, p: &CpuTensor, scale: f32) -> Result<CpuTensor> {
+        products::scores(self, q, p, scale)
+    }
+
+    fn scores_backward(
+        &self,
+        ds: &CpuTensor,
+        q: &CpuTensor,
+        p: &CpuTensor,
+        scale: f32,
+    ) -> Result<(CpuTensor, CpuTensor)> {
+        products::scores_backward(self, ds, q, p, scale)
     }
 
     fn gather_rows(&self, x: &CpuTensor, rows: &Vec<u32>) -> Result<CpuTensor> {
         rows::gather_rows(self, x, rows)
     }
 
-    fn scatter_add_rows(&self, dy: &CpuTensor, rows: &Vec<u32>, dx: &mut CpuTensor) -> Result<()> {
-        rows::scatter_add_rows(dy, rows, dx);
+    fn scatter_add_rows(
+        &self,
+        dy: &CpuTensor,
+        plan: &ScatterPlan<Self>,
+        dx: &mut CpuTensor,
+    ) -> Result<()> {
+        rows::scatter_add_rows(dy, plan, dx);
         Ok(())
     }
 
@@ -222,12 +304,12 @@ impl Backend for Cpu {
 
     fn rms_norm(
         &self,
-        x: &CpuTensor,
+        x: View<'_, CpuTensor>,
         w: &CpuTensor,
         eps: f32,
-        to: Dtype,
+        dtype: Dtype,
     ) -> Result<(CpuTensor, CpuTensor)> {
-        norms::rms_norm(self, x, w, eps, to)
+        norms::rms_norm(self, x, w, eps, dtype)
     }
 
     fn rms_norm_backward(
@@ -242,13 +324,24 @@ impl Backend for Cpu {
         norms::rms_norm_backward(self, dy, (x, w, inv_rms), dw, onto)
     }
 
+    fn rms_norm_backward_in_place(
+        &self,
+        dy: ViewMut<'_, CpuTensor>,
+        x: View<'_, CpuTensor>,
+        w: &CpuTensor,
+        inv_rms: &CpuTensor,
+        dw: Option<&mut CpuTensor>,
+    ) -> Result<()> {
+        norms::rms_norm_backward_in_place(self, dy, (x, w, inv_rms), dw)
+    }
+
     fn normalize(&self, x: &CpuTensor) -> Result<(CpuTensor, CpuTensor)> {
         norms::normalize(self, x)
     }
 
     fn normalize_backward(
         &self,
-        dy: &CpuTensor,
+        dy: View<'_, CpuTensor>,
         y: &CpuTensor,
         inv_norm: &CpuTensor,
     ) -> Result<CpuTensor> {
@@ -257,52 +350,34 @@ impl Backend for Cpu {
 
     fn rope(
         &self,
-        x: &mut CpuTensor,
+        x: ViewMut<'_, CpuTensor>,
         positions: &Vec<u32>,
         table: &RopeTable<Self>,
-        turn: RopeDirection,
+        direction: RopeDirection,
     ) -> Result<()> {
-        rope::rope(x, positions, (&table.cos, &table.sin), turn);
+        rope::rope(x, positions, (&table.cos, &table.sin), direction);
         Ok(())
     }
 
-    fn attention(
-        &self,
-        q: &CpuTensor,
-        k: &CpuTensor,
-        v: &CpuTensor,
-        queries: &Layout<Self>,
-        keys: &Layout<Self>,
-        shape: &AttentionShape,
-    ) -> Result<AttentionOutput<Self>> {
-        attention::attention(self, (q, k, v), queries, keys, shape)
+    fn attention(&self, input: &AttentionInput<'_, Self>) -> Result<AttentionOutput<Self>> {
+        attention::attention(self, input)
     }
 
     fn attention_backward(
         &self,
         dout: &CpuTensor,
-        q: &CpuTensor,
-        k: &CpuTensor,
-        v: &CpuTensor,
-        attended: &AttentionOutput<Self>,
-        queries: &Layout<Self>,
-        keys: &Layout<Self>,
-        shape: &AttentionShape,
-    ) -> Result<(CpuTensor, CpuTensor, CpuTensor)> {
-        attention::attention_backward(self, dout, (q, k, v), attended, queries, keys, shape)
+        input: &AttentionInput<'_, Self>,
+        output: &AttentionOutput<Self>,
+    ) -> Result<AttentionGradients<CpuTensor>> {
+        attention::attention_backward(self, dout, input, output)
     }
 
-    fn swiglu(&self, gate: &CpuTensor, up: &CpuTensor) -> Result<CpuTensor> {
-        activation::swiglu(self, gate, up)
+    fn swiglu(&self, gate_up: &CpuTensor) -> Result<CpuTensor> {
+        activation::swiglu(self, gate_up)
     }
 
-    fn swiglu_backward(
-        &self,
-        dy: &CpuTensor,
-        gate: &CpuTensor,
-        up: &CpuTensor,
-    ) -> Result<(CpuTensor, CpuTensor)> {
-        activation::swiglu_backward(self, dy, gate, up)
+    fn swiglu_backward(&self, dy: CpuTensor, gate_up: CpuTensor) -> Result<(CpuTensor, CpuTensor)> {
+        Ok(activation::swiglu_backward(dy, gate_up))
     }
 
     fn dropout(
@@ -315,11 +390,6 @@ impl Backend for Cpu {
         dropout::dropout(self, x, tokens, key, onto)
     }
 
-    fn scale(&self, x: &mut CpuTensor, factor: f32) -> Result<()> {
-        optimizer::scale(x, factor);
-        Ok(())
-    }
-
     fn cross_entropy(
         &self,
         scores: &CpuTensor,
@@ -328,8 +398,13 @@ impl Backend for Cpu {
         loss::cross_entropy(self, scores, targets)
     }
 
-    fn add_sum_of_squares(&self, x: &CpuTensor, sum: &mut CpuTensor) -> Result<()> {
-        optimizer::add_sum_of_squares(x, sum);
+    fn add_sum_of_squares(
+        &self,
+        x: &CpuTensor,
+        range: Range<usize>,
+        sum: &mut CpuTensor,
+    ) -> Result<()> {
+        optimizer::add_sum_of_squares(x, range, sum);
         Ok(())
     }
 
@@ -341,13 +416,14 @@ impl Backend for Cpu {
 
     fn adamw(
         &self,
-        param: &mut CpuTensor,
+        weight: &mut CpuTensor,
+        range: Range<usize>,
         grad: &CpuTensor,
         moments: (&mut CpuTensor, &mut CpuTensor),
         clip: &CpuTensor,
         step: &AdamWStep,
     ) -> Result<()> {
-        optimizer::adamw(param, grad, moments, clip, step);
+        optimizer::adamw(weight, range, grad, moments, clip, step);
         Ok(())
     }
 }

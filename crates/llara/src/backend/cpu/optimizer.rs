@@ -1,28 +1,17 @@
 //! Norms, clipping and AdamW: one pass over the parameters each.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::CpuTensor;
-use super::element::{Element, with_element};
 use super::vector::{dot, rows_per_task, vectorised};
 use crate::backend::{AdamWStep, Shape};
 
-pub(super) fn scale(x: &mut CpuTensor, factor: f32) {
-    with_element!(x, T => {
-        let tasks = x.elements_mut::<T>().par_chunks_mut(rows_per_task(1));
-        tasks.for_each(|x| scale_all(x, factor));
-    });
-}
-
-vectorised! {
-    fn scale_all<T: Element>(x: &mut [T], factor: f32) {
-        x.iter_mut().for_each(|x| *x = T::rounded(x.single() * factor));
-    }
-}
-
 /// Tasks' sums are added in order and in f64.
-pub(super) fn add_sum_of_squares(x: &CpuTensor, sum: &mut CpuTensor) {
-    let partial: Vec<f32> = x.as_slice().par_chunks(rows_per_task(1)).map(sum_of_squares).collect();
+pub(super) fn add_sum_of_squares(x: &CpuTensor, range: Range<usize>, sum: &mut CpuTensor) {
+    let tasks = x.as_slice()[range].par_chunks(rows_per_task(1));
+    let partial: Vec<f32> = tasks.map(sum_of_squares).collect();
     let total: f64 = partial.iter().map(|&x| f64::from(x)).sum();
     let sum = &mut sum.as_mut_slice()[0];
     *sum = (f64::from(*sum) + total) as f32;
@@ -43,22 +32,25 @@ pub(super) fn clip_factor(sum: &CpuTensor, max_norm: Option<f32>, out: &mut CpuT
 
 pub(super) fn adamw(
     param: &mut CpuTensor,
+    range: Range<usize>,
     grad: &CpuTensor,
     (first, second): (&mut CpuTensor, &mut CpuTensor),
     clip: &CpuTensor,
     step: &AdamWStep,
 ) {
     assert_eq!(param.shape(), grad.shape(), "adamw: gradient");
+    for moments in [&*first, &*second] {
+        assert_eq!(moments.rows() * moments.cols(), range.len(), "adamw: moments");
+    }
     let [norm, factor] = [clip.as_slice()[0], clip.as_slice()[1]];
     if !norm.is_finite() {
         return;
     }
     let update = Update::new(step, factor);
     let task = rows_per_task(1);
-    param
-        .as_mut_slice()
+    param.as_mut_slice()[range.clone()]
         .par_chunks_mut(task)
-        .zip(grad.as_slice().par_chunks(task))
+        .zip(grad.as_slice()[range].par_chunks(task))
         .zip(first.as_mut_slice().par_chunks_mut(task))
         .zip(second.as_mut_slice().par_chunks_mut(task))
         .for_each(|(((param, grad), first), second)| {

@@ -1,100 +1,104 @@
-//! The products of a linear layer. Their precision is that of the left operand.
+//! The products of a linear layer, and those of scores. Their precision is that of the left operand.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::element::{Element, with_element};
-use super::gemm::{Gemm, Onto, Operand, Output, Precision, View, ViewMut};
+use super::gemm::{self, Gemm, Onto, Operand, Output, Precision};
 use super::vector::vectorised;
 use super::{Cpu, CpuTensor};
 use crate::Result;
-use crate::backend::{Accumulate, Dtype, Shape};
+use crate::backend::{Accumulate, Dtype, Epilogue, Shape, View, ViewMut};
 
 pub(super) fn linear(
     cpu: &Cpu,
-    x: &CpuTensor,
-    w: &CpuTensor,
-    bias: Option<&CpuTensor>,
-    residual: Option<&CpuTensor>,
+    x: View<'_, CpuTensor>,
+    w: View<'_, CpuTensor>,
+    alpha: f32,
+    epilogue: &Epilogue<'_, CpuTensor>,
 ) -> Result<CpuTensor> {
-    let (n, input) = x.shape();
-    let output = w.rows();
-    assert_eq!(w.cols(), input, "linear: input features");
-    let dtype = residual.map_or(x.dtype(), Shape::dtype);
-    let mut y = cpu.unspecified_of(n, output, dtype)?;
+    assert_eq!(w.cols, x.cols, "linear: input features");
+    let dtype = epilogue.residual.map_or(x.dtype(), Shape::dtype);
+    let mut y = cpu.unspecified_of(x.rows, w.rows, dtype)?;
     with_element!(y, T => {
-        let mut product = product::<T>(x);
-        if let Some(bias) = bias {
-            assert_eq!(bias.shape(), (1, output), "linear: bias");
-            product = product.bias(bias.as_slice());
+        let mut product = product::<T>(x.dtype()).alpha(alpha);
+        if let Some(bias) = epilogue.bias {
+            assert_eq!(bias.shape(), (1, w.rows), "linear: bias");
+            product = product.bias(&bias.rows_of()[bias.col..bias.col + bias.cols]);
         }
-        if let Some(residual) = residual {
-            assert_eq!(residual.shape(), (n, output), "linear: residual");
-            product = product.onto(Onto::Residual(view(residual)));
+        if let Some(residual) = epilogue.residual {
+            assert_eq!(residual.shape(), (x.rows, w.rows), "linear: residual");
+            product = product.onto(Onto::Residual(matrix(residual.view())));
         }
-        product.multiply(view_mut::<T>(&mut y), operand(x), operand(w).t());
+        product.multiply(matrix_mut::<T>(y.view_mut()), operand(x), operand(w).t());
     });
     Ok(y)
 }
 
-pub(super) fn linear_onto(x: &CpuTensor, w: &CpuTensor, mut onto: CpuTensor) -> CpuTensor {
-    let (n, input) = x.shape();
-    let output = w.rows();
-    assert_eq!(w.cols(), input, "linear_onto: input features");
-    assert_eq!(onto.shape(), (n, output), "linear_onto: onto");
-    with_element!(onto, T => {
-        let product = product::<T>(x).accumulate();
-        product.multiply(view_mut(&mut onto), operand(x), operand(w).t());
+pub(super) fn linear_add(
+    x: View<'_, CpuTensor>,
+    w: View<'_, CpuTensor>,
+    y: ViewMut<'_, CpuTensor>,
+) {
+    assert_eq!(w.cols, x.cols, "linear_add: input features");
+    assert_eq!(y.shape(), (x.rows, w.rows), "linear_add: result");
+    with_element!(y, T => {
+        let product = product::<T>(x.dtype()).accumulate();
+        product.multiply(matrix_mut(y), operand(x), operand(w).t());
     });
-    onto
 }
 
 pub(super) fn linear_input_grad(
     cpu: &Cpu,
-    dy: &CpuTensor,
-    w: &CpuTensor,
+    dy: View<'_, CpuTensor>,
+    w: View<'_, CpuTensor>,
+    alpha: f32,
     onto: Option<CpuTensor>,
 ) -> Result<CpuTensor> {
-    let (n, output) = dy.shape();
-    let input = w.cols();
-    assert_eq!(w.rows(), output, "linear_input_grad: output features");
+    assert_eq!(w.rows, dy.cols, "linear_input_grad: output features");
     let accumulate = onto.is_some();
-    let mut dx = onto.map_or_else(|| cpu.unspecified_of(n, input, dy.dtype()), Ok)?;
-    assert_eq!(dx.shape(), (n, input), "linear_input_grad: onto");
+    let mut dx = onto.map_or_else(|| cpu.unspecified_of(dy.rows, w.cols, dy.dtype()), Ok)?;
+    assert_eq!(dx.shape(), (dy.rows, w.cols), "linear_input_grad: onto");
     with_element!(dx, T => {
-        let product = product::<T>(dy);
+        let product = product::<T>(dy.dtype()).alpha(alpha);
         let product = if accumulate { product.accumulate() } else { product };
-        product.multiply(view_mut(&mut dx), operand(dy), operand(w));
+        product.multiply(matrix_mut(dx.view_mut()), operand(dy), operand(w));
     });
     Ok(dx)
 }
 
 pub(super) fn linear_weight_grad(
-    dy: &CpuTensor,
-    x: &CpuTensor,
-    dw: &mut CpuTensor,
+    dy: View<'_, CpuTensor>,
+    x: View<'_, CpuTensor>,
+    dw: ViewMut<'_, CpuTensor>,
     accumulate: Accumulate,
 ) {
-    let (n, output) = dy.shape();
-    let input = x.cols();
-    assert_eq!(x.rows(), n, "linear_weight_grad: rows");
-    assert_eq!(dw.shape(), (output, input), "linear_weight_grad: gradient");
-    let product = product::<f32>(dy);
+    assert_eq!(x.rows, dy.rows, "linear_weight_grad: rows");
+    assert_eq!(dw.shape(), (dy.cols, x.cols), "linear_weight_grad: gradient");
+    let product = product::<f32>(dy.dtype());
     let product = if accumulate == Accumulate::Add { product.accumulate() } else { product };
-    product.multiply(view_mut(dw), operand(dy).t(), operand(x));
+    product.multiply(matrix_mut(dw), operand(dy).t(), operand(x));
 }
 
 /// Columns that one task sums over all rows; a multiple of the cache line.
 const COLUMN_BLOCK: usize = 64;
 
-pub(super) fn linear_bias_grad(dy: &CpuTensor, db: &mut CpuTensor) {
-    let (_, output) = dy.shape();
-    assert_eq!(db.shape(), (1, output), "linear_bias_grad: gradient");
-    let blocks = db.as_mut_slice().par_chunks_mut(COLUMN_BLOCK).enumerate();
+pub(super) fn linear_bias_grad(
+    dy: View<'_, CpuTensor>,
+    db: ViewMut<'_, CpuTensor>,
+    accumulate: Accumulate,
+) {
+    assert_eq!(db.shape(), (1, dy.cols), "linear_bias_grad: gradient");
+    let columns = db.col..db.col + db.cols;
+    let db: &mut [f32] = &mut db.rows_of()[columns];
+    if accumulate == Accumulate::Overwrite {
+        db.fill(0.0);
+    }
+    let blocks = db.par_chunks_mut(COLUMN_BLOCK).enumerate();
     with_element!(dy, T => blocks.for_each(|(block, db)| {
-        let columns = block * COLUMN_BLOCK..block * COLUMN_BLOCK + db.len();
-        add_columns::<T>(dy.elements(), output, columns, db);
+        let start = dy.col + block * COLUMN_BLOCK;
+        add_columns::<T>(dy.rows_of(), dy.tensor.cols(), start..start + db.len(), db);
     }));
 }
 
@@ -107,22 +111,47 @@ vectorised! {
     }
 }
 
-fn product<'a, O: Output>(left: &CpuTensor) -> Gemm<'a, O> {
-    Gemm::new(match left.dtype() {
+pub(super) fn scores(cpu: &Cpu, q: &CpuTensor, p: &CpuTensor, scale: f32) -> Result<CpuTensor> {
+    linear(cpu, q.view(), p.view(), scale, &Epilogue::default())
+}
+
+pub(super) fn scores_backward(
+    cpu: &Cpu,
+    ds: &CpuTensor,
+    q: &CpuTensor,
+    p: &CpuTensor,
+    scale: f32,
+) -> Result<(CpuTensor, CpuTensor)> {
+    assert_eq!(ds.shape(), (q.rows(), p.rows()), "scores_backward: gradient");
+    let dq = linear_input_grad(cpu, ds.view(), p.view(), scale, None)?;
+    let mut dp = cpu.unspecified(p.rows(), p.cols())?;
+    let product = product::<f32>(ds.dtype()).alpha(scale);
+    product.multiply(matrix_mut(dp.view_mut()), operand(ds.view()).t(), operand(q.view()));
+    Ok((dq, dp))
+}
+
+fn product<'a, O: Output>(left: Dtype) -> Gemm<'a, O> {
+    Gemm::new(match left {
         Dtype::F32 => Precision::F32,
         Dtype::Bf16 => Precision::Bf16,
     })
 }
 
-fn operand(x: &CpuTensor) -> Operand<'_> {
-    with_element!(x, T => <T as Output>::operand(view(x)))
+fn operand(x: View<'_, CpuTensor>) -> Operand<'_> {
+    with_element!(x, T => <T as Output>::operand(matrix(x)))
 }
 
-fn view<T: Element>(x: &CpuTensor) -> View<'_, T> {
-    View::new(x.elements(), x.rows(), x.cols())
+fn matrix<T: Element>(x: View<'_, CpuTensor>) -> gemm::View<'_, T> {
+    let elements = &x.rows_of()[first(x.rows, x.col)..];
+    gemm::View::strided(elements, x.shape(), x.tensor.cols())
 }
 
-fn view_mut<T: Element>(x: &mut CpuTensor) -> ViewMut<'_, T> {
-    let (rows, cols) = x.shape();
-    ViewMut::new(x.elements_mut(), rows, cols)
+fn matrix_mut<T: Element>(x: ViewMut<'_, CpuTensor>) -> gemm::ViewMut<'_, T> {
+    let (rows, cols, col, stride) = (x.rows, x.cols, x.col, x.tensor.cols());
+    gemm::ViewMut::strided(&mut x.rows_of()[first(rows, col)..], (rows, cols), stride)
+}
+
+/// Where the first row begins among the elements; there are none without rows.
+fn first(rows: usize, col: usize) -> usize {
+    if rows == 0 { 0 } else { col }
 }

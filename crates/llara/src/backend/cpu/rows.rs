@@ -8,7 +8,7 @@ use super::shared::SharedSlice;
 use super::vector::{rows_per_task, vectorised};
 use super::{Cpu, CpuTensor};
 use crate::Result;
-use crate::backend::{Dtype, Shape};
+use crate::backend::{Dtype, ScatterPlan, Shape, View, ViewMut};
 
 pub(super) fn gather_rows(cpu: &Cpu, x: &CpuTensor, rows: &[u32]) -> Result<CpuTensor> {
     let cols = x.cols();
@@ -27,21 +27,20 @@ pub(super) fn gather_rows(cpu: &Cpu, x: &CpuTensor, rows: &[u32]) -> Result<CpuT
     Ok(y)
 }
 
-/// Rows may repeat (a token does), so tasks split the columns: each then adds the rows in order,
-/// and no two write the same element.
-pub(super) fn scatter_add_rows(dy: &CpuTensor, rows: &[u32], dx: &mut CpuTensor) {
-    const COLUMN_BLOCK: usize = 64;
+/// Each target belongs to one task, which adds its sources in the order of the plan.
+pub(super) fn scatter_add_rows(dy: &CpuTensor, plan: &ScatterPlan<Cpu>, dx: &mut CpuTensor) {
     let cols = dx.cols();
-    assert_eq!(dy.shape(), (rows.len(), cols), "scatter_add_rows: gradient");
+    assert_eq!(dy.shape(), (plan.sources.len(), cols), "scatter_add_rows: gradient");
+    let bounds = plan.starts.par_windows(2).zip(&plan.targets);
     with_element!(dy, G => with_element!(dx, X => {
-        let target = SharedSlice::new(dx.elements_mut::<X>());
-        (0..cols.div_ceil(COLUMN_BLOCK)).into_par_iter().for_each(|block| {
-            let start = block * COLUMN_BLOCK;
-            let width = COLUMN_BLOCK.min(cols - start);
-            for (dy, &row) in dy.elements::<G>().chunks_exact(cols).zip(rows) {
-                // SAFETY: this task alone touches columns `start..start + width` of any row.
-                let dx = unsafe { target.slice_mut(row as usize * cols + start, width) };
-                add(dx, &dy[start..start + width]);
+        let dy = dy.elements::<G>();
+        let shared = SharedSlice::new(dx.elements_mut::<X>());
+        bounds.with_min_len(rows_per_task(cols)).for_each(|(bounds, &target)| {
+            // SAFETY: a plan names each target once, so this task alone has the row.
+            let dx = unsafe { shared.slice_mut(target as usize * cols, cols) };
+            for &source in &plan.sources[bounds[0] as usize..bounds[1] as usize] {
+                let start = source as usize * cols;
+                add(dx, &dy[start..start + cols]);
             }
         });
     }));
@@ -53,14 +52,38 @@ vectorised! {
     }
 }
 
-pub(super) fn cast(cpu: &Cpu, x: &CpuTensor, to: Dtype) -> Result<CpuTensor> {
-    let mut y = cpu.unspecified_of(x.rows(), x.cols(), to)?;
-    let task = rows_per_task(1);
-    with_element!(x, X => with_element!(y, Y => {
-        let tasks = y.elements_mut::<Y>().par_chunks_mut(task);
-        tasks.zip(x.elements::<X>().par_chunks(task)).for_each(|(y, x)| convert(y, x));
-    }));
+pub(super) fn cast(cpu: &Cpu, x: &CpuTensor, dtype: Dtype) -> Result<CpuTensor> {
+    let mut y = cpu.unspecified_of(x.rows(), x.cols(), dtype)?;
+    copy(x.view(), y.view_mut());
     Ok(y)
+}
+
+pub(super) fn copy(x: View<'_, CpuTensor>, to: ViewMut<'_, CpuTensor>) {
+    assert_eq!(to.shape(), x.shape(), "copy: shape");
+    let (x_stride, x_columns) = (x.tensor.cols(), x.col..x.col + x.cols);
+    let (y_stride, y_columns) = (to.tensor.cols(), to.col..to.col + to.cols);
+    if x.rows == 0 || x.cols == 0 {
+        return;
+    }
+    let task = rows_per_task(x.cols);
+    with_element!(x, X => with_element!(to, Y => {
+        let tasks = to.rows_of::<Y>().par_chunks_mut(task * y_stride);
+        tasks.zip(x.rows_of::<X>().par_chunks(task * x_stride)).for_each(|(y, x)| {
+            for (y, x) in y.chunks_exact_mut(y_stride).zip(x.chunks_exact(x_stride)) {
+                convert(&mut y[y_columns.clone()], &x[x_columns.clone()]);
+            }
+        });
+    }));
+}
+
+/// Copies elements from the host, row by row.
+pub(super) fn write<T: Element>(data: &[T], to: ViewMut<'_, CpuTensor>) {
+    let (cols, stride, columns) = (to.cols, to.tensor.cols(), to.col..to.col + to.cols);
+    if cols == 0 {
+        return;
+    }
+    let rows = to.rows_of().chunks_exact_mut(stride).zip(data.chunks_exact(cols));
+    rows.for_each(|(row, data)| row[columns.clone()].copy_from_slice(data));
 }
 
 vectorised! {

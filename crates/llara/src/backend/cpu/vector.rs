@@ -47,10 +47,10 @@ macro_rules! vectorised {
 pub(super) use vectorised;
 
 /// Elements that one parallel task handles, fixed so that results do not depend on thread counts.
-const TASK_ELEMENTS: usize = 1 << 14;
+pub(super) const TASK_ELEMENTS: usize = 1 << 14;
 
 /// Rows of `cols` elements that one parallel task handles.
-pub(in crate::backend) fn rows_per_task(cols: usize) -> usize {
+pub(super) fn rows_per_task(cols: usize) -> usize {
     (TASK_ELEMENTS / cols.max(1)).max(1)
 }
 

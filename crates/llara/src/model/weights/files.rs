@@ -6,11 +6,8 @@ use std::path::{Component, Path, PathBuf};
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 
-use crate::storage::SafetensorsFile;
+use crate::storage::{INDEX_FILE, SafetensorsFile, WEIGHTS_FILE};
 use crate::{Error, ErrorKind, Result};
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
 /// All tensors of a model folder, by name.
 #[derive(Debug)]
@@ -33,11 +30,11 @@ impl WeightFiles {
     /// # Errors
     /// When there are none, when a file is damaged, or when the index and the shards disagree.
     pub fn open(dir: &Path) -> Result<Self> {
-        let single = dir.join(SINGLE);
+        let single = dir.join(WEIGHTS_FILE);
         if single.exists() {
             return Self::from_parts(vec![SafetensorsFile::open(&single)?], None);
         }
-        let index_path = dir.join(INDEX);
+        let index_path = dir.join(INDEX_FILE);
         if !index_path.exists() {
             return Err(no_weights(dir));
         }
@@ -124,21 +121,23 @@ impl WeightFiles {
     pub(super) fn path(&self) -> PathBuf {
         match self.files.as_slice() {
             [only] => only.path().to_owned(),
-            many => {
-                many.first().and_then(|f| f.path().parent()).unwrap_or(Path::new("")).join(INDEX)
-            }
+            many => many
+                .first()
+                .and_then(|f| f.path().parent())
+                .unwrap_or(Path::new(""))
+                .join(INDEX_FILE),
         }
     }
 }
 
 /// Name of the index file.
 pub(super) const fn index_name() -> &'static str {
-    INDEX
+    INDEX_FILE
 }
 
 /// Name of the only weight file of a folder without shards.
 pub(super) const fn single_name() -> &'static str {
-    SINGLE
+    WEIGHTS_FILE
 }
 
 fn read_index(path: &Path) -> Result<Index> {
@@ -170,7 +169,7 @@ fn read_index(path: &Path) -> Result<Index> {
 fn no_weights(dir: &Path) -> Error {
     let error = Error::new(ErrorKind::Weights, "no weights in this folder")
         .file(dir)
-        .expected(format!("{SINGLE}, or shards with {INDEX}"));
+        .expected(format!("{WEIGHTS_FILE}, or shards with {INDEX_FILE}"));
     if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists() {
         error
             .got("weights in PyTorch's pickle format")

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::files::{WeightFiles, index_name, single_name};
 use super::load::{load_decoder, prefix_of, standard_normal};
 use crate::backend::{Backend, Shape};
-use crate::model::{Decoder, DecoderConfig, Parameter};
+use crate::model::{Decoder, DecoderConfig, NamedTensor};
 use crate::storage::{
     Declaration, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile, read_file,
 };
@@ -138,8 +138,8 @@ impl ModelFolder {
 
     /// Bytes of the files that [`write`](Self::write) makes, without the tokenizer's.
     pub(crate) fn saved_bytes<B: Backend>(&self, decoder: &Decoder<B>, dtype: SaveDtype) -> u64 {
-        let parameters = decoder.parameters().map(|p| (p.name(), p)).collect();
-        let plan = self.plan(decoder, &parameters, dtype);
+        let tensors = named(decoder);
+        let plan = self.plan(decoder, &tensors, dtype);
         let tensors = plan.iter().flat_map(|(_, tensors)| tensors);
         let weights: u64 = tensors
             .map(|Planned { declaration: (name, dtype, shape), .. }| {
@@ -158,13 +158,13 @@ impl ModelFolder {
     pub(crate) fn exact_values<B: Backend>(
         &self,
         backend: &B,
-        parameter: &Parameter<B>,
+        tensor: &NamedTensor<'_, B>,
     ) -> Result<(Vec<f32>, bool)> {
-        let values = backend.download(parameter.value())?;
-        if parameter.value().dtype() == crate::backend::Dtype::F32 {
+        let values = backend.download_view(tensor.values())?;
+        if tensor.values().dtype() == crate::backend::Dtype::F32 {
             return Ok((values, true));
         }
-        let name = self.name_in_files(parameter.name());
+        let name = self.name_in_files(tensor.name());
         let files = self.source.as_ref().map(|(_, files)| files);
         let Some(files) = files.filter(|files| files.info(&name).is_some()) else {
             return Ok((values, false));
@@ -185,9 +185,8 @@ impl ModelFolder {
         dtype: SaveDtype,
         staging: &Staging,
     ) -> Result<Vec<WrittenFile>> {
-        let parameters: HashMap<&str, &Parameter<B>> =
-            decoder.parameters().map(|p| (p.name(), p)).collect();
-        let plan = self.plan(decoder, &parameters, dtype);
+        let in_memory = named(decoder);
+        let plan = self.plan(decoder, &in_memory, dtype);
         let mut weight_map = BTreeMap::new();
         let mut total_size = 0;
         let mut written = Vec::with_capacity(plan.len());
@@ -195,8 +194,8 @@ impl ModelFolder {
             let declared = tensors.iter().map(|t| t.declaration.clone()).collect();
             let mut writer = SafetensorsWriter::create(staging, file, declared)?;
             for Planned { declaration: (name, dtype, shape), parameter } in tensors {
-                match parameter.as_deref().and_then(|p| parameters.get(p)) {
-                    Some(p) => writer.write_f32(name, &self.exact_values(backend, p)?.0)?,
+                match parameter.as_deref().and_then(|p| in_memory.get(p)) {
+                    Some(t) => writer.write_f32(name, &self.exact_values(backend, t)?.0)?,
                     None => self.carry_tensor(name, *dtype, shape, &mut writer)?,
                 }
                 weight_map.insert(name.clone(), file.clone());
@@ -222,7 +221,7 @@ impl ModelFolder {
     fn plan<B: Backend>(
         &self,
         decoder: &Decoder<B>,
-        parameters: &HashMap<&str, &Parameter<B>>,
+        in_memory: &HashMap<String, NamedTensor<'_, B>>,
         save: SaveDtype,
     ) -> Vec<(String, Vec<Planned>)> {
         let planned = |name: String, loaded: Dtype, shape: Vec<usize>, parameter| Planned {
@@ -230,7 +229,7 @@ impl ModelFolder {
             parameter,
         };
         let Some((_, files)) = &self.source else {
-            let all = decoder.parameters().map(|p| {
+            let all = decoder.tensors().map(|p| {
                 let name = format!("{}{}", self.prefix, p.name());
                 planned(name, Dtype::F32, p.shape().to_vec(), Some(p.name().to_owned()))
             });
@@ -242,7 +241,7 @@ impl ModelFolder {
             for name in file.names() {
                 let Some(info) = file.info(&name) else { continue };
                 let bare = name.strip_prefix(self.prefix).unwrap_or(&name);
-                match parameters.get(bare) {
+                match in_memory.get(bare) {
                     Some(p) => {
                         let parameter = Some(bare.to_owned());
                         tensors.push(planned(name, info.dtype, p.shape().to_vec(), parameter));
@@ -310,17 +309,19 @@ impl ModelFolder {
 impl<B: Backend> Decoder<B> {
     /// Gives the embedding table rows for a vocabulary of `vocab_size`, if it has fewer.
     pub(crate) fn grow_vocabulary(&mut self, backend: &B, vocab_size: usize) -> Result<()> {
-        let Some(table) = self.parameters().next().map(Parameter::value) else { return Ok(()) };
-        let (rows, cols) = table.shape();
+        let rows = self.embeddings().rows();
         if vocab_size <= rows {
             return Ok(());
         }
-        let mut values = backend.download(table)?;
+        let mut values = backend.download(self.embeddings())?;
         values.extend(new_rows(&values, rows, vocab_size - rows));
-        let grown = backend.upload(&values, vocab_size, cols)?;
-        self.replace_embeddings(vocab_size, grown);
-        Ok(())
+        self.replace_embeddings(backend, vocab_size, &values)
     }
+}
+
+/// The tensors of a decoder by name.
+fn named<B: Backend>(decoder: &Decoder<B>) -> HashMap<String, NamedTensor<'_, B>> {
+    decoder.tensors().map(|tensor| (tensor.name().to_owned(), tensor)).collect()
 }
 
 /// Rows for new tokens: the mean of the old rows, which is where the model expects an unknown token,

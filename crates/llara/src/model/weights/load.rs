@@ -6,7 +6,7 @@ use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
 use super::files::WeightFiles;
 use crate::backend::{Backend, Dtype};
 use crate::model::decoder::NamedShape;
-use crate::model::{Decoder, DecoderConfig};
+use crate::model::{Decoder, DecoderConfig, ParameterValues};
 use crate::storage::is_readable;
 use crate::{Error, ErrorKind, Result};
 
@@ -39,13 +39,11 @@ pub fn load_decoder<B: Backend>(
     matrices: Dtype,
 ) -> Result<Decoder<B>> {
     let prefix = prefix_of(files);
-    let expected = Decoder::parameter_shapes(backend, config)?;
-    compare(files, prefix, &expected)?;
-    Decoder::build(config.clone(), &mut |name, shape| {
-        let (rows, cols) = matrix_shape(shape);
-        let value = backend.upload(&files.read_f32(&format!("{prefix}{name}"))?, rows, cols)?;
-        let rounded = shape.len() == 2 && matrices != Dtype::F32;
-        if rounded { backend.cast(&value, matrices) } else { Ok(value) }
+    compare(files, prefix, &config.parameter_shapes()?)?;
+    Decoder::build(backend, config.clone(), &mut |name, shape| {
+        let values = files.read_f32(&format!("{prefix}{name}"))?;
+        let dtype = if shape.len() == 2 { matrices } else { Dtype::F32 };
+        Ok(ParameterValues::rounded(values, dtype))
     })
 }
 
@@ -58,16 +56,16 @@ pub fn random_decoder<B: Backend>(
     seed: u64,
 ) -> Result<Decoder<B>> {
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
-    Decoder::build(config.clone(), &mut |name, shape| {
-        let (rows, cols) = matrix_shape(shape);
-        let values: Vec<f32> = match (shape.len(), name.ends_with(".bias")) {
-            (2, _) => (0..rows * cols)
+    Decoder::build(backend, config.clone(), &mut |name, shape| {
+        let elements: usize = shape.iter().product();
+        let values = match (shape.len(), name.ends_with(".bias")) {
+            (2, _) => (0..elements)
                 .map(|_| standard_normal(&mut generator) * standard_deviation)
                 .collect(),
-            (_, true) => vec![0.0; cols],
-            _ => vec![1.0; cols],
+            (_, true) => vec![0.0; elements],
+            _ => vec![1.0; elements],
         };
-        backend.upload(&values, rows, cols)
+        Ok(ParameterValues::F32(values))
     })
 }
 
@@ -76,14 +74,6 @@ pub(crate) fn standard_normal(generator: &mut impl Rng) -> f32 {
     let radius: f64 = 1.0 - generator.random::<f64>();
     let angle: f64 = generator.random::<f64>() * 2.0 * std::f64::consts::PI;
     ((-2.0 * radius.ln()).sqrt() * angle.cos()) as f32
-}
-
-/// A vector is a matrix of one row.
-fn matrix_shape(shape: &[usize]) -> (usize, usize) {
-    match *shape {
-        [rows, cols] => (rows, cols),
-        _ => (1, shape.iter().product()),
-    }
 }
 
 fn compare(files: &WeightFiles, prefix: &str, expected: &[NamedShape]) -> Result<()> {

@@ -1,19 +1,19 @@
-//! Amounts of memory as people write them: `8GiB`, `800MB`, `50%`.
+//! Parses amounts of memory such as `8GiB`, `800MB` or `50%`.
 
 use std::str::FromStr;
 
 use crate::{Error, ErrorKind};
 
-/// Memory that a run may take.
+/// The memory limit of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum MemoryBudget {
-    /// So many bytes.
+    /// A number of bytes.
     Bytes(u64),
-    /// So much of the machine's memory, above 0 and at most 1.
+    /// A fraction of the machine's memory, above 0 and at most 1.
     Share(f64),
 }
 
-/// Units and their bytes, longest first where one ends in another.
+/// Units and their sizes in bytes. A unit that ends in another one is before it.
 const UNITS: [(&str, u64); 13] = [
     ("kib", 1 << 10),
     ("mib", 1 << 20),
@@ -31,7 +31,7 @@ const UNITS: [(&str, u64); 13] = [
 ];
 
 impl MemoryBudget {
-    /// In bytes, on a machine that has `total`.
+    /// The limit in bytes on a machine with `total` bytes of memory.
     pub fn bytes(self, total: u64) -> u64 {
         match self {
             MemoryBudget::Bytes(bytes) => bytes,
@@ -75,7 +75,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn amounts_are_read_as_people_write_them() {
+    fn common_spellings_are_parsed() {
         for (text, bytes) in [
             ("8GiB", 8 << 30),
             ("8 gb", 8_000_000_000),

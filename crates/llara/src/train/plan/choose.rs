@@ -1,75 +1,80 @@
-//! The pieces of a batch that cost least among those that fit.
+//! Chooses the division of a batch into chunks with the least work among those that fit into memory.
 
 use super::{DryRun, LargestBatch, Plan};
 use crate::Result;
 use crate::train::step::Chunking;
 
-/// How freely the pieces may be chosen.
+/// Which properties of the chunks are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cut {
-    /// One pass, or pieces of any size of which any number is kept.
-    Free,
-    /// Pieces of this size, of which any number is kept.
-    Size(Chunking),
-    /// As it is.
+pub enum ChunkPolicy {
+    /// The size of the chunks and the number of chunks whose activations are kept.
+    Auto,
+    /// The number of chunks whose activations are kept; the size is given.
+    FixedSize(Chunking),
+    /// Nothing.
     Fixed(Chunking),
 }
 
-/// Sizes that are tried. Smaller ones would lose more in products than they save in work.
+/// Chunk sizes that are tried, in tokens. With smaller ones, slower products would cost more than is saved.
 const SIZES: [usize; 16] =
     [32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128];
 
-/// A piece costs so many tokens' work besides its own: products of fewer rows are slower, and weights
-/// and their gradients go through memory once for each piece.
-const TOKENS_OF_A_PIECE: f64 = 64.0;
+/// The overhead of a chunk, in tokens of work: products with fewer rows are slower, and each chunk reads the
+/// weights and their gradients once.
+const CHUNK_OVERHEAD_TOKENS: f64 = 64.0;
 
-/// What a step's work is multiplied by in pieces of this size.
+/// The factor by which chunks of this size increase the work of a step.
 fn overhead(max_tokens: usize) -> f64 {
-    1.0 + TOKENS_OF_A_PIECE / max_tokens as f64
+    1.0 + CHUNK_OVERHEAD_TOKENS / max_tokens as f64
 }
 
-/// Sizes of pieces, what should cost least first: a guess from `one_pass`, memory being taken to be in
-/// proportion to tokens, so that few need a dry run.
-fn promising(one_pass: &Plan, budget: u64) -> Vec<usize> {
+/// Chunk sizes by increasing estimated cost. The estimate assumes that the activations of `one_pass` are
+/// proportional to the number of tokens. It reduces the number of dry runs.
+fn candidate_sizes(one_pass: &Plan, budget: u64) -> Vec<usize> {
     let tokens = one_pass.chunks.tokens as f64;
     let for_activations = budget.saturating_sub(one_pass.training.without_activations()) as f64;
-    let room = tokens * for_activations / one_pass.training.activations.max(1) as f64;
+    let tokens_in_budget = tokens * for_activations / one_pass.training.activations.max(1) as f64;
     let cost = |size: usize| {
-        let kept = (room / size as f64).floor() * size as f64;
-        // A third of what one pass does is forward.
+        let kept = (tokens_in_budget / size as f64).floor() * size as f64;
+        // The forward pass is a third of the work.
         (1.0 + (1.0 - (kept / tokens).min(1.0)) / 3.0) * overhead(size)
     };
-    let may_fit = |&size: &usize| (size as f64) < tokens.min(1.5 * room);
+    let may_fit = |&size: &usize| (size as f64) < tokens.min(1.5 * tokens_in_budget);
     let mut sizes: Vec<usize> = SIZES.into_iter().filter(may_fit).collect();
     sizes.sort_by(|&a, &b| cost(a).total_cmp(&cost(b)));
     sizes
 }
 
 impl DryRun {
-    /// The cheapest way through `batch` whose steps take at most `budget` bytes of the process; where
-    /// there is none, the one that takes least.
+    /// The plan with the least work for which the process needs at most `budget` bytes during a step. If
+    /// there is none, the plan with the least memory.
     ///
     /// # Errors
-    /// When the batch is impossible.
-    pub fn choose(&mut self, batch: &LargestBatch, cut: Cut, budget: u64) -> Result<Plan> {
-        match cut {
-            Cut::Fixed(chunking) => self.plan(batch, chunking),
-            Cut::Size(chunking) => self.keep_most(batch, chunking, budget),
-            Cut::Free => self.cheapest(batch, budget),
+    /// The batch is not valid.
+    pub fn choose(
+        &mut self,
+        batch: &LargestBatch,
+        policy: ChunkPolicy,
+        budget: u64,
+    ) -> Result<Plan> {
+        match policy {
+            ChunkPolicy::Fixed(chunking) => self.plan(batch, chunking),
+            ChunkPolicy::FixedSize(chunking) => self.keep_most(batch, chunking, budget),
+            ChunkPolicy::Auto => self.cheapest(batch, budget),
         }
     }
 
     fn cheapest(&mut self, batch: &LargestBatch, budget: u64) -> Result<Plan> {
         let whole = Chunking::default();
         let tokens = self.encoded(batch)?.tokens();
-        // A batch that turns out larger than any that was foreseen goes in two pieces.
+        // A batch that is larger than the expected one is divided into two chunks.
         let one_pass =
             self.plan(batch, Chunking { max_tokens: tokens, kept_tokens: tokens, ..whole })?;
         if one_pass.training.total() <= budget {
             return Ok(one_pass);
         }
         let mut best: Option<(f64, Plan)> = None;
-        for max_tokens in promising(&one_pass, budget) {
+        for max_tokens in candidate_sizes(&one_pass, budget) {
             let plan = self.keep_most(batch, Chunking { max_tokens, ..whole }, budget)?;
             let cost = plan.work.done_flops as f64 * overhead(max_tokens);
             if plan.training.total() > budget {
@@ -86,35 +91,35 @@ impl DryRun {
         }
     }
 
-    /// With as many pieces kept as fit.
+    /// The plan that keeps the activations of as many chunks as fit.
     fn keep_most(&mut self, batch: &LargestBatch, chunking: Chunking, budget: u64) -> Result<Plan> {
         let encoded = self.encoded(batch)?;
         let ends: Vec<usize> = std::iter::once(0)
             .chain(chunking.chunks(&encoded).iter().map(|c| encoded.offsets()[c.end] as usize))
             .collect();
-        let mut keeping =
+        let mut plan_with =
             |kept: usize| self.plan(batch, Chunking { kept_tokens: ends[kept], ..chunking });
-        let mut best = keeping(0)?;
+        let mut best = plan_with(0)?;
         let left = match budget.checked_sub(best.training.total()) {
             Some(left) => left,
             None => return Ok(best),
         };
-        // The first costs nothing: it is gone when the others are computed again.
-        let of_a_piece = best.training.activations.max(1);
-        let mut next = 1 + (left / of_a_piece) as usize;
-        // Memory grows with what is kept: `fits` does, `exceeds` does not, or is beyond the last.
+        // The first kept chunk needs no additional memory: it is freed before the others are recomputed.
+        let chunk_bytes = best.training.activations.max(1);
+        let mut next = 1 + (left / chunk_bytes) as usize;
+        // A search between a number of kept chunks that fits and one that does not, or exceeds the last.
         let (mut fits, mut exceeds) = (0, ends.len());
         for attempt in 0.. {
             if exceeds - fits <= 1 {
                 break;
             }
             let kept = next.clamp(fits + 1, exceeds - 1);
-            let plan = keeping(kept)?;
+            let plan = plan_with(kept)?;
             match plan.training.total() <= budget {
                 true => (fits, best) = (kept, plan),
                 false => exceeds = kept,
             }
-            // The guess is seldom far off.
+            // The estimate is usually close, so its neighbors are tried before bisection.
             next = match attempt {
                 0 | 1 if fits == kept => kept + 1,
                 0 | 1 => kept - 1,

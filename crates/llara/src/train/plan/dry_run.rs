@@ -1,4 +1,4 @@
-//! A dry run: a step of the training code on the backend that counts.
+//! A dry run: a step of the training code on the [`CountingBackend`].
 
 use std::sync::Arc;
 
@@ -7,34 +7,34 @@ use serde_json::Value;
 use super::batch::LargestBatch;
 use super::work::needed_flops;
 use super::{Chunks, Parts, Plan, Work};
-use crate::backend::{Backend, CountingBackend, Dtype};
+use crate::Result;
+use crate::backend::{CountingBackend, DeviceMemory, Dtype};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
 use crate::model::weights::ModelFolder;
-use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig};
+use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
 use crate::text::PromptEncoder;
 use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::step::{Chunking, accumulate_gradients};
 use crate::train::step_input::StepInput;
-use crate::{Error, ErrorKind, Result};
 
-/// What memory and work depend on besides the batch.
+/// The properties of a run, other than the batch, that determine its memory and work.
 #[derive(Clone)]
 pub struct RunShape {
-    /// The decoder's sizes.
+    /// The decoder's configuration.
     pub decoder: DecoderConfig,
     /// Tokenizer and template.
     pub prompts: Arc<PromptEncoder>,
-    /// Adapters, if they are what learns.
+    /// The adapter, if one is trained.
     pub lora: Option<LoraConfig>,
-    /// Type of activations, and of matrices that do not learn.
+    /// Number format of activations and of frozen matrices.
     pub precision: Dtype,
-    /// How vectors are made.
+    /// Options of the model.
     pub options: BiEncoderOptions,
-    /// Threads that compute.
-    pub threads: usize,
-    /// Memory that the process has before the weights are read, in bytes.
+    /// How the device of the run allocates memory.
+    pub memory: DeviceMemory,
+    /// Memory of the process before the weights are read, in bytes.
     pub process_bytes: u64,
 }
 
@@ -49,7 +49,7 @@ impl RunShape {
     }
 }
 
-/// A model and its optimizer on the device that counts.
+/// A model and its optimizer on the [`CountingBackend`].
 pub struct DryRun {
     shape: RunShape,
     counting: CountingBackend,
@@ -58,31 +58,31 @@ pub struct DryRun {
     weights: usize,
     gradients: usize,
     moments: usize,
-    /// Highest end of tensors while weights were read.
+    /// Peak memory of tensors while weights are read, in bytes.
     loading: usize,
-    /// The same while the trained model is saved and read again.
+    /// Peak memory of tensors while the trained model is saved and verified, in bytes.
     saving: usize,
 }
 
-/// What one step took.
+/// Memory and work of one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Counted {
-    /// Highest end of tensors.
+    /// Peak memory of tensors in bytes.
     pub(super) peak: usize,
     pub(super) flops: u64,
 }
 
 impl DryRun {
-    /// Loads a model of this shape, as far as memory is concerned, and makes its optimizer's state.
+    /// Allocates a model of this shape and its optimizer state.
     ///
     /// # Errors
-    /// When the shape is impossible.
+    /// The shape is not valid.
     pub fn new(shape: RunShape) -> Result<Self> {
         let saving = {
-            let counting = CountingBackend::new();
+            let counting = CountingBackend::new(shape.memory);
             let mut trained = load(&counting, &shape)?;
             match &shape.lora {
-                // The saved adapter is checked on the weights that it was trained on.
+                // The saved adapter is verified with the weights that it was trained on.
                 Some(lora) => {
                     let adapters = trained.decoder_mut().detach_adapters();
                     trained.attach_zero_adapter(lora)?;
@@ -92,7 +92,7 @@ impl DryRun {
             }
             counting.peak()
         };
-        let counting = CountingBackend::new();
+        let counting = CountingBackend::new(shape.memory);
         let mut model = load(&counting, &shape)?;
         let (weights, loading) = (counting.taken(), counting.peak());
         let optimizer = AdamW::new(&counting, model.decoder_mut(), AdamWConfig::default())?;
@@ -111,33 +111,30 @@ impl DryRun {
         })
     }
 
-    /// The shape that it was made from.
+    /// The properties of the run.
     pub fn shape(&self) -> &RunShape {
         &self.shape
     }
 
-    /// What a run takes whose batches are like `batch` and go through in pieces of `chunking`.
+    /// Memory and work of a run with batches like `batch`, divided into chunks by `chunking`.
     ///
     /// # Errors
-    /// When the batch is impossible.
+    /// The batch is not valid.
     pub fn plan(&mut self, batch: &LargestBatch, chunking: Chunking) -> Result<Plan> {
         let counted = self.step(batch, &chunking)?;
         let encoded = self.encoded(batch)?;
-        let pieces = chunking.chunks(&encoded);
-        let end_of = |piece: &std::ops::Range<usize>| encoded.offsets()[piece.end] as usize;
+        let chunks = chunking.chunks(&encoded);
+        let end_of = |chunk: &std::ops::Range<usize>| encoded.offsets()[chunk.end] as usize;
         let kept: Vec<_> =
-            pieces.iter().take_while(|piece| end_of(piece) <= chunking.kept_tokens).collect();
-        let kept_tokens = kept.last().map_or(0, |piece| end_of(piece));
-        let size = |piece: &std::ops::Range<usize>| {
-            end_of(piece) - encoded.offsets()[piece.start] as usize
+            chunks.iter().take_while(|chunk| end_of(chunk) <= chunking.kept_tokens).collect();
+        let kept_tokens = kept.last().map_or(0, |chunk| end_of(chunk));
+        let size = |chunk: &std::ops::Range<usize>| {
+            end_of(chunk) - encoded.offsets()[chunk.start] as usize
         };
         let host = self.host_bytes();
         let process = self.shape.process_bytes;
-        let workspace = CountingBackend::workspace(
-            self.shape.threads,
-            encoded.longest(),
-            self.shape.decoder.head_dim,
-        ) as u64;
+        let head_dim = self.shape.decoder.head_dim;
+        let workspace = self.shape.memory.workspace(encoded.longest(), head_dim) as u64;
         let fixed = self.weights + self.gradients + self.moments;
         let lengths: Vec<usize> = encoded.sequences().map(<[u32]>::len).collect();
         let pooled = self.shape.prompts.template().pooled_tokens;
@@ -155,9 +152,9 @@ impl DryRun {
             saving_bytes: process + self.saving as u64 + host,
             chunks: Chunks {
                 chunking,
-                count: pieces.len(),
+                count: chunks.len(),
                 kept: kept.len(),
-                largest_tokens: pieces.iter().map(size).max().unwrap_or(0),
+                largest_tokens: chunks.iter().map(size).max().unwrap_or(0),
                 tokens: encoded.tokens(),
                 recomputed_share: 1.0 - kept_tokens as f64 / encoded.tokens().max(1) as f64,
             },
@@ -173,7 +170,7 @@ impl DryRun {
         })
     }
 
-    /// One step, update included.
+    /// Runs one step including the optimizer's update.
     pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
         let objective = self.model.objective(Arc::new(Solo))?;
@@ -184,7 +181,7 @@ impl DryRun {
         Ok(Counted { peak: self.counting.peak(), flops: self.counting.flops() - before })
     }
 
-    /// The sequences that a step encodes, in their order.
+    /// The sequences that a step encodes, in order.
     pub(super) fn encoded(&self, batch: &LargestBatch) -> Result<Batch> {
         Ok(self.input(batch)?.batch)
     }
@@ -195,24 +192,18 @@ impl DryRun {
         StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
     }
 
-    /// The largest tensor in a file's bytes and as f32, while it is read or written.
+    /// Host memory while a tensor is read or written: the bytes of the largest one in the file and as f32.
     fn host_bytes(&self) -> u64 {
-        let elements =
-            |p: &crate::model::Parameter<CountingBackend>| p.shape().iter().product::<usize>();
-        self.model.decoder().parameters().map(elements).max().unwrap_or(0) as u64 * 8
+        let tensors = self.model.decoder().tensors();
+        tensors.map(|tensor| tensor.elements()).max().unwrap_or(0) as u64 * 8
     }
 }
 
-/// A model as it is loaded: frozen matrices in the run's precision, then adapters.
+/// Allocates a model like loading does: frozen matrices in the run's number format, then the adapter.
 fn load(counting: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<CountingBackend>> {
     let matrices = if shape.lora.is_some() { shape.precision } else { Dtype::F32 };
-    let decoder = Decoder::build(shape.decoder.clone(), &mut |_, sizes| match *sizes {
-        [rows, cols] if matrices == Dtype::Bf16 => {
-            counting.cast(&counting.zeros(rows, cols)?, Dtype::Bf16)
-        }
-        [rows, cols] => counting.zeros(rows, cols),
-        [cols] => counting.zeros(1, cols),
-        _ => Err(Error::new(ErrorKind::Weights, "a parameter is neither a matrix nor a vector")),
+    let decoder = Decoder::build(counting, shape.decoder.clone(), &mut |_, sizes| {
+        Ok(ParameterValues::Zeros(if sizes.len() == 2 { matrices } else { Dtype::F32 }))
     })?;
     let parts = ModelParts {
         backend: counting.clone(),
@@ -221,7 +212,7 @@ fn load(counting: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<C
         prompts: Arc::clone(&shape.prompts),
         recipe: Recipe::new(shape.prompts.template().clone()),
     };
-    // Several processes hold what one holds, but for the gathered vectors.
+    // The memory of each process is that of a single one, except for the gathered embeddings.
     let options = BiEncoderOptions { negatives_cross_device: false, ..shape.options };
     let mut model = BiEncoderModel::new(parts, options)?;
     if let Some(lora) = &shape.lora {

@@ -1,4 +1,4 @@
-//! How long the texts of the data are, in tokens, before they are cut.
+//! The lengths of the training texts in tokens, before truncation.
 
 use serde::Serialize;
 
@@ -10,51 +10,51 @@ use crate::train::config::TrainConfig;
 /// Lengths of texts of one role, template included.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TextLengths {
-    /// Whose they are.
+    /// The role of the texts.
     pub role: Role,
-    /// What they are cut to.
+    /// Maximum length in tokens.
     pub max_len: usize,
-    /// Tokens of each text, ascending.
+    /// Length of each text in tokens, ascending.
     lengths: Vec<usize>,
 }
 
-/// What is told of lengths in numbers.
+/// Statistics of lengths, in tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LengthSummary {
-    /// Texts that were looked at.
+    /// Number of texts.
     pub texts: usize,
-    /// Tokens that texts are cut to.
+    /// Maximum length.
     pub max_len: usize,
     /// Mean length.
     pub mean: f64,
-    /// Half are not longer.
+    /// Median.
     pub p50: usize,
-    /// Nine in ten are not longer.
+    /// 90th percentile.
     pub p90: usize,
-    /// Ninety-nine in a hundred are not longer.
+    /// 99th percentile.
     pub p99: usize,
-    /// The longest.
+    /// Length of the longest text.
     pub max: usize,
-    /// Share of texts that are cut.
+    /// Fraction of texts that are truncated.
     pub cut_share: f64,
 }
 
-/// How many texts have lengths in each of some ranges.
+/// A histogram of lengths.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Histogram {
-    /// Where the first range begins: the shortest length.
+    /// Lower bound of the first bin: the shortest length.
     pub first: usize,
-    /// Lengths in a range.
+    /// Width of a bin.
     pub width: usize,
-    /// Texts of each range; the last has all that are longer as well.
+    /// Number of texts in each bin. The last bin also has all longer texts.
     pub counts: Vec<usize>,
 }
 
 impl TextLengths {
-    /// Queries and passages of rows spread over the data, at most about `texts` in all.
+    /// Measures the queries and passages of rows at regular intervals, about `texts` texts in total.
     ///
     /// # Errors
-    /// When a row cannot be read or tokenized.
+    /// A row cannot be read or tokenized.
     pub fn sample(
         dataset: &Dataset,
         prompts: &PromptEncoder,
@@ -85,7 +85,7 @@ impl TextLengths {
         ])
     }
 
-    /// The length that this share of the texts does not exceed.
+    /// The smallest length that this fraction of the texts does not exceed.
     pub fn percentile(&self, share: f64) -> usize {
         let rank = (share * self.lengths.len() as f64).ceil() as usize;
         self.lengths.get(rank.max(1) - 1).or(self.lengths.last()).copied().unwrap_or(0)
@@ -103,7 +103,7 @@ impl TextLengths {
         Histogram { first, width, counts }
     }
 
-    /// In numbers.
+    /// Statistics of the lengths.
     pub fn summary(&self) -> LengthSummary {
         let texts = self.lengths.len();
         let cut = texts - self.lengths.partition_point(|&length| length <= self.max_len);
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_and_bins_agree_with_the_lengths() {
+    fn statistics_and_bins_agree_with_the_lengths() {
         let lengths: Vec<usize> = (1..=100).collect();
         let texts = TextLengths { role: Role::Query, max_len: 80, lengths };
         let summary = texts.summary();

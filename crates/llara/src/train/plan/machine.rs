@@ -1,31 +1,34 @@
-//! How much memory the machine has, and how much of it this process.
+//! The memory of the machine, or of a device, and of this process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Of memory that is free, the share that is left alone: other programs want some too.
-const LEFT_FREE: f64 = 0.1;
+use crate::Result;
+use crate::backend::Backend;
 
-/// What a process of this program has before it reads weights, where the system does not tell.
+/// Fraction of the free memory that is reserved for other programs.
+const RESERVED: f64 = 0.1;
+
+/// Memory of this process before it reads weights, if the system does not report it.
 const PROCESS_BYTES: u64 = 64 << 20;
 
-/// What a process grows by once it trains, besides tensors and workspace: pages of the program that
-/// were not touched before, threads, the next batch, the log. Measured on Linux: 10 to 12 MiB.
+/// Additional memory of this process during training, besides tensors and workspace: program pages that
+/// are used for the first time, threads, the next batch, the log. Measured on Linux: 10 to 12 MiB.
 const GROWTH_BYTES: u64 = 12 << 20;
 
-/// Memory in bytes; `None` where the system does not tell.
+/// Memory in bytes; `None` if the system does not report it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MachineMemory {
-    /// Of the machine, or of the group of processes that this one is limited with.
+    /// Total memory of the machine, or the limit of this process's control group if it is lower.
     pub total: Option<u64>,
-    /// What could be had now besides what this process has.
+    /// Free memory, without the memory of this process.
     pub available: Option<u64>,
-    /// What this process has.
+    /// Memory of this process.
     pub process: u64,
 }
 
 impl MachineMemory {
-    /// As it is now. On Linux from `/proc` and the control groups' limits.
+    /// Reads the present values. On Linux, from `/proc` and the limits of control groups.
     pub fn read() -> Self {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -40,14 +43,30 @@ impl MachineMemory {
         }
     }
 
-    /// What this process will have besides weights, what goes with them, and workspace.
+    /// The memory in which `backend` puts tensors: its own, or the machine's.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn of<B: Backend>(backend: &B) -> Result<Self> {
+        Ok(match backend.free_and_total_bytes()? {
+            None => Self::read(),
+            Some((free, total)) => MachineMemory {
+                total: Some(total as u64),
+                available: Some(free as u64),
+                // What it has already is not free; the plan counts it as workspace.
+                process: backend.memory().fixed_bytes as u64,
+            },
+        })
+    }
+
+    /// Memory of this process during training, without tensors and workspace.
     pub fn process_in_training(&self) -> u64 {
         self.process + GROWTH_BYTES
     }
 
-    /// What this process may grow to if most of the memory that is free becomes its own.
-    pub fn within_reach(&self) -> Option<u64> {
-        let free = self.available? as f64 * (1.0 - LEFT_FREE);
+    /// The memory that this process can use: its present memory and 90 % of the free memory.
+    pub fn usable(&self) -> Option<u64> {
+        let free = self.available? as f64 * (1.0 - RESERVED);
         Some(self.process + free as u64)
     }
 }
@@ -58,7 +77,7 @@ fn kibibytes(text: &str, key: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// A control group with a limit.
+/// Memory limit and usage of a control group.
 struct Group {
     limit: u64,
     used: u64,
@@ -69,13 +88,13 @@ impl Group {
         self.limit.saturating_sub(self.used)
     }
 
-    /// Of version 2 or of version 1, as its files are called.
+    /// Reads the files of a control group of version 2 or 1; `None` if it has no limit.
     fn read(dir: &Path) -> Option<Self> {
         let number = |name: &str| fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok();
         let first = |names: [&str; 2]| names.into_iter().find_map(number);
         let limit = first(["memory.max", "memory.limit_in_bytes"])?;
         let used: u64 = first(["memory.current", "memory.usage_in_bytes"])?;
-        // Files that were read count as used until somebody else wants the memory.
+        // The page cache counts as used memory, but is freed when memory is needed.
         let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
         let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file "));
         let cached = cached.and_then(|n| n.trim().parse().ok()).unwrap_or(0);
@@ -83,7 +102,7 @@ impl Group {
     }
 }
 
-/// This process's control groups and those that they are in, as far as they have limits.
+/// The control groups of this process and their ancestors that have limits.
 fn groups() -> Vec<Group> {
     let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let mut dirs = Vec::new();
@@ -119,7 +138,7 @@ mod tests {
         let memory = MachineMemory::read();
         assert!(memory.process > 1 << 20);
         assert!(memory.total.unwrap() >= memory.process);
-        assert!(memory.within_reach().unwrap() >= memory.process);
+        assert!(memory.usable().unwrap() >= memory.process);
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! What a run will take, before it begins: memory by part, the pieces of a batch, the work of a step.
+//! Estimates of a training run before it starts: memory by category, the chunks of a batch, the work of a
+//! step.
 //!
-//! Nothing here describes the model a second time. A [`DryRun`] runs the step itself on the device
-//! that counts ([`CountingBackend`](crate::backend::CountingBackend)), on a batch drawn from the data; what it counts is
-//! what the CPU will do.
+//! A [`DryRun`] runs the training step itself on the [`CountingBackend`](crate::backend::CountingBackend),
+//! which computes nothing and counts the allocations and operations of the CPU, on a batch drawn from the
+//! data.
 
 mod batch;
 mod budget;
@@ -16,49 +17,49 @@ use serde::Serialize;
 
 pub use batch::LargestBatch;
 pub use budget::MemoryBudget;
-pub use choose::Cut;
+pub use choose::ChunkPolicy;
 pub use dry_run::{DryRun, RunShape};
 pub use lengths::{Histogram, LengthSummary, TextLengths};
 pub use machine::MachineMemory;
 
 use super::step::Chunking;
 
-/// What a run will take.
+/// Memory and work of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
-    /// Memory at the peak of a step.
+    /// Peak memory of a step.
     pub training: Parts,
-    /// Memory of the process while weights are read, in bytes.
+    /// Peak memory of the process while weights are read, in bytes.
     pub loading_bytes: u64,
-    /// Memory of the process while the trained model is saved and read again, in bytes.
+    /// Peak memory of the process while the trained model is saved and verified, in bytes.
     pub saving_bytes: u64,
-    /// How the batch goes through the model.
+    /// The division of the batch into chunks.
     pub chunks: Chunks,
     /// Work of a step.
     pub work: Work,
 }
 
-/// Memory of the process at the peak of a step, in bytes.
+/// Peak memory of the process during a step by category, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Parts {
     /// The model's weights.
     pub weights: u64,
-    /// Copies of weights in the order in which products read them.
+    /// Copies of weights in the packed layout of matrix products.
     pub packed_copies: u64,
-    /// Gradients of what learns.
+    /// Gradients of the trainable parameters.
     pub gradients: u64,
-    /// Moments of what learns.
+    /// Optimizer state of the trainable parameters.
     pub optimizer: u64,
-    /// Everything that depends on the batch.
+    /// Activations and everything else that depends on the batch.
     pub activations: u64,
-    /// What kernels use while they run.
+    /// Temporary memory of kernels.
     pub workspace: u64,
     /// The program, the tokenizer and the index of the data.
     pub process: u64,
 }
 
 impl Parts {
-    /// Each part with its name.
+    /// The categories with their names.
     pub fn named(&self) -> [(&'static str, u64); 7] {
         [
             ("weights", self.weights),
@@ -71,51 +72,51 @@ impl Parts {
         ]
     }
 
-    /// What is there whatever the batch is.
+    /// The memory that does not depend on the batch.
     pub fn without_activations(&self) -> u64 {
         self.total() - self.activations
     }
 
-    /// All of them.
+    /// The sum of all categories.
     pub fn total(&self) -> u64 {
         self.named().iter().map(|(_, bytes)| bytes).sum()
     }
 }
 
-/// How a batch goes through the model.
+/// The division of a batch into chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Chunks {
     /// The setting.
     #[serde(skip)]
     pub chunking: Chunking,
-    /// Number of pieces.
+    /// Number of chunks.
     pub count: usize,
-    /// Pieces whose activations are kept from the forward to the backward pass.
+    /// Number of chunks whose activations are kept from the forward to the backward pass.
     pub kept: usize,
-    /// Tokens of the largest piece.
+    /// Number of tokens of the largest chunk.
     pub largest_tokens: usize,
-    /// Tokens of the batch, equal sequences counted once where they are encoded once.
+    /// Number of encoded tokens of the batch. Equal sequences that are encoded once are counted once.
     pub tokens: usize,
-    /// Share of these tokens whose forward pass is made twice.
+    /// Fraction of these tokens whose forward pass is computed twice.
     pub recomputed_share: f64,
 }
 
-/// Operations of a step; a multiplication and an addition are two.
+/// Floating-point operations of a step; a multiplication and an addition are two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Work {
-    /// What the result depends on.
+    /// Operations on which the result depends.
     pub needed_flops: u64,
-    /// What is done, with all that is computed twice.
+    /// Operations that are executed, including recomputation.
     pub done_flops: u64,
 }
 
 impl Plan {
-    /// The most memory that the process will take, in bytes.
+    /// The peak memory of the process in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.training.total().max(self.loading_bytes).max(self.saving_bytes)
     }
 
-    /// What the peak belongs to.
+    /// The phase with the peak memory: training, saving or loading.
     pub fn peak_phase(&self) -> &'static str {
         match self.peak_bytes() {
             peak if peak == self.training.total() => "training",

@@ -1,15 +1,15 @@
-//! Operations that a step needs, whatever is done.
+//! The number of operations that a step needs.
 
 use crate::model::{DecoderConfig, LoraConfig};
 
-/// Operations that the result depends on, for sequences of these `lengths`, each encoded: matrices and
-/// attention alone, everything else being bound by memory. A multiplication and an addition are two.
+/// The number of operations on which the result depends, for encoded sequences of these `lengths`. Only
+/// matrix products and attention are counted. A multiplication and an addition are two operations.
 ///
-/// A matrix of P weights takes 2·P a token forward, 2·P for the gradient of its input and 2·P for its
-/// own; a frozen one not the last, an adapter all three. A pair of positions takes 4 operations a
-/// feature of the heads forward and 8 backward. Of the last block only what the last `pooled` positions
-/// of a sequence read is needed, and where all weights but adapters are frozen no gradient of the first
-/// block's input.
+/// Per token, a matrix of P weights needs 2·P operations in the forward pass, 2·P for the gradient of its
+/// input and 2·P for its own gradient. A frozen matrix does not need the last, an adapter needs all three.
+/// Per pair of positions, attention needs 4 operations per head feature in the forward pass and 8 in the
+/// backward pass. The last block is counted only where the last `pooled` positions of a sequence depend on
+/// it. With adapters, the gradient of the first block's input is not counted.
 pub(super) fn needed_flops(
     config: &DecoderConfig,
     lora: Option<&LoraConfig>,
@@ -23,22 +23,22 @@ pub(super) fn needed_flops(
         let last = layer + 1 == config.num_hidden_layers;
         for matrix in matrices(config) {
             let rows = if last && !matrix.of_every_token { pooled_rows } else { tokens };
-            // Below the first block nothing learns but the embeddings.
-            let input_learns = lora.is_none() || layer > 0 || !matrix.of_block_input;
-            total += rows as u64 * matrix.operations(lora, input_learns);
+            // The first block's input depends only on the token embeddings.
+            let needs_input_gradient = lora.is_none() || layer > 0 || !matrix.of_block_input;
+            total += rows as u64 * matrix.operations(lora, needs_input_gradient);
         }
         let from = |n: usize| if last { n.saturating_sub(pooled) } else { 0 };
         let pairs: u64 = lengths
             .iter()
-            .map(|&n| seen(n, config.windows[layer]) - seen(from(n), config.windows[layer]))
+            .map(|&n| pairs_in(n, config.windows[layer]) - pairs_in(from(n), config.windows[layer]))
             .sum();
         total += 12 * pairs * (config.num_attention_heads * config.head_dim) as u64;
     }
     total
 }
 
-/// Pairs of positions that see each other in a sequence of `n` tokens.
-fn seen(n: usize, window: Option<usize>) -> u64 {
+/// The number of pairs of a query position and a key position in a sequence of `n` tokens.
+fn pairs_in(n: usize, window: Option<usize>) -> u64 {
     let n = n as u64;
     let triangle = |n: u64| n * (n + 1) / 2;
     match window.map(|w| w as u64).filter(|&w| w < n) {
@@ -51,17 +51,17 @@ struct Matrix {
     name: &'static str,
     input: usize,
     output: usize,
-    /// Keys and values.
+    /// Needed for every token: the projections of keys and values.
     of_every_token: bool,
-    /// Queries, keys and values.
+    /// Applied to the block's input: the projections of queries, keys and values.
     of_block_input: bool,
 }
 
 impl Matrix {
-    /// Operations for a token.
-    fn operations(&self, lora: Option<&LoraConfig>, input_learns: bool) -> u64 {
+    /// The number of operations per token.
+    fn operations(&self, lora: Option<&LoraConfig>, needs_input_gradient: bool) -> u64 {
         let (weights, sides) = (self.input * self.output, self.input + self.output);
-        let gradient = usize::from(input_learns);
+        let gradient = usize::from(needs_input_gradient);
         let operations = match lora {
             None => 6 * weights,
             Some(lora) => {

@@ -33,11 +33,11 @@ impl Packed {
         &self,
         backend: &B,
     ) -> Result<Layout<B>> {
+        let [offsets, positions] = backend.upload_indices([&self.offsets, &self.positions])?;
         Ok(Layout {
-            offsets: backend.upload_index(&self.offsets)?,
-            positions: backend.upload_index(&self.positions)?,
-            sequences: self.offsets.len() - 1,
-            rows: self.positions.len(),
+            bounds: self.offsets.clone(),
+            offsets,
+            positions,
             longest: self.positions.iter().max().map_or(0, |&last| last as usize + 1),
         })
     }
@@ -50,22 +50,20 @@ impl Packed {
 /// q, k and v.
 type Inputs<'a> = (&'a Matrix, &'a Matrix, &'a Matrix);
 
-/// The weighted values, and the log-sum-exp of each query's scores.
+/// The weighted values.
 pub(in crate::backend::conformance) fn attention(
     (q, k, v): Inputs<'_>,
     queries: &Packed,
     keys: &Packed,
     shape: &AttentionShape,
-) -> (Matrix, Matrix) {
+) -> Matrix {
     let mut out = Matrix::zeros(q.rows, q.cols);
-    let mut log_sum_exp = Matrix::zeros(q.rows, shape.heads);
-    for_each_query((q, k), queries, keys, shape, |query, probabilities, lse| {
-        log_sum_exp.row_mut(query.row)[query.head] = lse;
+    for_each_query((q, k), queries, keys, shape, |query, probabilities| {
         for &(j, p) in probabilities {
             add(&mut out, query.row, &query.of_q, p, &v.row(j)[query.of_kv.clone()]);
         }
     });
-    (out, log_sum_exp)
+    out
 }
 
 /// Gradients by q, k and v: with `dp_j = dout · v_j`, the softmax gives
@@ -81,7 +79,7 @@ pub(in crate::backend::conformance) fn attention_backward(
     let mut dk = Matrix::zeros(k.rows, k.cols);
     let mut dv = Matrix::zeros(v.rows, v.cols);
     let scale = f64::from(shape.scale);
-    for_each_query((q, k), queries, keys, shape, |query, probabilities, _| {
+    for_each_query((q, k), queries, keys, shape, |query, probabilities| {
         let Query { row, of_q, of_kv, .. } = query;
         let dout = &dout.row(row)[of_q.clone()];
         let dp: Vec<f64> =
@@ -101,21 +99,19 @@ pub(in crate::backend::conformance) fn attention_backward(
 struct Query {
     /// Row of q.
     row: usize,
-    head: usize,
     /// Columns of its head in q.
     of_q: Range<usize>,
     /// Columns of the head of k and v that it reads.
     of_kv: Range<usize>,
 }
 
-/// Calls `visit` with each query, the rows of the keys that it sees with their probabilities, and
-/// the log-sum-exp of the scores.
+/// Calls `visit` with each query and the rows of the keys that it sees with their probabilities.
 fn for_each_query(
     (q, k): (&Matrix, &Matrix),
     queries: &Packed,
     keys: &Packed,
     shape: &AttentionShape,
-    mut visit: impl FnMut(Query, &[(usize, f64)], f64),
+    mut visit: impl FnMut(Query, &[(usize, f64)]),
 ) {
     let hd = shape.head_dim;
     let scale = f64::from(shape.scale);
@@ -135,7 +131,7 @@ fn for_each_query(
                 let lse = log_of_sum_of_exp(&scores);
                 let probabilities: Vec<(usize, f64)> =
                     visible.iter().zip(&scores).map(|(&j, s)| (j, (s - lse).exp())).collect();
-                visit(Query { row, head, of_q, of_kv }, &probabilities, lse);
+                visit(Query { row, of_q, of_kv }, &probabilities);
             }
         }
     }

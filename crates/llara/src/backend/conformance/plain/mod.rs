@@ -56,6 +56,14 @@ impl Matrix {
         Matrix::from_fn(self.cols, self.rows, |i, j| self.row(j)[i])
     }
 
+    /// The columns of this matrix, then those of the other.
+    pub(super) fn beside(&self, other: &Matrix) -> Self {
+        assert_eq!(self.rows, other.rows);
+        Matrix::from_fn(self.rows, self.cols + other.cols, |i, j| {
+            if j < self.cols { self.row(i)[j] } else { other.row(i)[j - self.cols] }
+        })
+    }
+
     pub(super) fn plus(mut self, other: &Matrix) -> Self {
         assert_eq!(self.shape(), other.shape());
         self.data.iter_mut().zip(&other.data).for_each(|(a, b)| *a += b);

@@ -129,12 +129,13 @@ sums!(sums_pairs, "avx512f,avx512bf16", multiply_pairs);
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[expect(clippy::needless_range_loop, reason = "unrolled, so that sums stay in registers")]
 unsafe fn write<const VECTORS: usize>(sums: [[__m512; VECTORS]; MR], tile: &Tile) {
+    let alpha = _mm512_set1_ps(tile.alpha);
     for row in 0..MR {
         if row >= tile.rows {
             break;
         }
         for v in 0..VECTORS {
-            let mut x = sums[row][v];
+            let mut x = _mm512_mul_ps(sums[row][v], alpha);
             let col = v * LANES;
             let lanes = (tile.cols - col).min(LANES);
             let mask = (u32::MAX >> (32 - lanes)) as u16;

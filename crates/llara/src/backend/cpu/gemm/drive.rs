@@ -37,6 +37,7 @@ pub(super) struct Job<'a> {
     pub(super) k: usize,
     pub(super) left: Operand<'a>,
     pub(super) right: Right<'a>,
+    pub(super) alpha: f32,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) onto: Place,
     pub(super) out: Place,
@@ -188,6 +189,7 @@ impl Job<'_> {
                     let tile = Tile {
                         rows: MR.min(rows.end - row),
                         cols,
+                        alpha: self.alpha,
                         bias: bias.map_or(std::ptr::null(), |bias| bias[column..].as_ptr()),
                         onto: onto.at(row, column),
                         to: pass.to.at(row, column),

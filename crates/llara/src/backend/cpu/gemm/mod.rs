@@ -1,6 +1,6 @@
 //! Products of matrices on the processor: f32, or bf16 with f32 sums.
 //!
-//! `out = a · b (+ bias) (+ out or residual)`, each operand row-major or transposed, f32 or bf16, the
+//! `out = alpha · a · b (+ bias) (+ out or residual)`, each operand row-major or transposed, f32 or bf16, the
 //! right one possibly packed beforehand. An element of the result has the same bits on any number of
 //! threads and whatever other rows and columns are computed with it: the inner dimension is summed in
 //! an order that depends on its length alone.
@@ -103,6 +103,7 @@ pub struct Gemm<'a, O> {
     precision: Precision,
     unit: Unit,
     parallel: bool,
+    alpha: f32,
     bias: Option<&'a [f32]>,
     onto: Onto<'a, O>,
 }
@@ -111,7 +112,7 @@ impl<'a, O: Output> Gemm<'a, O> {
     /// A product that overwrites the result, on all threads of the current rayon pool.
     pub fn new(precision: Precision) -> Self {
         let unit = rate::unit_for(precision);
-        Gemm { precision, unit, parallel: true, bias: None, onto: Onto::Nothing }
+        Gemm { precision, unit, parallel: true, alpha: 1.0, bias: None, onto: Onto::Nothing }
     }
 
     /// On this thread alone.
@@ -122,6 +123,11 @@ impl<'a, O: Output> Gemm<'a, O> {
     /// By the kernels of a given unit instead of the selected one.
     pub fn unit(self, unit: Unit) -> Self {
         Gemm { unit, ..self }
+    }
+
+    /// Multiplies the product, but nothing that is added to it, by `alpha`.
+    pub fn alpha(self, alpha: f32) -> Self {
+        Gemm { alpha, ..self }
     }
 
     /// Adds `bias[j]` to column `j`.
@@ -191,8 +197,8 @@ impl<'a, O: Output> Gemm<'a, O> {
                 O::place(residual.as_ptr().cast_mut(), residual.stride())
             }
         };
-        let bias = self.bias;
-        let job = Job { engine, m, n, k, left, right, bias, onto, out: place };
+        let (alpha, bias) = (self.alpha, self.bias);
+        let job = Job { engine, m, n, k, left, right, alpha, bias, onto, out: place };
         let threads = if self.parallel { rayon::current_num_threads() } else { 1 };
         // SAFETY: the views own or borrow every element of their shapes, `out` mutably, so that
         // nothing else touches it; `onto` is only read.

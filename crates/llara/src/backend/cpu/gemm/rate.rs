@@ -77,7 +77,8 @@ fn run(engine: &Engine, left: *const u32, panel: *const u32) {
     let steps = INNER / engine.format.group();
     let to = Place::Single(out.as_mut_ptr(), NR);
     let left = Left { start: left.cast(), row: 4 * steps, step: 4 };
-    let tile = Tile { rows: MR, cols: NR, bias: std::ptr::null(), onto: Place::Nowhere, to };
+    let tile =
+        Tile { rows: MR, cols: NR, alpha: 1.0, bias: std::ptr::null(), onto: Place::Nowhere, to };
     for _ in 0..CALLS {
         // SAFETY: `Engine::new` checked the instructions; left, panel and out have the cells of a
         // tile with INNER steps or fewer.

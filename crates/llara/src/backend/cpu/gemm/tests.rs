@@ -173,7 +173,7 @@ fn what_is_added_is_added_once() {
             for (onto, with_bias) in
                 ontos.into_iter().flat_map(|onto| [(onto, false), (onto, true)])
             {
-                let mut gemm = gemm.onto(onto);
+                let mut gemm = gemm.alpha(-1.5).onto(onto);
                 if with_bias {
                     gemm = gemm.bias(&bias);
                 }
@@ -192,7 +192,8 @@ fn what_is_added_is_added_once() {
                             Onto::Result => before[i * n + j],
                             Onto::Residual(_) => residual[i * n + j],
                         };
-                        let want = product[i * n + j] + added + bias[j] * f32::from(with_bias);
+                        let added = added + bias[j] * f32::from(with_bias);
+                        let want = -1.5 * product[i * n + j] + added;
                         assert!((got - want).abs() <= 1e-4, "{unit:?} {onto:?}: {got}, {want}");
                     }
                 }

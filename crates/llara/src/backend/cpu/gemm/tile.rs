@@ -47,10 +47,12 @@ impl Place {
     }
 }
 
-/// `to = a · b + bias + onto` for up to [`MR`] rows and [`NR`] columns.
+/// `to = alpha · a · b + bias + onto` for up to [`MR`] rows and [`NR`] columns.
 pub(super) struct Tile {
     pub(super) rows: usize,
     pub(super) cols: usize,
+    /// Factor of the product.
+    pub(super) alpha: f32,
     /// One for each column, or null.
     pub(super) bias: *const f32,
     /// Added; may be `to` itself.
@@ -66,7 +68,7 @@ impl Tile {
     pub(super) unsafe fn write(&self, sums: &[[f32; NR]; MR]) {
         for (row, sums) in sums.iter().enumerate().take(self.rows) {
             for (col, &sum) in sums.iter().enumerate().take(self.cols) {
-                let mut x = sum;
+                let mut x = self.alpha * sum;
                 // SAFETY: `row` and `col` are inside the tile, for which the caller vouches.
                 unsafe {
                     if !self.bias.is_null() {

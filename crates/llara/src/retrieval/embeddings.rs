@@ -1,4 +1,4 @@
-//! Files of embeddings, read whole: `.safetensors` and `.npy`.
+//! Reading files of embeddings into memory: `.safetensors` and `.npy`.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -11,21 +11,22 @@ use super::lines::{excerpt, open_regular};
 use crate::storage::{SafetensorsFile, open_file, safetensors_header};
 use crate::{Error, ErrorKind, Result};
 
-/// The name of the one tensor in a `.safetensors` file of embeddings.
+/// The name of the tensor in a `.safetensors` file of embeddings.
 pub(super) const TENSOR: &str = "embeddings";
 pub(super) const NPY_MAGIC: &[u8] = b"\x93NUMPY";
-/// No file of embeddings has a longer header; safetensors has the same limit.
+/// Longest header that is read, in bytes; safetensors has the same limit.
 const MAX_HEADER: u64 = 100_000_000;
-/// Numbers converted at a time between memory and file.
+/// Numbers that are converted at a time between memory and file.
 pub(super) const BLOCK: usize = 16 * 1024;
 
-/// Reads an f32 embedding matrix (n, d) from a `.safetensors` file (its tensor `embeddings`) or
-/// from a `.npy` file.
+/// Reads an f32 matrix of embeddings (n, d) from a `.safetensors` file (its tensor `embeddings`) or from a
+/// `.npy` file.
 ///
 /// # Errors
-/// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Data`] or, of a damaged safetensors file,
-/// [`ErrorKind::Weights`]: a damaged file, or one that holds something else; [`ErrorKind::Numeric`]: a number that is not finite, with its row.
-pub fn read_vectors(path: impl AsRef<Path>) -> Result<Array2<f32>> {
+/// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Data`], or [`ErrorKind::Weights`] for a damaged
+/// safetensors header: the file is damaged or contains something else; [`ErrorKind::Numeric`]: a number is
+/// not finite; the error states its row.
+pub fn read_embeddings(path: impl AsRef<Path>) -> Result<Array2<f32>> {
     let path = path.as_ref();
     let format = Format::of(path)?;
     let file = open_regular(path)?;
@@ -46,7 +47,7 @@ fn read_safetensors(path: &Path) -> Result<Array2<f32>> {
     let Some(tensor) = file.info(TENSOR) else {
         return Err(damaged(format!("there is no tensor `{TENSOR}`"))
             .got(excerpt(&file.names().join(", ")))
-            .hint("is this a file of weights rather than of embeddings?"));
+            .hint("check the path: this may be a file of weights"));
     };
     let (Dtype::F32, &[rows, cols]) = (tensor.dtype, tensor.shape.as_slice()) else {
         return Err(damaged(format!("`{TENSOR}` is not a matrix of f32"))
@@ -57,10 +58,10 @@ fn read_safetensors(path: &Path) -> Result<Array2<f32>> {
     let values: Vec<f32> = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
     require_finite(&values, cols, 0, path)?;
     Array2::from_shape_vec((rows, cols), values)
-        .map_err(|e| damaged("the shape is impossible".to_owned()).because(e))
+        .map_err(|e| damaged("the shape is invalid".to_owned()).because(e))
 }
 
-/// Whether the file at `path` begins as a file of embeddings does. A file that is cut short does too.
+/// Whether the file at `path` begins like a file of embeddings. True for a truncated file, too.
 pub fn begins_like_embeddings(path: impl AsRef<Path>) -> std::io::Result<bool> {
     let mut start = Vec::new();
     open_file(path.as_ref())?.take(256).read_to_end(&mut start)?;
@@ -69,7 +70,7 @@ pub fn begins_like_embeddings(path: impl AsRef<Path>) -> std::io::Result<bool> {
     Ok(start.starts_with(NPY_MAGIC) || header.starts_with('{') && header.contains(&tensor))
 }
 
-/// What the extension says.
+/// The format, by the file name's extension.
 pub(super) enum Format {
     Safetensors,
     Npy,
@@ -81,21 +82,21 @@ impl Format {
         match extension.to_ascii_lowercase().as_str() {
             "safetensors" => Ok(Format::Safetensors),
             "npy" => Ok(Format::Npy),
-            _ => Err(Error::new(ErrorKind::Argument, "unknown kind of embedding file")
+            _ => Err(Error::new(ErrorKind::Argument, "unknown format of embeddings")
                 .file(path)
                 .expected("a name that ends in .safetensors or .npy")),
         }
     }
 }
 
-/// Where a matrix lies in its file: the first byte of its numbers and its shape.
+/// The position of a matrix in its file: the offset of its first number, and its shape.
 struct Layout {
     start: u64,
     rows: usize,
     cols: usize,
 }
 
-/// A file being read; no length in it is believed before it is held against the file's own.
+/// A file being read. Lengths in its header are compared with the length of the file before they are used.
 struct Source<'a> {
     reader: BufReader<File>,
     path: &'a Path,
@@ -109,7 +110,7 @@ impl Source<'_> {
 
     fn bytes(&mut self, count: u64) -> Result<Vec<u8>> {
         if count > self.length.min(MAX_HEADER) {
-            return Err(self.damaged("the header is longer than can be").got(count));
+            return Err(self.damaged("the header is too long").got(format!("{count} bytes")));
         }
         let mut bytes = Vec::new();
         let read = (&mut self.reader).take(count).read_to_end(&mut bytes);
@@ -121,7 +122,7 @@ impl Source<'_> {
         }
     }
 
-    /// An unsigned number of `width` bytes, little endian.
+    /// An unsigned little-endian integer of `width` bytes.
     fn number(&mut self, width: u64) -> Result<u64> {
         let bytes = self.bytes(width)?;
         Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
@@ -150,7 +151,7 @@ impl Source<'_> {
         let end = (rows as u64)
             .checked_mul(cols as u64)
             .and_then(|numbers| numbers.checked_mul(4)?.checked_add(start))
-            .ok_or_else(|| self.damaged("the shape is beyond 64 bits"))?;
+            .ok_or_else(|| self.damaged("the size of the matrix exceeds 64 bits"))?;
         if end != self.length {
             return Err(self.wrong_length(end));
         }
@@ -158,13 +159,13 @@ impl Source<'_> {
     }
 
     fn wrong_length(&self, expected: u64) -> Error {
-        self.damaged("the file has not the length that its header says")
+        self.damaged("the length of the file does not match its header")
             .expected(format!("{expected} bytes"))
-            .got(self.length)
-            .hint("it was cut short or damaged; copy or write it again")
+            .got(format!("{} bytes", self.length))
+            .hint("the file is truncated or damaged; copy or write it again")
     }
 
-    /// Reads the numbers; the layout has been held against the length of the file.
+    /// Reads the numbers. The layout must have been checked against the length of the file.
     fn read_matrix(mut self, layout: Layout) -> Result<Array2<f32>> {
         let Layout { start, rows, cols } = layout;
         let fail = |e| Error::io("read the file", self.path, e);
@@ -183,14 +184,14 @@ impl Source<'_> {
         }
         require_finite(&values, cols, 0, self.path)?;
         Array2::from_shape_vec((rows, cols), values)
-            .map_err(|e| self.damaged("the shape is impossible").because(e))
+            .map_err(|e| self.damaged("the shape is invalid").because(e))
     }
 }
 
 /// The shape in the header of a `.npy` file, if it is a little-endian f32 matrix in C order.
 ///
-/// The header is a Python dict literal whose keys numpy writes sorted; other writers may not, so
-/// each is looked for by itself.
+/// The header is a Python dict literal. numpy writes its keys sorted, other programs may not, so the order
+/// is ignored.
 fn parse_npy_dict(text: &str) -> Option<(usize, usize)> {
     let dict = text.trim().strip_prefix('{')?.strip_suffix('}')?.replace('"', "'");
     let value = |key: &str| {
@@ -205,12 +206,15 @@ fn parse_npy_dict(text: &str) -> Option<(usize, usize)> {
     Some((rows.trim().parse().ok()?, cols.trim().parse().ok()?))
 }
 
-/// What a file of this shape begins with; refuses impossible shapes.
+/// The header of a file with this shape.
+///
+/// # Errors
+/// [`ErrorKind::Argument`]: an unknown extension, `cols` 0, or a size that exceeds 64 bits.
 pub(super) fn header(path: &Path, rows: usize, cols: usize) -> Result<Vec<u8>> {
     let format = Format::of(path)?;
     let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(size_of::<f32>()));
     if bytes.is_none() || cols == 0 {
-        return Err(Error::new(ErrorKind::Argument, "embeddings cannot have this shape")
+        return Err(Error::new(ErrorKind::Argument, "the shape is invalid")
             .file(path)
             .got(format!("{rows} rows of {cols}")));
     }
@@ -222,29 +226,29 @@ pub(super) fn header(path: &Path, rows: usize, cols: usize) -> Result<Vec<u8>> {
     }
 }
 
-/// Magic, version, length (u16, little endian), then a Python dict, padded so that the data is
-/// aligned to 64 and ended by a newline.
+/// Magic, version, length (u16, little endian), then a Python dict with a newline at the end, padded so
+/// that the data is aligned to 64 bytes.
 pub(super) fn npy_header(rows: usize, cols: usize) -> Vec<u8> {
     let dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {cols}), }}");
     let before = NPY_MAGIC.len() + 2 + 2;
     let length = (before + dict.len() + 1).next_multiple_of(64) - before;
     let mut header = NPY_MAGIC.to_vec();
     header.extend_from_slice(&[1, 0]);
-    header.extend_from_slice(&(length as u16).to_le_bytes()); // two numbers: some 100 bytes
+    header.extend_from_slice(&(length as u16).to_le_bytes()); // about 100: it fits in 16 bits
     header.extend_from_slice(format!("{dict:<width$}\n", width = length - 1).as_bytes());
     header
 }
 
-/// Refuses numbers that are not finite; `values` are whole rows, the first of them row `first`.
+/// Fails if a number is not finite. `values` are complete rows, the first of which is row `first`.
 pub(super) fn require_finite(values: &[f32], cols: usize, first: usize, path: &Path) -> Result<()> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
-        Some(place) => {
-            let (row, column) = (first + place / cols, place % cols);
+        Some(at) => {
+            let (row, column) = (first + at / cols, at % cols);
             let what = format!("embedding {row} is not finite (rows counted from 0)");
             Err(Error::new(ErrorKind::Numeric, what)
                 .file(path)
-                .got(format!("{} in column {column}", values[place])))
+                .got(format!("{} in column {column}", values[at])))
         }
     }
 }
@@ -256,13 +260,13 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::retrieval::VectorWriter;
+    use crate::retrieval::EmbeddingWriter;
 
     const NAMES: [&str; 2] = ["v.safetensors", "v.npy"];
 
     fn write(dir: &TempDir, name: &str, matrix: &Array2<f32>) -> std::path::PathBuf {
         let path = dir.path().join(name);
-        let mut writer = VectorWriter::create(&path, matrix.nrows(), matrix.ncols()).unwrap();
+        let mut writer = EmbeddingWriter::create(&path, matrix.nrows(), matrix.ncols()).unwrap();
         for row in matrix.rows() {
             writer.append(row.as_slice().unwrap()).unwrap();
         }
@@ -327,7 +331,7 @@ mod tests {
         ] {
             let view = safetensors::tensor::TensorView::new(dtype, shape, &[0; 8]).unwrap();
             std::fs::write(&path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
-            let error = read_vectors(&path).unwrap_err();
+            let error = read_embeddings(&path).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
             assert_eq!(begins_like_embeddings(&path).unwrap(), name == TENSOR);
         }
@@ -344,15 +348,15 @@ mod tests {
         let path = dir.path().join(NAMES[0]);
         std::fs::write(&path, [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat())
             .unwrap();
-        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Weights);
+        assert_eq!(read_embeddings(&path).unwrap_err().kind(), ErrorKind::Weights);
         for rows in [rows, 1 << 40] {
             let path = dir.path().join(NAMES[1]);
             std::fs::write(&path, npy_header(rows as usize, 2)).unwrap();
-            assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Data);
+            assert_eq!(read_embeddings(&path).unwrap_err().kind(), ErrorKind::Data);
         }
         let path = dir.path().join(NAMES[0]);
         std::fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
-        assert_eq!(read_vectors(&path).unwrap_err().kind(), ErrorKind::Weights);
+        assert_eq!(read_embeddings(&path).unwrap_err().kind(), ErrorKind::Weights);
     }
 
     proptest! {
@@ -366,7 +370,7 @@ mod tests {
             for name in NAMES {
                 let path = write(&dir, name, &matrix);
                 prop_assert!(begins_like_embeddings(&path).unwrap());
-                prop_assert_eq!(&read_vectors(path).unwrap(), &matrix);
+                prop_assert_eq!(&read_embeddings(path).unwrap(), &matrix);
             }
         }
 
@@ -386,7 +390,7 @@ mod tests {
             }
             bytes.truncate(length.unwrap_or(usize::MAX));
             std::fs::write(&path, bytes).unwrap();
-            match read_vectors(&path) {
+            match read_embeddings(&path) {
                 Ok(matrix) => prop_assert!(matrix.iter().all(|value| value.is_finite())),
                 Err(e) => {
                     use ErrorKind::{Data, Numeric, Weights};

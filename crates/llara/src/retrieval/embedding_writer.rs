@@ -1,72 +1,71 @@
-//! Writing files of embeddings row by row: whole or not at all, or so that an interrupted run can
-//! go on.
+//! Writing files of embeddings row by row, atomically or resumably.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::Origin;
-use super::vectors::{BLOCK, Format, header, require_finite};
+use super::embeddings::{BLOCK, Format, header, require_finite};
 use crate::storage::{Fingerprint, OutputFile, PartialFile, check_output_path};
 use crate::{Error, ErrorKind, Result};
 
-/// Writes an embedding matrix whose size is known, a few rows at a time.
+/// Writes a matrix of embeddings, whose size is known, a few rows at a time.
 ///
-/// The file is written beside its place and moved there by [`finish`](Self::finish); until then
-/// what was there stays. What becomes of it if the writer is dropped before, or the process killed:
+/// The rows are written to a temporary file, which [`finish`](Self::finish) renames to the output path;
+/// until then the path is unchanged. If the writer is dropped before, or the process is killed:
 ///
-/// - made by [`create`](Self::create), it is removed;
-/// - made by [`begin`](Self::begin) or [`resume`](Self::resume), the rows of the last
-///   [`keep`](Self::keep) stay as `OUTPUT.partial`, with a manifest `OUTPUT.partial.json`, and
-///   [`resume`](Self::resume) goes on behind them. Without any, nothing stays.
+/// - a file of [`create`](Self::create) is removed;
+/// - of a file of [`begin`](Self::begin) or [`resume`](Self::resume), the rows before the last call of
+///   [`keep`](Self::keep) remain as `OUTPUT.partial`, with a manifest `OUTPUT.partial.json`, and
+///   [`resume`](Self::resume) continues after them. Without such a call the file is removed.
 #[derive(Debug)]
-pub struct VectorWriter {
+pub struct EmbeddingWriter {
     file: Destination,
     header_bytes: u64,
     rows: usize,
     cols: usize,
     written: usize,
-    /// Fingerprint of the rows since the last [`keep`](Self::keep).
+    /// Hash of the rows since the last [`keep`](Self::keep).
     block: Fingerprint,
-    /// Rows that a resumed run had kept and that were found damaged.
+    /// Kept rows of an interrupted run that were damaged.
     discarded: usize,
 }
 
-/// Where the bytes go until the file is complete.
+/// The temporary file.
 #[derive(Debug)]
 enum Destination {
     Atomic(OutputFile),
     Resumable(PartialFile, Origin, Vec<Block>),
 }
 
-/// `OUTPUT.partial.json`: what is in `OUTPUT.partial`, and what it was made from.
+/// `OUTPUT.partial.json`: the contents of `OUTPUT.partial` and the inputs that determine them.
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     rows_done: usize,
     rows: usize,
     dimension: usize,
     origin: Origin,
-    /// End to end. Rows that no block covers are not trusted.
+    /// Consecutive blocks of rows. Rows that are in no block are discarded.
     #[serde(default)]
     blocks: Vec<Block>,
 }
 
-/// Rows that were written between two calls of [`VectorWriter::keep`].
+/// Rows that were written between two calls of [`EmbeddingWriter::keep`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Block {
     /// The first row after the block.
     end: usize,
-    /// Of its rows, one after the other.
+    /// Hash of its rows, in order.
     fingerprint: String,
 }
 
-impl VectorWriter {
-    /// Starts a file of `rows` embeddings of `cols` f32 numbers, as the extension says:
+impl EmbeddingWriter {
+    /// Starts a file of `rows` embeddings of `cols` f32 numbers. The extension selects the format:
     /// `.safetensors` (one tensor, `embeddings`) or `.npy` (version 1.0, little endian, C order).
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`]: another extension, `cols` 0, or a size beyond 64 bits;
-    /// [`ErrorKind::Io`]: the file cannot be written there.
+    /// [`ErrorKind::Argument`]: another extension, `cols` 0, or a size that exceeds 64 bits;
+    /// [`ErrorKind::Io`]: no file can be written to `path`.
     pub fn create(path: impl AsRef<Path>, rows: usize, cols: usize) -> Result<Self> {
         let path = path.as_ref();
         let header = header(path, rows, cols)?;
@@ -76,37 +75,37 @@ impl VectorWriter {
         Ok(Self::of(Destination::Atomic(file), header_bytes, (rows, cols)))
     }
 
-    /// Refuses a path that [`create`](Self::create) would refuse, without leaving anything there.
+    /// Checks that [`create`](Self::create) can write to `path`, without leaving a file.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Io`]: no file can be written there.
+    /// [`ErrorKind::Argument`]: another extension; [`ErrorKind::Io`]: no file can be written to `path`.
     pub fn check_path(path: impl AsRef<Path>) -> Result<()> {
         Format::of(path.as_ref())?;
         check_output_path(path.as_ref())
     }
 
-    /// [`create`](Self::create), so that the run can be resumed. `origin` is what the embeddings
-    /// follow from. What an interrupted run left of the same file is forgotten.
+    /// Starts a file that can be resumed. `origin` describes the inputs that determine the embeddings. Rows
+    /// of an interrupted run are discarded.
     ///
     /// # Errors
     /// Those of [`create`](Self::create); [`ErrorKind::Io`]: another run is writing the file.
     pub fn begin(path: impl AsRef<Path>, rows: usize, cols: usize, origin: Origin) -> Result<Self> {
         let path = path.as_ref();
         let header = header(path, rows, cols)?;
-        Self::anew(PartialFile::open(path)?, &header, (rows, cols), origin)
+        Self::start(PartialFile::open(path)?, &header, (rows, cols), origin)
     }
 
-    /// Goes on behind the rows that an interrupted run has kept; [`begin`](Self::begin)s where
-    /// there are none. [`written`](Self::written) says how many there are. The file will have the
-    /// bytes of one that was never interrupted.
+    /// Continues after the rows that an interrupted run kept, or does the same as [`begin`](Self::begin) if
+    /// there are none. [`written`](Self::written) is their number. The finished file has the same bytes as
+    /// the file of an uninterrupted run.
+    ///
+    /// The kept rows are compared with the hashes of their blocks. The first damaged block and all later rows
+    /// are discarded; [`discarded`](Self::discarded) is their number.
     ///
     /// # Errors
-    /// Those of [`begin`](Self::begin); [`ErrorKind::Argument`]: what is there was made from
-    /// something else, which is named; [`ErrorKind::Data`]: its header or its manifest is damaged. It is
-    /// left as it was then.
-    ///
-    /// Every kept row is compared with the fingerprint of its block. The rows from the first damaged block
-    /// on are discarded, and [`discarded`](Self::discarded) counts them.
+    /// Those of [`begin`](Self::begin); [`ErrorKind::Argument`]: the interrupted run had other inputs, which
+    /// the error lists; [`ErrorKind::Data`]: the header or the manifest is damaged. The files are not changed
+    /// then.
     pub fn resume(
         path: impl AsRef<Path>,
         rows: usize,
@@ -117,40 +116,38 @@ impl VectorWriter {
         let header = header(path, rows, cols)?;
         let mut file = PartialFile::open(path)?;
         let Some(manifest) = file.manifest()? else {
-            return Self::anew(file, &header, (rows, cols), origin);
+            return Self::start(file, &header, (rows, cols), origin);
         };
         let damaged = |what: &str| {
             Error::new(ErrorKind::Data, what)
                 .file(file.path())
-                .hint("start over: leave out --resume, or remove the file")
+                .hint("start over without --resume, or remove the file")
         };
-        let manifest: Manifest = serde_json::from_slice(&manifest).map_err(|e| {
-            damaged("what the interrupted run left cannot be understood").because(e)
-        })?;
-        // As facts like any other.
-        let whole = |origin: &Origin, rows: usize, cols: usize| {
+        let manifest: Manifest = serde_json::from_slice(&manifest)
+            .map_err(|e| damaged("the manifest of the interrupted run is not valid").because(e))?;
+        // The shape is compared like the other values.
+        let with_shape = |origin: &Origin, rows: usize, cols: usize| {
             origin.clone().with("texts", rows).with("dimension", cols)
         };
-        let ours = whole(&origin, rows, cols);
-        let theirs = whole(&manifest.origin, manifest.rows, manifest.dimension);
-        let differences = ours.differences(&theirs);
+        let now = with_shape(&origin, rows, cols);
+        let before = with_shape(&manifest.origin, manifest.rows, manifest.dimension);
+        let differences = now.differences(&before);
         if !differences.is_empty() {
             let list = |shown: Vec<String>| shown.join(", ");
-            return Err(Error::new(
-                ErrorKind::Argument,
-                "what the interrupted run left was made from something else",
-            )
-            .file(file.path())
-            .expected(list(differences.iter().map(|d| d.now().to_string()).collect()))
-            .got(list(differences.iter().map(|d| d.then().to_string()).collect()))
-            .hint("go on with the same model, texts and options, or start over without --resume"));
+            return Err(Error::new(ErrorKind::Argument, "the interrupted run had other inputs")
+                .file(file.path())
+                .expected(list(differences.iter().map(|d| d.now().to_string()).collect()))
+                .got(list(differences.iter().map(|d| d.before().to_string()).collect()))
+                .hint(
+                    "resume with the same model, texts and options, or start over without --resume",
+                ));
         }
         let header_bytes = header.len() as u64;
         let length = header_bytes + (manifest.rows_done.min(rows) * cols * size_of::<f32>()) as u64;
         let mut start = vec![0; header.len()];
         let fits = manifest.rows_done <= rows && file.written() >= length;
         if !fits || file.read_at(&mut start, 0).is_err() || start != header {
-            return Err(damaged("what the interrupted run left is not what its manifest says"));
+            return Err(damaged("the file of the interrupted run does not match its manifest"));
         }
         let Manifest { rows_done, mut blocks, .. } = manifest;
         let intact = intact_blocks(&file, header_bytes, cols, &blocks, rows_done)?;
@@ -162,7 +159,7 @@ impl VectorWriter {
         writer.written = written;
         writer.discarded = rows_done - written;
         if writer.discarded > 0 {
-            // The manifest must not claim the discarded rows while others are written in their place.
+            // The manifest must not contain the discarded rows while they are being rewritten.
             writer.keep()?;
         }
         Ok(writer)
@@ -170,16 +167,16 @@ impl VectorWriter {
 
     fn of(file: Destination, header_bytes: u64, (rows, cols): (usize, usize)) -> Self {
         let block = Fingerprint::new();
-        VectorWriter { file, header_bytes, rows, cols, written: 0, block, discarded: 0 }
+        EmbeddingWriter { file, header_bytes, rows, cols, written: 0, block, discarded: 0 }
     }
 
-    /// How many rows of a file an interrupted run has kept; `None` if there is nothing to resume.
+    /// The number of rows that an interrupted run kept; `None` if there is nothing to resume.
     pub fn kept(path: impl AsRef<Path>) -> Option<usize> {
         let manifest = PartialFile::manifest_of(path.as_ref())?;
         Some(serde_json::from_slice::<Manifest>(&manifest).ok()?.rows_done)
     }
 
-    fn anew(
+    fn start(
         mut file: PartialFile,
         header: &[u8],
         (rows, cols): (usize, usize),
@@ -192,42 +189,42 @@ impl VectorWriter {
         Ok(Self::of(file, header_bytes, (rows, cols)))
     }
 
-    /// The number of embeddings that the file will have.
+    /// The number of embeddings of the finished file.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// The width of each.
+    /// The dimension of each embedding.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// How many embeddings it has already.
+    /// The number of embeddings that are written already.
     pub fn written(&self) -> usize {
         self.written
     }
 
-    /// How many kept rows [`resume`](Self::resume) found damaged and discarded; they are written again.
+    /// The number of kept rows that [`resume`](Self::resume) discarded because of damage.
     pub fn discarded(&self) -> usize {
         self.discarded
     }
 
-    /// Appends whole rows, end to end.
+    /// Appends rows; `values` are complete rows, concatenated.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`]: not a multiple of the width, or more rows than announced;
-    /// [`ErrorKind::Numeric`]: a number that is not finite, with its row (nothing of this call is
-    /// written then); [`ErrorKind::Io`]: the write failed.
+    /// [`ErrorKind::Argument`]: `values` are not complete rows, or there are more rows than the file has;
+    /// [`ErrorKind::Numeric`]: a number is not finite (then no row is appended); [`ErrorKind::Io`]: the write
+    /// failed.
     pub fn append(&mut self, values: &[f32]) -> Result<()> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what).file(self.file.target());
         if !values.len().is_multiple_of(self.cols) {
-            return Err(invalid("the numbers are not whole rows")
+            return Err(invalid("the numbers are not complete rows")
                 .expected(format!("a multiple of {}", self.cols))
                 .got(values.len()));
         }
         let rows = values.len() / self.cols;
         if rows > self.rows - self.written {
-            return Err(invalid("there are more rows than were announced")
+            return Err(invalid("there are more rows than the file has")
                 .expected(self.rows)
                 .got(self.written + rows));
         }
@@ -243,11 +240,11 @@ impl VectorWriter {
         Ok(())
     }
 
-    /// Makes the rows so far outlive an interruption, a power cut too. Does nothing to a file that
-    /// was made by [`create`](Self::create).
+    /// Makes the rows so far durable, so that a later run can resume after them. Does nothing for a file of
+    /// [`create`](Self::create).
     ///
     /// # Errors
-    /// [`ErrorKind::Io`]: the write failed; what was kept before is kept still.
+    /// [`ErrorKind::Io`]: the write failed; rows that were kept before remain kept.
     pub fn keep(&mut self) -> Result<()> {
         let Destination::Resumable(file, origin, blocks) = &mut self.file else { return Ok(()) };
         if blocks.last().map_or(0, |block| block.end) < self.written {
@@ -261,13 +258,12 @@ impl VectorWriter {
             origin: origin.clone(),
             blocks: blocks.clone(),
         };
-        let manifest = serde_json::to_vec_pretty(&manifest).map_err(|e| {
-            Error::new(ErrorKind::Io, "cannot describe what was written").because(e)
-        })?;
+        let manifest = serde_json::to_vec_pretty(&manifest)
+            .map_err(|e| Error::new(ErrorKind::Io, "cannot serialize the manifest").because(e))?;
         file.keep(&manifest)
     }
 
-    /// Completes the file: flushes it to the disk and puts it in its place.
+    /// Completes the file: flushes it to the disk and renames it to the output path.
     ///
     /// # Errors
     /// [`ErrorKind::Argument`]: rows are missing; [`ErrorKind::Io`]: the write failed.
@@ -309,7 +305,7 @@ impl Destination {
     }
 }
 
-/// How many of the `blocks` from the first on have the fingerprint that the manifest says.
+/// The number of leading `blocks` whose hashes equal those in the manifest.
 fn intact_blocks(
     file: &PartialFile,
     header_bytes: u64,
@@ -352,12 +348,12 @@ mod tests {
     const NAMES: [&str; 2] = ["v.safetensors", "v.npy"];
 
     #[test]
-    fn unfinished_and_wrong_rows_leave_the_target_untouched() {
+    fn incomplete_and_invalid_rows_leave_the_target_unchanged() {
         let dir = tempfile::tempdir().unwrap();
         for name in NAMES {
             let path = dir.path().join(name);
             std::fs::write(&path, "old").unwrap();
-            let mut writer = VectorWriter::create(&path, 3, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&path, 3, 2).unwrap();
             assert_eq!(writer.append(&[1.0]).unwrap_err().kind(), ErrorKind::Argument);
             assert_eq!(writer.append(&[1.0; 8]).unwrap_err().kind(), ErrorKind::Argument);
             writer.append(&[1.0; 2]).unwrap();
@@ -371,16 +367,17 @@ mod tests {
     }
 
     #[test]
-    fn impossible_requests_are_refused() {
+    fn invalid_arguments_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["v.csv", "v", ".npy"] {
-            let error = VectorWriter::create(dir.path().join(name), 1, 1).unwrap_err().to_string();
+            let error =
+                EmbeddingWriter::create(dir.path().join(name), 1, 1).unwrap_err().to_string();
             assert!(error.contains(".safetensors or .npy"), "{error}");
         }
         let path = dir.path().join("v.npy");
-        assert!(VectorWriter::create(&path, 1, 0).is_err());
-        assert!(VectorWriter::create(&path, usize::MAX, 2).is_err());
-        assert!(VectorWriter::create(dir.path().join("no/v.npy"), 1, 1).is_err());
+        assert!(EmbeddingWriter::create(&path, 1, 0).is_err());
+        assert!(EmbeddingWriter::create(&path, usize::MAX, 2).is_err());
+        assert!(EmbeddingWriter::create(dir.path().join("no/v.npy"), 1, 1).is_err());
     }
 
     fn origin() -> Origin {
@@ -409,16 +406,16 @@ mod tests {
         ) {
             let dir = tempfile::tempdir().unwrap();
             let whole = dir.path().join("whole").with_extension(if npy { "npy" } else { "safetensors" });
-            let mut writer = VectorWriter::create(&whole, rows, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&whole, rows, 2).unwrap();
             writer.append(&values(0, rows)).unwrap();
             writer.finish().unwrap();
 
             let path = dir.path().join(NAMES[usize::from(npy)]);
             let mut expected = 0;
             for (kept, unkept, torn) in cuts {
-                let mut writer = VectorWriter::resume(&path, rows, 2, origin()).unwrap();
+                let mut writer = EmbeddingWriter::resume(&path, rows, 2, origin()).unwrap();
                 prop_assert_eq!(writer.written(), expected);
-                prop_assert_eq!(VectorWriter::kept(&path).unwrap_or(0), expected);
+                prop_assert_eq!(EmbeddingWriter::kept(&path).unwrap_or(0), expected);
                 let kept = (expected + kept).min(rows);
                 if kept > expected {
                     writer.append(&values(expected, kept)).unwrap();
@@ -428,7 +425,7 @@ mod tests {
                 drop(writer);
                 prop_assert!(!path.exists());
                 if kept > 0 {
-                    // What a killed process had sent off without waiting for it.
+                    // Bytes that a killed process had written after the last `keep`.
                     let partial = dir.path().join(format!("{}.partial", NAMES[usize::from(npy)]));
                     let bytes = [std::fs::read(&partial).unwrap(), torn].concat();
                     std::fs::write(&partial, bytes).unwrap();
@@ -437,7 +434,7 @@ mod tests {
                 }
                 expected = kept;
             }
-            let mut writer = VectorWriter::resume(&path, rows, 2, origin()).unwrap();
+            let mut writer = EmbeddingWriter::resume(&path, rows, 2, origin()).unwrap();
             writer.append(&values(expected, rows)).unwrap();
             writer.finish().unwrap();
             prop_assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&whole).unwrap());
@@ -447,20 +444,20 @@ mod tests {
 
     /// A file of 4 rows of which 2 are kept.
     fn interrupted(path: &Path) {
-        let mut writer = VectorWriter::begin(path, 4, 2, origin()).unwrap();
+        let mut writer = EmbeddingWriter::begin(path, 4, 2, origin()).unwrap();
         writer.append(&values(0, 2)).unwrap();
         writer.keep().unwrap();
     }
 
     #[test]
-    fn what_was_made_from_something_else_is_refused_and_stays() {
+    fn a_file_of_other_inputs_is_refused_and_not_changed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.npy");
         interrupted(&path);
         let refuse = |rows, cols, origin| {
-            let error = VectorWriter::resume(&path, rows, cols, origin).unwrap_err();
+            let error = EmbeddingWriter::resume(&path, rows, cols, origin).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Argument);
-            assert_eq!(VectorWriter::kept(&path), Some(2));
+            assert_eq!(EmbeddingWriter::kept(&path), Some(2));
             error.to_string()
         };
         let error = refuse(4, 2, origin().with("role", "passage"));
@@ -471,9 +468,9 @@ mod tests {
         }
         assert!(refuse(5, 2, origin()).contains("expected: texts 5\n  got: texts 4"));
         assert!(refuse(4, 3, origin()).contains("expected: dimension 3\n  got: dimension 2"));
-        // Begun anew, all of it is forgotten.
-        let mut writer = VectorWriter::begin(&path, 1, 2, Origin::new()).unwrap();
-        assert_eq!(VectorWriter::kept(&path), None);
+        // `begin` discards it.
+        let mut writer = EmbeddingWriter::begin(&path, 1, 2, Origin::new()).unwrap();
+        assert_eq!(EmbeddingWriter::kept(&path), None);
         writer.append(&values(0, 1)).unwrap();
         writer.finish().unwrap();
         assert_eq!(names(dir.path()), ["v.npy"]);
@@ -484,13 +481,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for name in NAMES {
             let path = dir.path().join(name);
-            let mut writer = VectorWriter::create(&path, 6, 2).unwrap();
+            let mut writer = EmbeddingWriter::create(&path, 6, 2).unwrap();
             writer.append(&values(0, 6)).unwrap();
             writer.finish().unwrap();
             let whole = std::fs::read(&path).unwrap();
             let header = whole.len() - 6 * 8;
             for (byte, intact) in [(0, 0), (15, 0), (16, 2), (39, 2), (40, 5)] {
-                let mut writer = VectorWriter::begin(&path, 6, 2, origin()).unwrap();
+                let mut writer = EmbeddingWriter::begin(&path, 6, 2, origin()).unwrap();
                 for (from, to) in [(0, 1), (1, 2), (2, 5)] {
                     writer.append(&values(from, to)).unwrap();
                     if from != 0 {
@@ -505,11 +502,11 @@ mod tests {
                     *byte ^= 1;
                 }
                 std::fs::write(&partial, bytes).unwrap();
-                let writer = VectorWriter::resume(&path, 6, 2, origin()).unwrap();
+                let writer = EmbeddingWriter::resume(&path, 6, 2, origin()).unwrap();
                 assert_eq!((writer.written(), writer.discarded()), (intact, 5 - intact), "{byte}");
                 drop(writer);
-                assert_eq!(VectorWriter::kept(&path), Some(intact));
-                let mut writer = VectorWriter::resume(&path, 6, 2, origin()).unwrap();
+                assert_eq!(EmbeddingWriter::kept(&path), Some(intact));
+                let mut writer = EmbeddingWriter::resume(&path, 6, 2, origin()).unwrap();
                 assert_eq!((writer.written(), writer.discarded()), (intact, 0));
                 writer.append(&values(intact, 6)).unwrap();
                 writer.finish().unwrap();
@@ -544,7 +541,7 @@ mod tests {
                 }
             }
             std::fs::write(&manifest, bytes).unwrap();
-            match VectorWriter::resume(&path, 4, 2, origin()) {
+            match EmbeddingWriter::resume(&path, 4, 2, origin()) {
                 Ok(writer) => prop_assert!(matches!(writer.written(), 0 | 2)),
                 Err(e) => prop_assert!(matches!(e.kind(), ErrorKind::Data | ErrorKind::Argument), "{}", e),
             }
@@ -552,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_refused_and_stays() {
+    fn a_damaged_file_is_refused_and_not_changed() {
         let dir = tempfile::tempdir().unwrap();
         let (path, partial) = (dir.path().join("v.npy"), dir.path().join("v.npy.partial"));
         let manifest = dir.path().join("v.npy.partial.json");
@@ -562,7 +559,7 @@ mod tests {
             let mut changed = whole.clone();
             change(&mut changed);
             std::fs::write(file, &changed).unwrap();
-            let error = VectorWriter::resume(&path, 4, 2, origin()).unwrap_err();
+            let error = EmbeddingWriter::resume(&path, 4, 2, origin()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Data);
             assert!(error.to_string().contains("hint: start over"), "{error}");
             assert_eq!(std::fs::read(file).unwrap(), changed);
@@ -575,6 +572,6 @@ mod tests {
             let text = String::from_utf8(bytes.clone()).unwrap();
             *bytes = text.replace("\"rows_done\": 2", "\"rows_done\": 9").into_bytes();
         });
-        assert_eq!(VectorWriter::resume(&path, 4, 2, origin()).unwrap().written(), 2);
+        assert_eq!(EmbeddingWriter::resume(&path, 4, 2, origin()).unwrap().written(), 2);
     }
 }

@@ -1,0 +1,146 @@
+//! Checks of the backend that counts: shapes as the CPU has them, operations and memory.
+
+use super::*;
+use crate::backend::{AttentionShape, Cpu, Layout, ScatterRows};
+
+fn counting() -> CountingBackend {
+    CountingBackend::new(Cpu::new().memory())
+}
+
+/// A batch of sequences, each with the positions from some on.
+fn layout<B: Backend>(backend: &B, sequences: &[Range<u32>]) -> Layout<B> {
+    let positions: Vec<u32> = sequences.iter().cloned().flatten().collect();
+    let ends = sequences.iter().scan(0, |end, sequence| {
+        *end += sequence.len() as u32;
+        Some(*end)
+    });
+    let bounds: Vec<u32> = std::iter::once(0).chain(ends).collect();
+    let [offsets, positions] = backend.upload_indices([&bounds, &positions]).unwrap();
+    Layout { bounds, offsets, positions, longest: 4 }
+}
+
+/// Shapes of everything that a few operations return, in order.
+fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
+    let mut seen = Vec::new();
+    let mut see = |x: &B::Tensor| seen.push((x.rows(), x.cols(), x.dtype()));
+    let x = backend.upload(&[0.5; 6 * 8], 6, 8).unwrap();
+    let w = backend.upload(&[0.5; 4 * 8], 4, 8).unwrap();
+    let weight = backend.prepare(w, WeightUse::Trainable(Dtype::F32)).unwrap();
+    let y = backend.linear(x.view(), weight.view(), 1.0, Epilogue::default()).unwrap();
+    see(&y);
+    see(&backend.linear_input_grad(y.view(), weight.view(), 1.0, None).unwrap());
+    let gain = backend.upload(&[1.0; 4], 1, 4).unwrap();
+    let (normed, inv_rms) = backend.rms_norm(x.view(), &gain, 1e-5, Dtype::F32).unwrap();
+    see(&normed);
+    see(&inv_rms);
+    see(&backend.rms_norm_backward(&x, &x, &gain, &inv_rms, None, None).unwrap());
+    let (unit, inv_norm) = backend.normalize(&x).unwrap();
+    see(&unit);
+    see(&inv_norm);
+    see(&backend.normalize_backward(x.view(), &unit, &inv_norm).unwrap());
+    let index = |data: &[u32]| backend.upload_indices([data]).unwrap().map(Some)[0].take().unwrap();
+    see(&backend.gather_rows(&x, &index(&[1, 1, 5])).unwrap());
+    see(&backend.segment_mean(&x, &index(&[0, 2, 6])).unwrap());
+    see(&backend.segment_mean_backward(weight.values(), &index(&[0, 2, 5, 6, 9]), 9).unwrap());
+    let mut table = backend.zeros(6, 8, Dtype::F32).unwrap();
+    let plan = ScatterRows::new(&[1, 0, 1, 5, 5, 2]).upload(backend).unwrap();
+    backend.scatter_add_rows(&x, &plan, &mut table).unwrap();
+    let keys = layout(backend, &[0..2, 0..4]);
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 4, window: Some(3), scale: 0.5 };
+    for queries in [layout(backend, &[1..2, 3..4]), layout(backend, &[0..2, 0..4])] {
+        let rows = queries.rows();
+        let q = backend.upload(&vec![0.1; rows * 16], rows, 16).unwrap();
+        let input = AttentionInput {
+            q: q.view(),
+            k: x.view(),
+            v: x.view(),
+            queries: &queries,
+            keys: &keys,
+            shape: &shape,
+        };
+        let output = backend.attention(&input).unwrap();
+        see(&output.out);
+        match backend.attention_backward(&q, &input, &output).unwrap() {
+            AttentionGradients::Fused(dqkv) => see(&dqkv),
+            AttentionGradients::Separate { dq, dkv } => [dq, dkv].iter().for_each(&mut see),
+        }
+    }
+    let gate_up = backend.upload(&[0.5; 6 * 8], 6, 8).unwrap();
+    let hidden = backend.swiglu(&gate_up).unwrap();
+    see(&hidden);
+    let (dgate_up, hidden) = backend.swiglu_backward(hidden, gate_up).unwrap();
+    [dgate_up, hidden].iter().for_each(&mut see);
+    let scores = backend.scores(&x, &unit, 2.0).unwrap();
+    see(&scores);
+    let (loss, dscores) = backend.cross_entropy(&scores, &index(&[0; 6])).unwrap();
+    see(&loss);
+    see(&dscores);
+    let (dq, dp) = backend.scores_backward(&dscores, &x, &unit, 2.0).unwrap();
+    [dq, dp].iter().for_each(&mut see);
+    see(&backend.clip_factor(&loss, None).unwrap());
+    seen
+}
+
+#[test]
+fn results_are_shaped_as_the_cpu_shapes_them() {
+    let counting = counting();
+    assert_eq!(shapes(&counting), shapes(&Cpu::new()));
+    assert_eq!(counting.taken(), 0, "a tensor kept its place");
+}
+
+#[test]
+fn attention_counts_the_pairs_that_see_each_other() {
+    let counting = counting();
+    let all = layout(&counting, &[0..5, 0..2]);
+    let shape = AttentionShape { heads: 3, kv_heads: 1, head_dim: 4, window: None, scale: 1.0 };
+    let matrix = |cols| counting.zeros(7, cols, Dtype::F32).unwrap();
+    let (q, kv) = (matrix(12), matrix(4));
+    let input = AttentionInput {
+        q: q.view(),
+        k: kv.view(),
+        v: kv.view(),
+        queries: &all,
+        keys: &all,
+        shape: &shape,
+    };
+    let output = counting.attention(&input).unwrap();
+    assert_eq!(counting.flops(), 4 * 12 * (15 + 3));
+    counting.attention_backward(&q, &input, &output).unwrap();
+    assert_eq!(counting.flops(), (4 + 10) * 12 * (15 + 3));
+    let windowed = AttentionShape { window: Some(2), ..shape };
+    let before = counting.flops();
+    counting.attention(&AttentionInput { shape: &windowed, ..input }).unwrap();
+    assert_eq!(counting.flops() - before, 4 * 12 * (1 + 2 + 2 + 2 + 2 + 1 + 2));
+}
+
+#[test]
+fn mixed_precision_takes_half() {
+    let counting = counting();
+    let zeros = |rows, dtype| counting.zeros(rows, 32, dtype).unwrap();
+    let (x, residual) = (zeros(64, Dtype::Bf16), zeros(64, Dtype::F32));
+    let w = counting.prepare(zeros(32, Dtype::F32), WeightUse::Trainable(Dtype::Bf16)).unwrap();
+    let added = Epilogue { residual: Some(&residual), ..Epilogue::default() };
+    let dtypes = [
+        counting.linear(x.view(), w.view(), 1.0, Epilogue::default()).unwrap().dtype(),
+        counting.linear(x.view(), w.view(), 1.0, added).unwrap().dtype(),
+        counting.linear_input_grad(x.view(), w.view(), 1.0, None).unwrap().dtype(),
+    ];
+    assert_eq!(dtypes, [Dtype::Bf16, Dtype::F32, Dtype::Bf16]);
+    drop((w, residual));
+    assert_eq!(counting.taken(), 64 * 32 * 2);
+    assert!(counting.peak() > counting.taken());
+}
+
+#[test]
+fn a_copy_that_a_device_multiplies_by_is_counted() {
+    let memory = DeviceMemory { has_working_copies: true, ..Cpu::new().memory() };
+    let counting = CountingBackend::new(memory);
+    let prepare = |purpose| {
+        let values = counting.zeros(8, 16, Dtype::F32).unwrap();
+        let _weight = counting.prepare(values, purpose).unwrap();
+        counting.taken()
+    };
+    assert_eq!(prepare(WeightUse::Elementwise), 4 * 128);
+    assert_eq!(prepare(WeightUse::Trainable(Dtype::F32)), 4 * 128);
+    assert_eq!(prepare(WeightUse::Trainable(Dtype::Bf16)), (4 + 2) * 128);
+}

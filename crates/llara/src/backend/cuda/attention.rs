@@ -1,0 +1,218 @@
+//! Causal attention over packed sequences: bf16 with heads of 64, 96 or 128 features by tensor cores, anything
+//! else by plain kernels.
+
+use super::device::{Cuda, Device, kernel_args};
+use super::driver::error;
+use super::tensor::{Block, CudaTensor, block};
+use crate::Result;
+use crate::backend::{AttentionGradients, AttentionInput, AttentionOutput, Dtype, Shape};
+
+kernel_args!(AttentionArgs {
+    q: u64,
+    k: u64,
+    v: u64,
+    out: u64,
+    lse: u64,
+    dout: u64,
+    delta: u64,
+    dq: u64,
+    dk: u64,
+    dv: u64,
+    q_offsets: u64,
+    k_offsets: u64,
+    q_stride: u32,
+    k_stride: u32,
+    v_stride: u32,
+    out_stride: u32,
+    dout_stride: u32,
+    dq_stride: u32,
+    dk_stride: u32,
+    dv_stride: u32,
+    sequences: u32,
+    query_rows: u32,
+    key_rows: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    window: u32,
+    scale: f32,
+});
+
+/// f32 elements of the state for each query and head: its log-sum-exp.
+pub(super) const STATE_PER_HEAD: usize = 1;
+
+/// The largest head of the plain kernels.
+const LARGEST_HEAD: usize = 256;
+/// Threads of a block, in every kernel.
+const THREADS: u32 = 128;
+/// Rows of a block of the plain kernels: one a warp.
+const PLAIN_ROWS: usize = 4;
+/// Queries of a block of the tensor-core kernels.
+const QUERIES: usize = 128;
+
+/// Which kernels compute an attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernels {
+    /// By tensor cores, for heads of so many features.
+    Tiled(usize),
+    /// For any head, in a dtype.
+    Plain(Dtype),
+}
+
+impl Kernels {
+    /// Tensor cores where the head has a kernel and every row can be loaded 16 bytes at a time.
+    fn select(head_dim: usize, blocks: &[Block]) -> Result<Self> {
+        if head_dim > LARGEST_HEAD {
+            return Err(error("CUDA: heads of attention are too large")
+                .expected(format!("at most {LARGEST_HEAD} features"))
+                .got(head_dim)
+                .hint("compute on the CPU"));
+        }
+        let dtype = blocks[0].dtype;
+        let tiled = dtype == Dtype::Bf16
+            && matches!(head_dim, 64 | 96 | 128)
+            && blocks.iter().all(|x| x.pointer.is_multiple_of(16) && x.stride.is_multiple_of(8));
+        Ok(if tiled { Kernels::Tiled(head_dim) } else { Kernels::Plain(dtype) })
+    }
+}
+
+impl Device {
+    pub(super) fn attention(
+        &self,
+        input: &AttentionInput<'_, Cuda>,
+    ) -> Result<AttentionOutput<Cuda>> {
+        let mut args = arguments(input);
+        let q = Block::from(input.q);
+        let out = self.unspecified(q.rows, q.cols, q.dtype)?;
+        let heads = input.shape.heads;
+        let state = self.unspecified(q.rows, heads * STATE_PER_HEAD, Dtype::F32)?;
+        (args.out, args.out_stride, args.lse) = (out.pointer(), q.cols as u32, state.pointer());
+        let blocks = [q, input.k.into(), input.v.into(), Block::from(&out)];
+        match Kernels::select(input.shape.head_dim, &blocks)? {
+            Kernels::Tiled(hd) => {
+                let grid = [q.rows / QUERIES + args.sequences as usize, heads, 1];
+                let kernel = format!("attention_forward_{hd}");
+                self.launch_with_shared(&kernel, grid, THREADS, 512 * hd, args)?;
+            }
+            Kernels::Plain(dtype) => {
+                let grid = [q.rows.div_ceil(PLAIN_ROWS), heads];
+                self.launch(&format!("attention_forward_plain_{dtype}"), grid, THREADS, args)?;
+            }
+        }
+        Ok(AttentionOutput { out, state })
+    }
+
+    pub(super) fn attention_backward(
+        &self,
+        dout: &CudaTensor,
+        input: &AttentionInput<'_, Cuda>,
+        output: &AttentionOutput<Cuda>,
+    ) -> Result<AttentionGradients<CudaTensor>> {
+        let shape = input.shape;
+        let (q_cols, kv_cols) = (shape.q_cols(), shape.kv_cols());
+        let (q_rows, rows, dtype) = (input.q.rows, input.k.rows, input.q.dtype());
+        let gradients = if q_rows == rows {
+            AttentionGradients::Fused(self.unspecified(rows, q_cols + 2 * kv_cols, dtype)?)
+        } else {
+            AttentionGradients::Separate {
+                dq: self.unspecified(q_rows, q_cols, dtype)?,
+                dkv: self.unspecified(rows, 2 * kv_cols, dtype)?,
+            }
+        };
+        let (dq, dkv, first) = match &gradients {
+            AttentionGradients::Fused(dqkv) => (dqkv, dqkv, q_cols),
+            AttentionGradients::Separate { dq, dkv } => (dq, dkv, 0),
+        };
+        let dq = block(dq, (0, q_rows), (0, q_cols));
+        let [dk, dv] =
+            [first, first + kv_cols].map(|column| block(dkv, (0, rows), (column, kv_cols)));
+        self.attention_gradients(dout.into(), input, output, [dq, dk, dv])?;
+        Ok(gradients)
+    }
+
+    fn attention_gradients(
+        &self,
+        dout: Block,
+        input: &AttentionInput<'_, Cuda>,
+        output: &AttentionOutput<Cuda>,
+        [dq, dk, dv]: [Block; 3],
+    ) -> Result<()> {
+        let (heads, kv_heads) = (input.shape.heads, input.shape.kv_heads);
+        assert_eq!(dout.shape(), output.out.shape(), "attention_backward: gradient");
+        assert_eq!(dout.dtype, dq.dtype, "attention_backward: dtype");
+        let out = Block::from(&output.out);
+        let delta = self.unspecified(dq.rows, heads, Dtype::F32)?;
+        let mut args = arguments(input);
+        (args.out, args.out_stride) = (out.pointer, out.stride as u32);
+        (args.dout, args.dout_stride) = (dout.pointer, dout.stride as u32);
+        (args.lse, args.delta) = (output.state.pointer(), delta.pointer());
+        (args.dq, args.dq_stride) = (dq.pointer, dq.stride as u32);
+        (args.dk, args.dk_stride) = (dk.pointer, dk.stride as u32);
+        (args.dv, args.dv_stride) = (dv.pointer, dv.stride as u32);
+        let query_grid = [dq.rows.div_ceil(PLAIN_ROWS), heads];
+        self.launch(&format!("attention_delta_{}", dq.dtype), query_grid, THREADS, args)?;
+        let inputs = [input.q, input.k, input.v].map(Block::from);
+        let blocks = [inputs.as_slice(), &[dout, dq, dk, dv]].concat();
+        match Kernels::select(input.shape.head_dim, &blocks)? {
+            Kernels::Tiled(hd) => {
+                let sequences = args.sequences as usize;
+                let grid = [dq.rows / QUERIES + sequences, heads, 1];
+                let kernel = format!("attention_backward_queries_{hd}");
+                self.launch_with_shared(&kernel, grid, THREADS, 768 * hd, args)?;
+                let keys = if hd == 64 { 128 } else { 64 };
+                let grid = [dk.rows / keys + sequences, kv_heads, 1];
+                let kernel = format!("attention_backward_keys_{hd}");
+                let shared = 4 * (keys + 64) * hd + 512;
+                self.launch_with_shared(&kernel, grid, THREADS, shared, args)
+            }
+            Kernels::Plain(dtype) => {
+                let kernel = format!("attention_backward_queries_plain_{dtype}");
+                self.launch(&kernel, query_grid, THREADS, args)?;
+                let grid = [dk.rows.div_ceil(PLAIN_ROWS), kv_heads];
+                self.launch(&format!("attention_backward_keys_plain_{dtype}"), grid, THREADS, args)
+            }
+        }
+    }
+}
+
+/// What all passes need.
+fn arguments(input: &AttentionInput<'_, Cuda>) -> AttentionArgs {
+    let AttentionInput { q, k, v, queries, keys, shape } = input;
+    let [q, k, v] = [*q, *k, *v].map(Block::from);
+    assert_eq!(q.shape(), (queries.rows(), shape.q_cols()), "attention: q");
+    assert_eq!(k.shape(), (keys.rows(), shape.kv_cols()), "attention: k");
+    assert_eq!(v.shape(), k.shape(), "attention: v");
+    assert_eq!((k.dtype, v.dtype), (q.dtype, q.dtype), "attention: dtypes");
+    assert_eq!(queries.sequences(), keys.sequences(), "attention: sequences");
+    let small = |n: usize| u32::try_from(n).expect("a matrix of fewer than 2^32 rows and columns");
+    AttentionArgs {
+        q: q.pointer,
+        k: k.pointer,
+        v: v.pointer,
+        out: 0,
+        lse: 0,
+        dout: 0,
+        delta: 0,
+        dq: 0,
+        dk: 0,
+        dv: 0,
+        q_offsets: queries.offsets.pointer(),
+        k_offsets: keys.offsets.pointer(),
+        q_stride: small(q.stride),
+        k_stride: small(k.stride),
+        v_stride: small(v.stride),
+        out_stride: 0,
+        dout_stride: 0,
+        dq_stride: 0,
+        dk_stride: 0,
+        dv_stride: 0,
+        sequences: small(queries.sequences()),
+        query_rows: small(q.rows),
+        key_rows: small(k.rows),
+        heads: small(shape.heads),
+        kv_heads: small(shape.kv_heads),
+        head_dim: small(shape.head_dim),
+        window: shape.window.map_or(0, |window| window.min(1 << 31) as u32),
+        scale: shape.scale,
+    }
+}

@@ -1,0 +1,24 @@
+//! Telling a caller, during a backward pass, which gradients are complete.
+
+use super::parameter::Parameter;
+use crate::Result;
+use crate::backend::Backend;
+
+/// Receives parameters during a backward pass, as soon as no later part of the pass adds to their
+/// gradients: those of the final norm, then those of each layer from the last to the first, then the
+/// embeddings. So the sum over processes can run while the pass goes on.
+///
+/// `()` ignores them.
+pub trait GradientsReady<B: Backend> {
+    /// The gradients of these parameters are complete, as far as they are trainable.
+    ///
+    /// # Errors
+    /// What ends the backward pass.
+    fn ready(&mut self, parameters: &mut dyn Iterator<Item = &mut Parameter<B>>) -> Result<()>;
+}
+
+impl<B: Backend> GradientsReady<B> for () {
+    fn ready(&mut self, _: &mut dyn Iterator<Item = &mut Parameter<B>>) -> Result<()> {
+        Ok(())
+    }
+}
