@@ -118,6 +118,8 @@ template <int HD, int M, int KEYS> DEVICE void attention_backward_queries(const 
 /// accumulators of Pᵀ and dSᵀ are the left operands of the products that follow.
 template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const AttentionArgs& a) {
     constexpr int ROWS = 16 * M * WARPS; // keys of a block
+    // With 16 rows a warp, registers hold keys and values as left operands; with 32, they are loaded each round.
+    constexpr bool KEEP = M == 1;
     DYNAMIC_SHARED(shared);
     const Tile<HD> keys{(bf16*)shared}, values{keys.data + ROWS * HD};
     const Tile<HD> queries{values.data + ROWS * HD}, douts{queries.data + 2 * QUERIES * HD}; // two of each
@@ -135,6 +137,7 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
                                        s.keys, a.k_stride);
     values.template fetch<ROWS, THREADS>((const bf16*)a.v + (u64)s.k_begin * a.v_stride + kv_head * HD, first,
                                          s.keys, a.v_stride);
+    cp_async_commit();
 
     // The queries that see any key of this block.
     const u32 last = (first + ROWS < s.keys ? first + ROWS : s.keys) - 1;
@@ -171,6 +174,15 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
     u32 head = kv_head * group, query = start;
     if (rounds) prefetch(head, query, 0);
     cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads(); // the keys and values are there
+    u32 kept[KEEP ? HD / 16 : 1][M][4], kept_values[KEEP ? HD / 16 : 1][M][4];
+    if (KEEP)
+#pragma unroll
+        for (int c = 0; c < HD / 16; c++) {
+            load_left<HD, M>(kept[KEEP ? c : 0], left, c);
+            load_left<HD, M>(kept_values[KEEP ? c : 0], left_values, c);
+        }
     for (u32 round = 0; round < rounds; round++) {
         const u32 buffer = round % 2;
         const u32 this_query = query;
@@ -188,8 +200,16 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
         if (active) {
             const u32 offset = buffer * QUERIES * HD * 2;
             float p[M][QUERIES / 8][4] = {}, ds[M][QUERIES / 8][4] = {};
-            multiply_transposed<HD, M, QUERIES>(p, left, right + offset);
-            multiply_transposed<HD, M, QUERIES>(ds, left_values, right_dout + offset);
+            if (KEEP) {
+#pragma unroll
+                for (int c = 0; c < HD / 16; c++) {
+                    multiply_transposed<HD, M, QUERIES>(p, kept[KEEP ? c : 0], right + offset, c);
+                    multiply_transposed<HD, M, QUERIES>(ds, kept_values[KEEP ? c : 0], right_dout + offset, c);
+                }
+            } else {
+                multiply_transposed<HD, M, QUERIES>(p, left, right + offset);
+                multiply_transposed<HD, M, QUERIES>(ds, left_values, right_dout + offset);
+            }
             const bool edge = first + ROWS > lowest + 1 || (a.window && first + a.window <= lowest + QUERIES - 1);
 #pragma unroll
             for (int n = 0; n < QUERIES / 8; n++)
@@ -216,8 +236,6 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
         __syncthreads(); // they have been read
     }
     cp_async_wait<0>();
-    __syncthreads(); // without a round, other threads' copies of keys and values arrive here
-
     float factor[M][2];
 #pragma unroll
     for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = a.scale;
