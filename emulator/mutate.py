@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Breaks the kernels in known ways and says which test sees it: results against f64, drawn orders, checks.
 
-    mutate.py OUT [PART OF A NAME]    builds below the folder OUT
+    mutate.py OUT [PART OF A NAME]...    builds below the folder OUT
 
 Exit code 1 if a broken kernel passes all tests and is not listed as one that must.
 """
@@ -125,7 +125,7 @@ def seen_by(base, out, mutant):
 
 
 def main():
-    out, part = os.path.abspath(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    out, parts = os.path.abspath(sys.argv[1]), sys.argv[2:] or [""]
     base = f"{out}/base"
     shutil.rmtree(base, ignore_errors=True)
     copy_kernels(f"{base}/kernels")
@@ -133,7 +133,7 @@ def main():
     subprocess.run(make_command(base, *targets), check=True)
     for target in targets:
         subprocess.run([target], check=True, capture_output=True)  # what is not broken passes
-    chosen = [mutant for mutant in MUTANTS if part in mutant[0]]
+    chosen = [mutant for mutant in MUTANTS if any(part in mutant[0] for part in parts)]
     missed = unexplained = 0
     for mutant in chosen:
         test, told = seen_by(base, f"{out}/mutant", mutant)
