@@ -60,6 +60,11 @@ fn main() -> ExitCode {
         Cuda::new(0).and_then(|cuda| {
             let report = check(cuda.clone(), &args);
             println!("products without an algorithm of cuBLASLt: {}", cuda.fallback_products());
+            for (name, time) in cuda.take_profile() {
+                let seconds = time.total.as_secs_f64();
+                let each = seconds * 1e6 / time.launches as f64;
+                println!("{:10.1} ms {:6} x {each:8.1} us  {name}", seconds * 1e3, time.launches);
+            }
             report
         })
     };

@@ -8,11 +8,11 @@ use llara::backend::{
 };
 use llara::data::Batch;
 use llara::dist::Solo;
-use llara::model::weights::random_decoder;
-use llara::model::{DecoderConfig, Dropout, LoraConfig};
+use llara::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
 use llara::train::{AdamW, AdamWConfig, Chunking, StepInput, accumulate_gradients};
 use llara::{BiEncoderModel, BiEncoderOptions, Error, ErrorKind, Loader, Result};
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
+use rayon::prelude::*;
 use serde_json::json;
 
 /// Hidden and intermediate size, heads, key heads, head size, layers, vocabulary.
@@ -44,7 +44,7 @@ fn shape_of(name: &str) -> Result<ModelShape> {
     }
 }
 
-/// `[MODEL [LAYERS [FOLDER]]]`: the folder lends its tokenizer.
+/// `[MODEL [LAYERS [FOLDER [lora|full]]]]`: the folder lends its tokenizer.
 pub(crate) fn measure<B: Backend>(backend: &B, args: &[String]) -> Result<()> {
     let Some(name) = args.first() else {
         products(backend)?;
@@ -56,8 +56,11 @@ pub(crate) fn measure<B: Backend>(backend: &B, args: &[String]) -> Result<()> {
     };
     let layers = args.get(1).map(number).transpose()?.unwrap_or(shape.layers);
     let folder = args.get(2).map_or("crates/llara/tests/fixtures/llama-gqa", String::as_str);
-    for (lora, tokens) in [(true, 128), (false, 128)] {
-        steps(backend, &shape, layers, folder, (lora, tokens))?;
+    let only = args.get(3).map(String::as_str);
+    for (name, lora) in [("lora", true), ("full", false)] {
+        if only.is_none_or(|only| only == name) {
+            steps(backend, &shape, layers, folder, (lora, 128))?;
+        }
     }
     Ok(())
 }
@@ -153,6 +156,20 @@ fn attention<B: Backend>(backend: &B) -> Result<()> {
     Ok(())
 }
 
+/// Matrices of uniform numbers with a standard deviation of 0.02, from a hash, on all threads; vectors of ones.
+fn weights(shape: &[usize]) -> Vec<f32> {
+    if shape.len() == 1 {
+        return vec![1.0; shape[0]];
+    }
+    let uniform = |i: u64| {
+        let x = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        ((x ^ x >> 27) >> 40) as f32 / (1 << 24) as f32
+    };
+    let elements = (shape[0] * shape[1]) as u64;
+    (0..elements).into_par_iter().map(|i| (uniform(i + 1) - 0.5) * 0.069).collect()
+}
+
 /// Training steps of 8 queries and 128 passages.
 fn steps<B: Backend>(
     backend: &B,
@@ -180,7 +197,9 @@ fn steps<B: Backend>(
     let config = DecoderConfig::from_json(config.to_string().as_bytes())?;
     let loader = Loader::new(std::path::Path::new(folder))?;
     let mut model: BiEncoderModel<B> = loader.load(backend.clone(), BiEncoderOptions::default())?;
-    *model.decoder_mut() = random_decoder(backend, &config, 0.02, 1)?;
+    *model.decoder_mut() = Decoder::build(backend, config, &mut |_, shape| {
+        Ok(ParameterValues::rounded(weights(shape), if lora { Dtype::Bf16 } else { Dtype::F32 }))
+    })?;
     if lora {
         model.attach_new_adapter(&LoraConfig::default(), 3)?;
     }

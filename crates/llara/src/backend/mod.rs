@@ -32,7 +32,7 @@ mod tensor;
 
 pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
-pub use cuda::{Cuda, CudaDownload, CudaIndex, CudaTensor, CudaWeight};
+pub use cuda::{Cuda, CudaDownload, CudaIndex, CudaTensor, CudaWeight, KernelTime};
 pub use memory::{DeviceMemory, OffsetAllocator};
 pub use operands::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, AttentionShape,

@@ -278,7 +278,7 @@ mod tests {
             assert!(e.starts_with("rows.jsonl:7: ") && e.contains(part), "{line}\n{e}");
         }
         let e = TrainingRow::parse(b"{\"query\":\"\xff\"}", "r", 1).unwrap_err().to_string();
-        assert!(e.contains("not UTF-8") && e.contains("10 bytes into"), "{e}");
+        assert!(e.contains("not UTF-8") && e.contains("at column 11"), "{e}");
         let deep = "[".repeat(100_000);
         assert!(parse(&deep).is_err());
         let long = format!(r#"{{"query":"q","pos":"{}","neg":["b"]}}"#, "ü".repeat(9999));

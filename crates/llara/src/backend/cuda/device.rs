@@ -7,6 +7,7 @@ use super::blas::Blas;
 use super::compile::Kernels;
 use super::driver::{Context, version_text};
 use super::memory::Memory;
+use super::profile::Profile;
 use super::tensor::CudaTensor;
 use super::transfer::Staging;
 use crate::Result;
@@ -64,6 +65,7 @@ pub(super) struct Device {
     pub(super) context: Arc<Context>,
     /// Products that a kernel of our own computed.
     pub(super) fallback_products: AtomicU64,
+    pub(super) profile: Profile,
 }
 
 impl Device {
@@ -74,7 +76,8 @@ impl Device {
         let blas = Blas::new(&memory)?;
         let staging = Staging::new(context.clone());
         let fallback_products = AtomicU64::new(0);
-        Ok(Device { staging, blas, kernels, memory, context, fallback_products })
+        let profile = Profile::from_environment();
+        Ok(Device { staging, blas, kernels, memory, context, fallback_products, profile })
     }
 
     pub(super) fn description(&self) -> String {
@@ -134,9 +137,12 @@ impl Device {
         let [x, y, z] = grid.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{kernel}: a grid of {grid:?}");
         let function = self.kernels.get(kernel, shared_bytes)?;
-        // SAFETY: the layout is that of `KernelArgs`; whoever made the arguments took pointers and
-        // sizes from the same tensors and asserted their shapes.
-        unsafe { self.context.launch(function.0, [x, y, z], block, shared_bytes as u32, &args) }
+        let launch = || {
+            // SAFETY: the layout is that of `KernelArgs`; whoever made the arguments took pointers and
+            // sizes from the same tensors and asserted their shapes.
+            unsafe { self.context.launch(function.0, [x, y, z], block, shared_bytes as u32, &args) }
+        };
+        self.profile.measure(&self.context, || kernel.to_owned(), launch)
     }
 }
 

@@ -124,8 +124,8 @@ impl Context {
         use cu::CUdevice_attribute_enum as A;
         let mut name = [0i8; 256];
         // SAFETY: writes at most 256 bytes, with a zero at the end.
-        let result = unsafe { cu::cuDeviceGetName(name.as_mut_ptr().cast(), 256, device) };
-        check(result, "read the device's name")?;
+        let named = unsafe { cu::cuDeviceGetName(name.as_mut_ptr().cast(), 256, device) };
+        check(named, "read its name")?;
         // SAFETY: the driver ended it with a zero.
         let name = unsafe { CStr::from_ptr(name.as_ptr().cast()) }.to_string_lossy().into_owned();
         let capability = (

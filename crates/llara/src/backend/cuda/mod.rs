@@ -17,6 +17,7 @@ mod norms;
 mod objective;
 mod pointwise;
 mod products;
+mod profile;
 mod rows;
 mod tensor;
 mod transfer;
@@ -25,6 +26,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use device::Cuda;
+pub use profile::KernelTime;
 pub use tensor::{CudaIndex, CudaTensor, CudaWeight};
 pub use transfer::CudaDownload;
 
@@ -69,6 +71,12 @@ impl Cuda {
     /// How many products were computed by a kernel of our own because cuBLASLt had no algorithm.
     pub fn fallback_products(&self) -> u64 {
         self.device.fallback_products()
+    }
+
+    /// Names and times of the kernels since the last call, the longest time first. Empty unless the
+    /// environment variable `LLARA_CUDA_PROFILE` was set when the device was opened.
+    pub fn take_profile(&self) -> Vec<(String, KernelTime)> {
+        self.device.profile.take()
     }
 
     /// What a prediction of memory needs to know of this backend, where no GPU is present.

@@ -67,7 +67,14 @@ impl Device {
             return Ok(());
         }
         let inner = product.inner();
-        if inner > 0 && self.blas.multiply(&self.context, product)? {
+        let name = || {
+            let [t, u] = [product.left_transposed, product.right_transposed]
+                .map(|transposed| if transposed { "T" } else { "" });
+            let (m, n, dtype) = (out.rows, out.cols, left.dtype);
+            format!("product {dtype} [{m}, {inner}]{t} x [{inner}, {n}]{u} to {}", out.dtype)
+        };
+        let multiply = || self.blas.multiply(&self.context, product);
+        if inner > 0 && self.profile.measure(&self.context, name, multiply)? {
             return Ok(());
         }
         self.fallback_products.fetch_add(1, Ordering::Relaxed);
