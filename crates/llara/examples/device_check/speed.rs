@@ -198,7 +198,9 @@ fn steps<B: Backend>(
     let loader = Loader::new(std::path::Path::new(folder))?;
     let mut model: BiEncoderModel<B> = loader.load(backend.clone(), BiEncoderOptions::default())?;
     *model.decoder_mut() = Decoder::build(backend, config, &mut |_, shape| {
-        Ok(ParameterValues::rounded(weights(shape), if lora { Dtype::Bf16 } else { Dtype::F32 }))
+        let frozen_matrix = lora && shape.len() == 2;
+        let dtype = if frozen_matrix { Dtype::Bf16 } else { Dtype::F32 };
+        Ok(ParameterValues::rounded(weights(shape), dtype))
     })?;
     if lora {
         model.attach_new_adapter(&LoraConfig::default(), 3)?;
