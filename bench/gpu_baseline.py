@@ -37,12 +37,13 @@ def main():
     parser.add_argument("--only", choices=["lora", "full"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--only-compile", action="store_true")
     parser.add_argument("--no-checkpointing", action="store_true")
     args = parser.parse_args()
     for lora in [True, False]:
         if args.only and (args.only == "lora") != lora:
             continue
-        for compiled in [False] if args.no_compile else [False, True]:
+        for compiled in [False] if args.no_compile else [True] if args.only_compile else [False, True]:
             for checkpointing in [False] if args.no_checkpointing or compiled else [False, True]:
                 setting = dict(lora=lora, compile=compiled, checkpointing=checkpointing)
                 try:

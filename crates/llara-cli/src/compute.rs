@@ -102,6 +102,11 @@ enum Choice {
 }
 
 impl Precision {
+    /// Whether the number format depends on the device.
+    pub(super) fn is_auto(&self) -> bool {
+        self.dtype == Choice::Auto
+    }
+
     /// The number format of activations on a device.
     pub(super) fn dtype(&self, backend: &impl Backend) -> Dtype {
         match self.dtype {

@@ -1,14 +1,16 @@
-//! Ctrl-C and SIGTERM: a training run stops after the current step, encoding stops immediately. Both print
-//! which results exist and how to continue. The exit code is 128 + the signal's number.
+//! Ctrl-C (SIGINT), SIGTERM and SIGUSR1: a training run saves a checkpoint after the current step and stops.
+//! Encoding stops immediately at Ctrl-C and SIGTERM. Both print which results exist and how to continue. The
+//! exit code is 128 + the signal's number.
 //!
 //! The crate `signal-hook` delivers signals to an ordinary thread, which may print and take locks; a
 //! signal handler may not.
 
+use std::fmt;
 use std::process::exit;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use llara::{Error, ErrorKind, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use super::talk::say;
@@ -16,13 +18,42 @@ use super::talk::say;
 /// The first signal; 0: none yet.
 static RECEIVED: AtomicI32 = AtomicI32::new(0);
 
-/// Makes [`check`] fail after a signal. A second signal ends the program immediately.
+/// The exit code of a run that `--max-time` stopped: EX_TEMPFAIL of sysexits.h, a failure that a repetition
+/// of the command may not have.
+const TIME_LIMIT: u8 = 75;
+
+/// The error of a training run that was stopped and can be continued.
+#[derive(Debug)]
+pub(super) struct Stopped {
+    /// The exit code.
+    pub(super) code: u8,
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "stopped, exit code {}", self.code)
+    }
+}
+
+impl std::error::Error for Stopped {}
+
+impl Stopped {
+    /// The reason is the signal that was received, or else the time limit.
+    pub(super) fn now() -> Self {
+        Stopped { code: signal_code().unwrap_or(TIME_LIMIT) }
+    }
+}
+
+/// Makes [`received`] return true after a signal. A second signal ends the program immediately.
 ///
 /// # Errors
 /// When signals cannot be received.
 pub(super) fn stop_after_step() -> Result<()> {
-    on_signal(|signal, first| match first {
-        true => say!("interrupted: stopping after this step; repeat to stop immediately"),
+    on_signal(&[SIGINT, SIGTERM, SIGUSR1], |signal, first| match first {
+        true => say!(
+            "interrupted: saving a checkpoint after this step, then stopping; repeat to stop \
+             immediately"
+        ),
         false => exit(128 + signal),
     })
 }
@@ -32,17 +63,17 @@ pub(super) fn stop_after_step() -> Result<()> {
 /// # Errors
 /// When signals cannot be received.
 pub(super) fn stop_at_once(message: impl Fn() -> String + Send + 'static) -> Result<()> {
-    on_signal(move |signal, _| {
+    on_signal(&[SIGINT, SIGTERM], move |signal, _| {
         say!("interrupted: {}", message());
         exit(128 + signal)
     })
 }
 
-/// Calls `act` with each signal and whether it is the first.
-fn on_signal(act: impl Fn(i32, bool) + Send + 'static) -> Result<()> {
+/// Calls `act` with each of these signals and whether it is the first.
+fn on_signal(signals: &[i32], act: impl Fn(i32, bool) + Send + 'static) -> Result<()> {
     let failed =
         |e: std::io::Error| Error::new(ErrorKind::Io, "cannot receive signals (Ctrl-C)").because(e);
-    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+    let mut signals = Signals::new(signals).map_err(failed)?;
     let listen = move || {
         for signal in signals.forever() {
             let before = RECEIVED.swap(signal, Ordering::SeqCst);
@@ -52,17 +83,13 @@ fn on_signal(act: impl Fn(i32, bool) + Send + 'static) -> Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(listen).map(drop).map_err(failed)
 }
 
-/// # Errors
-/// After a signal.
-pub(super) fn check() -> Result<()> {
-    match exit_code() {
-        None => Ok(()),
-        Some(_) => Err(Error::new(ErrorKind::Io, "interrupted by a signal")),
-    }
+/// Whether a signal was received.
+pub(super) fn received() -> bool {
+    RECEIVED.load(Ordering::SeqCst) != 0
 }
 
 /// The exit code of a program that was stopped by a signal.
-pub(super) fn exit_code() -> Option<u8> {
+fn signal_code() -> Option<u8> {
     match RECEIVED.load(Ordering::SeqCst) {
         0 => None,
         signal => u8::try_from(128 + signal).ok(),

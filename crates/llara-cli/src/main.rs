@@ -1,7 +1,8 @@
 //! The command line: one file per verb, each of which parses its arguments and calls the library.
 //!
 //! Results go to standard output, messages to standard error. Exit codes: 0: success; 1: failure, with the
-//! reason on standard error; 2: invalid command line; 130, 143: stopped by SIGINT, SIGTERM.
+//! reason on standard error; 2: invalid command line; 130, 138, 143: stopped by SIGINT, SIGUSR1, SIGTERM; 75:
+//! stopped by `--max-time`.
 
 mod compute;
 mod encode;
@@ -77,8 +78,8 @@ fn execute(args: Vec<OsString>) -> ExitCode {
             u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
         }
         None => {
-            if let Some(code) = interrupt::exit_code() {
-                return ExitCode::from(code);
+            if let Some(stopped) = error.downcast_ref::<interrupt::Stopped>() {
+                return ExitCode::from(stopped.code);
             }
             say!("error: {error}");
             ExitCode::FAILURE

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use llara::train::remove_unfinished;
 use llara::{Error, ErrorKind, FolderLock, Result, finish_interrupted, free_disk_bytes};
 
 use super::talk::{bytes, say};
@@ -15,6 +16,13 @@ const PARTIAL: &str = ".partial-";
 /// Creates the output folder if it does not exist, and locks it for this process. Refuses a folder that is
 /// not empty unless `overwrite` is set. Interrupted saves in it are finished or removed.
 pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
+    let lock = claim_with_contents(path)?;
+    check(path, overwrite, &[])?;
+    Ok(lock)
+}
+
+/// [`claim`] without a check of the contents, for a run that may continue from a checkpoint in the folder.
+pub(super) fn claim_with_contents(path: &Path) -> Result<FolderLock> {
     if path.exists() && !path.is_dir() {
         return Err(Error::new(ErrorKind::Io, "the output folder is a file")
             .file(path)
@@ -33,17 +41,27 @@ pub(super) fn claim(path: &Path, overwrite: bool) -> Result<FolderLock> {
         let removed = path.join(name);
         say!("note: removed {}, incomplete files of an interrupted run", removed.display());
     }
-    check(path, overwrite)?;
+    for name in remove_unfinished(path)? {
+        let removed = path.join(name);
+        say!("note: removed {}, an incomplete checkpoint of an interrupted run", removed.display());
+    }
     Ok(lock)
 }
 
-/// Refuses a folder that is not empty unless `overwrite` is set.
-fn check(path: &Path, overwrite: bool) -> Result<()> {
+/// Refuses a folder without checkpoints that contains more than the log of an interrupted run, unless
+/// `overwrite` is set.
+pub(super) fn check_resumable(path: &Path, overwrite: bool) -> Result<()> {
+    check(path, overwrite, &["log.jsonl", "runs"])
+}
+
+/// Refuses a folder with other files than `allowed` unless `overwrite` is set.
+fn check(path: &Path, overwrite: bool, allowed: &[&str]) -> Result<()> {
     let entries = fs::read_dir(path);
     let entries = entries.map_err(|e| Error::io("use this as the output folder", path, e))?;
     let mut names: Vec<String> = entries
         .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
         .filter(|name| name != ".llara.lock" && !name.starts_with(PARTIAL))
+        .filter(|name| !allowed.contains(&&**name))
         .collect();
     if names.is_empty() || overwrite {
         return Ok(());
@@ -55,7 +73,7 @@ fn check(path: &Path, overwrite: bool) -> Result<()> {
         .expected("a new or empty folder")
         .got(format!("{}{more}", names[..names.len().min(SHOWN)].join(", ")))
         .hint(if names.iter().any(|name| name.starts_with("checkpoint-")) {
-            "choose another folder; a checkpoint can be trained further as --model. \
+            "continue the run with --resume-from-checkpoint, or choose another folder. \
              --overwrite-output-dir deletes the checkpoints and replaces the model"
         } else {
             "choose another folder, or replace its model with --overwrite-output-dir"

@@ -38,26 +38,36 @@ pub(super) struct TrainingProgress {
     /// The bar's text. It is not set through the bar, so that a step draws the bar only once.
     state: Arc<Mutex<String>>,
     start: Instant,
-    /// Completed steps.
-    steps: u64,
+    /// Number of steps before this start of the run.
+    first: u64,
+    /// When the run stops.
+    deadline: Option<Instant>,
 }
 
 impl TrainingProgress {
-    pub(super) fn new(log: RunLog, total_steps: u64) -> Self {
+    /// The progress of a run that continues after step `first` and stops at `deadline`.
+    pub(super) fn new(
+        log: RunLog,
+        (first, total_steps): (u64, u64),
+        deadline: Option<Instant>,
+    ) -> Self {
         let state = Arc::new(Mutex::new(String::new()));
         let shown = state.clone();
         let bar = bar(total_steps, "[{bar:30}] {pos}/{len}  {state}  {eta} left", move |_| {
             shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
         });
-        TrainingProgress { log, bar, state, start: Instant::now(), steps: 0 }
+        if let Some(bar) = &bar {
+            bar.set_position(first);
+            bar.reset_eta();
+        }
+        TrainingProgress { log, bar, state, start: Instant::now(), first, deadline }
     }
 
-    /// Removes the bar; returns the number of completed steps.
-    pub(super) fn finish(self) -> u64 {
+    /// Removes the bar.
+    pub(super) fn finish(self) {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
-        self.steps
     }
 }
 
@@ -67,20 +77,19 @@ fn state(record: &StepRecord) -> String {
 
 impl Observer for TrainingProgress {
     fn on_step(&mut self, record: &StepRecord) -> Result<()> {
-        self.steps = record.step;
         if let Some(bar) = &self.bar {
             *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state(record);
             bar.update(|bar| bar.set_pos(record.step));
         }
-        // After the last step the model is saved in any case.
-        if record.step < record.total_steps { interrupt::check() } else { Ok(()) }
+        Ok(())
     }
 
     fn on_log(&mut self, record: &StepRecord) -> Result<()> {
         self.log.write(record)?;
         if self.bar.is_none() {
             let (step, total) = (record.step, record.total_steps);
-            let left = self.start.elapsed().as_secs_f64() / step as f64 * (total - step) as f64;
+            let made = step.saturating_sub(self.first).max(1);
+            let left = self.start.elapsed().as_secs_f64() / made as f64 * (total - step) as f64;
             say!("step {step}/{total}  {}  {} left", state(record), clock(left));
         }
         Ok(())
@@ -93,6 +102,10 @@ impl Observer for TrainingProgress {
             None => report(),
         }
         Ok(())
+    }
+
+    fn stops(&mut self) -> bool {
+        interrupt::received() || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 }
 

@@ -105,7 +105,8 @@ fn train(
     }
     model.set_negatives_cross_device(case.cross_device && collective.size() > 1);
     let mut watch = Watch::default();
-    let mut trainer = Trainer::in_group(&mut model, dataset, config, collective).unwrap();
+    let (mut trainer, _) =
+        Trainer::in_group(&mut model, dataset, config, collective, None).unwrap();
     trainer.state().set_bucket_elements(case.bucket);
     trainer.run(&mut watch).unwrap();
     let weights = model.decoder().trainable_parameters().map(|parameter| {

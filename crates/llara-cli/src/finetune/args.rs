@@ -25,13 +25,18 @@ By default a LoRA adapter is trained, and the output folder contains only the ad
 (FlagEmbedding's LLARA). All flags of the reference and of transformers.TrainingArguments are
 recognized: those without an effect in this program (--deepspeed, --fp16, --gradient_checkpointing,
 …) print a note, those that ask for an unsupported feature are errors. --no_FLAG sets a flag to
-false. Ctrl-C stops after the current step.
+false.
+
+Ctrl-C (SIGINT), SIGTERM, SIGUSR1 and --max-time stop the run after the current step and save a
+checkpoint; the exit code is then 130, 143, 138 or 75. A second signal stops it immediately. The same
+command with --resume-from-checkpoint continues the run; its model has the same bytes as that of an
+uninterrupted run.
 
 Examples:
   llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
   llara finetune --model Qwen/Qwen3-0.6B --template qwen3-embedding --train-data data/ \\
       --output-dir tuned --max-steps 1000 --warmup-ratio 0.1 --save-steps 200 --save-total-limit 2
-  llara finetune --config run.toml --seed 7
+  llara finetune --config run.toml --resume-from-checkpoint --max-time 3h50m
 
 run.toml contains options without the leading dashes; options of the command line override it:
   model = \"base\"
@@ -183,14 +188,14 @@ impl Args {
         }
     }
 
-    /// Whether an adapter is trained.
-    pub(super) fn uses_adapter(&self) -> bool {
-        self.lora.use_lora
-    }
-
     /// The number format of activations: `--dtype`, or bf16 with the reference's flag `--bf16`.
     pub(super) fn precision(&self, backend: &impl Backend) -> Dtype {
         if self.training.bf16 { Dtype::Bf16 } else { self.precision.dtype(backend) }
+    }
+
+    /// Whether the number format of activations depends on the device.
+    pub(super) fn has_auto_precision(&self) -> bool {
+        !self.training.bf16 && self.precision.is_auto()
     }
 
     /// The options of the model. With one process `--negatives-cross-device` has no effect.

@@ -40,7 +40,8 @@ const LOGS: &str = "log.jsonl and TensorBoard events are written to the output f
                     standard error; --logging-steps sets the interval";
 const DEVICE: &str = "--device chooses the device";
 const ROWS: &str = "rows are read directly from --train-data, without a cache";
-const MODEL_ONLY: &str = "checkpoints hold only the model; a run cannot be resumed";
+const WHOLE_STATE: &str =
+    "checkpoints always contain the complete state of the run, and resuming restores it";
 const EVALUATION: &str = "there is no evaluation during training; run llara evaluate afterwards";
 const NO_UPLOAD: &str = "the model is not uploaded";
 
@@ -177,10 +178,10 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
     ("save-max-shard-size", NoEffect(ROWS)),
     ("num-shards", NoEffect(ROWS)),
     ("fix-position-embedding", NoEffect("rotary position embeddings have no parameters")),
-    ("save-only-model", NoEffect(MODEL_ONLY)),
-    ("restore-callback-states-from-checkpoint", NoEffect(MODEL_ONLY)),
-    ("ignore-data-skip", NoEffect(MODEL_ONLY)),
-    ("enable-jit-checkpoint", NoEffect(MODEL_ONLY)),
+    ("save-only-model", NoEffect(WHOLE_STATE)),
+    ("restore-callback-states-from-checkpoint", NoEffect(WHOLE_STATE)),
+    ("ignore-data-skip", NoEffect("a resumed run does not read the rows of earlier steps")),
+    ("enable-jit-checkpoint", NoEffect("SIGTERM, SIGINT and SIGUSR1 always save a checkpoint")),
     ("full-determinism", NoEffect("runs are always deterministic")),
     ("per-device-eval-batch-size", NoEffect(EVALUATION)),
     ("per-gpu-eval-batch-size", NoEffect(EVALUATION)),
@@ -207,8 +208,7 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
     ("push-to-hub-model-id", NoEffect(NO_UPLOAD)),
     ("push-to-hub-organization", NoEffect(NO_UPLOAD)),
     ("push-to-hub-token", NoEffect(NO_UPLOAD)),
-    ("resume-from-checkpoint", limited(is_off,
-        "resuming", "start again, or give the checkpoint as --model")),
+    ("resume-from-checkpoint", Supported),
     ("gradient-accumulation-steps", limited(is_one,
         "gradient accumulation", "omit it and increase --per-device-train-batch-size, which also gives more negatives")),
     ("per-gpu-train-batch-size", limited(is_off,

@@ -8,7 +8,7 @@ use llara::train::Chunking;
 use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
 use llara::{Error, ErrorKind, Result, Role};
 
-use super::{Args, Prepared};
+use super::{Args, Prepared, resume};
 use crate::talk::{bytes, count, counted, operations};
 
 /// A plan, its batch and run, and the available memory.
@@ -34,7 +34,7 @@ impl Forecast {
             decoder: prepared.outline.decoder.clone(),
             prompts: prepared.outline.prompts.clone(),
             lora: prepared.lora()?,
-            precision: args.precision(&prepared.backend),
+            precision: prepared.precision,
             options: args.model_options(&prepared.recipe),
             memory: prepared.backend.memory(),
             process_bytes: 0,
@@ -54,6 +54,7 @@ impl Forecast {
             None => machine.usable(),
         };
         let policy = args.training.chunk_policy();
+        let policy = resume::chunk_policy(policy, prepared.checkpoint.as_ref());
         let limit = budget.unwrap_or(u64::MAX);
         let plan = DryRun::new(shape.clone())?.choose(&batch, policy, limit)?;
         Ok(Forecast { plan, batch, budget, is_given: given.is_some(), machine, shape, policy })

@@ -9,16 +9,18 @@ mod optimizer_args;
 mod output_args;
 mod prepare;
 mod ranges;
+mod resume;
 mod steps;
 mod trainer_flags;
 mod training_args;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use llara::backend::{Backend, Dtype};
 use llara::data::{Dataset, Sampling};
-use llara::train::{RunLog, Summary, TrainConfig, Trainer};
+use llara::train::{Checkpoint, RunLog, Summary, TrainConfig, Trainer, state_bytes};
 use llara::{BiEncoderModel, Error, Loader, Role};
 
 use super::compute::on_device;
@@ -35,11 +37,17 @@ pub(super) use prepare::{Prepared, Purpose};
 const TEXTS: usize = 2_000;
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
-    on_device!(args.compute, backend => finetune(&args, output_dir, backend))
+    on_device!(args.compute, backend => finetune(&args, output_dir, deadline, backend))
 }
 
-fn finetune(args: &Args, output_dir: PathBuf, backend: impl Backend) -> anyhow::Result<()> {
+fn finetune(
+    args: &Args,
+    output_dir: PathBuf,
+    deadline: Option<Instant>,
+    backend: impl Backend,
+) -> anyhow::Result<()> {
     let mut prepared = Prepared::new(args, Purpose::Run(output_dir), backend)?;
     let forecast = Forecast::new(args, &prepared)?;
     forecast.refuse_if_too_large(&prepared)?;
@@ -52,9 +60,13 @@ fn finetune(args: &Args, output_dir: PathBuf, backend: impl Backend) -> anyhow::
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
     let mut model = prepared.load(args)?;
-    let Prepared { config, dataset, .. } = &prepared;
+    let Prepared { config, dataset, checkpoint, .. } = &prepared;
     check_space(config, dataset, &model, args.lora.save_merged_lora_model)?;
-    let trained = train(args, config, dataset, &mut model).and_then(|summary| {
+    let run = (config, dataset, checkpoint.as_ref());
+    let trained = train(args, run, &mut model, deadline).and_then(|summary| {
+        if summary.stopped {
+            return Err(interrupt::Stopped::now().into());
+        }
         save(model, config, args.lora.save_merged_lora_model)
             .inspect_err(|_| output_folder::say_what_is_left(&config.output_dir))?;
         Ok(summary)
@@ -83,7 +95,8 @@ fn check_space(
         Some(_) => (model.saved_adapter_bytes(), if merged { whole } else { 0 }),
         None => (whole, 0),
     };
-    let needed = one.saturating_mul(kept.saturating_add(1)).saturating_add(merged);
+    let checkpoint = one.saturating_add(state_bytes(model, saving.dtype));
+    let needed = checkpoint.saturating_mul(kept).saturating_add(one).saturating_add(merged);
     let largest = match kept {
         0 => "the trained model".to_owned(),
         kept => format!("the trained model and {}", counted(kept as usize, "checkpoint")),
@@ -121,9 +134,9 @@ fn save<B: Backend>(
 /// Runs all steps. The optimizer state is freed when this returns, before the model is saved.
 fn train(
     args: &Args,
-    config: &TrainConfig,
-    dataset: &Dataset,
+    (config, dataset, checkpoint): (&TrainConfig, &Dataset, Option<&Checkpoint>),
     model: &mut BiEncoderModel<impl Backend>,
+    deadline: Option<Instant>,
 ) -> anyhow::Result<Summary> {
     let about_model = describe(model, args.model.model.as_deref().unwrap_or_default());
     for (role, max_len) in
@@ -132,51 +145,51 @@ fn train(
         trained_model::warn_if_too_long(model, role, max_len);
     }
     let normalized = model.options().normalized;
-    let mut trainer = Trainer::new(model, dataset, config)?;
+    let (mut trainer, notes) = match checkpoint {
+        Some(checkpoint) => Trainer::resumed(model, dataset, config, checkpoint)?,
+        None => (Trainer::new(model, dataset, config)?, Vec::new()),
+    };
+    let (first, total) = (trainer.state().step(), trainer.total_steps());
     say!("{about_model}");
-    announce(args, normalized, (config, dataset), trainer.total_steps());
-
-    output_folder::remove_earlier_checkpoints(&config.output_dir)?;
-    let log = create_log(&config.output_dir)?;
+    announce(args, normalized, (config, dataset), total);
+    for note in notes {
+        say!("note: {note}");
+    }
+    let log = match checkpoint {
+        Some(checkpoint) => {
+            say!("resumed   after step {first} of {total}, from {}", checkpoint.dir().display());
+            open_log(&config.output_dir, |output_dir| RunLog::resume(output_dir, first))?
+        }
+        None => {
+            output_folder::remove_earlier_checkpoints(&config.output_dir)?;
+            open_log(&config.output_dir, RunLog::create)?
+        }
+    };
     interrupt::stop_after_step()?;
-    let mut progress = TrainingProgress::new(log, trainer.total_steps());
+    let mut progress = TrainingProgress::new(log, (first, total), deadline);
     let result = trainer.run(&mut progress);
-    let done = progress.finish();
-    if result.is_err() && interrupt::exit_code().is_some() {
-        say!("stopped after step {done} of {}", trainer.total_steps());
-        say!("{}", what_is_left(config, args.uses_adapter()));
+    progress.finish();
+    let summary = result?;
+    if summary.stopped {
+        let (step, folder) = (summary.steps, config.output_dir.display());
+        let why = if interrupt::received() { "" } else { ", because --max-time has passed" };
+        say!("stopped after step {step} of {total}{why}");
+        say!(
+            "to continue the run from {folder}/checkpoint-{step}, repeat the command with \
+             --resume-from-checkpoint"
+        );
     }
-    Ok(result?)
+    Ok(summary)
 }
 
-/// A message about the files of an interrupted run and how to continue it.
-fn what_is_left(config: &TrainConfig, adapter: bool) -> String {
-    let steps = fs::read_dir(&config.output_dir).into_iter().flatten().filter_map(|entry| {
-        let name = entry.ok()?.file_name();
-        name.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok()
-    });
-    let folder = config.output_dir.display();
-    match (steps.max(), adapter) {
-        (Some(step), true) => format!(
-            "{folder} has checkpoint-{step}; to continue from it with a new optimizer: --from-peft \
-             {folder}/checkpoint-{step} and another --output-dir"
-        ),
-        (Some(step), false) => format!(
-            "{folder} has checkpoint-{step}; to continue from it with a new optimizer: --model \
-             {folder}/checkpoint-{step} and another --output-dir"
-        ),
-        (None, _) => format!(
-            "{folder} has no model, because no checkpoint was saved; to start again, add \
-             --overwrite-output-dir; --save-steps N saves a checkpoint every N steps"
-        ),
-    }
-}
-
-/// Creates the output folder and the log.
-fn create_log(output_dir: &Path) -> llara::Result<RunLog> {
+/// Creates the output folder and opens the log.
+fn open_log(
+    output_dir: &Path,
+    open: impl FnOnce(&Path) -> llara::Result<RunLog>,
+) -> llara::Result<RunLog> {
     fs::create_dir_all(output_dir)
         .map_err(|e| Error::io("create the output folder", output_dir, e))?;
-    RunLog::create(output_dir)
+    open(output_dir)
 }
 
 fn describe(model: &BiEncoderModel<impl Backend>, name: &str) -> String {

@@ -35,6 +35,11 @@ pub(super) struct OutputArgs {
     /// Maximum number of checkpoints; older ones are deleted; 0: no limit
     #[arg(long, value_name = "N", default_value_t = 0)]
     save_total_limit: usize,
+    /// Continue an interrupted run: from the newest undamaged checkpoint in the output folder (latest;
+    /// without a checkpoint a new run is started), or from the checkpoint folder DIR
+    #[arg(long, value_name = "latest|DIR", num_args = 0..=1, default_missing_value = "latest")]
+    #[arg(value_parser = resume_from)]
+    pub(super) resume_from_checkpoint: Option<ResumeFrom>,
     /// Number format of saved weights: f32, bf16, f16, or auto (that of the loaded weights)
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = SavedAs::Auto)]
     #[arg(hide_possible_values = true)]
@@ -50,6 +55,25 @@ enum SaveStrategy {
     Steps,
     /// At the end of each epoch
     Epoch,
+}
+
+/// The checkpoint that a run continues from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ResumeFrom {
+    /// None: the option is turned off, as a script may do.
+    Nothing,
+    /// The newest one in the output folder, if there is one.
+    Latest,
+    /// This folder.
+    Folder(PathBuf),
+}
+
+fn resume_from(text: &str) -> Result<ResumeFrom, String> {
+    Ok(match &*text.to_ascii_lowercase() {
+        "latest" | "true" | "yes" | "on" | "1" => ResumeFrom::Latest,
+        "" | "false" | "no" | "off" | "0" | "none" => ResumeFrom::Nothing,
+        _ => ResumeFrom::Folder(text.into()),
+    })
 }
 
 impl OutputArgs {

@@ -3,20 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
-use llara::backend::Backend;
+use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, Dataset};
 use llara::model::LoraConfig;
 use llara::text::Template;
-use llara::train::TrainConfig;
 use llara::train::plan::TextLengths;
+use llara::train::{Checkpoint, TrainConfig};
 use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role};
 
 use super::Args;
 use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
-use super::ranges;
+use super::{ranges, resume};
 use crate::talk::say;
-use crate::{output_folder, paths, trained_model};
+use crate::{paths, trained_model};
 
 /// The purpose of a preparation.
 pub(crate) enum Purpose {
@@ -40,6 +40,10 @@ pub(crate) struct Prepared<B: Backend> {
     pub(super) backend: B,
     /// The lock of the output folder.
     lock: Option<FolderLock>,
+    /// The checkpoint that the run continues from.
+    pub(super) checkpoint: Option<Checkpoint>,
+    /// The number format of activations.
+    pub(super) precision: Dtype,
 }
 
 impl<B: Backend> Prepared<B> {
@@ -53,20 +57,22 @@ impl<B: Backend> Prepared<B> {
         ranges::check(args)?;
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
-        let (output_dir, lock) = match &purpose {
+        let (output_dir, lock, checkpoint) = match &purpose {
             Purpose::Run(output_dir) => {
                 check_apart(args, output_dir, &adapter, &model_name)?;
-                let lock = output_folder::claim(output_dir, args.output.overwrite_output_dir)?;
-                (output_dir.clone(), Some(lock))
+                let (lock, checkpoint) = resume::claim(args, output_dir)?;
+                (output_dir.clone(), Some(lock), checkpoint)
             }
-            Purpose::Plan => (PathBuf::new(), None),
+            Purpose::Plan => (PathBuf::new(), None, None),
         };
+        let precision = resume::precision(args, checkpoint.as_ref(), &backend);
         let group_size = args.data.train_group_size;
         let mut dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
         if args.data.on_bad_row == BadRows::Skip {
             dataset.skip_short_groups(group_size)?;
         }
         dataset.check_group(group_size)?;
+        checkpoint.iter().try_for_each(|checkpoint| checkpoint.check_data(&dataset))?;
 
         let cache = args.model.cache_dir.as_deref();
         let dir = match purpose {
@@ -88,7 +94,19 @@ impl<B: Backend> Prepared<B> {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
-        Ok(Prepared { model_name, config, adapter, dataset, dir, recipe, outline, backend, lock })
+        Ok(Prepared {
+            model_name,
+            config,
+            adapter,
+            dataset,
+            dir,
+            recipe,
+            outline,
+            backend,
+            lock,
+            checkpoint,
+            precision,
+        })
     }
 
     /// Whether the output folder was created for this run.
@@ -113,7 +131,7 @@ impl<B: Backend> Prepared<B> {
     /// Reads the weights and attaches the adapter.
     pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<B>> {
         let mut loader = Loader::new(&self.dir)?.with_recipe(self.recipe.clone());
-        let precision = args.precision(&self.backend);
+        let precision = self.precision;
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
         }

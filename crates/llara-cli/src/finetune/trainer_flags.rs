@@ -123,8 +123,7 @@ mod tests {
     #[test]
     fn unsupported_features_are_refused_by_name() {
         for args in [
-            &["--resume-from-checkpoint", "x"][..],
-            &["--gradient-accumulation-steps", "2"],
+            &["--gradient-accumulation-steps", "2"][..],
             &["--optim", "adafactor"],
             &["--shuffle-ratio", "0.1"],
             &["--max-example-num-per-dataset", "1000"],

@@ -1,5 +1,7 @@
 //! Options of `llara finetune` about the training loop: its length, the batch and its chunks.
 
+use std::time::Duration;
+
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::train::Chunking;
@@ -51,6 +53,9 @@ pub(super) struct TrainingArgs {
     #[arg(default_value = "false", action = ArgAction::Set, hide = true)]
     #[arg(value_parser = BoolishValueParser::new(), conflicts_with = "dtype")]
     pub(super) bf16: bool,
+    /// Stop after this time since the start, such as 3h50m or 90m, in the same way as after a signal
+    #[arg(long, value_name = "TIME", value_parser = crate::values::duration)]
+    pub(super) max_time: Option<Duration>,
     /// Seed of all random numbers
     #[arg(long, value_name = "N", default_value_t = 42, value_parser = whole_number)]
     pub(super) seed: u64,

@@ -70,8 +70,7 @@ fn a_command_line_of_the_reference_runs() {
 fn unsupported_features_are_refused_by_name() {
     let bench = Bench::new();
     for (args, part) in [
-        (&["--resume_from_checkpoint", "x"][..], "`--resume-from-checkpoint` is not"),
-        (&["--gradient_accumulation_steps", "4"], "`--gradient-accumulation-steps` is not"),
+        (&["--gradient_accumulation_steps", "4"][..], "`--gradient-accumulation-steps` is not"),
         (&["--device", "tpu"], "unknown device"),
     ] {
         bench.finetune(args).refused(&[part, "hint: "]);

@@ -187,6 +187,10 @@ impl Backend for CountingBackend {
         format!("{dtype}, counted")
     }
 
+    fn kernels(&self, _: Dtype) -> String {
+        self.description()
+    }
+
     fn fastest_dtype(&self) -> Dtype {
         Dtype::F32
     }

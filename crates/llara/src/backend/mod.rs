@@ -73,6 +73,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// How products of activations of this dtype are computed, in words for the log.
     fn describe_products(&self, dtype: Dtype) -> String;
 
+    /// The instructions and kernels that a model with activations of this dtype computes with. Where they
+    /// differ, results with the same inputs may differ in rounding.
+    fn kernels(&self, activations: Dtype) -> String;
+
+    /// Makes later operations round as those of the kernels that [`kernels`](Backend::kernels) returned for
+    /// bf16, perhaps in another process, as far as the choice of kernels depends on a measurement and has
+    /// not been made yet.
+    fn use_kernels(&self, _kernels: &str) {}
+
     /// The dtype of activations with which a model computes fastest on this device.
     fn fastest_dtype(&self) -> Dtype;
 

@@ -6,6 +6,7 @@ mod folder;
 mod output;
 mod probes;
 mod recipe;
+mod restore;
 
 use std::sync::Arc;
 

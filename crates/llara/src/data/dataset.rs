@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::TrainingRow;
 use crate::storage::{Fingerprint, LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
@@ -35,6 +37,17 @@ pub struct Dataset {
     /// Indices of rows without hard negatives, ascending.
     without_negatives: Vec<usize>,
     skipped: Skipped,
+}
+
+/// The identity of a file of a [`Dataset`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataFile {
+    /// The path, as it was given or found.
+    pub path: PathBuf,
+    /// Number of rows that are used.
+    pub rows: u64,
+    /// A hash of these rows and their order. It is the same on every machine.
+    pub fingerprint: u64,
 }
 
 #[derive(Debug)]
@@ -200,9 +213,18 @@ impl Dataset {
     /// A hash of the rows and their order. It does not depend on the machine or on the paths of the files.
     /// A resumed run can compare it to check that its data did not change.
     pub fn fingerprint(&self) -> u64 {
-        let mut fingerprint = Fingerprint::new();
-        self.rows.iter().for_each(|row| fingerprint.add(&row.checksum.to_le_bytes()));
-        fingerprint.short()
+        fingerprint(&self.rows)
+    }
+
+    /// The identities of the files, in the order of the files.
+    pub fn files(&self) -> Vec<DataFile> {
+        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
+        let file = |(file, end): (&SourceFile, usize)| {
+            let rows = &self.rows[file.first_row..end];
+            let fingerprint = fingerprint(rows);
+            DataFile { path: file.path.clone(), rows: rows.len() as u64, fingerprint }
+        };
+        self.files.iter().zip(ends).map(file).collect()
     }
 
     fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {
@@ -322,6 +344,13 @@ fn is_data_file(path: &Path) -> bool {
 
 fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+/// A hash of rows and their order.
+fn fingerprint(rows: &[IndexEntry]) -> u64 {
+    let mut fingerprint = Fingerprint::new();
+    rows.iter().for_each(|row| fingerprint.add(&row.checksum.to_le_bytes()));
+    fingerprint.short()
 }
 
 /// A hash of one line.

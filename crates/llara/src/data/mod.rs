@@ -9,7 +9,7 @@ mod sampler;
 
 pub(crate) use batch::positives;
 pub use batch::{Batch, BatchView};
-pub use dataset::{BadRows, Dataset, Skipped};
+pub use dataset::{BadRows, DataFile, Dataset, Skipped};
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;
 pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};

@@ -256,10 +256,18 @@ impl SafetensorsWriter {
         name: &str,
         declared: Vec<Declaration>,
     ) -> Result<Self> {
-        let path = staging.target().join(name);
+        Self::create_as(&staging.path().join(name), staging.target().join(name), declared)
+    }
+
+    /// Creates a file and writes the header.
+    pub(crate) fn create_at(path: &Path, declared: Vec<Declaration>) -> Result<Self> {
+        Self::create_as(path, path.to_owned(), declared)
+    }
+
+    fn create_as(at: &Path, path: PathBuf, declared: Vec<Declaration>) -> Result<Self> {
         let header = safetensors_header(&path, &declared)?;
         let io = |e| write_failed("write weights", &path, e);
-        let file = File::create(staging.path().join(name)).map_err(io)?;
+        let file = File::create(at).map_err(io)?;
         let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&header).map_err(io)?;
         let written = Vec::with_capacity(declared.len());

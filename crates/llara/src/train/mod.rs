@@ -4,6 +4,7 @@
 //! [`Schedule`] update the weights, [`RunLog`] records the run; [`plan`] predicts its memory and work.
 
 mod batches;
+mod checkpoint;
 mod config;
 mod flat_layout;
 mod optimizer;
@@ -17,6 +18,7 @@ mod step_input;
 mod tensorboard;
 mod trainer;
 
+pub use checkpoint::{Checkpoint, Latest, RunProgress, remove_unfinished, state_bytes};
 pub use config::{RunLength, Saving, TrainConfig};
 pub use flat_layout::{FlatLayout, Piece};
 pub use optimizer::{AdamW, AdamWConfig, is_decayed};

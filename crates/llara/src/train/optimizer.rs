@@ -136,6 +136,21 @@ impl<B: Backend> AdamW<B> {
         self.steps
     }
 
+    /// Continues after so many updates.
+    pub(super) fn set_steps(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
+    /// The moments that this rank has, in the order of the flat layout.
+    pub(super) fn owned(&self) -> &[Owned<B>] {
+        &self.owned
+    }
+
+    /// The same, to be restored.
+    pub(super) fn owned_mut(&mut self) -> &mut [Owned<B>] {
+        &mut self.owned
+    }
+
     /// One update from the gradients in `decoder`, which are then cleared.
     ///
     /// Returns `[norm, factor]` `[1, 2]` on the device: the global norm before clipping and what the

@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::tensorboard::EventWriter;
 use super::trainer::StepRecord;
+use crate::storage::OutputFile;
 use crate::{Error, Result};
 
 /// Name of the log in the output folder.
@@ -35,11 +36,48 @@ struct Line {
     seconds: f64,
 }
 
+/// What is read of a line.
+#[derive(Deserialize)]
+struct Logged {
+    step: u64,
+}
+
 impl RunLog {
     /// Begins new logs in `output_dir`.
     pub fn create(output_dir: &Path) -> Result<Self> {
         let path = output_dir.join(LOG_FILE);
         let lines = File::create(&path).map_err(|e| Error::io("write the log", &path, e))?;
+        Self::open(output_dir, path, lines)
+    }
+
+    /// Continues the logs of a run that is resumed after so many steps: later lines, of steps that are made
+    /// again, are removed.
+    pub fn resume(output_dir: &Path, steps: u64) -> Result<Self> {
+        let path = output_dir.join(LOG_FILE);
+        let kept = match std::fs::read_to_string(&path) {
+            Ok(text) => text
+                .split_inclusive('\n')
+                .filter(|line| {
+                    // A last line that was cut off has no end.
+                    let step = serde_json::from_str::<Logged>(line).map(|logged| logged.step);
+                    line.ends_with('\n') && step.is_ok_and(|step| step <= steps)
+                })
+                .collect(),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(e) => return Err(Error::io("read the log", &path, e)),
+        };
+        let mut file = OutputFile::create(&path)?;
+        file.write(kept.as_bytes())?;
+        file.commit()?;
+        let file = File::options().append(true).open(&path);
+        Self::open(
+            output_dir,
+            path.clone(),
+            file.map_err(|e| Error::io("write the log", &path, e))?,
+        )
+    }
+
+    fn open(output_dir: &Path, path: PathBuf, lines: File) -> Result<Self> {
         let events_dir = output_dir.join(EVENTS_DIR);
         std::fs::create_dir_all(&events_dir)
             .map_err(|e| Error::io("create the folder", &events_dir, e))?;

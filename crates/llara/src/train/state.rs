@@ -50,6 +50,11 @@ impl<B: Backend> TrainState<B> {
         Ok(TrainState { optimizer, seed: config.seed, bucket_elements: BUCKET_ELEMENTS })
     }
 
+    /// The optimizer, to be restored.
+    pub(super) fn optimizer_mut(&mut self) -> &mut AdamW<B> {
+        &mut self.optimizer
+    }
+
     /// Steps made so far.
     pub fn step(&self) -> u64 {
         self.optimizer.steps()

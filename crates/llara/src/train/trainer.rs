@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batches::BatchSource;
+use super::checkpoint::{Checkpoint, RunProgress, Saved, write};
 use super::config::TrainConfig;
 use super::schedule::Schedule;
-use super::state::{StepResult, TrainState};
+use super::state::TrainState;
 use super::step_input::StepInput;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
@@ -53,9 +54,13 @@ pub trait Observer {
     fn on_log(&mut self, record: &StepRecord) -> Result<()>;
     /// After a checkpoint was saved.
     fn on_save(&mut self, folder: &Path) -> Result<()>;
+    /// Asked after every step: whether the run should save a checkpoint and stop.
+    fn stops(&mut self) -> bool {
+        false
+    }
 }
 
-/// How a run ended.
+/// How a run ended. A resumed run counts what was done before.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Summary {
     /// Steps made.
@@ -66,6 +71,8 @@ pub struct Summary {
     pub tokens: u64,
     /// Wall time of the steps.
     pub elapsed: Duration,
+    /// Whether an observer stopped the run before its last step; a checkpoint was saved then.
+    pub stopped: bool,
 }
 
 /// Trains one model on one dataset.
@@ -79,6 +86,8 @@ pub struct Trainer<'r, B: Backend> {
     state: TrainState<B>,
     schedule: Schedule,
     total_steps: u64,
+    /// Of the steps before a resumed run.
+    summary: Summary,
 }
 
 /// A step that was asked of the device and whose results were not read yet.
@@ -88,7 +97,10 @@ struct PendingStep<B: Backend> {
     rows: Vec<Draw>,
     /// This process's share of the global batch.
     share: f64,
-    result: StepResult<B>,
+    /// `[1, 1]`, on its way to the host.
+    loss: B::Download,
+    /// `[norm, factor]`, on its way to the host.
+    clip: B::Download,
 }
 
 impl<'r, B: Backend> Trainer<'r, B> {
@@ -101,21 +113,38 @@ impl<'r, B: Backend> Trainer<'r, B> {
         dataset: &'r Dataset,
         config: &'r TrainConfig,
     ) -> Result<Self> {
-        Self::in_group(model, dataset, config, Arc::new(Solo))
+        Self::in_group(model, dataset, config, Arc::new(Solo), None).map(|(trainer, _)| trainer)
     }
 
-    /// [`new`](Trainer::new) for one process of a group. Every process has the same model, data and
-    /// settings. The loss and gradient norm that an observer receives are those of the global batch, tokens
-    /// are those of all processes; the processes save nothing but rank 0's checkpoints.
+    /// [`new`](Trainer::new) that goes on from a checkpoint: weights, moments and position are its own. The
+    /// model is the one that the interrupted run started from. Also returns notes about differences from
+    /// that run that are allowed.
     ///
     /// # Errors
-    /// As for [`new`](Trainer::new), or when another process fails.
+    /// As for [`new`](Trainer::new); when settings or data differ from those of the interrupted run; when
+    /// the checkpoint does not fit the model.
+    pub fn resumed(
+        model: &'r mut BiEncoderModel<B>,
+        dataset: &'r Dataset,
+        config: &'r TrainConfig,
+        checkpoint: &Checkpoint,
+    ) -> Result<(Self, Vec<String>)> {
+        Self::in_group(model, dataset, config, Arc::new(Solo), Some(checkpoint))
+    }
+
+    /// [`new`](Trainer::new) or [`resumed`](Trainer::resumed) for one process of a group. Every process has the same model, data and
+    /// settings. The loss and gradient norm that an observer receives are those of the global batch, tokens
+    /// are those of all processes. All take part in saving checkpoints.
+    ///
+    /// # Errors
+    /// As for [`resumed`](Trainer::resumed), or when another process fails.
     pub fn in_group(
         model: &'r mut BiEncoderModel<B>,
         dataset: &'r Dataset,
         config: &'r TrainConfig,
         collective: Arc<dyn Collective<B>>,
-    ) -> Result<Self> {
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<(Self, Vec<String>)> {
         let sampler = config.sampler(dataset.len(), collective.size())?;
         let total_steps = config.length.steps(sampler.steps_per_epoch())?;
         let schedule =
@@ -132,7 +161,26 @@ impl<'r, B: Backend> Trainer<'r, B> {
         model.set_instructions(&config.query_instruction, &config.passage_instruction);
         dataset.check_group(config.group_size)?;
         let rank = (collective.rank(), collective.size());
-        let state = TrainState::new(model, config, rank)?;
+        let mut notes = Vec::new();
+        if let Some(checkpoint) = checkpoint {
+            let run = (total_steps, collective.size());
+            notes = checkpoint.check(model, dataset, config, run)?;
+            // Before gradients and moments take their memory: this needs that of a second model.
+            checkpoint.restore_weights(model)?;
+        }
+        let mut state = TrainState::new(model, config, rank)?;
+        let mut summary = Summary {
+            steps: 0,
+            loss: f32::NAN,
+            tokens: 0,
+            elapsed: Duration::ZERO,
+            stopped: false,
+        };
+        if let Some(checkpoint) = checkpoint {
+            checkpoint.restore_moments(model, state.optimizer_mut())?;
+            let RunProgress { step: steps, loss, tokens, elapsed, .. } = *checkpoint.progress();
+            summary = Summary { steps, loss, tokens, elapsed, stopped: false };
+        }
         model.train();
         let prompts = model.shared_prompts();
         let objective = Box::new(model.objective(Arc::clone(&collective))?);
@@ -145,7 +193,18 @@ impl<'r, B: Backend> Trainer<'r, B> {
             has_dropout: model.adapter().is_some_and(LoraConfig::has_dropout),
             rank,
         });
-        Ok(Trainer { model, config, batches, objective, collective, state, schedule, total_steps })
+        let trainer = Trainer {
+            model,
+            config,
+            batches,
+            objective,
+            collective,
+            state,
+            schedule,
+            total_steps,
+            summary,
+        };
+        Ok((trainer, notes))
     }
 
     /// The state between two steps.
@@ -178,7 +237,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         inputs: &mut Prefetched<Result<StepInput>>,
         observer: &mut dyn Observer,
     ) -> Result<Summary> {
-        let mut progress = Progress::new(self.config.logging_steps, self.total_steps);
+        let mut progress = Progress::new(self.config.logging_steps, self.total_steps, self.summary);
         let mut pending: Option<PendingStep<B>> = None;
         // A step's time includes waiting for its input.
         let mut start = Instant::now();
@@ -187,23 +246,33 @@ impl<'r, B: Backend> Trainer<'r, B> {
             // An asynchronous device gets its next step before the results of this one are read, so
             // that it never waits for the host.
             if let Some(previous) = pending.replace(next) {
-                progress.report(self.read(previous, &mut start)?, observer)?;
+                self.finish_step(previous, &mut start, &mut progress, observer)?;
             }
             let saves =
                 self.config.saving.every.is_some_and(|every| (step + 1).is_multiple_of(every));
             // Nothing is saved of a run that has diverged.
-            let read_now = saves || !self.model.backend().is_asynchronous();
-            if read_now && let Some(last) = pending.take() {
-                progress.report(self.read(last, &mut start)?, observer)?;
+            let waits = saves || progress.summary.stopped;
+            if (waits || !self.model.backend().is_asynchronous())
+                && let Some(last) = pending.take()
+            {
+                self.finish_step(last, &mut start, &mut progress, observer)?;
             }
-            if saves {
-                observer.on_save(&self.save_on_the_way(step + 1)?)?;
+            // The last step's model is saved anyway. Found out while this step was being computed, a wish to
+            // stop is met after the next one.
+            let stops =
+                progress.summary.stopped && pending.is_none() && step + 1 < self.total_steps;
+            if saves || stops {
+                observer.on_save(&self.save(step + 1, &progress.summary)?)?;
                 start = Instant::now();
+            }
+            if stops {
+                return Ok(progress.summary);
             }
         }
         if let Some(last) = pending {
-            progress.report(self.read(last, &mut start)?, observer)?;
+            self.finish_step(last, &mut start, &mut progress, observer)?;
         }
+        progress.summary.stopped = false;
         Ok(progress.summary)
     }
 
@@ -240,22 +309,47 @@ impl<'r, B: Backend> Trainer<'r, B> {
             elapsed: Duration::ZERO,
         };
         let share = input.rows_per_rank.share(self.collective.rank());
-        Ok(PendingStep { record, rows: input.rows, share, result })
+        // Asked for now, so that reading them later does not wait for the next step.
+        let backend = self.model.backend();
+        let loss = backend.start_download(&result.loss)?;
+        let clip = backend.start_download(&result.clip)?;
+        Ok(PendingStep { record, rows: input.rows, share, loss, clip })
     }
 
-    /// Reads what a step has computed. Its time is that since `start`, which becomes now.
-    fn read(&self, step: PendingStep<B>, start: &mut Instant) -> Result<StepRecord> {
+    /// Reads what a step has computed, reports it, and notes whether any process wants to stop.
+    fn finish_step(
+        &self,
+        step: PendingStep<B>,
+        start: &mut Instant,
+        progress: &mut Progress,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let (record, stops) = self.read(step, start, observer.stops())?;
+        progress.summary.stopped |= stops;
+        progress.report(record, observer)
+    }
+
+    /// Reads what a step has computed on all processes, and whether any of them `stops`. The step's time is
+    /// that since `start`, which becomes now.
+    fn read(
+        &self,
+        step: PendingStep<B>,
+        start: &mut Instant,
+        stops: bool,
+    ) -> Result<(StepRecord, bool)> {
         let backend = self.model.backend();
-        let loss = backend.download(&step.result.loss)?[0];
-        let grad_norm = backend.download(&step.result.clip)?[0];
-        let mut totals = [f64::from(loss) * step.share, step.record.tokens as f64];
+        let loss = backend.finish_download(step.loss)?[0];
+        let grad_norm = backend.finish_download(step.clip)?[0];
+        let wish = f64::from(u8::from(stops));
+        let mut totals = [f64::from(loss) * step.share, step.record.tokens as f64, wish];
         self.collective.all_reduce_scalars(&mut totals)?;
         let (loss, tokens) = (totals[0] as f32, totals[1] as u64);
         if !(loss.is_finite() && grad_norm.is_finite()) {
             return Err(self.diverged(step.record.step - 1, &step.rows, loss, grad_norm));
         }
         let elapsed = std::mem::replace(start, Instant::now()).elapsed();
-        Ok(StepRecord { loss, grad_norm, tokens, elapsed, ..step.record })
+        let record = StepRecord { loss, grad_norm, tokens, elapsed, ..step.record };
+        Ok((record, totals[2] > 0.0))
     }
 
     fn diverged(&self, step: u64, draws: &[Draw], loss: f32, grad_norm: f32) -> Error {
@@ -270,31 +364,24 @@ impl<'r, B: Backend> Trainer<'r, B> {
             .hint("lower the learning rate, lengthen the warm-up, or raise the temperature")
     }
 
-    fn save_on_the_way(&self, step: u64) -> Result<PathBuf> {
-        let folder = self.config.output_dir.join(format!("checkpoint-{step}"));
-        let written = match (self.collective.rank(), self.model.adapter()) {
-            (0, Some(_)) => self.model.write_adapter(&folder),
-            (0, None) => self.model.write_folder(&folder, self.config.saving.dtype),
-            _ => Ok(()),
+    /// Saves a checkpoint of the run as it is after so many steps.
+    fn save(&self, step: u64, summary: &Summary) -> Result<PathBuf> {
+        let progress = RunProgress {
+            step,
+            epoch: step as f64 / self.batches.sampler.steps_per_epoch() as f64,
+            loss: summary.loss,
+            tokens: summary.tokens,
+            elapsed: summary.elapsed,
         };
-        self.collective.agree(written)?;
-        if self.collective.rank() != 0 {
-            return Ok(folder);
-        }
-        if let (Some(every), Some(keep)) = (self.config.saving.every, self.config.saving.keep)
-            && let Some(oldest) = step.checked_sub(every * keep as u64).filter(|&step| step > 0)
-        {
-            let old = self.config.output_dir.join(format!("checkpoint-{oldest}"));
-            // Renamed first: interrupted half-way, no incomplete checkpoint keeps its name.
-            let hidden = self.config.output_dir.join(format!(".partial-checkpoint-{oldest}"));
-            match std::fs::rename(&old, &hidden).and_then(|()| std::fs::remove_dir_all(&hidden)) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::io("remove an old checkpoint", &old, e));
-                }
-                _ => {}
-            }
-        }
-        Ok(folder)
+        let saved = Saved {
+            model: self.model,
+            state: &self.state,
+            dataset: self.batches.dataset,
+            config: self.config,
+            total_steps: self.total_steps,
+            progress,
+        };
+        write(&saved, self.collective.as_ref())
     }
 }
 
@@ -307,8 +394,7 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(logging_steps: u64, total_steps: u64) -> Self {
-        let summary = Summary { steps: 0, loss: f32::NAN, tokens: 0, elapsed: Duration::ZERO };
+    fn new(logging_steps: u64, total_steps: u64, summary: Summary) -> Self {
         Progress { logging_steps, total_steps, summary, unlogged: Vec::new() }
     }
 
@@ -318,6 +404,7 @@ impl Progress {
             loss: record.loss,
             tokens: self.summary.tokens + record.tokens,
             elapsed: self.summary.elapsed + record.elapsed,
+            ..self.summary
         };
         observer.on_step(&record)?;
         self.unlogged.push(record);

@@ -35,6 +35,9 @@ use super::{
 };
 use crate::Result;
 
+/// End of the name of the kernels that multiply bf16 with bf16 instructions.
+const BF16_PRODUCTS: &str = ", bf16 products by vdpbf16ps";
+
 /// The CPU backend. Clones share one arena.
 #[derive(Clone, Default)]
 pub struct Cpu {
@@ -119,6 +122,21 @@ impl Backend for Cpu {
                     .to_owned()
             }
         }
+    }
+
+    fn kernels(&self, activations: Dtype) -> String {
+        let unit = Unit::active();
+        match (activations, unit) {
+            (Dtype::F32, Unit::Avx512Bf16) => Unit::Avx512.name().to_owned(),
+            (Dtype::Bf16, Unit::Avx512Bf16) if Self::multiplies_bf16_faster() => {
+                format!("{}{BF16_PRODUCTS}", unit.name())
+            }
+            _ => unit.name().to_owned(),
+        }
+    }
+
+    fn use_kernels(&self, kernels: &str) {
+        gemm::rate::decide(kernels.ends_with(BF16_PRODUCTS));
     }
 
     /// bf16 where [`multiplies_bf16_faster`](Cpu::multiplies_bf16_faster), else f32.

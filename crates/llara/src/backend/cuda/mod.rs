@@ -112,6 +112,11 @@ impl Backend for Cuda {
         }
     }
 
+    fn kernels(&self, activations: Dtype) -> String {
+        // cuBLASLt chooses kernels by the device and by its own version.
+        format!("{}, {activations}", self.device.description())
+    }
+
     fn fastest_dtype(&self) -> Dtype {
         Dtype::Bf16
     }

@@ -23,10 +23,18 @@ pub(super) fn unit_for(precision: Precision) -> Unit {
     }
 }
 
+static FASTER: OnceLock<bool> = OnceLock::new();
+
+/// Makes the decision without a measurement, if it is not made yet. `LLARA_CPU` has the last word.
+pub(in crate::backend::cpu) fn decide(faster: bool) {
+    if Unit::active() == Unit::Avx512Bf16 && !Unit::is_forced() {
+        let _ = FASTER.set(faster);
+    }
+}
+
 /// Whether products of bf16 run on bf16 instructions because those are faster than the f32 kernel
 /// here, or because `LLARA_CPU` asks for them. Measured once per process.
 pub(in crate::backend::cpu) fn multiplies_bf16_faster() -> bool {
-    static FASTER: OnceLock<bool> = OnceLock::new();
     *FASTER.get_or_init(|| {
         Unit::active() == Unit::Avx512Bf16 && (Unit::is_forced() || pairs_win(&measure()))
     })

@@ -1,0 +1,103 @@
+//! `--resume-from-checkpoint`: the checkpoint that a run continues from, and the settings that are taken from
+//! it.
+
+use std::path::Path;
+
+use llara::backend::{Backend, Dtype};
+use llara::train::plan::ChunkPolicy;
+use llara::train::{Checkpoint, Latest};
+use llara::{Error, ErrorKind, FolderLock, Result};
+
+use super::Args;
+use super::output_args::ResumeFrom;
+use crate::output_folder;
+use crate::talk::{counted, say};
+
+/// Locks the output folder and finds the checkpoint to continue from, if the option is given. Without a
+/// checkpoint, a folder that is not empty is refused unless it may be overwritten.
+pub(super) fn claim(args: &Args, output_dir: &Path) -> Result<(FolderLock, Option<Checkpoint>)> {
+    let overwrite = args.output.overwrite_output_dir;
+    match &args.output.resume_from_checkpoint {
+        None | Some(ResumeFrom::Nothing) => {
+            Ok((output_folder::claim(output_dir, overwrite)?, None))
+        }
+        Some(ResumeFrom::Latest) => {
+            let lock = output_folder::claim_with_contents(output_dir)?;
+            let checkpoint = latest(output_dir)?;
+            if checkpoint.is_none() {
+                output_folder::check_resumable(output_dir, overwrite)?;
+                say!(
+                    "note: {} has no checkpoint to resume from: this starts a new run",
+                    output_dir.display()
+                );
+            }
+            Ok((lock, checkpoint))
+        }
+        Some(ResumeFrom::Folder(folder)) => {
+            let canonical = |path: &Path| path.canonicalize().ok();
+            let own = canonical(folder).and_then(|folder| folder.parent().map(Path::to_owned));
+            let lock = match own.is_some() && own == canonical(output_dir) {
+                true => output_folder::claim_with_contents(output_dir)?,
+                false => output_folder::claim(output_dir, overwrite)?,
+            };
+            Ok((lock, Some(Checkpoint::open(folder)?)))
+        }
+    }
+}
+
+/// The newest undamaged checkpoint. Prints why newer ones are skipped.
+fn latest(output_dir: &Path) -> Result<Option<Checkpoint>> {
+    let Latest { checkpoint, skipped } = Checkpoint::latest(output_dir)?;
+    match (&checkpoint, skipped.len()) {
+        (None, 1..) => {
+            for error in &skipped {
+                say!("warning: {error}");
+            }
+            Err(Error::new(ErrorKind::Io, "no checkpoint of this run can be resumed from")
+                .file(output_dir)
+                .expected("a complete and undamaged checkpoint-N")
+                .got(counted(skipped.len(), "damaged checkpoint"))
+                .hint(
+                    "see the warnings; the model files may be undamaged. To delete the checkpoints and \
+                     start a new run, use --overwrite-output-dir without --resume-from-checkpoint",
+                ))
+        }
+        (Some(used), _) => {
+            for error in &skipped {
+                say!("warning: skipped a checkpoint: {error}");
+            }
+            if !skipped.is_empty() {
+                say!("note: {} is used instead", used.dir().display());
+            }
+            Ok(checkpoint)
+        }
+        (None, _) => Ok(None),
+    }
+}
+
+/// The number format of activations. A resumed run takes the choices of `--dtype auto` and of the kernels from
+/// the checkpoint instead of another measurement, which could change the rounding of results.
+pub(super) fn precision(
+    args: &Args,
+    checkpoint: Option<&Checkpoint>,
+    backend: &impl Backend,
+) -> Dtype {
+    let Some(checkpoint) = checkpoint else { return args.precision(backend) };
+    if checkpoint.dtype() == Dtype::Bf16 {
+        backend.use_kernels(checkpoint.kernels());
+    }
+    if args.has_auto_precision() { checkpoint.dtype() } else { args.precision(backend) }
+}
+
+/// Which properties of the chunks are chosen. A resumed run takes those that depend on the free memory from the
+/// checkpoint: other chunks would change the rounding of results.
+pub(super) fn chunk_policy(given: ChunkPolicy, checkpoint: Option<&Checkpoint>) -> ChunkPolicy {
+    let Some(chunking) = checkpoint.map(Checkpoint::chunking) else { return given };
+    match given {
+        ChunkPolicy::Auto => ChunkPolicy::Fixed(chunking),
+        ChunkPolicy::FixedSize(size) if size.max_tokens == chunking.max_tokens => {
+            ChunkPolicy::Fixed(chunking)
+        }
+        given => given,
+    }
+}

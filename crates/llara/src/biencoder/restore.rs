@@ -1,0 +1,58 @@
+//! Taking trained weights back from a folder that this model was saved to.
+
+use std::path::Path;
+
+use super::BiEncoderModel;
+use crate::backend::{Backend, Dtype, Shape};
+use crate::model::weights::{ModelFolder, SaveDtype};
+use crate::{Error, ErrorKind, Result};
+
+impl<B: Backend> BiEncoderModel<B> {
+    /// Whether a folder or adapter saved with `dtype` holds every bit of the trained weights.
+    pub(crate) fn saves_exactly(&self, dtype: SaveDtype) -> bool {
+        self.adapter.is_some() || self.folder.keeps_f32(dtype)
+    }
+
+    /// Replaces the trainable weights by those in `dir`: the adapter's, or all. The model stays as it is
+    /// otherwise; it still knows the folder that it was loaded from.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or its weights do not fit the model.
+    pub(crate) fn read_trained_weights(&mut self, dir: &Path) -> Result<()> {
+        let Some(adapter) = self.adapter.take() else { return self.read_all_weights(dir) };
+        let before = self.decoder.detach_adapters();
+        let result = self.attach_adapter(dir);
+        if result.is_err() {
+            self.decoder.put_back_adapters(before);
+        }
+        let read = self.adapter.replace(adapter);
+        result?;
+        match read == self.adapter {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Weights, "the adapter has other settings")
+                .file(dir)
+                .expected(format!("{:?}", self.adapter))
+                .got(format!("{read:?}"))),
+        }
+    }
+
+    fn read_all_weights(&mut self, dir: &Path) -> Result<()> {
+        let backend = self.backend.clone();
+        let (_, mut saved) = ModelFolder::load(&backend, dir, Dtype::F32)?;
+        let mut saved = saved.parameters_mut();
+        for parameter in self.decoder.parameters_mut() {
+            let fits = saved.next().filter(|other| {
+                other.name() == parameter.name()
+                    && other.values().shape() == parameter.values().shape()
+            });
+            let Some(other) = fits else {
+                return Err(Error::new(ErrorKind::Weights, "the weights do not fit the model")
+                    .tensor(dir, parameter.name())
+                    .expected(format!("{:?}", parameter.values().shape())));
+            };
+            let values = other.take_values(&backend)?;
+            parameter.put_values(&backend, values)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,327 @@
+//! What a run is, as far as its results depend on it: settings, data and model. A run may be resumed only as
+//! the same run.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::backend::Backend;
+use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Shortcuts};
+use crate::data::{DataFile, Dataset};
+use crate::model::LoraConfig;
+use crate::storage::Fingerprint;
+use crate::train::config::TrainConfig;
+use crate::{Error, ErrorKind, Result};
+
+/// What the results of a run depend on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Identity {
+    /// Steps of the run. More are allowed when it is resumed: the schedule then follows the new number.
+    pub(super) total_steps: u64,
+    /// Must be equal.
+    pub(super) settings: Map<String, Value>,
+    /// Must be equal, whatever their paths are.
+    pub(super) data: Vec<DataFile>,
+    /// What decides how results are rounded; a note if it differs.
+    pub(super) rounding: Map<String, Value>,
+}
+
+impl Identity {
+    pub(super) fn of<B: Backend>(
+        model: &BiEncoderModel<B>,
+        dataset: &Dataset,
+        config: &TrainConfig,
+        (total_steps, processes): (u64, usize),
+    ) -> Result<Self> {
+        let mut rounding = Map::new();
+        rounding.insert("llara".to_owned(), env!("CARGO_PKG_VERSION").into());
+        rounding.insert("kernels".to_owned(), model.backend().kernels(model.precision()).into());
+        rounding.insert("processes".to_owned(), processes.into());
+        Ok(Identity {
+            total_steps,
+            settings: settings(model, config, processes)?,
+            data: dataset.files(),
+            rounding,
+        })
+    }
+
+    /// Compares the identity of a checkpoint with that of the run that resumes it; returns notes about
+    /// harmless differences.
+    ///
+    /// # Errors
+    /// All settings that differ, or the first data file that does.
+    pub(super) fn check(&self, now: &Identity, checkpoint: &Path) -> Result<Vec<String>> {
+        let mut changed = differences(&self.settings, &now.settings);
+        if now.total_steps < self.total_steps {
+            changed.push(format!(
+                "steps: {} in the checkpoint, {} now",
+                self.total_steps, now.total_steps
+            ));
+        }
+        if !changed.is_empty() {
+            let what = match changed.len() {
+                1 => "a setting differs from the checkpoint's".to_owned(),
+                count => format!("{count} settings differ from the checkpoint's"),
+            };
+            return Err(Error::new(ErrorKind::Argument, what)
+                .file(checkpoint)
+                .got(format!("\n    {}", changed.join("\n    ")))
+                .hint(
+                    "give the settings of the interrupted run (more steps, and other settings of logging \
+                     and saving, are allowed); or start a new run from the checkpoint's weights",
+                ));
+        }
+        self.check_data(&now.data)?;
+        let mut notes = Vec::new();
+        if now.total_steps > self.total_steps {
+            notes.push(format!(
+                "the run has {} steps instead of {}: from here on the learning rate follows the longer \
+                 schedule",
+                now.total_steps, self.total_steps
+            ));
+        }
+        for difference in differences(&self.rounding, &now.rounding) {
+            notes.push(format!(
+                "{difference}: results may differ in rounding from those of an uninterrupted run"
+            ));
+        }
+        Ok(notes)
+    }
+
+    /// # Errors
+    /// The first file whose rows are not those that the checkpoint was trained on.
+    pub(super) fn check_data(&self, now: &[DataFile]) -> Result<()> {
+        let describe = |file: Option<&DataFile>| match file {
+            Some(file) => {
+                format!("{} rows, fingerprint {:016x}", file.rows, file.fingerprint)
+            }
+            None => "no file".to_owned(),
+        };
+        let same = |a: &DataFile, b: &DataFile| (a.rows, a.fingerprint) == (b.rows, b.fingerprint);
+        for at in 0..self.data.len().max(now.len()) {
+            let (before, now) = (self.data.get(at), now.get(at));
+            if let (Some(before), Some(now)) = (before, now)
+                && same(before, now)
+            {
+                continue;
+            }
+            let path = now.or(before).map(|file| file.path.clone()).unwrap_or_default();
+            return Err(Error::new(
+                ErrorKind::Data,
+                "the training data changed since the checkpoint",
+            )
+            .file(path)
+            .expected(format!("{} in place {}", describe(before), at + 1))
+            .got(describe(now))
+            .hint("give the same files in the same order, or start a new run"));
+        }
+        Ok(())
+    }
+}
+
+/// One line for each key whose value differs.
+fn differences(before: &Map<String, Value>, now: &Map<String, Value>) -> Vec<String> {
+    let show = |value: Option<&Value>| value.map_or("not set".to_owned(), Value::to_string);
+    let keys = before.keys().chain(now.keys().filter(|key| !before.contains_key(*key)));
+    keys.filter(|key| !same(before.get(*key), now.get(*key)))
+        .map(|key| {
+            format!(
+                "{key}: {} in the checkpoint, {} now",
+                show(before.get(key)),
+                show(now.get(key))
+            )
+        })
+        .collect()
+}
+
+/// Whether two settings are equal. A fraction that was written and read again may differ in its last bit.
+fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
+    match (a, b) {
+        (Some(Value::Number(a)), Some(Value::Number(b))) if a != b => {
+            match (a.as_f64(), b.as_f64(), a.is_f64() && b.is_f64()) {
+                (Some(a), Some(b), true) => (a - b).abs() <= 4.0 * f64::EPSILON * a.abs(),
+                _ => false,
+            }
+        }
+        _ => a == b,
+    }
+}
+
+/// The settings that results depend on, by the names of the command line's options where there are any.
+///
+/// The structures are taken apart, so that a new field has to be put here or left out on purpose.
+fn settings<B: Backend>(
+    model: &BiEncoderModel<B>,
+    config: &TrainConfig,
+    processes: usize,
+) -> Result<Map<String, Value>> {
+    let TrainConfig {
+        output_dir: _,
+        length: _,
+        batch_size,
+        group_size,
+        query_max_len,
+        passage_max_len,
+        sampling,
+        drop_last,
+        seed,
+        learning_rate,
+        decay,
+        warmup,
+        adamw,
+        query_instruction,
+        passage_instruction,
+        chunking,
+        logging_steps: _,
+        saving: _,
+    } = config;
+    let BiEncoderOptions {
+        normalized,
+        negatives_cross_device,
+        temperature: _,
+        sub_batch_size: _, // of encoding only
+        shortcuts: Shortcuts { last_layer_at_pooled, dedup_sequences },
+    } = model.options();
+    let unlimited = |limit: usize| (limit != usize::MAX).then_some(limit);
+    let lora = model.adapter().map(|LoraConfig { rank, alpha, dropout, target_modules }| {
+        json!({
+            "rank": rank, "alpha": alpha, "dropout": decimal(*dropout), "target-modules": target_modules,
+        })
+    });
+    let value = json!({
+        "base-model": model.source().map(fingerprint).transpose()?,
+        "vocabulary": model.decoder().config().vocab_size,
+        "template": model.recipe().template,
+        "normalized": normalized,
+        "temperature": decimal(model.options().effective_temperature()),
+        "negatives-cross-device": negatives_cross_device,
+        "last-layer-at-pooled": last_layer_at_pooled,
+        "dedup-sequences": dedup_sequences,
+        "lora": lora,
+        "dtype": model.precision(),
+        "batch-size": batch_size * processes,
+        "train-group-size": group_size,
+        "query-max-len": query_max_len,
+        "passage-max-len": passage_max_len,
+        "query-instruction": query_instruction,
+        "passage-instruction": passage_instruction,
+        "sampling": sampling,
+        "dataloader-drop-last": drop_last,
+        "seed": seed,
+        "learning-rate": learning_rate,
+        "lr-scheduler-type": format!("{decay:?}").to_lowercase(),
+        "warmup": format!("{warmup:?}"),
+        "adam-beta1": adamw.beta1,
+        "adam-beta2": adamw.beta2,
+        "adam-epsilon": adamw.epsilon,
+        "weight-decay": adamw.weight_decay,
+        "max-grad-norm": adamw.max_grad_norm.map(decimal),
+        "chunk-tokens": unlimited(chunking.max_tokens),
+        "chunk-sequences": unlimited(chunking.max_sequences),
+        "kept-tokens": unlimited(chunking.kept_tokens),
+    });
+    match value {
+        Value::Object(settings) => Ok(settings),
+        _ => unreachable!("`json!` was given an object"),
+    }
+}
+
+/// 0.1 and not the nearest f32's sixteen digits.
+fn decimal(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(f64::from(x))
+}
+
+/// Bytes at either end of a weight file that are looked at.
+const ENDS: u64 = 1 << 20;
+
+/// A number that changes when a model folder is another one: configuration and tokenizer in full, and of each
+/// weight file its length and both ends, for weights are gigabytes.
+fn fingerprint(dir: &Path) -> Result<String> {
+    let io = |e| Error::io("read the model", dir, e);
+    let mut names: Vec<_> = std::fs::read_dir(dir)
+        .map_err(io)?
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<std::io::Result<_>>()
+        .map_err(io)?;
+    names.retain(|name| {
+        let name = name.to_string_lossy();
+        name.ends_with(".safetensors") || name == "config.json" || name == "tokenizer.json"
+    });
+    names.sort();
+    let mut fingerprint = Fingerprint::new();
+    for name in names {
+        let path = dir.join(&name);
+        let part = || -> std::io::Result<(u64, Vec<u8>)> {
+            let mut file = File::open(&path)?;
+            let length = file.metadata()?.len();
+            let mut bytes = Vec::new();
+            if !name.to_string_lossy().ends_with(".safetensors") || length <= 2 * ENDS {
+                file.read_to_end(&mut bytes)?;
+            } else {
+                (&mut file).take(ENDS).read_to_end(&mut bytes)?;
+                file.seek(SeekFrom::End(-(ENDS as i64)))?;
+                file.read_to_end(&mut bytes)?;
+            }
+            Ok((length, bytes))
+        };
+        let (length, bytes) = part().map_err(|e| Error::io("read the model", &path, e))?;
+        fingerprint.add(name.as_encoded_bytes());
+        fingerprint.add(&length.to_le_bytes());
+        fingerprint.add(&bytes);
+    }
+    Ok(fingerprint.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn differences_are_listed_and_the_last_bit_is_none() {
+        let before = map(json!({"a": 0.1, "b": 1, "c": "x", "gone": true, "seed": u64::MAX}));
+        let after = map(json!({
+            "a": 0.1 + f64::EPSILON / 16.0, "b": 2, "c": "x", "new": null, "seed": u64::MAX - 1,
+        }));
+        let seed = format!("seed: {} in the checkpoint, {} now", u64::MAX, u64::MAX - 1);
+        assert_eq!(
+            differences(&before, &after),
+            [
+                "b: 1 in the checkpoint, 2 now",
+                "gone: true in the checkpoint, not set now",
+                &seed,
+                "new: not set in the checkpoint, null now",
+            ]
+        );
+        assert_eq!(differences(&before, &before), [""; 0]);
+        assert!(!same(Some(&json!(0.1)), Some(&json!(0.1000001))));
+    }
+
+    #[test]
+    fn the_fingerprint_of_a_folder_sees_both_ends_of_a_weight_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let mut bytes = vec![7u8; 3 << 20];
+        std::fs::write(&path, &bytes).unwrap();
+        std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+        let first = fingerprint(dir.path()).unwrap();
+        std::fs::write(dir.path().join("README.md"), "x").unwrap();
+        assert_eq!(fingerprint(dir.path()).unwrap(), first);
+        for at in [0, (3 << 20) - 1] {
+            bytes[at] ^= 1;
+            std::fs::write(&path, &bytes).unwrap();
+            assert_ne!(fingerprint(dir.path()).unwrap(), first);
+            bytes[at] ^= 1;
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(fingerprint(dir.path()).unwrap(), first);
+        std::fs::write(dir.path().join("config.json"), "{ }").unwrap();
+        assert_ne!(fingerprint(dir.path()).unwrap(), first);
+    }
+}

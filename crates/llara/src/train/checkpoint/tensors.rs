@@ -1,0 +1,176 @@
+//! The optimizer's files of a checkpoint: moments, and f32 weights where the model folder has them rounded.
+//!
+//! Each rank writes the elements that it owns. A tensor is named `KIND.PARAMETER`, or
+//! `KIND.PARAMETER[START..END]` for a part of a parameter, with elements counted row by row.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+
+use crate::backend::{Backend, Shape};
+use crate::model::Decoder;
+use crate::storage::{SafetensorsFile, SafetensorsWriter};
+use crate::train::flat_layout::Piece;
+use crate::train::optimizer::AdamW;
+use crate::{Error, ErrorKind, Result};
+
+const FIRST: &str = "first_moment";
+const SECOND: &str = "second_moment";
+const MASTER: &str = "weight";
+
+/// The name of a rank's file.
+pub(super) fn file_name(rank: usize, ranks: usize) -> String {
+    match ranks {
+        1 => "optimizer.safetensors".to_owned(),
+        _ => format!("optimizer-{:05}-of-{ranks:05}.safetensors", rank + 1),
+    }
+}
+
+/// Bytes that all ranks together write, within some kilobytes.
+pub(super) fn bytes<B: Backend>(decoder: &Decoder<B>, with_weights: bool) -> u64 {
+    let each = if with_weights { 12 } else { 8 };
+    decoder
+        .trainable_parameters()
+        .map(|parameter| {
+            let (rows, cols) = parameter.values().shape();
+            each * (rows * cols) as u64 + 400
+        })
+        .sum()
+}
+
+/// Writes the moments that this rank owns and, if asked for, the weights in f32.
+pub(super) fn write<B: Backend>(
+    folder: &Path,
+    file: &str,
+    (backend, decoder): (&B, &Decoder<B>),
+    optimizer: &AdamW<B>,
+    with_weights: bool,
+) -> Result<()> {
+    let parameters: Vec<_> = decoder.trainable_parameters().collect();
+    let kinds = [FIRST, SECOND, MASTER];
+    let kinds = if with_weights { &kinds[..] } else { &kinds[..2] };
+    let named = |piece: &Piece, kind: &str| {
+        let parameter = parameters[piece.parameter];
+        let (rows, cols) = parameter.values().shape();
+        match piece.elements == (0..rows * cols) {
+            true => format!("{kind}.{}", parameter.name()),
+            false => {
+                let Range { start, end } = piece.elements;
+                format!("{kind}.{}[{start}..{end}]", parameter.name())
+            }
+        }
+    };
+    let declared = optimizer
+        .owned()
+        .iter()
+        .flat_map(|owned| kinds.iter().map(move |kind| (&owned.piece, kind)))
+        .map(|(piece, kind)| (named(piece, kind), Dtype::F32, vec![piece.elements.len()]))
+        .collect();
+    let mut writer = SafetensorsWriter::create_at(&folder.join(file), declared)?;
+    for owned in optimizer.owned() {
+        for &kind in kinds {
+            let values = match kind {
+                FIRST => backend.download(&owned.first)?,
+                SECOND => backend.download(&owned.second)?,
+                _ => {
+                    let value = parameters[owned.piece.parameter].values();
+                    backend.read_elements(value, owned.piece.elements.clone())?
+                }
+            };
+            writer.write_f32(&named(&owned.piece, kind), &values)?;
+        }
+    }
+    // The manifest will have its hash.
+    drop(writer.finish()?);
+    Ok(())
+}
+
+/// The files of all ranks of a checkpoint.
+pub(super) struct SavedTensors {
+    files: Vec<SafetensorsFile>,
+    /// Parts of each tensor `KIND.PARAMETER`: first element, file and name there.
+    parts: HashMap<String, Vec<(usize, usize, String)>>,
+    folder: PathBuf,
+}
+
+impl SavedTensors {
+    pub(super) fn open(folder: &Path, ranks: usize) -> Result<Self> {
+        let mut files = Vec::with_capacity(ranks);
+        let mut parts: HashMap<String, Vec<_>> = HashMap::new();
+        for rank in 0..ranks {
+            let file = SafetensorsFile::open(&folder.join(file_name(rank, ranks)))?;
+            for name in file.names() {
+                let (tensor, start) = match name.split_once('[') {
+                    None => (name.clone(), 0),
+                    Some((tensor, range)) => {
+                        let start =
+                            range.split_once("..").and_then(|(start, _)| start.parse().ok());
+                        (tensor.to_owned(), start.unwrap_or(usize::MAX))
+                    }
+                };
+                parts.entry(tensor).or_default().push((start, rank, name));
+            }
+            files.push(file);
+        }
+        parts.values_mut().for_each(|parts| parts.sort());
+        Ok(SavedTensors { files, parts, folder: folder.to_owned() })
+    }
+
+    /// The elements `range` of a tensor.
+    fn read(&self, kind: &str, parameter: &str, range: &Range<usize>) -> Result<Vec<f32>> {
+        let tensor = format!("{kind}.{parameter}");
+        let mut values = Vec::with_capacity(range.len());
+        for (start, file, name) in self.parts.get(&tensor).into_iter().flatten() {
+            let length = self.files[*file].info(name).map_or(0, |info| info.shape.iter().product());
+            let end = start.saturating_add(length);
+            let (first, last) = ((*start).max(range.start), end.min(range.end));
+            if first >= last || first != range.start + values.len() {
+                continue;
+            }
+            let part = self.files[*file].read_f32(name)?;
+            values.extend_from_slice(&part[first - start..last - start]);
+        }
+        if values.len() == range.len() {
+            return Ok(values);
+        }
+        Err(Error::new(ErrorKind::Weights, "the optimizer's state does not fit the model")
+            .tensor(&self.folder, tensor)
+            .expected(format!("elements {range:?}"))
+            .got(format!("{} of them", values.len()))
+            .hint("resume with the model and the adapter settings of the interrupted run"))
+    }
+
+    /// Sets the weights of all trainable parameters.
+    pub(super) fn restore_weights<B: Backend>(
+        &self,
+        backend: &B,
+        decoder: &mut Decoder<B>,
+    ) -> Result<()> {
+        for parameter in decoder.trainable_parameters_mut() {
+            let (rows, cols) = parameter.values().shape();
+            let values = self.read(MASTER, parameter.name(), &(0..rows * cols))?;
+            parameter.put_values(backend, backend.upload(&values, rows, cols)?)?;
+        }
+        Ok(())
+    }
+
+    /// The moments of the pieces that a rank owns, in the order of the pieces.
+    pub(super) fn restore_moments<B: Backend>(
+        &self,
+        backend: &B,
+        decoder: &Decoder<B>,
+        optimizer: &mut AdamW<B>,
+    ) -> Result<()> {
+        let names: Vec<_> = decoder.trainable_parameters().map(|p| p.name().to_owned()).collect();
+        for owned in optimizer.owned_mut() {
+            let Piece { parameter, elements, .. } = &owned.piece;
+            for (kind, moment) in [(FIRST, &mut owned.first), (SECOND, &mut owned.second)] {
+                let values = self.read(kind, &names[*parameter], elements)?;
+                backend.write_elements(moment, 0, &values)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,342 @@
+//! A run that is stopped and resumed ends with the bytes of one that is not, and damage is found.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use llara::backend::{Cpu, Dtype};
+use llara::data::{BadRows, Dataset};
+use llara::dist::{Collective, ThreadGroup};
+use llara::model::LoraConfig;
+use llara::model::weights::SaveDtype;
+use llara::train::{
+    Checkpoint, Chunking, Observer, RunLength, Saving, StepRecord, Summary, TrainConfig, Trainer,
+};
+use llara::{BiEncoderModel, BiEncoderOptions, Loader, Result};
+
+const ROWS: usize = 11;
+const STEPS: u64 = 7;
+
+/// What is trained and how.
+#[derive(Clone, Copy)]
+struct Case {
+    lora: bool,
+    precision: Dtype,
+    save: SaveDtype,
+    chunking: Chunking,
+}
+
+const WHOLE: Chunking =
+    Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX };
+const FULL: Case =
+    Case { lora: false, precision: Dtype::F32, save: SaveDtype::AsLoaded, chunking: WHOLE };
+const LORA: Case = Case { lora: true, ..FULL };
+
+fn model(case: Case) -> BiEncoderModel {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-gqa");
+    let loader = Loader::new(&folder).unwrap();
+    let mut model = loader.load(Cpu::new(), BiEncoderOptions::default()).unwrap();
+    if case.lora {
+        let lora = LoraConfig { rank: 4, alpha: 8.0, dropout: 0.2, ..LoraConfig::default() };
+        model.attach_new_adapter(&lora, 3).unwrap();
+    }
+    model.set_precision(case.precision).unwrap();
+    model
+}
+
+fn row(i: usize) -> String {
+    let fact = |i: usize| format!("Bell {i} of the tower was cast in {}.", 1600 + 37 * i);
+    let row = serde_json::json!({
+        "query": format!("When was bell {i} cast?"),
+        "pos": [fact(i), format!("It was in {} that bell {i} was cast.", 1600 + 37 * i)],
+        "neg": [fact(i + 1), fact(i + 2), fact(i + 3)],
+    });
+    format!("{row}\n")
+}
+
+/// Two files, so that the one that changed can be named.
+fn dataset(dir: &Path) -> Dataset {
+    let paths = ["a.jsonl", "b.jsonl"].map(|name| dir.join(name));
+    if !paths[0].exists() {
+        fs::write(&paths[0], (0..5).map(row).collect::<String>()).unwrap();
+        fs::write(&paths[1], (5..ROWS).map(row).collect::<String>()).unwrap();
+    }
+    Dataset::open(&paths, BadRows::Error).unwrap()
+}
+
+fn config(dir: &Path, case: Case) -> TrainConfig {
+    TrainConfig {
+        length: RunLength::Steps(STEPS),
+        batch_size: 4,
+        group_size: 3,
+        query_max_len: 48,
+        passage_max_len: 64,
+        learning_rate: 1e-3,
+        chunking: case.chunking,
+        saving: Saving { every: Some(2), keep: None, dtype: case.save },
+        ..TrainConfig::new(dir.join("out"))
+    }
+}
+
+/// Stops the run after a step.
+struct StopAfter(u64, u64);
+
+impl Observer for StopAfter {
+    fn on_step(&mut self, record: &StepRecord) -> Result<()> {
+        assert!(record.loss.is_finite());
+        self.1 = record.step;
+        Ok(())
+    }
+
+    fn on_log(&mut self, _: &StepRecord) -> Result<()> {
+        Ok(())
+    }
+
+    fn on_save(&mut self, _: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn stops(&mut self) -> bool {
+        self.1 + 1 >= self.0
+    }
+}
+
+/// Trains, from a checkpoint if there is one, and saves the model or adapter at the end.
+fn train(dir: &Path, config: &TrainConfig, case: Case, stop_after: u64) -> Result<Summary> {
+    let dataset = dataset(dir);
+    let mut model = model(case);
+    let found = Checkpoint::latest(&config.output_dir)?;
+    assert!(found.skipped.is_empty() || found.checkpoint.is_some(), "{:?}", found.skipped);
+    let mut trainer = match &found.checkpoint {
+        Some(checkpoint) => Trainer::resumed(&mut model, &dataset, config, checkpoint)?.0,
+        None => Trainer::new(&mut model, &dataset, config)?,
+    };
+    let first = trainer.state().step();
+    let summary = trainer.run(&mut StopAfter(stop_after, first))?;
+    if !summary.stopped {
+        match case.lora {
+            true => model.save_adapter(&config.output_dir)?,
+            false => model.save_as(&config.output_dir, case.save)?,
+        }
+    }
+    Ok(summary)
+}
+
+/// The files of a folder, those in it that are folders left out.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .filter(|path| path.is_file())
+        .map(|path| {
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            (name, fs::read(path).unwrap())
+        })
+        .collect()
+}
+
+fn assert_same_files(got: &Path, want: &Path) {
+    let (got, want) = (files(got), files(want));
+    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+    for (name, bytes) in &want {
+        assert!(got[name] == *bytes, "{name} differs");
+    }
+    assert!(want.keys().any(|name| name.ends_with(".safetensors")), "{:?}", want.keys());
+}
+
+fn stopped_and_resumed_it_ends_with_the_same_bytes(case: Case) {
+    let whole = tempfile::tempdir().unwrap();
+    let summary = train(whole.path(), &config(whole.path(), case), case, u64::MAX).unwrap();
+    assert_eq!((summary.steps, summary.stopped), (STEPS, false));
+    let parts = tempfile::tempdir().unwrap();
+    let config = config(parts.path(), case);
+    // At a step that is saved anyway, one that is not, and twice in a row.
+    for stop in [2, 3, 4] {
+        let part = train(parts.path(), &config, case, stop).unwrap();
+        assert_eq!((part.steps, part.stopped), (stop, true));
+    }
+    let resumed = train(parts.path(), &config, case, u64::MAX).unwrap();
+    assert_eq!((resumed.steps, resumed.tokens), (STEPS, summary.tokens));
+    assert_eq!(resumed.loss.to_bits(), summary.loss.to_bits());
+    assert_same_files(&config.output_dir, &whole.path().join("out"));
+    // A checkpoint of the resumed run is that of the other, but for paths and times.
+    for name in ["optimizer.safetensors", "llara.json"] {
+        let [a, b] = [&parts, &whole].map(|dir| dir.path().join("out/checkpoint-6").join(name));
+        assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "{name} differs");
+    }
+}
+
+#[test]
+fn all_weights() {
+    stopped_and_resumed_it_ends_with_the_same_bytes(FULL);
+}
+
+#[test]
+fn all_weights_in_bf16_and_in_chunks() {
+    let chunking = Chunking { max_sequences: 4, kept_tokens: 100, ..WHOLE };
+    stopped_and_resumed_it_ends_with_the_same_bytes(Case {
+        precision: Dtype::Bf16,
+        chunking,
+        ..FULL
+    });
+}
+
+#[test]
+fn all_weights_saved_rounded() {
+    stopped_and_resumed_it_ends_with_the_same_bytes(Case { save: SaveDtype::Bf16, ..FULL });
+}
+
+#[test]
+fn adapters() {
+    stopped_and_resumed_it_ends_with_the_same_bytes(LORA);
+}
+
+#[test]
+fn adapters_in_bf16_and_in_chunks() {
+    let chunking = Chunking { max_sequences: 4, kept_tokens: 100, ..WHOLE };
+    stopped_and_resumed_it_ends_with_the_same_bytes(Case {
+        precision: Dtype::Bf16,
+        chunking,
+        ..LORA
+    });
+}
+
+#[test]
+fn a_checkpoint_is_a_model_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    train(dir.path(), &config(dir.path(), FULL), FULL, 3).unwrap();
+    let options = BiEncoderOptions::default();
+    BiEncoderModel::from_folder(dir.path().join("out/checkpoint-3"), options).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    train(dir.path(), &config(dir.path(), LORA), LORA, 3).unwrap();
+    let mut base = model(FULL);
+    base.attach_adapter(&dir.path().join("out/checkpoint-3")).unwrap();
+}
+
+#[test]
+fn a_damaged_checkpoint_is_skipped_and_named() {
+    for (file, what) in [
+        ("model.safetensors", "a file of the checkpoint is damaged"),
+        ("optimizer.safetensors", "a file of the checkpoint is damaged"),
+        ("trainer_state.json", "a file of the checkpoint is damaged"),
+        ("manifest.json", "the manifest of the checkpoint"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path(), FULL);
+        train(dir.path(), &config, FULL, 5).unwrap();
+        let path = config.output_dir.join("checkpoint-5").join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x40;
+        fs::write(&path, &bytes).unwrap();
+        let found = Checkpoint::latest(&config.output_dir).unwrap();
+        assert_eq!(found.checkpoint.unwrap().progress().step, 4, "{file}");
+        let skipped = found.skipped[0].to_string();
+        assert!(skipped.contains("checkpoint-5") && skipped.contains(file), "{skipped}");
+        assert!(skipped.contains(what), "{skipped}");
+        // Truncated, then gone.
+        fs::write(&path, &bytes[..middle]).unwrap();
+        assert!(Checkpoint::open(path.parent().unwrap()).is_err());
+        fs::remove_file(&path).unwrap();
+        assert!(Checkpoint::open(path.parent().unwrap()).is_err());
+        // The run goes on from the one before and puts a whole one in the damaged one's place.
+        let summary = train(dir.path(), &config, FULL, 5).unwrap();
+        assert!(summary.stopped);
+        Checkpoint::open(path.parent().unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn other_settings_and_other_data_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = config(dir.path(), FULL);
+    train(dir.path(), &good, FULL, 3).unwrap();
+    let refused = |config: &TrainConfig, case| {
+        train(dir.path(), config, case, u64::MAX).unwrap_err().to_string()
+    };
+    let changed = TrainConfig { seed: 43, learning_rate: 2e-3, ..good.clone() };
+    let text = refused(&changed, FULL);
+    assert!(text.contains("2 settings differ") && text.contains("checkpoint-3"), "{text}");
+    assert!(text.contains("seed: 42 in the checkpoint, 43 now"), "{text}");
+    assert!(text.contains("learning-rate: 0.001 in the checkpoint, 0.002 now"), "{text}");
+    let shorter = TrainConfig { length: RunLength::Steps(5), ..good.clone() };
+    assert!(refused(&shorter, FULL).contains("steps: 7 in the checkpoint, 5 now"));
+    assert!(refused(&good, LORA).contains("lora: null in the checkpoint"));
+    assert!(refused(&good, Case { precision: Dtype::Bf16, ..FULL }).contains("dtype: \"f32\""));
+
+    let path = dir.path().join("b.jsonl");
+    let rows = fs::read_to_string(&path).unwrap();
+    fs::write(&path, rows.replace("cast in 17", "cast in 18")).unwrap();
+    let text = refused(&good, FULL);
+    assert!(text.contains("b.jsonl: the training data changed"), "{text}");
+    fs::write(&path, rows).unwrap();
+
+    // Harmless: more steps, logging, saving.
+    let more = TrainConfig {
+        length: RunLength::Steps(9),
+        logging_steps: 1,
+        saving: Saving { every: Some(1), keep: Some(2), dtype: SaveDtype::AsLoaded },
+        ..good
+    };
+    let checkpoint = Checkpoint::latest(&more.output_dir).unwrap().checkpoint.unwrap();
+    let (dataset, mut model) = (dataset(dir.path()), model(FULL));
+    let (mut trainer, notes) = Trainer::resumed(&mut model, &dataset, &more, &checkpoint).unwrap();
+    assert!(notes.len() == 1 && notes[0].contains("9 steps instead of 7"), "{notes:?}");
+    assert_eq!(trainer.run(&mut StopAfter(u64::MAX, 3)).unwrap().steps, 9);
+    let mut names: Vec<_> = fs::read_dir(&more.output_dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["checkpoint-8", "checkpoint-9"], "the two newest are kept");
+}
+
+#[test]
+fn saved_by_two_processes_it_is_resumed_by_one_and_by_three() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path());
+    let of = |processes: usize, rows: usize| TrainConfig {
+        batch_size: rows / processes,
+        ..config(dir.path(), FULL)
+    };
+    let run = |processes: usize, stop: u64, checkpoint: Option<&Checkpoint>| {
+        let config = of(processes, 6);
+        let ranks = ThreadGroup::ranks(processes, &Cpu::new(), Duration::from_secs(60));
+        let (data, config) = (&data, &config);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = ranks
+                .into_iter()
+                .map(|rank| {
+                    scope.spawn(move || {
+                        let rank: Arc<dyn Collective<Cpu>> = Arc::new(rank);
+                        let mut model = model(FULL);
+                        model.set_negatives_cross_device(processes > 1);
+                        let (mut trainer, _) =
+                            Trainer::in_group(&mut model, data, config, rank, checkpoint).unwrap();
+                        let first = trainer.state().step();
+                        trainer.run(&mut StopAfter(stop, first)).unwrap()
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        })
+    };
+    let summaries = run(2, 3, None);
+    assert!(summaries.iter().all(|summary| summary.stopped && summary.steps == 3));
+    let folder = dir.path().join("out/checkpoint-3");
+    assert!(folder.join("optimizer-00001-of-00002.safetensors").is_file());
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let whole = run(2, u64::MAX, None);
+    for processes in [2, 3] {
+        let resumed = run(processes, u64::MAX, Some(&checkpoint));
+        assert_eq!(resumed[0].steps, STEPS);
+        let (got, want) = (f64::from(resumed[0].loss), f64::from(whole[0].loss));
+        if processes == 2 {
+            assert_eq!(got.to_bits(), want.to_bits());
+        }
+        assert!((got - want).abs() <= 1e-5 * want, "{processes}: {got} instead of {want}");
+    }
+}
