@@ -88,10 +88,12 @@ impl Groups {
     /// Suffix of the kernel's name, and its grid.
     fn plan(&self) -> (&'static str, [usize; 2]) {
         let block = BLOCK as usize;
-        match self.group {
-            ..=HALF_WARP_GROUP => ("half", [self.count.div_ceil(block / 16), 1]),
-            ..=WARP_GROUP => ("warp", [self.count.div_ceil(block / 32), 1]),
-            _ => ("block", [self.count, 1]),
+        if self.group <= HALF_WARP_GROUP {
+            ("half", [self.count.div_ceil(block / 16), 1])
+        } else if self.group <= WARP_GROUP {
+            ("warp", [self.count.div_ceil(block / 32), 1])
+        } else {
+            ("block", [self.count, 1])
         }
     }
 }
