@@ -443,8 +443,9 @@ void launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes,
         if (m.stacks == MAP_FAILED) fail("no memory for the stacks of a block");
         m.stacks_held = threads;
     }
-    m.shared_storage.resize(shared_bytes + 1024);
-    m.shared = (unsigned char*)(((uintptr_t)m.shared_storage.data() + 1023) / 1024 * 1024);
+    // An odd multiple of the 1024 bytes that the prelude declares: kernels can rely on no more.
+    m.shared_storage.resize(shared_bytes + 3072);
+    m.shared = (unsigned char*)(((uintptr_t)m.shared_storage.data() + 2047) / 2048 * 2048 + 1024);
     Library library{(const void*)found->second.entry};
     found->second.locals();
     dl_iterate_phdr(inspect, &library);

@@ -41,13 +41,13 @@ KERNEL(32, 1) wrapper_copies(WrapperArgs a) { // 16-byte and 4-byte copies; odd 
     a.out[128 + other] = *(const u32*)(shared + 512 + other * 4);
 }
 template <bool TRANSPOSED> DEVICE void ldmatrix_test(WrapperArgs a) { // four 8x8 matrices, one after another
-    DYNAMIC_SHARED(shared);
+    DYNAMIC_SHARED(matrices);
     const u32 lane = threadIdx.x;
-    store16(shared + lane * 16, load16((const unsigned char*)a.in + lane * 16));
+    store16(matrices + lane * 16, load16((const unsigned char*)a.in + lane * 16));
     __syncwarp();
     u32 r[4];
-    if (TRANSPOSED) ldmatrix_x4_trans(r, shared_address(shared + lane * 16));
-    else ldmatrix_x4(r, shared_address(shared + lane * 16));
+    if (TRANSPOSED) ldmatrix_x4_trans(r, shared_address(matrices + lane * 16));
+    else ldmatrix_x4(r, shared_address(matrices + lane * 16));
     for (u32 i = 0; i < 4; i++) a.out[i * 32 + lane] = r[i];
 }
 KERNEL(32, 1) wrapper_ldmatrix(WrapperArgs a) { ldmatrix_test<false>(a); }

@@ -66,6 +66,9 @@ template <int HD, int M, int KEYS> DEVICE void attention_backward_queries(const 
     const SharedAddress left = left_address(queries, row), left_dout = left_address(douts, row);
     const SharedAddress right = transposed_address(keys), right_values = transposed_address(values);
     const SharedAddress right_keys = left_address(keys, 0);
+    // The positions of this warp's queries; without any, no key is below the end.
+    const u32 warp_first = lowest + row;
+    const u32 warp_end = first + row < s.queries ? warp_first + 16 * M : 0;
     u32 buffer = 0;
     for (u32 base = start; base <= highest; base += KEYS, buffer ^= 1) {
         if (base + KEYS <= highest) {
@@ -77,26 +80,30 @@ template <int HD, int M, int KEYS> DEVICE void attention_backward_queries(const 
         cp_async_wait<1>();
         __syncthreads(); // this round's keys and values are there
 
-        const u32 offset = buffer * KEYS * HD * 2;
-        float p[M][KEYS / 8][4] = {}, ds[M][KEYS / 8][4] = {};
-        multiply_transposed<HD, M, KEYS>(p, left, right + offset);
-        multiply_transposed<HD, M, KEYS>(ds, left_dout, right_values + offset);
-        const bool edge = base + KEYS > lowest + 1 || (a.window && base + a.window <= highest);
+        // A warp none of whose queries sees a key of this round only helps to load.
+        const bool active = base < warp_end && !(a.window && base + KEYS - 1 + a.window <= warp_first);
+        if (active) {
+            const u32 offset = buffer * KEYS * HD * 2;
+            float p[M][KEYS / 8][4] = {}, ds[M][KEYS / 8][4] = {};
+            multiply_transposed<HD, M, KEYS>(p, left, right + offset);
+            multiply_transposed<HD, M, KEYS>(ds, left_dout, right_values + offset);
+            const bool edge = base + KEYS > lowest + 1 || (a.window && base + a.window <= highest);
 #pragma unroll
-        for (int m = 0; m < M; m++)
+            for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+                for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float w = exp2_approx(p[m][n][i] * scale - lse[m][i / 2]);
-                    if (edge) {
-                        const u32 key = base + n * 8 + lane % 4 * 2 + i % 2;
-                        const u32 position = lowest + row + m * 16 + lane / 4 + i / 2 * 8;
-                        if (key > position || (a.window && key + a.window <= position)) w = 0.0f;
+                    for (int i = 0; i < 4; i++) {
+                        float w = exp2_approx(p[m][n][i] * scale - lse[m][i / 2]);
+                        if (edge) {
+                            const u32 key = base + n * 8 + lane % 4 * 2 + i % 2;
+                            const u32 position = lowest + row + m * 16 + lane / 4 + i / 2 * 8;
+                            if (key > position || (a.window && key + a.window <= position)) w = 0.0f;
+                        }
+                        ds[m][n][i] = w * (ds[m][n][i] - delta[m][i / 2]);
                     }
-                    ds[m][n][i] = w * (ds[m][n][i] - delta[m][i / 2]);
-                }
-        multiply<HD, M, KEYS>(dq, ds, right_keys + offset);
+            multiply<HD, M, KEYS>(dq, ds, right_keys + offset);
+        }
         __syncthreads(); // they have been read
     }
     cp_async_wait<0>();
@@ -111,6 +118,8 @@ template <int HD, int M, int KEYS> DEVICE void attention_backward_queries(const 
 /// accumulators of Pᵀ and dSᵀ are the left operands of the products that follow.
 template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const AttentionArgs& a) {
     constexpr int ROWS = 16 * M * WARPS; // keys of a block
+    // With 16 rows a warp, registers hold keys and values as left operands; with 32, they are loaded each round.
+    constexpr bool KEEP = M == 1;
     DYNAMIC_SHARED(shared);
     const Tile<HD> keys{(bf16*)shared}, values{keys.data + ROWS * HD};
     const Tile<HD> queries{values.data + ROWS * HD}, douts{queries.data + 2 * QUERIES * HD}; // two of each
@@ -128,6 +137,7 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
                                        s.keys, a.k_stride);
     values.template fetch<ROWS, THREADS>((const bf16*)a.v + (u64)s.k_begin * a.v_stride + kv_head * HD, first,
                                          s.keys, a.v_stride);
+    cp_async_commit();
 
     // The queries that see any key of this block.
     const u32 last = (first + ROWS < s.keys ? first + ROWS : s.keys) - 1;
@@ -164,6 +174,15 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
     u32 head = kv_head * group, query = start;
     if (rounds) prefetch(head, query, 0);
     cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads(); // the keys and values are there
+    u32 kept[KEEP ? HD / 16 : 1][M][4], kept_values[KEEP ? HD / 16 : 1][M][4];
+    if (KEEP)
+#pragma unroll
+        for (int c = 0; c < HD / 16; c++) {
+            load_left<HD, M>(kept[KEEP ? c : 0], left, c);
+            load_left<HD, M>(kept_values[KEEP ? c : 0], left_values, c);
+        }
     for (u32 round = 0; round < rounds; round++) {
         const u32 buffer = round % 2;
         const u32 this_query = query;
@@ -174,38 +193,49 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
         cp_async_wait<1>();
         __syncthreads(); // this round's queries are there
 
-        const u32 offset = buffer * QUERIES * HD * 2;
-        float p[M][QUERIES / 8][4] = {}, ds[M][QUERIES / 8][4] = {};
-        multiply_transposed<HD, M, QUERIES>(p, left, right + offset);
-        multiply_transposed<HD, M, QUERIES>(ds, left_values, right_dout + offset);
-        const u32 lowest = s.first_position() + this_query;
-        const bool edge = first + ROWS > lowest + 1 || (a.window && first + a.window <= lowest + QUERIES - 1);
+        // A warp none of whose keys is seen by a query of this round only helps to load.
+        const u32 lowest = s.first_position() + this_query, warp_first = first + row;
+        const bool active = warp_first < s.keys && lowest + QUERIES > warp_first &&
+                            !(a.window && warp_first + 16 * M - 1 + a.window <= lowest);
+        if (active) {
+            const u32 offset = buffer * QUERIES * HD * 2;
+            float p[M][QUERIES / 8][4] = {}, ds[M][QUERIES / 8][4] = {};
+            if (KEEP) {
 #pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const u32 at = n * 8 + lane % 4 * 2 + j;
-                const float lse = lses[buffer * QUERIES + at] * LOG2_E, delta = deltas[buffer * QUERIES + at];
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int i = j; i < 4; i += 2) {
-                        float w = exp2_approx(p[m][n][i] * scale - lse);
-                        if (edge) {
-                            const u32 key = first + row + m * 16 + lane / 4 + i / 2 * 8, position = lowest + at;
-                            if (key > position || (a.window && key + a.window <= position)) w = 0.0f;
-                        }
-                        p[m][n][i] = w;
-                        ds[m][n][i] = w * (ds[m][n][i] - delta);
-                    }
+                for (int c = 0; c < HD / 16; c++) {
+                    multiply_transposed<HD, M, QUERIES>(p, kept[KEEP ? c : 0], right + offset, c);
+                    multiply_transposed<HD, M, QUERIES>(ds, kept_values[KEEP ? c : 0], right_dout + offset, c);
+                }
+            } else {
+                multiply_transposed<HD, M, QUERIES>(p, left, right + offset);
+                multiply_transposed<HD, M, QUERIES>(ds, left_values, right_dout + offset);
             }
-        multiply<HD, M, QUERIES>(dv, p, right_douts + offset);
-        multiply<HD, M, QUERIES>(dk, ds, right_queries + offset);
+            const bool edge = first + ROWS > lowest + 1 || (a.window && first + a.window <= lowest + QUERIES - 1);
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const u32 at = n * 8 + lane % 4 * 2 + j;
+                    const float lse = lses[buffer * QUERIES + at] * LOG2_E, delta = deltas[buffer * QUERIES + at];
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+#pragma unroll
+                        for (int i = j; i < 4; i += 2) {
+                            float w = exp2_approx(p[m][n][i] * scale - lse);
+                            if (edge) {
+                                const u32 key = first + row + m * 16 + lane / 4 + i / 2 * 8, position = lowest + at;
+                                if (key > position || (a.window && key + a.window <= position)) w = 0.0f;
+                            }
+                            p[m][n][i] = w;
+                            ds[m][n][i] = w * (ds[m][n][i] - delta);
+                        }
+                }
+            multiply<HD, M, QUERIES>(dv, p, right_douts + offset);
+            multiply<HD, M, QUERIES>(dk, ds, right_queries + offset);
+        }
         __syncthreads(); // they have been read
     }
     cp_async_wait<0>();
-    __syncthreads(); // without a round, other threads' copies of keys and values arrive here
-
     float factor[M][2];
 #pragma unroll
     for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = a.scale;

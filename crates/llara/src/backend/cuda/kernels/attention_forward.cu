@@ -50,28 +50,36 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
 
     const SharedAddress left = left_address(queries, row);
     const SharedAddress right = transposed_address(keys), right_values = left_address(values, 0);
+    // The positions of this warp's queries; without any, no key is below the end.
+    const u32 warp_first = lowest + row;
+    const u32 warp_end = first + row < s.queries ? warp_first + 16 * M : 0;
     for (u32 base = start; base <= highest; base += KEYS) {
+        // A warp none of whose queries sees a key of this round only helps to load.
+        const bool active = base < warp_end && !(a.window && base + KEYS - 1 + a.window <= warp_first);
         cp_async_wait<0>();
         __syncthreads(); // the keys are there, the values of the last round have been read
         values.template fetch<KEYS, THREADS>(v, base, s.keys, a.v_stride);
         cp_async_commit();
 
+        if (KEEP_QUERIES && base == start)
+#pragma unroll
+            for (int c = 0; c < HD / 16; c++) load_left<HD, M>(kept[KEEP_QUERIES ? c : 0], left, c);
         float score[M][KEYS / 8][4] = {};
-        if (KEEP_QUERIES) {
-            if (base == start)
+        if (active) {
+            if (KEEP_QUERIES) {
 #pragma unroll
-                for (int c = 0; c < HD / 16; c++) load_left<HD, M>(kept[KEEP_QUERIES ? c : 0], left, c);
-#pragma unroll
-            for (int c = 0; c < HD / 16; c++)
-                multiply_transposed<HD, M, KEYS>(score, kept[KEEP_QUERIES ? c : 0], right, c);
-        } else {
-            multiply_transposed<HD, M, KEYS>(score, left, right);
+                for (int c = 0; c < HD / 16; c++)
+                    multiply_transposed<HD, M, KEYS>(score, kept[KEEP_QUERIES ? c : 0], right, c);
+            } else {
+                multiply_transposed<HD, M, KEYS>(score, left, right);
+            }
         }
 
         cp_async_wait<0>();
         __syncthreads(); // the values are there, the keys have been read
         if (base + KEYS <= highest) keys.template fetch<KEYS, THREADS>(k, base + KEYS, s.keys, a.k_stride);
         cp_async_commit();
+        if (!active) continue;
 
         // Only rounds at the edges have keys that some query does not see.
         if (base + KEYS > lowest + 1 || (a.window && base + a.window <= highest)) {

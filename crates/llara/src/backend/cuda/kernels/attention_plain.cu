@@ -84,14 +84,33 @@ template <class T> DEVICE void attention_forward_plain(const AttentionArgs& a) {
     if (lane == 0) a.lse[(u64)head * a.query_rows + number] = top + logf(total);
 }
 
+/// Σ x∘y over the warp, two elements at a time where rows of bf16 are aligned to 4 bytes.
+DEVICE float warp_dot(const float* x, const float* y, u32 n) {
+    float sum = 0.0f;
+    for (u32 c = threadIdx.x % 32; c < n; c += 32) sum += x[c] * y[c];
+    return warp_sum(sum);
+}
+DEVICE float warp_dot(const bf16* x, const bf16* y, u32 n) {
+    const u32 lane = threadIdx.x % 32;
+    float sum = 0.0f;
+    if (((u64)x | (u64)y) % 4 == 0 && n % 2 == 0) {
+#pragma unroll 4
+        for (u32 c = 2 * lane; c < n; c += 64) {
+            const u32 a = *(const u32*)(x + c), b = *(const u32*)(y + c);
+            sum += bf16_low(a) * bf16_low(b) + bf16_high(a) * bf16_high(b);
+        }
+    } else {
+        for (u32 c = lane; c < n; c += 32) sum += bf16_to_float(x[c]) * bf16_to_float(y[c]);
+    }
+    return warp_sum(sum);
+}
+
 template <class T> DEVICE void attention_delta(const AttentionArgs& a) {
     const u32 lane = threadIdx.x % 32, number = blockIdx.x * WARPS + threadIdx.x / 32, head = blockIdx.y;
     if (number >= a.query_rows) return;
     const T* out = (const T*)a.out + (u64)number * a.out_stride + head * a.head_dim;
     const T* dout = (const T*)a.dout + (u64)number * a.dout_stride + head * a.head_dim;
-    float sum = 0.0f;
-    for (u32 c = lane; c < a.head_dim; c += 32) sum += widen(out[c]) * widen(dout[c]);
-    sum = warp_sum(sum);
+    const float sum = warp_dot(out, dout, a.head_dim);
     if (lane == 0) a.delta[(u64)head * a.query_rows + number] = sum;
 }
 

@@ -27,8 +27,8 @@ struct alignas(16) Bytes16 {
 /// A kernel that the host finds by its name, launched with `threads` threads a block; `blocks` is the least
 /// number of blocks that an SM must be able to hold, which limits the registers of a thread.
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-/// Declares `name` as a pointer to the dynamic shared memory of the block, aligned to 128 bytes.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+/// Declares `name` as a pointer to the dynamic shared memory of the block, a multiple of 1024 bytes.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
