@@ -30,8 +30,8 @@ template <u32 LANES> DEVICE float group_total(float x) {
         return x;
     }
 }
-/// The group of this thread. Where there is none left for it, `exists` is false and `number` is the last group:
-/// all lanes of a warp take part in its sums.
+/// The group of this thread. Where there is none left for it, `exists` is false and `number` is the last
+/// group: all lanes of a warp take part in its sums.
 struct Group {
     u64 number;
     bool exists;

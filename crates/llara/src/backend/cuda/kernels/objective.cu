@@ -1,7 +1,8 @@
 // Cross entropy, the gradient norm and AdamW.
 #include "elements.cuh"
 
-/// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block a row.
+/// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block a
+/// row.
 struct CrossEntropyArgs {
     const float* scores;
     const u32* targets;
