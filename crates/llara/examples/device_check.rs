@@ -90,7 +90,12 @@ fn check<B: Backend>(backend: B, args: &[String]) -> Result<Report> {
     let (verb, rest) = args.split_first().ok_or_else(usage)?;
     println!("device: {}", backend.description());
     match (verb.as_str(), rest) {
-        ("describe", []) => {}
+        ("describe", []) => {
+            if let Some((free, total)) = backend.free_and_total_bytes()? {
+                let used = (total - free) as f64 / f64::from(1 << 20);
+                println!("memory: {used:.0} MiB in use after opening");
+            }
+        }
         ("conform", families) => conform(&backend, families, &mut report)?,
         ("attention", []) => attention::check(&backend, &mut report)?,
         ("gradients", [folder]) => training::gradients(&backend, folder, &mut report)?,

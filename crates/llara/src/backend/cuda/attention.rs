@@ -1,5 +1,5 @@
-//! Causal attention over packed sequences: bf16 with heads of 64, 96 or 128 features by tensor cores, anything
-//! else by plain kernels.
+//! Causal attention over packed sequences: bf16 with heads of 64, 96 or 128 features by tensor cores,
+//! anything else by plain kernels.
 
 use super::device::{Cuda, Device, kernel_args};
 use super::driver::error;

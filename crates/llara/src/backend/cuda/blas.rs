@@ -100,20 +100,21 @@ impl Blas {
     /// then nothing was done.
     pub(super) fn multiply(&self, context: &Context, product: &Product) -> Result<bool> {
         context.enter()?;
-        let exact = key(product, product.left.rows);
-        // The number of tokens changes from step to step; what is best for a little more is good.
-        let rounded = key(product, rounded_rows(product.left.rows));
         let call = Call::new(product)?;
-        for (attempt, key) in [rounded, exact].into_iter().enumerate() {
-            let Some(algorithm) = self.algorithm(product, key)? else { continue };
-            match self.run(context, product, &call, &algorithm) {
-                Ok(()) => return Ok(true),
-                Err(_) if attempt == 0 => {}
-                Err(e) if is_unsupported(&e) => {}
-                Err(e) => return Err(failed("multiply", e)),
-            }
+        // The number of tokens changes from step to step; what is best for a little more is good.
+        let rounded = self.algorithm(product, key(product, rounded_rows(product.left.rows)))?;
+        if let Some(algorithm) = rounded
+            && self.run(context, product, &call, &algorithm).is_ok()
+        {
+            return Ok(true);
         }
-        Ok(false)
+        let exact = self.algorithm(product, key(product, product.left.rows))?;
+        let Some(algorithm) = exact else { return Ok(false) };
+        match self.run(context, product, &call, &algorithm) {
+            Ok(()) => Ok(true),
+            Err(e) if is_unsupported(&e) => Ok(false),
+            Err(e) => Err(failed("multiply", e)),
+        }
     }
 
     fn algorithm(&self, product: &Product, key: Key) -> Result<Option<lts::cublasLtMatmulAlgo_t>> {

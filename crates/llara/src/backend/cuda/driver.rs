@@ -31,7 +31,7 @@ pub(super) fn check(result: cu::CUresult, doing: &str) -> Result<()> {
     let failure = error(format!("CUDA: cannot {doing}: {}", error_name(result)));
     Err(match result {
         E::CUDA_ERROR_OUT_OF_MEMORY => failure.hint(
-            "the GPU has no memory left: use a smaller --sub-batch-tokens, fewer passages a step, or bf16",
+            "the GPU has no memory left: compute in smaller chunks (--chunk-tokens), or in bf16",
         ),
         E::CUDA_ERROR_NO_BINARY_FOR_GPU | E::CUDA_ERROR_INVALID_IMAGE => failure
             .hint("the driver does not load what this NVRTC compiles: update the driver or use an NVRTC of its CUDA version"),

@@ -58,8 +58,10 @@ kernel_args!(NormalizeBackwardArgs {
     wide: u32,
 });
 
-/// Columns of a group up to which one warp has it: two octets a lane.
-const WARP_GROUP: usize = 512;
+/// Columns of a group up to which half a warp has it: one octet a lane.
+const HALF_WARP_GROUP: usize = 128;
+/// Columns of a group up to which one warp has it: at most four octets a lane.
+const WARP_GROUP: usize = 1024;
 
 /// How the groups of a norm lie: groups a row, columns a group.
 struct Groups {
@@ -85,8 +87,11 @@ impl Groups {
 
     /// Suffix of the kernel's name, and its grid.
     fn plan(&self) -> (&'static str, [usize; 2]) {
-        if self.group <= WARP_GROUP {
-            ("warp", [self.count.div_ceil(BLOCK as usize / 32), 1])
+        let block = BLOCK as usize;
+        if self.group <= HALF_WARP_GROUP {
+            ("half", [self.count.div_ceil(block / 16), 1])
+        } else if self.group <= WARP_GROUP {
+            ("warp", [self.count.div_ceil(block / 32), 1])
         } else {
             ("block", [self.count, 1])
         }

@@ -40,7 +40,7 @@ kernel_args!(AdamWArgs {
 });
 
 /// Elements whose squares one block sums, as `kernels/objective.cu` has it.
-const SQUARES_TASK: usize = 65_536;
+const SQUARES_TASK: usize = 16_384;
 
 impl Device {
     pub(super) fn cross_entropy(

@@ -1,8 +1,9 @@
 // Matrix products for shapes and alignments that cuBLASLt does not take, and what follows a product.
 #include "elements.cuh"
 
-/// d = alpha · a · b + beta · c: a [m, k] and b [k, n] with any strides, c and d [m, n] with adjacent columns.
-/// c may be d; it is not read where beta is 0. Block (x, y): 16 columns by 16 rows of d, one thread an element.
+/// d = alpha · a · b + beta · c: a [m, k] and b [k, n] with any strides, c and d [m, n] with adjacent
+/// columns. c may be d; it is not read where beta is 0. Block (x, y): 16 columns by 16 rows of d, one thread
+/// an element.
 struct GemmArgs {
     const void* a;
     const void* b;

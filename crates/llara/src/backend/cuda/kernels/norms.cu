@@ -1,6 +1,7 @@
 // RMS norm and L2 normalisation, each with its backward.
 //
-// A group is a whole row, or one head of it. It belongs to one warp where it is short, else to one block.
+// A group is a whole row, or one head of it. It belongs to half a warp or a warp where it is short, else to a
+// block.
 #include "elements.cuh"
 
 /// y = x · inv · w with inv = 1 / sqrt(mean(x²) + eps), over each group of `group` columns. Group g is group
@@ -20,27 +21,42 @@ struct NormArgs {
 };
 
 /// Sum over the threads that share a group.
-template <u32 LANES> DEVICE float group_total(float x) { return LANES == 32 ? warp_sum(x) : block_total(x); }
-/// The group of this thread, and its number among those that share it.
-template <u32 LANES> DEVICE u64 group_of_thread() {
-    return LANES == 32 ? (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 : (u64)blockIdx.x;
+template <u32 LANES> DEVICE float group_total(float x) {
+    if constexpr (LANES > 32) {
+        return block_total(x);
+    } else {
+#pragma unroll
+        for (int step = LANES / 2; step; step >>= 1) x += __shfl_xor_sync(FULL_WARP, x, step);
+        return x;
+    }
+}
+/// The group of this thread. Where there is none left for it, `exists` is false and `number` is the last
+/// group: all lanes of a warp take part in its sums.
+struct Group {
+    u64 number;
+    bool exists;
+};
+template <u32 LANES> DEVICE Group group_of_thread(u64 groups) {
+    const u64 g = LANES > 32 ? (u64)blockIdx.x : thread_in_grid() / LANES;
+    return Group{g < groups ? g : groups - 1, g < groups};
 }
 
 template <class X, class Y, u32 LANES> DEVICE void rms_norm(const NormArgs& a) {
-    const u64 g = group_of_thread<LANES>();
-    if (g >= a.groups) return; // a whole warp or a whole block
+    const Group mine = group_of_thread<LANES>(a.groups);
+    const u64 g = mine.number;
     const u32 lane = threadIdx.x % LANES;
     const Split at = split(g, a.heads);
     const X* x = (const X*)a.x + at.quotient * a.x_stride + at.remainder * a.group;
     Y* y = (Y*)a.y + at.quotient * a.y_stride + at.remainder * a.group;
     float sum = 0.0f;
-    for (u64 col = lane * OCTET; col < a.group; col += LANES * OCTET) {
+    for (u64 col = lane * OCTET; mine.exists && col < a.group; col += LANES * OCTET) {
         float v[OCTET];
         load8(v, x + col, a.group - col, a.wide);
 #pragma unroll
         for (u32 j = 0; j < OCTET; j++) sum += v[j] * v[j];
     }
     const float inv = 1.0f / sqrtf(group_total<LANES>(sum) / (float)a.group + a.eps);
+    if (!mine.exists) return;
     if (lane == 0) a.inv[g] = inv;
     for (u64 col = lane * OCTET; col < a.group; col += LANES * OCTET) {
         float v[OCTET], w[OCTET];
@@ -51,9 +67,12 @@ template <class X, class Y, u32 LANES> DEVICE void rms_norm(const NormArgs& a) {
         store8(y + col, v, a.group - col, a.wide);
     }
 }
-#define RMS_NORM(X_NAME, Y_NAME, X, Y)                                                                        \
-    KERNEL(256, 1) rms_norm_##X_NAME##_##Y_NAME##_warp(NormArgs a) { rms_norm<X, Y, 32>(a); } \
-    KERNEL(256, 1) rms_norm_##X_NAME##_##Y_NAME##_block(NormArgs a) { rms_norm<X, Y, 256>(a); }
+#define RMS_NORM_BY(NAME, LANES, X, Y) \
+    KERNEL(256, 1) rms_norm_##NAME(NormArgs a) { rms_norm<X, Y, LANES>(a); }
+#define RMS_NORM(X_NAME, Y_NAME, X, Y)                    \
+    RMS_NORM_BY(X_NAME##_##Y_NAME##_half, 16, X, Y)       \
+    RMS_NORM_BY(X_NAME##_##Y_NAME##_warp, 32, X, Y)       \
+    RMS_NORM_BY(X_NAME##_##Y_NAME##_block, 256, X, Y)
 RMS_NORM(f32, f32, float, float)
 RMS_NORM(f32, bf16, float, bf16)
 RMS_NORM(bf16, f32, bf16, float)
@@ -76,8 +95,8 @@ struct NormBackwardArgs {
     u32 wide;
 };
 template <class G, class X, class D, u32 LANES> DEVICE void rms_norm_backward(const NormBackwardArgs& a) {
-    const u64 g = group_of_thread<LANES>();
-    if (g >= a.groups) return;
+    const Group mine = group_of_thread<LANES>(a.groups);
+    const u64 g = mine.number;
     const u32 lane = threadIdx.x % LANES;
     const Split at = split(g, a.heads);
     const u64 head = at.remainder * a.group;
@@ -85,7 +104,7 @@ template <class G, class X, class D, u32 LANES> DEVICE void rms_norm_backward(co
     const X* x = (const X*)a.x + at.quotient * a.x_stride + head;
     D* dx = (D*)a.dx + at.quotient * a.dx_stride + head;
     float product = 0.0f;
-    for (u64 col = lane * OCTET; col < a.group; col += LANES * OCTET) {
+    for (u64 col = lane * OCTET; mine.exists && col < a.group; col += LANES * OCTET) {
         float d[OCTET], v[OCTET], w[OCTET];
         load8(d, dy + col, a.group - col, a.wide);
         load8(v, x + col, a.group - col, a.wide);
@@ -95,6 +114,7 @@ template <class G, class X, class D, u32 LANES> DEVICE void rms_norm_backward(co
     }
     const float inv = a.inv[g];
     const float mean = group_total<LANES>(product) * inv * inv / (float)a.group;
+    if (!mine.exists) return;
     for (u64 col = lane * OCTET; col < a.group; col += LANES * OCTET) {
         float d[OCTET], v[OCTET], w[OCTET], sum[OCTET] = {};
         load8(d, dy + col, a.group - col, a.wide);
@@ -106,9 +126,12 @@ template <class G, class X, class D, u32 LANES> DEVICE void rms_norm_backward(co
         store8(dx + col, sum, a.group - col, a.wide);
     }
 }
-#define RMS_NORM_BACKWARD(NAME, G, X, D)                                                                      \
-    KERNEL(256, 1) rms_norm_backward_##NAME##_warp(NormBackwardArgs a) { rms_norm_backward<G, X, D, 32>(a); } \
-    KERNEL(256, 1) rms_norm_backward_##NAME##_block(NormBackwardArgs a) { rms_norm_backward<G, X, D, 256>(a); }
+#define RMS_NORM_BACKWARD_BY(NAME, LANES, G, X, D) \
+    KERNEL(256, 1) rms_norm_backward_##NAME(NormBackwardArgs a) { rms_norm_backward<G, X, D, LANES>(a); }
+#define RMS_NORM_BACKWARD(NAME, G, X, D)             \
+    RMS_NORM_BACKWARD_BY(NAME##_half, 16, G, X, D)   \
+    RMS_NORM_BACKWARD_BY(NAME##_warp, 32, G, X, D)   \
+    RMS_NORM_BACKWARD_BY(NAME##_block, 256, G, X, D)
 // Named by the types of dy, x and dx.
 RMS_NORM_BACKWARD(f32_f32_f32, float, float, float)
 RMS_NORM_BACKWARD(bf16_f32_f32, bf16, float, float)

@@ -1,7 +1,8 @@
 // Cross entropy, the gradient norm and AdamW.
 #include "elements.cuh"
 
-/// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block a row.
+/// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block a
+/// row.
 struct CrossEntropyArgs {
     const float* scores;
     const u32* targets;
@@ -47,7 +48,7 @@ KERNEL(256, 1) cross_entropy(CrossEntropyArgs a) {
     if (threadIdx.x == 0) a.losses[row] = (double)largest - (double)scores[target] + log((double)sum);
 }
 
-/// partial[block] = Σ x² over elements 65536 · block and following.
+/// partial[block] = Σ x² over elements 16384 · block and following.
 struct SquaresArgs {
     const float* x;
     double* partial;
@@ -55,10 +56,12 @@ struct SquaresArgs {
     u32 wide;
 };
 KERNEL(256, 1) sum_of_squares(SquaresArgs a) {
-    constexpr u64 TASK = 65536;
+    constexpr u64 TASK = 16384;
     const u64 first = blockIdx.x * TASK;
     const u64 end = a.count - first < TASK ? a.count : first + TASK;
     double sum = 0.0;
+    // Loads of four rounds are under way at the same time.
+#pragma unroll 4
     for (u64 at = first + threadIdx.x * OCTET; at < end; at += blockDim.x * OCTET) {
         float x[OCTET];
         load8(x, a.x + at, end - at, a.wide);

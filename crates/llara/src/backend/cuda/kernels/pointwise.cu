@@ -41,8 +41,8 @@ KERNEL(256, 1) rope_bf16(RopeArgs a) { rope<bf16>(a); }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-/// y = silu(gate)∘up: gate and up side by side in gate_up [rows, 2 · cols]. Backward: y takes the place of dy,
-/// and the gradients by gate and up that of gate_up. One thread an octet.
+/// y = silu(gate)∘up: gate and up side by side in gate_up [rows, 2 · cols]. Backward: y takes the place of
+/// dy, and the gradients by gate and up that of gate_up. One thread an octet.
 struct SwigluArgs {
     void* gate_up;
     void* y;

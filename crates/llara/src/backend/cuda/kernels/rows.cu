@@ -177,8 +177,8 @@ template <class T> DEVICE void column_sum(const ColumnSumArgs& a) {
 KERNEL(256, 1) column_sum_f32(ColumnSumArgs a) { column_sum<float>(a); }
 KERNEL(256, 1) column_sum_bf16(ColumnSumArgs a) { column_sum<bf16>(a); }
 
-/// sum = Σ partial[t] over all tasks, or sum += that. One thread a column; eight sums of every eighth task, then
-/// their sum, so that loads do not wait for each other.
+/// sum = Σ partial[t] over all tasks, or sum += that. One thread a column; eight sums of every eighth task,
+/// then their sum, so that loads do not wait for each other.
 struct ColumnFinishArgs {
     const float* partial;
     float* sum;
