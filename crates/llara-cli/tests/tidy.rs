@@ -9,7 +9,7 @@ mod imports;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use imports::{Cycle, ImportGraph, without_tests};
+use imports::{ImportGraph, without_tests};
 
 /// The modules that each module may use, besides itself and [`EVERYWHERE`].
 const DEPENDENCIES: [(&str, &[&str]); 14] = [
@@ -202,40 +202,16 @@ fn files_have_a_description_a_specific_name_and_at_most_600_lines() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Groups of files of the library that still import each other: every file of the group starts with one of
-/// the prefixes. Every other cycle fails the test, and so does an entry that is no longer a cycle. Each of
-/// these can be resolved by moving what the children use out of `mod.rs` into a file.
-const KNOWN_CYCLES: [&[&str]; 4] = [
-    // `mod.rs` has the trait `Backend`, which is generic over its operands and which they name.
-    &["backend/mod.rs", "backend/operands.rs"],
-    // `mod.rs` has `Case`, which the checks use, and the function that calls the checks.
-    &["backend/conformance/"],
-    // `mod.rs` has `Cpu` and `impl Backend for Cpu`, which calls the kernels; these are methods of `Cpu`.
-    &["backend/cpu/"],
-    // `mod.rs` has `BiEncoderModel`, which contains a `Recipe`; `recipe.rs` has methods of the model.
-    &["biencoder/mod.rs", "biencoder/recipe.rs"],
-];
-
 #[test]
 fn imports_between_files_have_no_cycle() {
     let (root, sources) = (library(), sources());
     let files = sources.iter().filter(|(path, _)| path.starts_with(&root));
     let graph = ImportGraph::new(&root, files.map(|(path, text)| (path.as_path(), text.as_str())));
-    let cycles = graph.cycles();
-    let is_of = |cycle: &Cycle, prefixes: &[&str]| {
-        cycle.files.iter().all(|file| prefixes.iter().any(|prefix| file.starts_with(prefix)))
-    };
-    let is_known = |cycle: &Cycle| KNOWN_CYCLES.iter().any(|prefixes| is_of(cycle, prefixes));
-    let mut wrong: Vec<String> = Vec::new();
-    for cycle in cycles.iter().filter(|cycle| !is_known(cycle)) {
+    let described = graph.cycles().into_iter().map(|cycle| {
         let others: Vec<&String> =
             cycle.files.iter().filter(|file| !cycle.shortest.contains(file)).collect();
-        wrong.push(format!("cycle: {}; other files: {others:?}", cycle.shortest.join(" → ")));
-    }
-    for prefixes in KNOWN_CYCLES {
-        if !cycles.iter().any(|cycle| is_of(cycle, prefixes)) {
-            wrong.push(format!("this is no cycle, remove it from KNOWN_CYCLES: {prefixes:?}"));
-        }
-    }
+        format!("cycle: {}; other files: {others:?}", cycle.shortest.join(" → "))
+    });
+    let wrong: Vec<String> = described.collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

@@ -10,7 +10,7 @@ mod timing;
 use llara::Result;
 use llara::backend::{
     AdamWStep, AttentionInput, AttentionShape, Backend, Cpu, DropoutKey, Dtype, Layout,
-    RopeDirection, RopeTable, ScatterRows, Shape, TokenIds,
+    RopeDirection, RopeTable, ScatterPlan, ScatterRows, Shape, TokenIds,
 };
 
 use timing::Cases;
@@ -91,7 +91,7 @@ impl Kernels<'_> {
         let table = self.values(VOCABULARY, HIDDEN)?;
         let ids: Vec<u32> =
             (0..TOKENS as u32).map(|i| i.wrapping_mul(2_654_435_761) % 8192).collect();
-        let plan = ScatterRows::new(&ids).upload(cpu)?;
+        let plan = ScatterPlan::upload(&ScatterRows::new(&ids), cpu)?;
         let [ids] = cpu.upload_indices([&ids])?;
         let both = Work::Bytes(2 * self.element() * elements);
         self.time("gather_rows", both, || cpu.gather_rows(&table, &ids))?;

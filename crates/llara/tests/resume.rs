@@ -347,7 +347,7 @@ const KERNELS: &str = "LLARA_TEST_KERNELS";
 #[test]
 fn a_process_takes_the_kernels_of_a_checkpoint() {
     if let Ok(kernels) = std::env::var(KERNELS) {
-        Cpu::use_bf16_kernels(&kernels);
+        Cpu::new().use_kernels(&kernels);
         println!("kernels: {}", Cpu::new().kernels(Dtype::Bf16));
         return;
     }

@@ -1,32 +1,6 @@
-//! Arguments and results of the operations of a [`Backend`].
+//! Arguments of the operations of a backend that hold no buffer of a device.
 
-use super::{Backend, Dtype, View};
-use crate::Result;
-
-/// Which sequence each row belongs to, and its position there: the last rows of each sequence of a
-/// packed batch, or all of them.
-pub struct Layout<B: Backend> {
-    /// Rows of sequence `s` are `bounds[s]..bounds[s + 1]`, on the host. `[S + 1]`
-    pub bounds: Vec<u32>,
-    /// The same on the device. `[S + 1]`
-    pub offsets: B::Index,
-    /// Position of each row in its sequence, from 0, ascending within a sequence. `[rows]`
-    pub positions: B::Index,
-    /// One more than the largest position.
-    pub longest: usize,
-}
-
-impl<B: Backend> Layout<B> {
-    /// Number of sequences, `S`.
-    pub fn sequences(&self) -> usize {
-        self.bounds.len() - 1
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.bounds.last().map_or(0, |&end| end as usize)
-    }
-}
+use super::tensor::{Dtype, View};
 
 /// What a weight is for, which decides what is prepared from its values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +10,7 @@ pub enum WeightUse {
     /// A matrix that does not change, multiplied by activations of this dtype. Its values keep their
     /// dtype.
     Frozen(Dtype),
-    /// A matrix in f32 that [`Backend::adamw`] changes, multiplied by activations of this dtype.
+    /// A matrix in f32 that [`Backend::adamw`](super::Backend::adamw) changes, multiplied by activations of this dtype.
     Trainable(Dtype),
 }
 
@@ -55,15 +29,7 @@ impl<T> Default for Epilogue<'_, T> {
     }
 }
 
-/// Cosines and sines of the rotary embedding, one row a position. Both `[positions, hd / 2]`.
-pub struct RopeTable<B: Backend> {
-    /// `cos(position · inv_freq)`.
-    pub cos: B::Tensor,
-    /// `sin(position · inv_freq)`.
-    pub sin: B::Tensor,
-}
-
-/// The direction of [`Backend::rope`].
+/// The direction of [`Backend::rope`](super::Backend::rope).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeDirection {
     /// The rotation of the forward pass.
@@ -99,30 +65,6 @@ impl AttentionShape {
     }
 }
 
-/// The input of an attention.
-pub struct AttentionInput<'a, B: Backend> {
-    /// `[rows of queries, H·hd]`
-    pub q: View<'a, B::Tensor>,
-    /// `[rows of keys, KV·hd]`
-    pub k: View<'a, B::Tensor>,
-    /// `[rows of keys, KV·hd]`
-    pub v: View<'a, B::Tensor>,
-    /// The rows of q: the last ones of each sequence of `keys`, as many as the bounds say.
-    pub queries: &'a Layout<B>,
-    /// The rows of k and v: every position of each sequence.
-    pub keys: &'a Layout<B>,
-    /// The heads.
-    pub shape: &'a AttentionShape,
-}
-
-/// The output of an attention, with what its backward pass needs.
-pub struct AttentionOutput<B: Backend> {
-    /// The weighted values. `[rows of q, H·hd]`
-    pub out: B::Tensor,
-    /// What the backend saved.
-    pub state: B::AttentionState,
-}
-
 /// Gradients by the input of an attention.
 pub enum AttentionGradients<T> {
     /// Where every row is a query: dq, dk and dv side by side. `[T, (H + 2·KV)·hd]`
@@ -148,15 +90,6 @@ pub struct DropoutKey {
     pub module: u32,
     /// Probability that an element becomes zero, below 1.
     pub probability: f32,
-}
-
-/// Which token each row of a matrix belongs to. The same token has the same identity in whatever
-/// chunk, process or order it is computed. Both `[rows]`.
-pub struct TokenIds<'i, B: Backend> {
-    /// Number of the row's sequence among all sequences of the step, over all processes.
-    pub sequences: &'i B::Index,
-    /// Position of the row in its sequence.
-    pub positions: &'i B::Index,
 }
 
 /// Whether a gradient is added to the buffer or overwrites it.
@@ -196,38 +129,6 @@ impl ScatterRows {
         starts.push(rows.len() as u32);
         ScatterRows { sources, targets, starts }
     }
-
-    /// On a device.
-    ///
-    /// # Errors
-    /// When the device has no memory left.
-    pub fn upload<B: Backend>(&self, backend: &B) -> Result<ScatterPlan<B>> {
-        let lists = [&self.sources, &self.targets, &self.starts].map(Vec::as_slice);
-        Ok(self.on_device(backend.upload_indices(lists)?))
-    }
-
-    /// With sources, targets and starts uploaded.
-    pub(crate) fn on_device<B: Backend>(
-        &self,
-        [sources, targets, starts]: [B::Index; 3],
-    ) -> ScatterPlan<B> {
-        let (sources_len, targets_len) = (self.sources.len(), self.targets.len());
-        ScatterPlan { sources, targets, starts, sources_len, targets_len }
-    }
-}
-
-/// [`ScatterRows`] on a device.
-pub struct ScatterPlan<B: Backend> {
-    /// See [`ScatterRows::sources`].
-    pub sources: B::Index,
-    /// See [`ScatterRows::targets`].
-    pub targets: B::Index,
-    /// See [`ScatterRows::starts`].
-    pub starts: B::Index,
-    /// Number of sources.
-    pub sources_len: usize,
-    /// Number of targets.
-    pub targets_len: usize,
 }
 
 /// Hyperparameters of one AdamW update (Loshchilov and Hutter 2019, algorithm 2). f64, because

@@ -227,12 +227,21 @@ impl<B: Backend> BiEncoderModel<B> {
         self.folder.source()
     }
 
-    /// Sets the lengths that are saved with the model as its own.
+    /// Sets the maximum lengths, in tokens, that are saved with the model.
+    ///
+    /// # Errors
+    /// When a length leaves no room for text beside the template.
     pub fn set_max_lens(&mut self, query: usize, passage: usize) -> Result<()> {
         self.prompts.check_max_len(Role::Query, query)?;
         self.prompts.check_max_len(Role::Passage, passage)?;
         (self.recipe.query_max_len, self.recipe.passage_max_len) = (query, passage);
         Ok(())
+    }
+
+    /// Sets the instructions that are saved with the model.
+    pub fn set_instructions(&mut self, query: &str, passage: &str) {
+        query.clone_into(&mut self.recipe.query_instruction);
+        passage.clone_into(&mut self.recipe.passage_instruction);
     }
 
     /// Computes activations and their gradients in `precision`. In bf16, frozen matrices are stored in

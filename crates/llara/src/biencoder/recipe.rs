@@ -4,8 +4,6 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::BiEncoderModel;
-use crate::backend::Backend;
 use crate::text::{Role, Template};
 use crate::{Error, ErrorKind, Result};
 
@@ -83,14 +81,6 @@ impl Recipe {
             .map_err(|e| Error::new(ErrorKind::Config, "cannot write the recipe").because(e))?;
         text.push(b'\n');
         Ok(text)
-    }
-}
-
-impl<B: Backend> BiEncoderModel<B> {
-    /// Sets the instructions that are saved with the model as its own.
-    pub fn set_instructions(&mut self, query: &str, passage: &str) {
-        query.clone_into(&mut self.recipe.query_instruction);
-        passage.clone_into(&mut self.recipe.passage_instruction);
     }
 }
 

@@ -79,11 +79,11 @@ impl<B: Backend> Input<B> {
         let longest = batch.longest();
         Ok(Input {
             ids,
-            ids_scatter: by_id.on_device([id_sources, id_targets, id_starts]),
+            ids_scatter: ScatterPlan::new(&by_id, [id_sources, id_targets, id_starts]),
             all: all.on_device(longest, [all_offsets, all_positions, all_sequences]),
             pooled: pooled.on_device(longest, [pooled_offsets, pooled_positions, pooled_sequences]),
             pooled_rows: pooled_index,
-            pooled_scatter: by_row.on_device([row_sources, row_targets, row_starts]),
+            pooled_scatter: ScatterPlan::new(&by_row, [row_sources, row_targets, row_starts]),
         })
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::step_input::StepInput;
 use crate::Result;
-use crate::backend::{Backend, Dtype, ScatterRows, Shape};
+use crate::backend::{Backend, Dtype, ScatterPlan, ScatterRows, Shape};
 use crate::biencoder::{BiEncoderModel, Encoding};
 use crate::data::Batch;
 use crate::loss::{Embeddings, LossAndGradient, Objective};
@@ -105,7 +105,7 @@ pub fn accumulate_gradients_with<B: Backend>(
     )?;
     let mut gradient = backend.zeros(encoded.rows(), encoded.cols(), Dtype::F32)?;
     for (grad, rows) in [(&dqueries, &input.queries), (&dpassages, &input.passages)] {
-        let plan = ScatterRows::new(rows).upload(&backend)?;
+        let plan = ScatterPlan::upload(&ScatterRows::new(rows), &backend)?;
         backend.scatter_add_rows(grad, &plan, &mut gradient)?;
     }
     drop((encoded, dqueries, dpassages));

@@ -7,7 +7,8 @@ use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{
     Accumulate, AttentionGradients, AttentionInput, AttentionShape, Backend, DropoutKey, Dtype,
-    Epilogue, Layout, RopeDirection, RopeTable, ScatterRows, Shape, TokenIds, WeightUse,
+    Epilogue, Layout, RopeDirection, RopeTable, ScatterPlan, ScatterRows, Shape, TokenIds,
+    WeightUse,
 };
 
 /// The operations of a training step on bf16 matrices.
@@ -89,7 +90,7 @@ fn rows<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> R
     let what = format!("[{rows}, {cols}]");
     let (x, y) = (random(suite, rows, cols)?, random(suite, rows, cols)?);
     let places = suite.indices(if rows == 0 { 0 } else { 50 }, rows.max(1));
-    let plan = ScatterRows::new(&places).upload(suite.backend)?;
+    let plan = ScatterPlan::upload(&ScatterRows::new(&places), suite.backend)?;
     let places = suite.index(&places)?;
     let backend = suite.backend;
     let exact = (Dtype::Bf16, Bound::EXACT);

@@ -4,7 +4,7 @@ use super::case::Case;
 use super::plain::{self, Matrix};
 use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;
-use crate::backend::{Backend, Dtype, Elements, ScatterRows, Shape};
+use crate::backend::{Backend, Dtype, Elements, ScatterPlan, ScatterRows, Shape};
 
 /// Copies to, from and on the device, and the operations that pick or average rows.
 ///
@@ -109,7 +109,7 @@ fn picking<B: Backend>(
     let dy = suite.random(picked, cols);
     let before = suite.random(table, cols);
     let mut dx = suite.tensor(&before)?;
-    let plan = ScatterRows::new(&rows).upload(suite.backend)?;
+    let plan = ScatterPlan::upload(&ScatterRows::new(&rows), suite.backend)?;
     suite.backend.scatter_add_rows(&suite.tensor(&dy)?, &plan, &mut dx)?;
     let want = plain::scatter_add_rows(&dy, &rows, before.clone());
     let bound = Bound::sum(1 + picked / table);

@@ -1,7 +1,7 @@
 //! Checks of the backend that counts: shapes as the CPU has them, operations and memory.
 
 use super::*;
-use crate::backend::{AttentionShape, Cpu, Layout, ScatterRows};
+use crate::backend::{AttentionShape, Cpu, Layout, ScatterPlan, ScatterRows};
 
 fn counting() -> CountingBackend {
     CountingBackend::new(Cpu::new().memory())
@@ -43,7 +43,7 @@ fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
     see(&backend.segment_mean(&x, &index(&[0, 2, 6])).unwrap());
     see(&backend.segment_mean_backward(weight.values(), &index(&[0, 2, 5, 6, 9]), 9).unwrap());
     let mut table = backend.zeros(6, 8, Dtype::F32).unwrap();
-    let plan = ScatterRows::new(&[1, 0, 1, 5, 5, 2]).upload(backend).unwrap();
+    let plan = ScatterPlan::upload(&ScatterRows::new(&[1, 0, 1, 5, 5, 2]), backend).unwrap();
     backend.scatter_add_rows(&x, &plan, &mut table).unwrap();
     let keys = layout(backend, &[0..2, 0..4]);
     let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 4, window: Some(3), scale: 0.5 };

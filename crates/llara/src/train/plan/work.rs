@@ -68,7 +68,7 @@ impl Matrix {
             None => 6 * weights,
             Some(lora) => {
                 let frozen = (2 + 2 * gradient) * weights;
-                match lora.target_modules.iter().any(|name| *name == self.name) {
+                match lora.target_modules.contains(&self.name) {
                     true => {
                         frozen
                             + lora.rank * (4 * sides + 2 * self.output + 2 * gradient * self.input)
