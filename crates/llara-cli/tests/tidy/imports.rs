@@ -4,10 +4,12 @@
 //! that starts with `crate`, `super` or `self`, or in a `mod.rs` with a child module. An item is looked up
 //! like the compiler does it: re-exports are followed to the definition. Three kinds of lines give no edge:
 //! unit tests and comments; `mod child;`; and re-exports (`pub use`, `pub(crate) use`, `pub(super) use`) of
-//! names that the file itself does not use, because other files are linked to the definition. What cannot
+//! names that the file itself does not use, because other files are linked to the definition. Nor does the
+//! path of a visibility (`pub(in path)`). What cannot
 //! be resolved further (macros, enum variants, glob imports) belongs to the last module of the path that is a
 //! file.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 
@@ -198,8 +200,12 @@ fn parse(file: PathBuf, is_mod_file: bool, text: &str) -> Source {
     let (mut statement, mut reexports) = (String::new(), Vec::new());
     let mut words = BTreeSet::new();
     for line in without_tests(text).lines() {
-        let line = line.split("//").next().unwrap_or_default().trim();
+        let line = without_visibility(line.split("//").next().unwrap_or_default().trim());
+        let line = line.as_ref();
         if statement.is_empty() && !is_use(line) {
+            if is_module(line) {
+                continue;
+            }
             source.definitions.extend(definition(line));
             for path in paths(line) {
                 words.insert(path[0].clone());
@@ -229,6 +235,21 @@ fn parse(file: PathBuf, is_mod_file: bool, text: &str) -> Source {
     let is_used = |import: &Import| words.contains(&import.name);
     source.uses.extend(reexports.into_iter().filter(is_used).map(|import| import.path));
     source
+}
+
+/// A line of code without the path of a `pub(in path)`, which says who may use an item and uses nothing.
+fn without_visibility(line: &str) -> Cow<'_, str> {
+    let parts = line.split_once("pub(in ").and_then(|(before, rest)| {
+        let (_, after) = rest.split_once(')')?;
+        Some(format!("{before}pub{after}"))
+    });
+    parts.map_or(Cow::Borrowed(line), Cow::Owned)
+}
+
+/// Whether a line declares a module that is another file.
+fn is_module(line: &str) -> bool {
+    let mut words = line.split_whitespace().skip_while(|word| word.starts_with("pub"));
+    words.next() == Some("mod") && line.ends_with(';')
 }
 
 /// Whether a line starts a `use` declaration.
@@ -378,11 +399,15 @@ mod tests {
     fn declarations_reexports_comments_and_tests_are_no_imports() {
         let files = [
             ("lib.rs", "pub mod a;\n"),
-            ("a/mod.rs", "mod b;\nmod c;\npub(crate) use b::{Beta, beta};\npub trait Alpha {}\n"),
-            ("a/b.rs", "use super::Alpha;\npub struct Beta;\npub fn beta() {}\n"),
+            (
+                "a/mod.rs",
+                "mod b;\nmod c;\nmod d;\npub(crate) use b::{Beta, b};\npub trait Alpha {}\nfn f() { d::d() }\n",
+            ),
+            ("a/b.rs", "use super::Alpha;\npub struct Beta;\npub fn b() {}\n"),
             // `super::Beta` is that of b.rs, not of mod.rs.
             ("a/c.rs", "use super::Beta;\n// use crate::d::Delta;\n"),
-            ("d.rs", "use crate::a::beta;\n#[cfg(test)]\nmod tests {\n    use crate::e::E;\n}\n"),
+            ("a/d.rs", "pub(in crate::a) fn d() {}\n"),
+            ("d.rs", "use crate::a::b;\n#[cfg(test)]\nmod tests {\n    use crate::e::E;\n}\n"),
             ("e.rs", "use crate::d;\npub struct E;\n"),
         ];
         assert!(cycles(&files).is_empty(), "{:?}", cycles(&files));

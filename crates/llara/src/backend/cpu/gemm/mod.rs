@@ -23,6 +23,7 @@ mod packed;
 mod portable;
 pub(super) mod rate;
 mod scratch;
+mod sealed;
 mod split;
 mod tile;
 mod view;
@@ -59,29 +60,6 @@ impl Output for bf16 {
 
     fn operand(view: View<'_, bf16>) -> Operand<'_> {
         Operand::Bf16(view)
-    }
-}
-
-mod sealed {
-    use super::{bf16, tile};
-
-    pub trait Place: Sized {
-        #[expect(private_interfaces, reason = "nobody outside can name or call it")]
-        fn place(start: *mut Self, stride: usize) -> tile::Place;
-    }
-
-    impl Place for f32 {
-        #[expect(private_interfaces, reason = "as above")]
-        fn place(start: *mut f32, stride: usize) -> tile::Place {
-            tile::Place::Single(start, stride)
-        }
-    }
-
-    impl Place for bf16 {
-        #[expect(private_interfaces, reason = "as above")]
-        fn place(start: *mut bf16, stride: usize) -> tile::Place {
-            tile::Place::Bf16(start, stride)
-        }
     }
 }
 
