@@ -2,14 +2,13 @@
 //!
 //! `cargo bench --bench products -- [FILTER…]`, where a filter is a part of a line's name, such as
 //! `dw` or `576x1536`. For each product: the `gemm` crate in f32, ours in f32, ours in bf16 (bf16
-//! result where it is an activation), and both with the right operand packed beforehand.
-//! `bench/product_rates.py` prints the same shapes for PyTorch.
+//! result where it is an activation). `bench/product_rates.py` prints the same shapes for PyTorch.
 
 mod timing;
 
 use half::bf16;
 use llara::Result;
-use llara::backend::gemm::{Gemm, Output, PackedB, Precision, View, ViewMut};
+use llara::backend::gemm::{Gemm, Output, Precision, View, ViewMut};
 
 use timing::Cases;
 
@@ -35,7 +34,7 @@ type Dims = (usize, usize, usize);
 
 fn main() -> Result<()> {
     let Some(cases) = Cases::from_args() else { return Ok(()) };
-    println!("layer x form          m     n     k  crate    f32 packed   bf16 packed");
+    println!("layer x form          m     n     k  crate    f32   bf16");
     for (input, output) in LAYERS {
         for (form, name) in
             [(Form::Forward, "y"), (Form::InputGrad, "dx"), (Form::WeightGrad, "dw")]
@@ -56,19 +55,16 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn rates(form: Form, dims: Dims) -> Result<[f64; 5]> {
+fn rates(form: Form, dims: Dims) -> Result<[f64; 3]> {
     let (m, n, k) = dims;
     let (a, b) = (values(m * k), values(k * n));
     let half = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
     let (a_half, b_half) = (half(&a), half(&b));
     let single = Product { form, dims, precision: Precision::F32, a: &a, b: &b };
     let half = Product { form, dims, precision: Precision::Bf16, a: &a_half, b: &b_half };
-    let (packed, packed_half) = (single.packed(), half.packed());
     let mut by_crate = vec![0.0; m * n];
-    let mut outs: [Vec<f32>; 4] = std::array::from_fn(|_| vec![0.0; m * n]);
-    let mut halves: [Vec<bf16>; 2] = std::array::from_fn(|_| vec![bf16::ZERO; m * n]);
-    let [out, out_packed, out_half, out_half_packed] = &mut outs;
-    let [rounded, rounded_packed] = &mut halves;
+    let (mut out, mut out_half) = (vec![0.0f32; m * n], vec![0.0f32; m * n]);
+    let mut rounded = vec![bf16::ZERO; m * n];
     let gradient = matches!(form, Form::WeightGrad);
 
     let times = timing::in_turn([
@@ -76,15 +72,10 @@ fn rates(form: Form, dims: Dims) -> Result<[f64; 5]> {
             by_the_gemm_crate(form, dims, &mut by_crate, &a, &b);
             Ok(())
         },
-        &mut || single.multiply(out, None),
-        &mut || single.multiply(out_packed, Some(&packed)),
+        &mut || single.multiply(&mut out),
         &mut || match gradient {
-            true => half.multiply(out_half, None),
-            false => half.multiply(rounded, None),
-        },
-        &mut || match gradient {
-            true => half.multiply(out_half_packed, Some(&packed_half)),
-            false => half.multiply(rounded_packed, Some(&packed_half)),
+            true => half.multiply(&mut out_half),
+            false => half.multiply(&mut rounded),
         },
     ])?;
     let flops = 2.0 * m as f64 * n as f64 * k as f64;
@@ -104,23 +95,15 @@ impl<T: Copy> Product<'_, T>
 where
     for<'v> View<'v, T>: Into<llara::backend::gemm::Operand<'v>>,
 {
-    /// Weight gradients gather.
-    fn multiply<O: Output>(&self, out: &mut [O], packed: Option<&PackedB>) -> Result<()> {
+    /// Weight gradients are added to the result.
+    fn multiply<O: Output>(&self, out: &mut [O]) -> Result<()> {
         let (m, n, _) = self.dims;
-        let how = match self.form {
+        let gemm = match self.form {
             Form::WeightGrad => Gemm::new(self.precision).accumulate(),
             Form::Forward | Form::InputGrad => Gemm::new(self.precision),
         };
-        let out = ViewMut::new(out, m, n);
-        match packed {
-            Some(right) => how.multiply_packed(out, self.left(), right),
-            None => how.multiply(out, self.left(), self.right()),
-        }
+        gemm.multiply(ViewMut::new(out, m, n), self.left(), self.right());
         Ok(())
-    }
-
-    fn packed(&self) -> PackedB {
-        PackedB::new(self.right(), self.precision)
     }
 
     fn left(&self) -> View<'_, T> {

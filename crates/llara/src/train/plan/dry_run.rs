@@ -141,7 +141,6 @@ impl DryRun {
         Ok(Plan {
             training: Parts {
                 weights: self.weights as u64,
-                packed_copies: 0,
                 gradients: self.gradients as u64,
                 optimizer: self.moments as u64,
                 activations: counted.peak.saturating_sub(fixed) as u64,

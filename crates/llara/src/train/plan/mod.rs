@@ -44,8 +44,6 @@ pub struct Plan {
 pub struct Parts {
     /// The model's weights.
     pub weights: u64,
-    /// Copies of weights in the packed layout of matrix products.
-    pub packed_copies: u64,
     /// Gradients of the trainable parameters.
     pub gradients: u64,
     /// Optimizer state of the trainable parameters.
@@ -60,10 +58,9 @@ pub struct Parts {
 
 impl Parts {
     /// The categories with their names.
-    pub fn named(&self) -> [(&'static str, u64); 7] {
+    pub fn named(&self) -> [(&'static str, u64); 6] {
         [
             ("weights", self.weights),
-            ("packed copies", self.packed_copies),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("activations", self.activations),

@@ -16,18 +16,10 @@ use rayon::prelude::*;
 use super::cell::Format;
 use super::engine::Engine;
 use super::pack::{group_cells, pack_panels, pack_rows};
-use super::packed::PackedB;
 use super::scratch::{Scratch, with_scratch};
 use super::split::{COLUMNS, Costs, Grid, blocks, rows_at_once};
 use super::tile::{Left, MR, NR, Place, Tile};
 use super::view::Operand;
-
-/// The right operand of a product.
-#[derive(Clone, Copy)]
-pub(super) enum Right<'a> {
-    Plain(Operand<'a>),
-    Packed(&'a PackedB),
-}
 
 /// A product whose shapes have been checked.
 pub(super) struct Job<'a> {
@@ -36,7 +28,7 @@ pub(super) struct Job<'a> {
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) left: Operand<'a>,
-    pub(super) right: Right<'a>,
+    pub(super) right: Operand<'a>,
     pub(super) alpha: f32,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) onto: Place,
@@ -58,14 +50,9 @@ impl Job<'_> {
         const READ: usize = 8;
         let in_place = self.in_place(0).is_some();
         let left = if in_place { READ } else { PACKED };
-        let right = match self.right {
-            Right::Plain(_) => PACKED,
-            Right::Packed(_) => 0,
-        };
         // Half panels balance better, but only rows make tasks that need none.
-        let whole = in_place || matches!(self.right, Right::Packed(_));
-        let unit = if whole { NR } else { NR / 2 };
-        let costs = Costs { left, right };
+        let unit = if in_place { NR } else { NR / 2 };
+        let costs = Costs { left, right: PACKED };
         let grid = Grid::new((self.m, self.n, self.k), unit, costs, threads);
         let run = |task| {
             let (rows, columns) = grid.task(task);
@@ -121,12 +108,9 @@ impl Job<'_> {
             };
             for block in blocks(steps) {
                 let inner = block.start * group..(block.end * group).min(self.k);
-                if let Right::Plain(right) = &self.right {
-                    let cells =
-                        scratch.right.cells(columns.len().next_multiple_of(NR) * block.len());
-                    if !block.is_empty() {
-                        pack_panels(&self.engine, right, inner.clone(), columns.clone(), cells);
-                    }
+                let cells = scratch.right.cells(columns.len().next_multiple_of(NR) * block.len());
+                if !block.is_empty() {
+                    pack_panels(&self.engine, &self.right, inner.clone(), columns.clone(), cells);
                 }
                 let pass = Pass {
                     first: block.start == 0,
@@ -150,8 +134,7 @@ impl Job<'_> {
     /// Multiplies some rows with the columns and the block of a pass.
     ///
     /// # Safety
-    /// As for [`task`](Job::task); where the right operand is not packed already, `scratch` must hold
-    /// the panels of the pass.
+    /// As for [`task`](Job::task), and `scratch` must hold the panels of the pass.
     unsafe fn rows(&self, scratch: &mut Scratch, pass: &Pass, rows: Range<usize>) {
         let steps = pass.block.len();
         let in_place = self.in_place(pass.inner.start);
@@ -161,12 +144,7 @@ impl Job<'_> {
         let cells = scratch.left.cells(rest.len().div_ceil(MR) * group_cells(steps));
         let packed = pack_rows(&self.engine, &self.left, rest, pass.inner.clone(), cells);
         for column in pass.columns.clone().step_by(NR) {
-            let panel = match self.right {
-                Right::Packed(right) => right.panel(&pass.block, column),
-                Right::Plain(_) => {
-                    scratch.right.as_ptr().wrapping_add(steps * (column - pass.columns.start))
-                }
-            };
+            let panel = scratch.right.as_ptr().wrapping_add(steps * (column - pass.columns.start));
             let cols = NR.min(pass.columns.end - column);
             for i in (0..rows.len()).step_by(MR) {
                 let row = rows.start + i;

@@ -1,7 +1,7 @@
 //! Products of matrices on the processor: f32, or bf16 with f32 sums.
 //!
-//! `out = alpha · a · b (+ bias) (+ out or residual)`, each operand row-major or transposed, f32 or bf16, the
-//! right one possibly packed beforehand. An element of the result has the same bits on any number of
+//! `out = alpha · a · b (+ bias) (+ out or residual)`, each operand row-major or transposed, f32 or bf16. An
+//! element of the result has the same bits on any number of
 //! threads and whatever other rows and columns are computed with it: the inner dimension is summed in
 //! an order that depends on its length alone.
 //!
@@ -19,7 +19,6 @@ mod cell;
 mod drive;
 mod engine;
 mod pack;
-mod packed;
 mod portable;
 pub(super) mod rate;
 mod scratch;
@@ -30,13 +29,12 @@ mod view;
 
 use half::bf16;
 
-use drive::{Job, Right};
+use drive::Job;
 use engine::Engine;
 use tile::Place;
 
 pub use crate::backend::cpu::unit::Unit;
 pub use engine::Precision;
-pub use packed::PackedB;
 pub use view::{Operand, View, ViewMut};
 
 /// An element of a result: f32 or bf16.
@@ -133,32 +131,10 @@ impl<'a, O: Output> Gemm<'a, O> {
         a: impl Into<Operand<'b>>,
         b: impl Into<Operand<'b>>,
     ) {
-        self.run(out, a.into(), Right::Plain(b.into()));
-    }
-
-    /// [`multiply`](Gemm::multiply) with a right operand packed beforehand.
-    ///
-    /// # Panics
-    /// If shapes do not fit, or `b` was packed for another precision or unit.
-    pub fn multiply_packed<'b>(
-        &self,
-        out: ViewMut<'_, O>,
-        a: impl Into<Operand<'b>>,
-        b: &'b PackedB,
-    ) {
-        self.run(out, a.into(), Right::Packed(b));
-    }
-
-    fn run(&self, out: ViewMut<'_, O>, left: Operand<'_>, right: Right<'_>) {
+        let (left, right) = (a.into(), b.into());
         let engine = Engine::new(self.precision, self.unit);
         let (m, k) = left.shape();
-        let (inner, n) = match right {
-            Right::Plain(right) => right.shape(),
-            Right::Packed(right) => {
-                assert_eq!(right.format(), engine.format, "packed for another kernel");
-                right.shape()
-            }
-        };
+        let (inner, n) = right.shape();
         assert_eq!(inner, k, "inner dimension of [{m}, {k}] by [{inner}, {n}]");
         assert_eq!((out.rows, out.cols), (m, n), "result of [{m}, {k}] by [{k}, {n}]");
         assert!(self.bias.is_none_or(|bias| bias.len() == n), "bias of {n} columns");
