@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -167,6 +167,25 @@ fn stopped_and_resumed_it_ends_with_the_same_bytes(case: Case) {
         let [a, b] = [&parts, &whole].map(|dir| dir.path().join("out/checkpoint-6").join(name));
         assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "{name} differs");
     }
+}
+
+#[test]
+fn moments_have_the_names_of_the_models_tensors() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), FULL);
+    train(dir.path(), &config, FULL, 2).unwrap();
+    let names = |file: &str| {
+        let bytes = fs::read(config.output_dir.join("checkpoint-2").join(file)).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        tensors.names().into_iter().map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    let tensors = names("model.safetensors");
+    assert!(tensors.iter().any(|name| name.ends_with("layers.0.self_attn.k_proj.weight")));
+    let expected = tensors.iter().filter(|name| *name != "lm_head.weight").flat_map(|name| {
+        let name = name.trim_start_matches("model.");
+        [format!("first_moment.{name}"), format!("second_moment.{name}")]
+    });
+    assert_eq!(names("optimizer.safetensors"), expected.collect());
 }
 
 #[test]

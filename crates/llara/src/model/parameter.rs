@@ -82,9 +82,9 @@ pub struct NamedTensor<'p, B: Backend> {
     part: &'p Part,
 }
 
-impl<B: Backend> NamedTensor<'_, B> {
+impl<'p, B: Backend> NamedTensor<'p, B> {
     /// Name within the bare decoder, such as `layers.0.mlp.up_proj.weight`.
-    pub fn name(&self) -> &str {
+    pub fn name(&self) -> &'p str {
         &self.part.name
     }
 

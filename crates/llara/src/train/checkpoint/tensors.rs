@@ -1,7 +1,8 @@
 //! The optimizer's files of a checkpoint: moments, and f32 weights where the model folder has them rounded.
 //!
-//! Each rank writes the elements that it owns. A tensor is named `KIND.PARAMETER`, or
-//! `KIND.PARAMETER[START..END]` for a part of a parameter, with elements counted row by row.
+//! Each rank writes the elements that it owns. The moments of a model's tensor are named `KIND.TENSOR`, or
+//! `KIND.TENSOR[START..END]` where they are a part of it, with elements counted row by row. A parameter of
+//! several tensors (q, k and v) is written as these, so that the file does not depend on which are stored as one.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use crate::backend::{Backend, Shape};
-use crate::model::Decoder;
+use crate::model::{Decoder, Parameter};
 use crate::storage::{SafetensorsFile, SafetensorsWriter};
 use crate::train::flat_layout::Piece;
 use crate::train::optimizer::AdamW;
@@ -51,23 +52,14 @@ pub(super) fn write<B: Backend>(
     let parameters: Vec<_> = decoder.trainable_parameters().collect();
     let kinds = [FIRST, SECOND, MASTER];
     let kinds = if with_weights { &kinds[..] } else { &kinds[..2] };
-    let named = |piece: &Piece, kind: &str| {
-        let parameter = parameters[piece.parameter];
-        let (rows, cols) = parameter.values().shape();
-        match piece.elements == (0..rows * cols) {
-            true => format!("{kind}.{}", parameter.name()),
-            false => {
-                let Range { start, end } = piece.elements;
-                format!("{kind}.{}[{start}..{end}]", parameter.name())
+    let mut declared = Vec::new();
+    for owned in optimizer.owned() {
+        for kind in kinds {
+            for part in parts(parameters[owned.piece.parameter], &owned.piece.elements) {
+                declared.push((part.file_name(kind), Dtype::F32, vec![part.elements.len()]));
             }
         }
-    };
-    let declared = optimizer
-        .owned()
-        .iter()
-        .flat_map(|owned| kinds.iter().map(move |kind| (&owned.piece, kind)))
-        .map(|(piece, kind)| (named(piece, kind), Dtype::F32, vec![piece.elements.len()]))
-        .collect();
+    }
     let mut writer = SafetensorsWriter::create_at(&folder.join(file), declared)?;
     for owned in optimizer.owned() {
         for &kind in kinds {
@@ -79,7 +71,10 @@ pub(super) fn write<B: Backend>(
                     backend.read_elements(value, owned.piece.elements.clone())?
                 }
             };
-            writer.write_f32(&named(&owned.piece, kind), &values)?;
+            let parameter = parameters[owned.piece.parameter];
+            for part in parts(parameter, &owned.piece.elements) {
+                writer.write_f32(&part.file_name(kind), &values[part.of_range])?;
+            }
         }
     }
     // The manifest will have its hash.
@@ -87,10 +82,51 @@ pub(super) fn write<B: Backend>(
     Ok(())
 }
 
+/// Elements of one tensor among a range of a parameter's elements.
+struct Part<'p> {
+    tensor: &'p str,
+    /// Number of elements of the tensor.
+    tensor_len: usize,
+    /// Elements of the tensor, row by row.
+    elements: Range<usize>,
+    /// The same, counted from the start of the range.
+    of_range: Range<usize>,
+}
+
+impl Part<'_> {
+    fn file_name(&self, kind: &str) -> String {
+        let (Range { start, end }, tensor) = (&self.elements, self.tensor);
+        match self.elements.len() == self.tensor_len {
+            true => format!("{kind}.{tensor}"),
+            false => format!("{kind}.{tensor}[{start}..{end}]"),
+        }
+    }
+}
+
+/// The tensors that have elements in `range` of a parameter's elements, in order.
+fn parts<'p, B: Backend>(parameter: &'p Parameter<B>, range: &Range<usize>) -> Vec<Part<'p>> {
+    let mut first = 0;
+    let mut parts = Vec::new();
+    for tensor in parameter.tensors() {
+        let end = first + tensor.elements();
+        let (from, to) = (range.start.max(first), range.end.min(end));
+        if from < to {
+            parts.push(Part {
+                tensor: tensor.name(),
+                tensor_len: tensor.elements(),
+                elements: from - first..to - first,
+                of_range: from - range.start..to - range.start,
+            });
+        }
+        first = end;
+    }
+    parts
+}
+
 /// The files of all ranks of a checkpoint.
 pub(super) struct SavedTensors {
     files: Vec<SafetensorsFile>,
-    /// Parts of each tensor `KIND.PARAMETER`: first element, file and name there.
+    /// Parts of each tensor `KIND.TENSOR`: first element, file and name there.
     parts: HashMap<String, Vec<(usize, usize, String)>>,
     folder: PathBuf,
 }
@@ -118,9 +154,22 @@ impl SavedTensors {
         Ok(SavedTensors { files, parts, folder: folder.to_owned() })
     }
 
+    /// Elements of a parameter.
+    fn read<B: Backend>(
+        &self,
+        kind: &str,
+        parameter: &Parameter<B>,
+        range: &Range<usize>,
+    ) -> Result<Vec<f32>> {
+        let mut values = Vec::with_capacity(range.len());
+        for part in parts(parameter, range) {
+            values.extend(self.read_tensor(format!("{kind}.{}", part.tensor), &part.elements)?);
+        }
+        Ok(values)
+    }
+
     /// The elements `range` of a tensor.
-    fn read(&self, kind: &str, parameter: &str, range: &Range<usize>) -> Result<Vec<f32>> {
-        let tensor = format!("{kind}.{parameter}");
+    fn read_tensor(&self, tensor: String, range: &Range<usize>) -> Result<Vec<f32>> {
         let mut values = Vec::with_capacity(range.len());
         for (start, file, name) in self.parts.get(&tensor).into_iter().flatten() {
             let length = self.files[*file].info(name).map_or(0, |info| info.shape.iter().product());
@@ -150,7 +199,7 @@ impl SavedTensors {
     ) -> Result<()> {
         for parameter in decoder.trainable_parameters_mut() {
             let (rows, cols) = parameter.values().shape();
-            let values = self.read(MASTER, parameter.name(), &(0..rows * cols))?;
+            let values = self.read(MASTER, parameter, &(0..rows * cols))?;
             parameter.put_values(backend, backend.upload(&values, rows, cols)?)?;
         }
         Ok(())
@@ -163,11 +212,11 @@ impl SavedTensors {
         decoder: &Decoder<B>,
         optimizer: &mut AdamW<B>,
     ) -> Result<()> {
-        let names: Vec<_> = decoder.trainable_parameters().map(|p| p.name().to_owned()).collect();
+        let parameters: Vec<_> = decoder.trainable_parameters().collect();
         for owned in optimizer.owned_mut() {
             let Piece { parameter, elements, .. } = &owned.piece;
             for (kind, moment) in [(FIRST, &mut owned.first), (SECOND, &mut owned.second)] {
-                let values = self.read(kind, &names[*parameter], elements)?;
+                let values = self.read(kind, parameters[*parameter], elements)?;
                 backend.write_elements(moment, 0, &values)?;
             }
         }
