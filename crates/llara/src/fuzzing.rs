@@ -12,12 +12,13 @@ use crate::model::{DecoderConfig, LoraConfig};
 use crate::retrieval::{EmbeddingWriter, Origin, Qrels, TextFile};
 use crate::storage::SafetensorsFile;
 use crate::text::{PromptEncoder, Template, TextTokenizer, train_bpe};
+use crate::train::{Checkpoint, write_checkpoint_manifest};
 
 /// A function that reads one format.
 pub type Target = fn(&[u8]);
 
 /// All targets with their names, which are also those of their corpora.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("config", config),
     ("safetensors", safetensors),
     ("tokenizer", tokenizer),
@@ -27,6 +28,8 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("rows", rows),
     ("qrels", qrels),
     ("manifest", manifest),
+    ("checkpoint_manifest", checkpoint_manifest),
+    ("trainer_state", trainer_state),
     ("hub_listing", hub_listing),
 ];
 
@@ -142,6 +145,28 @@ pub fn manifest(bytes: &[u8]) {
         let _ = EmbeddingWriter::kept(&path);
         let _ = EmbeddingWriter::resume(&path, 3, 2, Origin::new().with("role", "query"));
         let _ = std::fs::remove_file(dir.join("e.npy.partial"));
+    });
+}
+
+/// `manifest.json` of a checkpoint with one file.
+pub fn checkpoint_manifest(bytes: &[u8]) {
+    in_folder("manifest.json", bytes, |dir| {
+        if std::fs::write(dir.join("config.json"), "{}").is_ok() {
+            let _ = Checkpoint::open(dir);
+        }
+        let _ = std::fs::remove_file(dir.join("config.json"));
+    });
+}
+
+/// `trainer_state.json` of a checkpoint whose manifest agrees with it.
+pub fn trainer_state(bytes: &[u8]) {
+    in_folder("trainer_state.json", bytes, |dir| {
+        if let Ok(()) = write_checkpoint_manifest(dir)
+            && let Ok(checkpoint) = Checkpoint::open(dir)
+        {
+            let _ = (checkpoint.kernels(), checkpoint.chunking(), checkpoint.dtype());
+        }
+        let _ = std::fs::remove_file(dir.join("manifest.json"));
     });
 }
 

@@ -18,6 +18,8 @@ mod step_input;
 mod tensorboard;
 mod trainer;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use checkpoint::write_checkpoint_manifest;
 pub use checkpoint::{Checkpoint, Latest, RunProgress, remove_unfinished, state_bytes};
 pub use config::{RunLength, Saving, TrainConfig};
 pub use flat_layout::{FlatLayout, Piece};

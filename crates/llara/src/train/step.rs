@@ -92,10 +92,10 @@ pub fn accumulate_gradients_with<B: Backend>(
     let backend = model.backend().clone();
     let chunks = chunking.chunks(&input.batch);
     let (encoded, states) = encode_chunks(model, input, &chunks, chunking.kept_tokens)?;
-    let [queries, passages] = backend.upload_indices([&input.queries, &input.passages])?;
+    let places = Places::upload(&backend, input)?;
     let embeddings = Embeddings {
-        queries: backend.gather_rows(&encoded, &queries)?,
-        passages: backend.gather_rows(&encoded, &passages)?,
+        queries: backend.gather_rows(&encoded, &places.queries)?,
+        passages: backend.gather_rows(&encoded, &places.passages)?,
     };
     let LossAndGradient { loss, dqueries, dpassages } = objective.loss_and_gradient(
         &backend,
@@ -104,10 +104,8 @@ pub fn accumulate_gradients_with<B: Backend>(
         &input.rows_per_rank,
     )?;
     let mut gradient = backend.zeros(encoded.rows(), encoded.cols(), Dtype::F32)?;
-    for (grad, rows) in [(&dqueries, &input.queries), (&dpassages, &input.passages)] {
-        let plan = ScatterPlan::upload(&ScatterRows::new(rows), &backend)?;
-        backend.scatter_add_rows(grad, &plan, &mut gradient)?;
-    }
+    backend.scatter_add_rows(&dqueries, &places.query_scatter, &mut gradient)?;
+    backend.scatter_add_rows(&dpassages, &places.passage_scatter, &mut gradient)?;
     drop((encoded, dqueries, dpassages));
     let last = chunks.len() - 1;
     for (number, (chunk, state)) in chunks.into_iter().zip(states).enumerate() {
@@ -123,6 +121,38 @@ pub fn accumulate_gradients_with<B: Backend>(
         model.backward(encoding, gradient, ready)?;
     }
     Ok(loss)
+}
+
+/// The rows of the embeddings of all sequences that are those of the queries and passages, on the device.
+struct Places<B: Backend> {
+    queries: B::Index,
+    passages: B::Index,
+    query_scatter: ScatterPlan<B>,
+    passage_scatter: ScatterPlan<B>,
+}
+
+impl<B: Backend> Places<B> {
+    /// All in one transfer.
+    fn upload(backend: &B, input: &StepInput) -> Result<Self> {
+        let query_rows = ScatterRows::new(&input.queries);
+        let passage_rows = ScatterRows::new(&input.passages);
+        let [queries, passages, qs, qt, qstarts, ps, pt, pstarts] = backend.upload_indices([
+            &input.queries,
+            &input.passages,
+            &query_rows.sources,
+            &query_rows.targets,
+            &query_rows.starts,
+            &passage_rows.sources,
+            &passage_rows.targets,
+            &passage_rows.starts,
+        ])?;
+        Ok(Places {
+            queries,
+            passages,
+            query_scatter: ScatterPlan::new(&query_rows, [qs, qt, qstarts]),
+            passage_scatter: ScatterPlan::new(&passage_rows, [ps, pt, pstarts]),
+        })
+    }
 }
 
 /// The part of a process without sequences: its gradient is zero, and others wait for it.

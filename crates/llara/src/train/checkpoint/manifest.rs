@@ -38,7 +38,7 @@ struct Entry {
 ///
 /// # Errors
 /// When a file cannot be read or flushed, or the manifest cannot be written.
-pub(super) fn write(folder: &Path) -> Result<()> {
+pub(crate) fn write(folder: &Path) -> Result<()> {
     let mut files = BTreeMap::new();
     for name in names(folder)? {
         let path = folder.join(&name);

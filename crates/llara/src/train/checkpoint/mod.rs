@@ -14,6 +14,8 @@
 mod format;
 mod identity;
 mod manifest;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use manifest::write as write_checkpoint_manifest;
 mod tensors;
 mod write;
 
