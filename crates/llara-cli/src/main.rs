@@ -16,6 +16,7 @@ mod output_folder;
 mod paths;
 mod plan;
 mod progress;
+mod report;
 mod run_file;
 mod save_dtype;
 mod search;
@@ -59,6 +60,7 @@ enum Verb {
     Evaluate(evaluate::Args),
     Search(search::Args),
     Merge(merge::Args),
+    Report(report::Args),
 }
 
 fn main() -> ExitCode {
@@ -135,6 +137,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Search(args) => search::run(&args),
         Verb::Merge(args) => merge::run(&args),
+        Verb::Report(args) => report::run(&args),
     }
 }
 

@@ -10,6 +10,16 @@ use super::talk::{bytes, say};
 
 /// Maximum number of file names in an error.
 const SHOWN: usize = 5;
+/// Files that a run writes besides its log, models and checkpoints.
+const RUN_FILES: [&str; 7] = [
+    "runs",
+    "run.json",
+    "report.html",
+    "eval_queries.json",
+    ".run.json.new",
+    ".report.html.new",
+    ".log.jsonl.new",
+];
 /// Prefix of folders with incomplete files.
 const PARTIAL: &str = ".partial-";
 
@@ -51,7 +61,7 @@ pub(super) fn claim_with_contents(path: &Path) -> Result<FolderLock> {
 /// Refuses a folder without checkpoints that contains more than the log of an interrupted run, unless
 /// `overwrite` is set.
 pub(super) fn check_resumable(path: &Path, overwrite: bool) -> Result<()> {
-    check(path, overwrite, &["log.jsonl", "runs"])
+    check(path, overwrite, &[&["log.jsonl"], &RUN_FILES[..]].concat())
 }
 
 /// Refuses a folder with other files than `allowed` unless `overwrite` is set.
@@ -153,7 +163,7 @@ pub(super) fn discard_if_nothing_was_logged(path: &Path) {
     let idle = entries.all(|entry| {
         entry.is_ok_and(|entry| match entry.file_name().to_str() {
             Some("log.jsonl") => entry.metadata().is_ok_and(|log| log.len() == 0),
-            name => matches!(name, Some("runs" | ".llara.lock")),
+            name => name.is_some_and(|name| name == ".llara.lock" || RUN_FILES.contains(&name)),
         })
     });
     if idle {

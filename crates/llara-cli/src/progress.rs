@@ -12,6 +12,7 @@ use llara::Result;
 use llara::train::{Observer, RunLog, StepRecord};
 
 use super::interrupt;
+use super::report::OwnReport;
 use super::talk::{count, counted, say};
 
 /// Time between two lines if standard error is not a terminal.
@@ -34,6 +35,7 @@ fn bar(
 /// Writes the log of a training run and shows its progress.
 pub(super) struct TrainingProgress {
     log: RunLog,
+    report: OwnReport,
     bar: Option<ProgressBar>,
     /// The bar's text. It is not set through the bar, so that a step draws the bar only once.
     state: Arc<Mutex<String>>,
@@ -48,6 +50,7 @@ impl TrainingProgress {
     /// The progress of a run that continues after step `first` and stops at `deadline`.
     pub(super) fn new(
         log: RunLog,
+        report: OwnReport,
         (first, total_steps): (u64, u64),
         deadline: Option<Instant>,
     ) -> Self {
@@ -60,14 +63,15 @@ impl TrainingProgress {
             bar.set_position(first);
             bar.reset_eta();
         }
-        TrainingProgress { log, bar, state, start: Instant::now(), first, deadline }
+        TrainingProgress { log, report, bar, state, start: Instant::now(), first, deadline }
     }
 
-    /// Removes the bar.
-    pub(super) fn finish(self) {
+    /// Removes the bar and writes the last version of the report.
+    pub(super) fn finish(mut self) {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
+        self.report.write();
     }
 }
 
@@ -86,6 +90,7 @@ impl Observer for TrainingProgress {
 
     fn on_log(&mut self, record: &StepRecord) -> Result<()> {
         self.log.write(record)?;
+        self.report.refresh();
         if self.bar.is_none() {
             let (step, total) = (record.step, record.total_steps);
             let made = step.saturating_sub(self.first).max(1);

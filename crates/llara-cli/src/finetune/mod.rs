@@ -10,6 +10,7 @@ mod output_args;
 mod prepare;
 mod ranges;
 mod resume;
+mod run_facts;
 mod steps;
 mod trainer_flags;
 mod training_args;
@@ -25,6 +26,7 @@ use llara::{BiEncoderModel, Error, Loader, Role};
 
 use super::compute::on_device;
 use super::progress::TrainingProgress;
+use super::report::{OwnReport, RunFacts};
 use super::talk::{count, counted, print, say};
 use super::{interrupt, output_folder, trained_model};
 pub(super) use args::Args;
@@ -54,16 +56,18 @@ fn finetune(
     for line in forecast.lines() {
         say!("{line}");
     }
-    for line in lengths::warnings(&prepared.lengths(TEXTS)?, &prepared.outline.prompts)? {
+    let lengths = prepared.lengths(TEXTS)?;
+    for line in lengths::warnings(&lengths, &prepared.outline.prompts)? {
         say!("{line}");
     }
+    let facts = run_facts::facts(args, &prepared, &forecast, &lengths)?;
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
     let mut model = prepared.load(args)?;
     let Prepared { config, dataset, checkpoint, .. } = &prepared;
     check_space(config, dataset, &model, args.lora.save_merged_lora_model)?;
     let run = (config, dataset, checkpoint.as_ref());
-    let trained = train(args, run, &mut model, deadline).and_then(|summary| {
+    let trained = train(args, run, &mut model, facts, deadline).and_then(|summary| {
         if summary.stopped {
             return Err(interrupt::Stopped::now().into());
         }
@@ -136,6 +140,7 @@ fn train(
     args: &Args,
     (config, dataset, checkpoint): (&TrainConfig, &Dataset, Option<&Checkpoint>),
     model: &mut BiEncoderModel<impl Backend>,
+    facts: RunFacts,
     deadline: Option<Instant>,
 ) -> anyhow::Result<Summary> {
     let about_model = describe(model, args.model.model.as_deref().unwrap_or_default());
@@ -145,6 +150,7 @@ fn train(
         trained_model::warn_if_too_long(model, role, max_len);
     }
     let normalized = model.options().normalized;
+    let in_process = model.backend().free_and_total_bytes()?.is_none();
     let (mut trainer, notes) = match checkpoint {
         Some(checkpoint) => Trainer::resumed(model, dataset, config, checkpoint)?,
         None => (Trainer::new(model, dataset, config)?, Vec::new()),
@@ -166,7 +172,8 @@ fn train(
         }
     };
     interrupt::stop_after_step()?;
-    let mut progress = TrainingProgress::new(log, (first, total), deadline);
+    let report = OwnReport::new(config.output_dir.clone(), facts, in_process);
+    let mut progress = TrainingProgress::new(log, report, (first, total), deadline);
     let result = trainer.run(&mut progress);
     progress.finish();
     let summary = result?;

@@ -146,7 +146,7 @@ fn a_run_that_diverges_keeps_its_log_and_writes_no_model() {
     let bench = Bench::new();
     let args = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "20"];
     bench.finetune(&args).refused(&["training diverged at step", "train.jsonl:", "hint: lower"]);
-    assert_eq!(bench.names("out"), ["log.jsonl", "runs"]);
+    assert_eq!(bench.names("out"), ["log.jsonl", "report.html", "run.json", "runs"]);
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn incomplete_models_are_removed() {
         "hint: free",
         "saved no checkpoint",
     ]);
-    assert_eq!(bench.names("out"), ["log.jsonl", "runs"]);
+    assert_eq!(bench.names("out"), ["log.jsonl", "report.html", "run.json", "runs"]);
 }
 
 #[test]

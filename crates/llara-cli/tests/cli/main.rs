@@ -12,6 +12,7 @@ mod hub;
 mod output_folder;
 mod plan;
 mod reference_command;
+mod report;
 mod resume;
 mod resumed_encoding;
 mod run_file;

@@ -48,7 +48,10 @@ fn start(bench: &Bench, out: &str, rest: &[&str]) -> Child {
 /// The files of the model or adapter in a folder.
 fn model_files(bench: &Bench, out: &str) -> BTreeMap<String, Vec<u8>> {
     let names = bench.names(out).into_iter();
-    let files = names.filter(|name| name != "log.jsonl" && bench.at(out).join(name).is_file());
+    let files = names.filter(|name| {
+        !["log.jsonl", "run.json", "report.html"].contains(&&**name)
+            && bench.at(out).join(name).is_file()
+    });
     files.map(|name| (name.clone(), fs::read(bench.at(out).join(&name)).unwrap())).collect()
 }
 

@@ -26,7 +26,7 @@ fn a_run_writes_a_model_a_log_and_events() {
     assert!(bench.names("out/runs")[0].starts_with("events.out.tfevents."));
 
     let mut expected = bench.names("base");
-    expected.extend(["log.jsonl".to_owned(), "runs".to_owned()]);
+    expected.extend(["log.jsonl", "report.html", "run.json", "runs"].map(str::to_owned));
     expected.sort();
     assert_eq!(bench.names("out"), expected);
     let weights =

@@ -20,6 +20,7 @@ pub(crate) use input::{compressed, open_file, read_file, read_limited};
 pub(crate) use lines::{LineReader, MAX_LINE_BYTES};
 pub use lock::{FolderLock, OutputLock};
 pub(crate) use number::{is_readable, rounded};
+pub use output::replace_file;
 pub(crate) use output::{OutputFile, check_output_path};
 pub(crate) use partial::PartialFile;
 pub(crate) use replace::{INDEX_FILE, WEIGHTS_FILE};

@@ -67,6 +67,17 @@ impl OutputFile {
     }
 }
 
+/// Replaces the file at `path` by one with these contents, or creates it; after a failure or a crash the
+/// earlier file is complete.
+///
+/// # Errors
+/// The file cannot be written, or something other than a regular file is there.
+pub fn replace_file(path: &Path, contents: &[u8]) -> Result<()> {
+    let mut file = OutputFile::create(path)?;
+    file.write(contents)?;
+    file.commit()
+}
+
 /// Refuses a path at which no file can be written: something other than a regular file is there, the path
 /// has no file name, or the folder does not exist or is read-only. Leaves no file.
 pub(crate) fn check_output_path(path: &Path) -> Result<()> {

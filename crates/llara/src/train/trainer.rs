@@ -404,8 +404,8 @@ impl Progress {
         self.summary = Summary {
             steps: record.step,
             loss: record.loss,
-            tokens: self.summary.tokens + record.tokens,
-            elapsed: self.summary.elapsed + record.elapsed,
+            tokens: self.summary.tokens.saturating_add(record.tokens),
+            elapsed: self.summary.elapsed.saturating_add(record.elapsed),
             ..self.summary
         };
         observer.on_step(&record)?;

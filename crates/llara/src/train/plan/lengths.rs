@@ -1,6 +1,6 @@
 //! The lengths of the training texts in tokens, before truncation.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::data::Dataset;
@@ -19,7 +19,7 @@ pub struct TextLengths {
 }
 
 /// Statistics of lengths, in tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct LengthSummary {
     /// Number of texts.
     pub texts: usize,
@@ -40,7 +40,7 @@ pub struct LengthSummary {
 }
 
 /// A histogram of lengths.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Histogram {
     /// Lower bound of the first bin: the shortest length.
     pub first: usize,

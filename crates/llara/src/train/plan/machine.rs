@@ -59,6 +59,11 @@ impl MachineMemory {
         })
     }
 
+    /// The most memory that this process has had; `None` if the system does not report it.
+    pub fn peak_of_process() -> Option<u64> {
+        kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
+    }
+
     /// Memory of this process during training, without tensors and workspace.
     pub fn process_in_training(&self) -> u64 {
         self.process + GROWTH_BYTES

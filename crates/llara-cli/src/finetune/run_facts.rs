@@ -1,0 +1,95 @@
+//! What the report of a run says about its settings, data and predicted memory.
+
+use llara::backend::Backend;
+use llara::model::LoraConfig;
+use llara::train::TrainConfig;
+use llara::train::plan::TextLengths;
+
+use super::{Args, Forecast, Prepared};
+use crate::report::{Lengths, RunFacts};
+
+/// Bins of the histograms of text lengths.
+const BINS: usize = 24;
+
+/// The facts of a run that is about to start.
+///
+/// # Errors
+/// When the adapter that it continues from, or its schedule, is invalid.
+pub(super) fn facts<B: Backend>(
+    args: &Args,
+    prepared: &Prepared<B>,
+    forecast: &Forecast,
+    lengths: &[TextLengths],
+) -> llara::Result<RunFacts> {
+    let Prepared { config, dataset, .. } = prepared;
+    let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
+    let plan = &forecast.plan;
+    let memory = plan.training.named().map(|(name, part)| (name.to_owned(), part));
+    let files = dataset.files().into_iter().map(|file| {
+        let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        (name, file.rows)
+    });
+    Ok(RunFacts {
+        llara: env!("CARGO_PKG_VERSION").to_owned(),
+        settings: settings(args, prepared, config)?,
+        data: files.collect(),
+        total_steps: config.length.steps(steps_per_epoch)?,
+        planned_memory: memory.into(),
+        planned_peak: (plan.peak_bytes(), plan.peak_phase().to_owned()),
+        measured_peak: None,
+        lengths: lengths
+            .iter()
+            .map(|lengths| Lengths {
+                role: match lengths.role {
+                    llara::Role::Query => "queries".to_owned(),
+                    llara::Role::Passage => "passages".to_owned(),
+                },
+                summary: lengths.summary(),
+                histogram: lengths.histogram(BINS),
+            })
+            .collect(),
+    })
+}
+
+fn settings<B: Backend>(
+    args: &Args,
+    prepared: &Prepared<B>,
+    config: &TrainConfig,
+) -> llara::Result<Vec<(String, String)>> {
+    let recipe = &prepared.recipe;
+    let adapter = match prepared.lora()? {
+        None => "none, all weights are trained".to_owned(),
+        Some(LoraConfig { rank, alpha, dropout, target_modules, .. }) => {
+            let modules: Vec<String> = target_modules.iter().map(ToString::to_string).collect();
+            format!("rank {rank}, alpha {alpha}, dropout {dropout}, on {}", modules.join(", "))
+        }
+    };
+    let adamw = &config.adamw;
+    let rows = [
+        ("model", prepared.model_name.clone()),
+        ("adapter", adapter),
+        ("device", prepared.backend.description()),
+        ("dtype", prepared.precision.to_string()),
+        ("template", recipe.template.name.clone()),
+        ("queries per step", config.batch_size.to_string()),
+        ("passages per query", config.group_size.to_string()),
+        ("query max length", config.query_max_len.to_string()),
+        ("passage max length", config.passage_max_len.to_string()),
+        ("query instruction", config.query_instruction.clone()),
+        ("passage instruction", config.passage_instruction.clone()),
+        ("temperature", args.training.temperature.to_string()),
+        ("normalized", recipe.normalized.to_string()),
+        ("learning rate", format!("{:e}", config.learning_rate)),
+        ("schedule", format!("{:?}, warm-up {:?}", config.decay, config.warmup)),
+        ("weight decay", adamw.weight_decay.to_string()),
+        ("betas", format!("{}, {}", adamw.beta1, adamw.beta2)),
+        (
+            "gradient clipping",
+            adamw.max_grad_norm.map_or("none".to_owned(), |norm| norm.to_string()),
+        ),
+        ("sampling", format!("{:?}", config.sampling)),
+        ("seed", config.seed.to_string()),
+    ];
+    let given = rows.into_iter().filter(|(_, value)| !value.is_empty());
+    Ok(given.map(|(name, value)| (name.to_owned(), value)).collect())
+}

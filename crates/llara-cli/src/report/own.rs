@@ -1,0 +1,74 @@
+//! The report that a training run writes of itself while it goes on.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use llara::train::plan::MachineMemory;
+use llara::{Error, Result};
+
+use super::facts::{FACTS_FILE, RunFacts};
+use super::page::page;
+use super::run_data::RunData;
+use super::{REPORT_FILE, check_is_own};
+use crate::talk::say;
+
+/// Least time between two versions.
+const INTERVAL: Duration = Duration::from_secs(10);
+/// Writing the report takes at most this share of the time.
+const SHARE: u32 = 50;
+
+/// Writes `run.json` and `report.html` now and then. A failure is a warning: it must not end the run.
+pub(crate) struct OwnReport {
+    folder: PathBuf,
+    facts: RunFacts,
+    /// Whether tensors are in the memory of the process, so that its peak is that of the run.
+    measures_process: bool,
+    next: Instant,
+    failed: bool,
+}
+
+impl OwnReport {
+    /// The report of a run that starts.
+    pub(crate) fn new(folder: PathBuf, facts: RunFacts, measures_process: bool) -> Self {
+        OwnReport { folder, facts, measures_process, next: Instant::now(), failed: false }
+    }
+
+    /// Writes a new version if the last one is old enough.
+    pub(crate) fn refresh(&mut self) {
+        if Instant::now() >= self.next {
+            self.write();
+        }
+    }
+
+    /// Writes the last version.
+    pub(crate) fn write(&mut self) {
+        let start = Instant::now();
+        if let Err(error) = self.try_write()
+            && !std::mem::replace(&mut self.failed, true)
+        {
+            say!("warning: the report could not be written: {error}");
+        }
+        self.next = Instant::now() + INTERVAL.max(start.elapsed() * SHARE);
+    }
+
+    fn try_write(&mut self) -> Result<()> {
+        if self.measures_process {
+            self.facts.measured_peak = MachineMemory::peak_of_process();
+        }
+        check_is_own(&self.folder.join(REPORT_FILE))?;
+        replace(&self.folder, FACTS_FILE, &self.facts.to_json()?)?;
+        let page = page(&[RunData::read(&self.folder)?]);
+        replace(&self.folder, REPORT_FILE, page.as_bytes())
+    }
+}
+
+/// Replaces a file of the output folder. The new one has a fixed name while it is written, so that what a
+/// killed process leaves is overwritten by the next. It is not flushed to the disk: it can be made again.
+fn replace(folder: &Path, name: &str, contents: &[u8]) -> Result<()> {
+    let (path, new) = (folder.join(name), folder.join(format!(".{name}.new")));
+    fs::write(&new, contents).and_then(|()| fs::rename(&new, &path)).map_err(|e| {
+        let _ = fs::remove_file(&new);
+        Error::io("write", &path, e)
+    })
+}
