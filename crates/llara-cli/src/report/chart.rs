@@ -9,7 +9,7 @@ const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 240.0;
 /// Space for the labels.
 const LEFT: f64 = 64.0;
-const RIGHT: f64 = 12.0;
+const RIGHT: f64 = 20.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 28.0;
 /// Points of a line beyond which it is drawn by the lowest and highest of each interval.
@@ -60,8 +60,8 @@ impl Chart {
         let color = format!("c{}", series.color);
         let last = series.points.last();
         html! {
-            path.line.faint[smoothed] class=(color) d=(raw) {}
-            @if let Some(mean) = mean { path.line class=(color) d=(mean) {} }
+            path class={ "line " (color) @if smoothed { " faint" } } d=(raw) {}
+            @if let Some(mean) = mean { path class={ "line " (color) } d=(mean) {} }
             @if self.has_dots || series.points.len() == 1 {
                 @for &(x, y) in &series.points {
                     circle class=(color) cx=(plane.x(x)) cy=(plane.y(y)) r="3" {
@@ -81,7 +81,7 @@ fn legend(series: &[Series]) -> Markup {
     html! {
         ul.legend {
             @for series in series {
-                li { span.swatch class=(format!("c{}", series.color)) {} (series.name) }
+                li { span class={ "swatch c" (series.color) } {} (series.name) }
             }
         }
     }

@@ -34,6 +34,7 @@ fn a_run_writes_its_own_report() {
         assert!(!page.contains(part), "{part:?} in {page}");
     }
     assert_eq!(page.matches("<figure").count(), 6);
+    assert_eq!(page.matches("<path class=\"line c0\" d=\"M").count(), 4, "{page}");
 }
 
 #[test]
