@@ -1,4 +1,4 @@
-//! SwiGLU and its backward, on gate and up side by side.
+//! SwiGLU and its backward pass; gate and up are concatenated by columns.
 
 use rayon::prelude::*;
 
@@ -36,7 +36,7 @@ vectorised! {
 }
 
 /// With `σ = sigmoid(gate)`: `dgate = dy ∘ up ∘ σ ∘ (1 + gate ∘ (1 − σ))`, `dup = dy ∘ gate ∘ σ`,
-/// both over gate and up; `y = gate ∘ σ ∘ up` over dy. Each element is read before it is written.
+/// which overwrite gate and up; `y = gate ∘ σ ∘ up` overwrites dy. Each element is read before it is written.
 pub(super) fn swiglu_backward(mut dy: CpuTensor, mut gate_up: CpuTensor) -> (CpuTensor, CpuTensor) {
     let (rows, cols) = dy.shape();
     assert_eq!(gate_up.shape(), (rows, 2 * cols), "swiglu_backward: gate and up");

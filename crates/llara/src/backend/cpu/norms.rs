@@ -1,4 +1,4 @@
-//! RMS norm and L2 normalisation, each with its backward.
+//! RMS norm and L2 normalization, and their backward passes.
 
 use rayon::prelude::*;
 
@@ -55,8 +55,8 @@ vectorised! {
     }
 }
 
-/// `dw` is summed within each task's rows, then over tasks in order: the same bits on any number of
-/// threads.
+/// `dw` is summed over the rows of each task, then over tasks in order, so it has the same bits on any number
+/// of threads.
 pub(super) fn rms_norm_backward(
     cpu: &Cpu,
     dy: &CpuTensor,
@@ -87,7 +87,7 @@ pub(super) fn rms_norm_backward(
     Ok(dx)
 }
 
-/// With dx written over dy.
+/// The same; dx overwrites dy.
 pub(super) fn rms_norm_backward_in_place(
     cpu: &Cpu,
     dy: ViewMut<'_, CpuTensor>,
@@ -133,7 +133,7 @@ impl Partial {
         Ok(Partial { task, sums: cpu.zeros_tensor(rows.div_ceil(task), group)? })
     }
 
-    /// Adds them up, in order.
+    /// Adds the sums to `dw`, in order.
     fn add_to(self, dw: Option<&mut CpuTensor>) {
         let Some(dw) = dw else { return };
         assert_eq!(dw.shape(), (1, self.sums.cols()), "rms_norm_backward: weight gradient");

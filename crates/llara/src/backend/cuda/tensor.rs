@@ -1,4 +1,4 @@
-//! What the operations of this backend work on: matrices, prepared weights, lists of indices.
+//! The buffers of this backend: matrices, prepared weights, lists of indices.
 
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ impl Shape for CudaTensor {
 /// A parameter on the device.
 pub struct CudaWeight {
     pub(super) values: CudaTensor,
-    /// The values rounded to bf16, where they are f32 and multiplied by bf16 activations.
+    /// The values rounded to bf16, if they are f32 and multiplied by bf16 activations.
     pub(super) working: Option<CudaTensor>,
 }
 
@@ -87,7 +87,7 @@ impl CudaIndex {
     }
 }
 
-/// Rows of equal length at equal distances: a matrix or a block of one, as a kernel sees it.
+/// Rows of equal length at equal distances: the kernel's view of a matrix or of a block of one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Block {
     /// Address of the first element.
@@ -123,7 +123,7 @@ impl Block {
             && (self.rows <= 1 || self.stride.is_multiple_of(Self::OCTET))
     }
 
-    /// The same elements as rows of `cols` columns, where they are one row after another.
+    /// The same elements as rows of `cols` columns, if they are contiguous.
     pub(super) fn regrouped(self, cols: usize) -> Option<Block> {
         let whole = self.stride == self.cols || self.rows <= 1;
         if !whole || cols == 0 || !(self.rows * self.cols).is_multiple_of(cols) {
@@ -158,7 +158,7 @@ impl From<&ViewMut<'_, CudaTensor>> for Block {
     }
 }
 
-/// Some rows and columns: first and count of each.
+/// A block of rows and columns: first and count of each.
 pub(super) fn block(
     x: &CudaTensor,
     (row, rows): (usize, usize),
@@ -170,7 +170,7 @@ pub(super) fn block(
     Block { pointer, rows, cols, stride: x.cols, dtype: x.dtype }
 }
 
-/// Some elements, counted row by row, as one row.
+/// A range of elements, in row-major order, as one row.
 pub(super) fn elements(x: &CudaTensor, range: std::ops::Range<usize>) -> Block {
     assert!(range.start <= range.end && range.end <= x.len(), "elements beyond their matrix");
     let pointer = x.pointer() + (range.start * x.dtype.bytes()) as u64;

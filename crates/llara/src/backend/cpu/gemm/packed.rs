@@ -17,7 +17,7 @@ use crate::backend::cpu::unit::Unit;
 /// A right operand `[k, n]` in the order in which kernels read it: a weight that is used more than
 /// once between updates. For `y = x · wᵀ` pack `w.t()`, for `dx = dy · w` pack `w`.
 ///
-/// It takes 4 bytes an element in f32, 2 in bf16 where the processor multiplies bf16, else 4.
+/// It takes 4 bytes per element in f32, 2 in bf16 if the processor multiplies bf16, else 4.
 pub struct PackedB {
     cells: CellBuffer,
     k: usize,
@@ -43,10 +43,10 @@ impl PackedB {
         packed
     }
 
-    /// Packs new values, of whatever shape, into the same memory.
+    /// Packs new values, of any shape, into the same memory.
     ///
     /// # Panics
-    /// If this processor does not have the unit, or it packs another way than the one before.
+    /// If this processor does not have the unit, or if its format differs from the previous one.
     pub fn update<'a>(&mut self, right: impl Into<Operand<'a>>, precision: Precision) {
         let engine = Engine::new(precision, unit_for(precision));
         self.format = engine.format;
@@ -83,7 +83,7 @@ impl PackedB {
     pub(super) fn panel(&self, block: &Range<usize>, column: usize) -> *const u32 {
         let width = self.n.next_multiple_of(NR);
         debug_assert!(column.is_multiple_of(NR) && column < width);
-        // Not `add`: nothing is promised here about the place, only to those who read there.
+        // Not `add`, whose safety requires that the address is within the buffer; readers guarantee that.
         self.cells.as_ptr().wrapping_add(block.start * width + block.len() * column)
     }
 }
