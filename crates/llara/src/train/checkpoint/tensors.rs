@@ -1,7 +1,7 @@
-//! The optimizer's files of a checkpoint: moments, and f32 weights where the model folder has them rounded.
+//! The optimizer's files of a checkpoint: moments, and f32 weights if those of the model folder are rounded.
 //!
 //! Each rank writes the elements that it owns. A tensor is named `KIND.PARAMETER`, or
-//! `KIND.PARAMETER[START..END]` for a part of a parameter, with elements counted row by row.
+//! `KIND.PARAMETER[START..END]` for a part of a parameter, with elements in row-major order.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use crate::backend::{Backend, Shape};
 use crate::model::Decoder;
 use crate::storage::{SafetensorsFile, SafetensorsWriter};
-use crate::train::flat_layout::Piece;
+use crate::train::flat_layout::ParameterSlice;
 use crate::train::optimizer::AdamW;
 use crate::{Error, ErrorKind, Result};
 
@@ -40,7 +40,7 @@ pub(super) fn bytes<B: Backend>(decoder: &Decoder<B>, with_weights: bool) -> u64
         .sum()
 }
 
-/// Writes the moments that this rank owns and, if asked for, the weights in f32.
+/// Writes the moments that this rank owns and, with `with_weights`, the weights in f32.
 pub(super) fn write<B: Backend>(
     folder: &Path,
     file: &str,
@@ -51,13 +51,13 @@ pub(super) fn write<B: Backend>(
     let parameters: Vec<_> = decoder.trainable_parameters().collect();
     let kinds = [FIRST, SECOND, MASTER];
     let kinds = if with_weights { &kinds[..] } else { &kinds[..2] };
-    let named = |piece: &Piece, kind: &str| {
-        let parameter = parameters[piece.parameter];
+    let named = |slice: &ParameterSlice, kind: &str| {
+        let parameter = parameters[slice.parameter];
         let (rows, cols) = parameter.values().shape();
-        match piece.elements == (0..rows * cols) {
+        match slice.elements == (0..rows * cols) {
             true => format!("{kind}.{}", parameter.name()),
             false => {
-                let Range { start, end } = piece.elements;
+                let Range { start, end } = slice.elements;
                 format!("{kind}.{}[{start}..{end}]", parameter.name())
             }
         }
@@ -65,8 +65,8 @@ pub(super) fn write<B: Backend>(
     let declared = optimizer
         .owned()
         .iter()
-        .flat_map(|owned| kinds.iter().map(move |kind| (&owned.piece, kind)))
-        .map(|(piece, kind)| (named(piece, kind), Dtype::F32, vec![piece.elements.len()]))
+        .flat_map(|owned| kinds.iter().map(move |kind| (&owned.slice, kind)))
+        .map(|(slice, kind)| (named(slice, kind), Dtype::F32, vec![slice.elements.len()]))
         .collect();
     let mut writer = SafetensorsWriter::create_at(&folder.join(file), declared)?;
     for owned in optimizer.owned() {
@@ -75,14 +75,14 @@ pub(super) fn write<B: Backend>(
                 FIRST => backend.download(&owned.first)?,
                 SECOND => backend.download(&owned.second)?,
                 _ => {
-                    let value = parameters[owned.piece.parameter].values();
-                    backend.read_elements(value, owned.piece.elements.clone())?
+                    let value = parameters[owned.slice.parameter].values();
+                    backend.read_elements(value, owned.slice.elements.clone())?
                 }
             };
-            writer.write_f32(&named(&owned.piece, kind), &values)?;
+            writer.write_f32(&named(&owned.slice, kind), &values)?;
         }
     }
-    // The manifest will have its hash.
+    // The manifest will contain its hash.
     drop(writer.finish()?);
     Ok(())
 }
@@ -156,7 +156,7 @@ impl SavedTensors {
         Ok(())
     }
 
-    /// The moments of the pieces that a rank owns, in the order of the pieces.
+    /// The moments of the slices that a rank owns, in the order of the slices.
     pub(super) fn restore_moments<B: Backend>(
         &self,
         backend: &B,
@@ -165,7 +165,7 @@ impl SavedTensors {
     ) -> Result<()> {
         let names: Vec<_> = decoder.trainable_parameters().map(|p| p.name().to_owned()).collect();
         for owned in optimizer.owned_mut() {
-            let Piece { parameter, elements, .. } = &owned.piece;
+            let ParameterSlice { parameter, elements, .. } = &owned.slice;
             for (kind, moment) in [(FIRST, &mut owned.first), (SECOND, &mut owned.second)] {
                 let values = self.read(kind, &names[*parameter], elements)?;
                 backend.write_elements(moment, 0, &values)?;
