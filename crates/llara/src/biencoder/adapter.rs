@@ -136,7 +136,7 @@ impl<B: Backend> BiEncoderModel<B> {
         let probes = Probes::take(self)?;
         let (config, trained) = (self.adapter.take(), self.decoder.detach_adapters());
         let same = self.attach_adapter(dir).and_then(|()| probes.check(self));
-        self.decoder.put_back_adapters(trained);
+        self.decoder.restore_adapters(trained);
         self.adapter = config;
         same.map(|()| probes)
     }

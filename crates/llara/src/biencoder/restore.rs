@@ -23,7 +23,7 @@ impl<B: Backend> BiEncoderModel<B> {
         let before = self.decoder.detach_adapters();
         let result = self.attach_adapter(dir);
         if result.is_err() {
-            self.decoder.put_back_adapters(before);
+            self.decoder.restore_adapters(before);
         }
         let read = self.adapter.replace(adapter);
         result?;
@@ -51,7 +51,7 @@ impl<B: Backend> BiEncoderModel<B> {
                     .expected(format!("{:?}", parameter.values().shape())));
             };
             let values = other.take_values(&backend)?;
-            parameter.put_values(&backend, values)?;
+            parameter.set_values(&backend, values)?;
         }
         Ok(())
     }

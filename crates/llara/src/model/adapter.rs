@@ -152,14 +152,14 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Removes all adapters and returns them, for [`put_back_adapters`](Decoder::put_back_adapters).
+    /// Removes all adapters and returns them, for [`restore_adapters`](Decoder::restore_adapters).
     pub(crate) fn detach_adapters(&mut self) -> Vec<Option<Lora<B>>> {
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
         linears.flat_map(|linear| &mut linear.projections).map(|p| p.lora.take()).collect()
     }
 
     /// Attaches the given adapters in place of all current ones.
-    pub(crate) fn put_back_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
+    pub(crate) fn restore_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
         let projections = linears.flat_map(|linear| &mut linear.projections);
         projections.zip(adapters).for_each(|(projection, adapter)| projection.lora = adapter);

@@ -318,7 +318,7 @@ fn windows(family: Family, raw: Fields<'_>, layers: usize) -> Result<Vec<Option<
     let window = || match raw.whole("sliding_window", range::TOKENS) {
         Ok(None) if !raw.has("sliding_window") => Ok(Some(4096)),
         Ok(window) => Ok(window),
-        Err(e) => Err(e.hint("null stands for no window")),
+        Err(e) => Err(e.hint("null means no window")),
     };
     let window = match family {
         Family::Llama => return Ok(vec![None; layers]),

@@ -1,4 +1,4 @@
-//! RMS norm (Zhang and Sennrich 2019) with a learned weight.
+//! RMS norm (Zhang and Sennrich 2019) with a trainable weight.
 
 use super::parameter::Parameter;
 use crate::Result;

@@ -391,17 +391,17 @@ impl<B: Backend> Parameter<B> {
         change: impl FnOnce(B::Tensor) -> Result<B::Tensor>,
     ) -> Result<()> {
         let values = self.take_values(backend)?;
-        self.put_values(backend, change(values)?)
+        self.set_values(backend, change(values)?)
     }
 
-    /// Takes the values, which [`put_values`](Self::put_values) must replace.
+    /// Takes the values, which [`set_values`](Self::set_values) must replace.
     pub(crate) fn take_values(&mut self, backend: &B) -> Result<B::Tensor> {
         let nothing = backend.prepare(backend.zeros(0, 0, Dtype::F32)?, WeightUse::Elementwise)?;
         Ok(std::mem::replace(&mut self.weight, nothing).into_values())
     }
 
     /// Sets values of the same shape, and prepares the weight from them.
-    pub(crate) fn put_values(&mut self, backend: &B, values: B::Tensor) -> Result<()> {
+    pub(crate) fn set_values(&mut self, backend: &B, values: B::Tensor) -> Result<()> {
         self.weight = backend.prepare(values, self.purpose)?;
         Ok(())
     }

@@ -238,7 +238,7 @@ impl<B: Backend> AdamW<B> {
             let gathered = collective.all_gather_weights(&bucket, &mut parts);
             // Also after an error, so that the model keeps its weights.
             for (values, parameter) in values {
-                parameter.put_values(backend, values)?;
+                parameter.set_values(backend, values)?;
             }
             gathered?;
         }

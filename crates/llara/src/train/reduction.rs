@@ -59,7 +59,7 @@ impl<'r, B: Backend> GradientReduction<'r, B> {
             if missing > 0 {
                 return Err(Error::new(
                     ErrorKind::Numeric,
-                    "a backward pass left gradients incomplete",
+                    "the gradients are incomplete after the backward pass",
                 )
                 .expected("a gradient for every trainable parameter")
                 .got(format!("{missing} elements without one")));

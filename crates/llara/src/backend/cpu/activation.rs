@@ -28,8 +28,8 @@ vectorised! {
         for (y, gate_up) in y.chunks_exact_mut(cols).zip(gate_up.chunks_exact(2 * cols)) {
             let (gate, up) = gate_up.split_at(cols);
             for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                let gate = gate.single();
-                *y = T::rounded(gate * sigmoid(gate) * up.single());
+                let gate = gate.to_f32();
+                *y = T::from_f32(gate * sigmoid(gate) * up.to_f32());
             }
         }
     }
@@ -55,11 +55,11 @@ vectorised! {
         for (dy, gate_up) in dy.chunks_exact_mut(cols).zip(gate_up.chunks_exact_mut(2 * cols)) {
             let (gate, up) = gate_up.split_at_mut(cols);
             for ((dy_y, gate_dgate), up_dup) in dy.iter_mut().zip(gate).zip(up) {
-                let (dy, gate, up) = (dy_y.single(), gate_dgate.single(), up_dup.single());
+                let (dy, gate, up) = (dy_y.to_f32(), gate_dgate.to_f32(), up_dup.to_f32());
                 let s = sigmoid(gate);
-                *dy_y = T::rounded(gate * s * up);
-                *gate_dgate = T::rounded(dy * up * s * (1.0 + gate * (1.0 - s)));
-                *up_dup = T::rounded(dy * gate * s);
+                *dy_y = T::from_f32(gate * s * up);
+                *gate_dgate = T::from_f32(dy * up * s * (1.0 + gate * (1.0 - s)));
+                *up_dup = T::from_f32(dy * gate * s);
             }
         }
     }

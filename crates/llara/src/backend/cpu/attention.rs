@@ -163,7 +163,7 @@ fn multiply<T: Output, O: Element + Output>(
     a: Operand<'_>,
     b: Operand<'_>,
 ) {
-    out.resize(m * n, O::rounded(0.0));
+    out.resize(m * n, O::from_f32(0.0));
     Gemm::new(T::PRECISION).serial().multiply(gemm::ViewMut::new(out, m, n), a, b);
 }
 
@@ -202,7 +202,7 @@ fn attend<T: Element + Output>(plan: &Plan<'_>, out: &mut CpuTensor, log_sum_exp
             plan.stack(&tile, kv_head, q, &mut tile_q);
             let keys = k.rows(&tile.keys, kv_head);
             multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
-            p.resize(m * n, T::rounded(0.0));
+            p.resize(m * n, T::from_f32(0.0));
             lse.resize(m, 0.0);
             softmax(&mut p, &mut lse, &mut scores, &tile.visible, shape.scale);
             let values = v.rows(&tile.keys, kv_head);
@@ -240,7 +240,7 @@ vectorised! {
             let sum = exp_scaled_sum(scores, scale, largest);
             let share = 1.0 / sum;
             let p = p[visible.clone()].iter_mut();
-            p.zip(scores).for_each(|(p, e)| *p = T::rounded(*e * share));
+            p.zip(scores).for_each(|(p, e)| *p = T::from_f32(*e * share));
             *lse = largest + sum.ln();
         }
     }
@@ -248,8 +248,8 @@ vectorised! {
 
 #[inline(always)]
 fn clear_outside<T: Element>(row: &mut [T], visible: &Range<usize>) {
-    row[..visible.start].fill(T::rounded(0.0));
-    row[visible.end..].fill(T::rounded(0.0));
+    row[..visible.start].fill(T::from_f32(0.0));
+    row[visible.end..].fill(T::from_f32(0.0));
 }
 
 /// With `P` the softmax, `dP = dout · vᵀ` and `D = Σ dout∘out` per query:
@@ -323,8 +323,8 @@ fn attend_backward<T: Element + Output>(
             let values = v.rows(&tile.keys, kv_head);
             multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
             multiply::<T, f32>(&mut dp, (m, n), matrix(&tile_dout, hd), values.t());
-            p.resize(m * n, T::rounded(0.0));
-            ds.resize(m * n, T::rounded(0.0));
+            p.resize(m * n, T::from_f32(0.0));
+            ds.resize(m * n, T::from_f32(0.0));
             let saved = SavedSoftmax {
                 scale: shape.scale,
                 log_sum_exp: &lse,
@@ -351,7 +351,7 @@ fn attend_backward<T: Element + Output>(
             for (row, from) in key_rows.clone().zip(grad.chunks_exact(hd)) {
                 // SAFETY: only this task accesses the keys of its sequence in its head.
                 let to = unsafe { shared.slice_mut(heads.span(row, kv_head).start, hd) };
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = T::rounded(*from));
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = T::from_f32(*from));
             }
         }
     });
@@ -389,8 +389,8 @@ vectorised! {
             exp_scaled_sum(scores, saved.scale, saved.log_sum_exp[row]);
             let results = p[visible.clone()].iter_mut().zip(&mut ds[visible]);
             for ((p, ds), (e, dp)) in results.zip(scores.iter().zip(dp)) {
-                *p = T::rounded(*e);
-                *ds = T::rounded(*e * (dp - delta) * saved.scale);
+                *p = T::from_f32(*e);
+                *ds = T::from_f32(*e * (dp - delta) * saved.scale);
             }
         }
     }

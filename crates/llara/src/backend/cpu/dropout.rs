@@ -80,8 +80,8 @@ vectorised! {
 impl Rule {
     #[inline(always)]
     fn apply<T: Element>(&self, draw: u32, x: T, y: T) -> T {
-        let x = x.single() * if draw >= self.threshold { self.keep } else { 0.0 };
-        T::rounded(if self.accumulate { y.single() + x } else { x })
+        let x = x.to_f32() * if draw >= self.threshold { self.keep } else { 0.0 };
+        T::from_f32(if self.accumulate { y.to_f32() + x } else { x })
     }
 }
 

@@ -8,18 +8,18 @@ use crate::backend::Dtype;
 pub(super) trait Element: Copy + Send + Sync + 'static {
     const DTYPE: Dtype;
     /// The value as f32.
-    fn single(self) -> f32;
+    fn to_f32(self) -> f32;
     /// The nearest bf16, ties to even, in the low half.
     fn bf16_bits(self) -> u32;
     /// The nearest element, ties to even.
-    fn rounded(x: f32) -> Self;
+    fn from_f32(x: f32) -> Self;
 }
 
 impl Element for f32 {
     const DTYPE: Dtype = Dtype::F32;
 
     #[inline(always)]
-    fn single(self) -> f32 {
+    fn to_f32(self) -> f32 {
         self
     }
 
@@ -32,7 +32,7 @@ impl Element for f32 {
     }
 
     #[inline(always)]
-    fn rounded(x: f32) -> f32 {
+    fn from_f32(x: f32) -> f32 {
         x
     }
 }
@@ -41,7 +41,7 @@ impl Element for bf16 {
     const DTYPE: Dtype = Dtype::Bf16;
 
     #[inline(always)]
-    fn single(self) -> f32 {
+    fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
@@ -51,7 +51,7 @@ impl Element for bf16 {
     }
 
     #[inline(always)]
-    fn rounded(x: f32) -> bf16 {
+    fn from_f32(x: f32) -> bf16 {
         bf16::from_bits(x.bf16_bits() as u16)
     }
 }

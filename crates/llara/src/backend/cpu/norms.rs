@@ -49,7 +49,7 @@ vectorised! {
             let inv = 1.0 / (dot(x, x) / group as f32 + eps).sqrt();
             *inv_rms = inv;
             for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                *y = Y::rounded(x.single() * inv * w);
+                *y = Y::from_f32(x.to_f32() * inv * w);
             }
         }
     }
@@ -157,9 +157,9 @@ vectorised! {
         for ((dx, dy), (x, &inv)) in grads.zip(x.chunks_exact(group).zip(inv_rms)) {
             let mean = mean_product(dy, (x, w, inv));
             for ((((dx, dy), x), w), dw) in dx.iter_mut().zip(dy).zip(x).zip(w).zip(&mut *dw) {
-                let (dy, x) = (dy.single(), x.single());
+                let (dy, x) = (dy.to_f32(), x.to_f32());
                 let grad = (dy * w - x * mean) * inv;
-                *dx = X::rounded(if accumulate { dx.single() + grad } else { grad });
+                *dx = X::from_f32(if accumulate { dx.to_f32() + grad } else { grad });
                 *dw += dy * x * inv;
             }
         }
@@ -177,8 +177,8 @@ vectorised! {
         for (dy, (x, &inv)) in dy.chunks_exact_mut(group).zip(x.chunks_exact(group).zip(inv_rms)) {
             let mean = mean_product(dy, (x, w, inv));
             for (((dy, x), w), dw) in dy.iter_mut().zip(x).zip(w).zip(&mut *dw) {
-                let (grad, x) = (dy.single(), x.single());
-                *dy = G::rounded((grad * w - x * mean) * inv);
+                let (grad, x) = (dy.to_f32(), x.to_f32());
+                *dy = G::from_f32((grad * w - x * mean) * inv);
                 *dw += grad * x * inv;
             }
         }
@@ -192,7 +192,7 @@ fn mean_product<X: Element, G: Element>(dy: &[G], (x, w, inv): (&[X], &[f32], f3
     const BLOCK: usize = 16;
     for ((dy, x), w) in dy.chunks(BLOCK).zip(x.chunks(BLOCK)).zip(w.chunks(BLOCK)) {
         let mut weighted = [0.0f32; BLOCK];
-        weighted.iter_mut().zip(dy.iter().zip(w)).for_each(|(g, (dy, w))| *g = dy.single() * w);
+        weighted.iter_mut().zip(dy.iter().zip(w)).for_each(|(g, (dy, w))| *g = dy.to_f32() * w);
         product += sum_pairs(&weighted[..x.len()], x, |g, x| g * x);
     }
     product * inv * inv / x.len() as f32

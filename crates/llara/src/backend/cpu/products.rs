@@ -107,7 +107,7 @@ vectorised! {
     /// `sum[j] += Σ_rows x[row, columns.start + j]`
     fn add_columns<T: Element>(x: &[T], cols: usize, columns: Range<usize>, sum: &mut [f32]) {
         for row in x.chunks_exact(cols) {
-            sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x.single());
+            sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x.to_f32());
         }
     }
 }

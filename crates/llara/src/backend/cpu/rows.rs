@@ -49,7 +49,7 @@ pub(super) fn scatter_add_rows(dy: &CpuTensor, plan: &ScatterPlan<Cpu>, dx: &mut
 
 vectorised! {
     fn add<X: Element, G: Element>(x: &mut [X], more: &[G]) {
-        x.iter_mut().zip(more).for_each(|(x, more)| *x = X::rounded(x.single() + more.single()));
+        x.iter_mut().zip(more).for_each(|(x, more)| *x = X::from_f32(x.to_f32() + more.to_f32()));
     }
 }
 
@@ -89,7 +89,7 @@ pub(super) fn write<T: Element>(data: &[T], to: ViewMut<'_, CpuTensor>) {
 
 vectorised! {
     fn convert<Y: Element, X: Element>(y: &mut [Y], x: &[X]) {
-        y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::rounded(x.single()));
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::from_f32(x.to_f32()));
     }
 }
 

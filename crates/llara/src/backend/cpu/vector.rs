@@ -68,10 +68,10 @@ pub(super) fn sum_pairs<A: Element, B: Element>(
     let (b_chunks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_chunks.iter().zip(b_chunks) {
         for lane in 0..LANES {
-            lanes[lane] += f(a[lane].single(), b[lane].single());
+            lanes[lane] += f(a[lane].to_f32(), b[lane].to_f32());
         }
     }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(a.single(), b.single())).sum();
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(a.to_f32(), b.to_f32())).sum();
     fold(lanes, |a, b| a + b) + rest
 }
 

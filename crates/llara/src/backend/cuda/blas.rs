@@ -243,7 +243,7 @@ fn failed(doing: &str, e: lt::CublasError) -> crate::Error {
 }
 
 /// Descriptors of a product. cuBLASLt's matrices are column-major, so every matrix is transposed for it, and
-/// `outᵀ = rightᵀ · leftᵀ`: its A is our right operand, its B our left one.
+/// `outᵀ = rightᵀ · leftᵀ`: its A is the right operand of the product, its B the left one.
 struct Call {
     description: Description,
     a: Layout,

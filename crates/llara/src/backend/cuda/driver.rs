@@ -92,7 +92,7 @@ impl Context {
                 .hint("install the NVIDIA driver, or compute on the CPU"));
         }
         // SAFETY: called before any other function of the driver.
-        check(unsafe { cu::cuInit(0) }, "initialise the driver")
+        check(unsafe { cu::cuInit(0) }, "initialize the driver")
             .map_err(|e| e.hint("run `nvidia-smi` to check whether the driver finds a GPU"))?;
         let mut driver_version = 0;
         // SAFETY: writes one number.
@@ -338,7 +338,7 @@ impl Pinned {
         let mut start = std::ptr::null_mut();
         // SAFETY: writes a pointer to `bytes` bytes that `drop` releases.
         check(unsafe { cu::cuMemHostAlloc(&mut start, bytes, 0) }, "allocate pinned host memory")
-            .map_err(|e| e.hint("the host has too little memory left, or `ulimit -l` is too low"))?;
+            .map_err(|e| e.hint("the host is out of memory, or `ulimit -l` is too low"))?;
         // SAFETY: the allocation has this size.
         unsafe { start.cast::<u8>().write_bytes(0, bytes) };
         Ok(Pinned { start: start.cast(), bytes, context: context.clone() })

@@ -435,8 +435,8 @@ mod tests {
     fn opening_a_missing_gpu_is_an_error() {
         let Err(error) = Cuda::new(1000) else { panic!("there are not that many") };
         let text = error.to_string();
-        let said = ["no NVIDIA driver", "no GPU 1000", "too old", "initialise the driver"];
-        assert!(said.iter().any(|said| text.contains(said)), "{text}");
+        let causes = ["no NVIDIA driver", "no GPU 1000", "too old", "initialize the driver"];
+        assert!(causes.iter().any(|said| text.contains(said)), "{text}");
         assert!(text.contains("hint: "), "{text}");
     }
 }

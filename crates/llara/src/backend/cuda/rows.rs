@@ -69,7 +69,7 @@ impl Device {
         }
         // If both are contiguous, they are copied as one long row, of which only the last octet is incomplete.
         let whole = x.rows * x.cols;
-        let (x, y) = match (x.regrouped(whole), y.regrouped(whole)) {
+        let (x, y) = match (x.reshaped(whole), y.reshaped(whole)) {
             (Some(x), Some(y)) => (x, y),
             _ => (x, y),
         };

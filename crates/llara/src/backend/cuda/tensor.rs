@@ -124,7 +124,7 @@ impl Block {
     }
 
     /// The same elements as rows of `cols` columns, if they are contiguous.
-    pub(super) fn regrouped(self, cols: usize) -> Option<Block> {
+    pub(super) fn reshaped(self, cols: usize) -> Option<Block> {
         let whole = self.stride == self.cols || self.rows <= 1;
         if !whole || cols == 0 || !(self.rows * self.cols).is_multiple_of(cols) {
             return None;
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn octets_are_loaded_at_once_only_where_every_row_allows_it() {
+    fn octets_are_loaded_at_once_only_if_every_row_is_aligned() {
         assert!(block(256, 3, 16, 24).is_wide());
         assert!(!block(256, 3, 15, 24).is_wide(), "an incomplete octet");
         assert!(block(256, 3, 15, 24).is_aligned());
@@ -198,12 +198,12 @@ mod tests {
     }
 
     #[test]
-    fn only_rows_that_follow_each_other_are_regrouped() {
-        let whole = block(256, 6, 4, 4).regrouped(8).unwrap();
+    fn only_contiguous_rows_are_reshaped() {
+        let whole = block(256, 6, 4, 4).reshaped(8).unwrap();
         assert_eq!((whole.rows, whole.cols, whole.stride, whole.pointer), (3, 8, 8, 256));
-        assert_eq!(block(256, 1, 24, 99).regrouped(24).unwrap().rows, 1);
-        assert!(block(256, 6, 4, 5).regrouped(8).is_none());
-        assert!(block(256, 6, 4, 4).regrouped(7).is_none());
-        assert!(block(256, 6, 0, 0).regrouped(0).is_none());
+        assert_eq!(block(256, 1, 24, 99).reshaped(24).unwrap().rows, 1);
+        assert!(block(256, 6, 4, 5).reshaped(8).is_none());
+        assert!(block(256, 6, 4, 4).reshaped(7).is_none());
+        assert!(block(256, 6, 0, 0).reshaped(0).is_none());
     }
 }

@@ -92,7 +92,7 @@ impl WeightFiles {
         self.files[*self.place.get(name)?].info(name)
     }
 
-    /// The file that holds a tensor.
+    /// The file that contains a tensor.
     pub(super) fn file_of(&self, name: &str) -> Option<&SafetensorsFile> {
         Some(&self.files[*self.place.get(name)?])
     }

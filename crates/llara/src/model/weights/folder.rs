@@ -17,7 +17,7 @@ use crate::storage::{
 use crate::{Error, ErrorKind, Result};
 
 /// Files of a model folder that are copied unchanged; the tokenizer writes its own files.
-const CARRIED: [&str; 14] = [
+const COPIED: [&str; 14] = [
     "generation_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -69,7 +69,7 @@ pub struct ModelFolder {
     /// Prefix of the decoder's tensors in the files.
     prefix: &'static str,
     /// Other files of a new model: name and contents.
-    beside: Vec<(&'static str, Vec<u8>)>,
+    other_files: Vec<(&'static str, Vec<u8>)>,
 }
 
 /// A tensor of a file to be written.
@@ -100,17 +100,17 @@ impl ModelFolder {
         let decoder = load_decoder(backend, &config, &files, matrices)?;
         let prefix = prefix_of(&files);
         let source = Some((dir.to_owned(), files));
-        Ok((ModelFolder { source, config: json, prefix, beside: Vec::new() }, decoder))
+        Ok((ModelFolder { source, config: json, prefix, other_files: Vec::new() }, decoder))
     }
 
     /// The layout of a new causal language model with this `config.json`.
     pub fn new(config: Value) -> Self {
-        ModelFolder { source: None, config, prefix: "model.", beside: Vec::new() }
+        ModelFolder { source: None, config, prefix: "model.", other_files: Vec::new() }
     }
 
     /// The same with one more JSON file, such as `generation_config.json`.
     pub(crate) fn with_json(mut self, name: &'static str, value: &Value) -> Self {
-        self.beside.push((name, pretty(value).into_bytes()));
+        self.other_files.push((name, pretty(value).into_bytes()));
         self
     }
 
@@ -147,8 +147,8 @@ impl ModelFolder {
                 shape.iter().product::<usize>() as u64 * dtype.bitsize() as u64 / 8 + header
             })
             .sum();
-        let carried = self.source.iter().flat_map(|(dir, _)| CARRIED.map(|name| dir.join(name)));
-        weights + carried.filter_map(|path| Some(std::fs::metadata(path).ok()?.len())).sum::<u64>()
+        let copied = self.source.iter().flat_map(|(dir, _)| COPIED.map(|name| dir.join(name)));
+        weights + copied.filter_map(|path| Some(std::fs::metadata(path).ok()?.len())).sum::<u64>()
     }
 
     /// The values of a weight before it was rounded in memory: those of the file that it was loaded from, if
@@ -196,7 +196,7 @@ impl ModelFolder {
             for Planned { declaration: (name, dtype, shape), parameter } in tensors {
                 match parameter.as_deref().and_then(|p| in_memory.get(p)) {
                     Some(t) => writer.write_f32(name, &self.exact_values(backend, t)?.0)?,
-                    None => self.carry_tensor(name, *dtype, shape, &mut writer)?,
+                    None => self.copy_tensor(name, *dtype, shape, &mut writer)?,
                 }
                 weight_map.insert(name.clone(), file.clone());
                 total_size += shape.iter().product::<usize>() * dtype.bitsize() / 8;
@@ -210,7 +210,7 @@ impl ModelFolder {
         if let Some((dir, _)) = &self.source {
             carry_files(dir, staging)?;
         }
-        for (name, contents) in &self.beside {
+        for (name, contents) in &self.other_files {
             staging.write(name, contents)?;
         }
         staging.write("config.json", pretty(&self.config_for(decoder, dtype)).as_bytes())?;
@@ -270,7 +270,7 @@ impl ModelFolder {
     }
 
     /// Copies a tensor that training does not change: its bytes, unless dtype or size change.
-    fn carry_tensor(
+    fn copy_tensor(
         &self,
         name: &str,
         dtype: Dtype,
@@ -351,7 +351,7 @@ fn new_rows(table: &[f32], rows: usize, count: usize) -> Vec<f32> {
 }
 
 fn carry_files(from: &Path, staging: &Staging) -> Result<()> {
-    for name in CARRIED {
+    for name in COPIED {
         let path = from.join(name);
         if path.is_file() {
             let contents = read_file(&path).map_err(|e| Error::io("read", &path, e))?;

@@ -31,7 +31,7 @@ pub(super) fn prefix_of(files: &WeightFiles) -> &'static str {
 ///
 /// # Errors
 /// If tensors are missing, unknown, of another shape or of an unsupported dtype (all listed in one
-/// error), or when one holds NaN or infinity.
+/// error), or one contains NaN or infinity.
 pub fn load_decoder<B: Backend>(
     backend: &B,
     config: &DecoderConfig,

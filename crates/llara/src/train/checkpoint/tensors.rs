@@ -151,7 +151,7 @@ impl SavedTensors {
         for parameter in decoder.trainable_parameters_mut() {
             let (rows, cols) = parameter.values().shape();
             let values = self.read(MASTER, parameter.name(), &(0..rows * cols))?;
-            parameter.put_values(backend, backend.upload(&values, rows, cols)?)?;
+            parameter.set_values(backend, backend.upload(&values, rows, cols)?)?;
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ const RESERVED: f64 = 0.1;
 /// Memory of this process before it reads weights, if the system does not report it.
 const PROCESS_BYTES: u64 = 64 << 20;
 
-/// Additional memory of this process during training, besides tensors and workspace: program pages that
+/// Additional memory of this process during training, in addition to tensors and workspace: program pages that
 /// are used for the first time, threads, the next batch, the log. Measured on Linux: 10 to 12 MiB.
 const GROWTH_BYTES: u64 = 12 << 20;
 

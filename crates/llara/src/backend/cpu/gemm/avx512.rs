@@ -139,8 +139,8 @@ unsafe fn write<const VECTORS: usize>(sums: [[__m512; VECTORS]; MR], tile: &Tile
             let col = v * LANES;
             let lanes = (tile.cols - col).min(LANES);
             let mask = (u32::MAX >> (32 - lanes)) as u16;
-            // SAFETY: the mask keeps to the tile's columns and `row` to its rows, for which the
-            // caller vouches.
+            // SAFETY: the mask selects only columns of the tile, and `row` is one of its rows, whose
+            // validity the caller guarantees.
             unsafe {
                 if !tile.bias.is_null() {
                     x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, tile.bias.add(col)));

@@ -43,7 +43,7 @@ impl Cells for Single {
     const GROUP: usize = 1;
     #[inline(always)]
     fn cell<T: Element>(first: T, _: Option<T>) -> u32 {
-        first.single().to_bits()
+        first.to_f32().to_bits()
     }
 }
 

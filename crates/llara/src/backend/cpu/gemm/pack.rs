@@ -14,7 +14,7 @@ use super::tile::{Left, MR, NR};
 use super::view::{Operand, View};
 use crate::backend::cpu::vector::vectorised;
 
-/// Calls `$pack::<T, C>(view, ...)` for the types that an operand and a format stand for.
+/// Calls `$pack::<T, C>(view, ...)` for the element type of an operand and the cell type of a format.
 macro_rules! with_types {
     ($operand:expr, $format:expr, $pack:ident($($arg:expr),*)) => {
         match ($operand, $format) {

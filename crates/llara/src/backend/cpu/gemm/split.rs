@@ -127,7 +127,7 @@ mod tests {
                         seen[row * n..][columns.clone()].iter_mut().for_each(|seen| *seen += 1);
                     }
                 }
-                assert!(seen.iter().all(|&seen| seen == 1), "{grid:?}");
+                assert!(seen.iter().all(|&count| count == 1), "{grid:?}");
             }
         }
     }

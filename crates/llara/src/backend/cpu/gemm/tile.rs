@@ -77,7 +77,7 @@ impl Tile {
                     match self.onto.at(row, col) {
                         Place::Nowhere => {}
                         Place::Single(onto, _) => x += *onto,
-                        Place::Bf16(onto, _) => x += (*onto).single(),
+                        Place::Bf16(onto, _) => x += (*onto).to_f32(),
                     }
                     match self.to.at(row, col) {
                         Place::Nowhere => {}

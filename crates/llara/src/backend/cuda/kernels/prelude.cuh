@@ -104,7 +104,7 @@ DEVICE void cp_async4(void* to, const void* from, bool valid) {
 }
 /// Ends a group of this thread's copies: those started since the last group ended.
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Waits until all but the last N groups of this thread have arrived. Other threads see them after a barrier.
+/// Waits until all but the last N groups of this thread are complete. They are visible to other threads after a barrier.
 template <int N> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // ---- Warps ----------------------------------------------------------------------------------------
