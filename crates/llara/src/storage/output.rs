@@ -67,7 +67,7 @@ impl OutputFile {
     }
 }
 
-/// Refuses a path at which no file can be written: something other than a regular file is there, the path
+/// Fails for a path at which no file can be written: something other than a regular file is there, the path
 /// has no file name, or the folder does not exist or is read-only. Leaves no file.
 pub(crate) fn check_output_path(path: &Path) -> Result<()> {
     OutputFile::create(path).map(drop)
