@@ -1,20 +1,20 @@
-"""How many floating-point operations a step needs; a multiplication and an addition are two.
+"""The number of floating-point operations of a step; a multiplication and an addition are two operations.
 
 Two counts, both of real tokens only (padding is never needed):
 
 plain    every block computes all of its outputs for every token.
-         Matrices, P parameters in those of a block: forward 2·P a token; backward 2·P for the gradient of the input
-         and 2·P for that of the weights, 6·P in all. With LoRA the frozen matrices get no gradient, 4·P, and the
-         adapters (r·(in + out) parameters at a matrix) the whole 6.
+         Matrices, P parameters in those of a block: forward 2·P per token; backward 2·P for the gradient of the input
+         and 2·P for that of the weights, 6·P in total. With LoRA the frozen matrices have no gradient, 4·P, and the
+         adapters (r·(in + out) parameters per matrix) need 6 per parameter.
          Attention, causal: a sequence of n tokens has n·(n + 1)/2 pairs; each takes 4·heads·head_dim operations forward
          (scores, values) and 8 backward (d queries, d keys, d values, d probabilities). Recomputing scores in the
          backward pass is a choice and not counted.
-needed   less what the result does not depend on: queries, attention rows, output projection and MLP of the last block
-         but for the pooled positions; sequences that stand in the batch a second time, if there is no dropout; with
-         LoRA the gradients of the first block's input, below which nothing is trained.
+needed   without work on which the result does not depend: queries, attention rows, output projection and MLP of the
+         last block except for the pooled positions; repeated sequences of a batch, if there is no dropout; with LoRA
+         the gradients of the first block's input, below which no parameter is trainable.
 
-Not counted in either: embedding, norms, rotary positions, activation, pooling, loss, optimizer. They are O(1) operations a
-number and bound by memory.
+Not counted in either: embedding, norms, rotary positions, activation, pooling, loss, optimizer. They need O(1) operations per
+number and are limited by memory bandwidth.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What of a model's config.json the counts depend on."""
+    """The fields of a model's config.json on which the counts depend."""
 
     hidden: int
     intermediate: int
@@ -44,7 +44,7 @@ class Shape:
         )
 
     def matrices(self):
-        """(in, out) of a block's seven matrices."""
+        """(in, out) of the seven matrices of a block."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, q),
@@ -59,7 +59,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is done with the sequences: `train` all weights, adapters of `lora_rank`, or nothing (encoding)."""
+    """The task: `train` all weights, train adapters of `lora_rank`, or neither (encoding)."""
 
     shape: Shape
     train: bool = True
@@ -74,7 +74,7 @@ class Work:
         return self.shape.layers * (tokens * matrices + pairs * self._pair())
 
     def needed(self, lengths):
-        """Operations that the result depends on. Leave repeated sequences out of `lengths` where they count once."""
+        """Operations on which the result depends. `lengths` must not contain repeated sequences that are encoded once."""
         tokens = sum(lengths)
         last = sum(min(n, self.pooled) for n in lengths)
         spared = 0
@@ -91,7 +91,7 @@ class Work:
         return self.plain(lengths) - spared
 
     def _matrix(self, inputs, outputs):
-        """Operations a token at one matrix."""
+        """Operations per token for one matrix."""
         if not self.train:
             return 2 * inputs * outputs
         if self.lora_rank:
@@ -99,5 +99,5 @@ class Work:
         return 6 * inputs * outputs
 
     def _pair(self):
-        """Operations a pair of positions in one block's attention."""
+        """Operations per pair of positions in the attention of one block."""
         return (12 if self.train else 4) * self.shape.heads * self.shape.head_dim

@@ -4,10 +4,10 @@
     python gpu_baseline.py --model qwen3-0.6b --layers 8 --only lora
 
 Random weights and token ids; 8 queries of 32 tokens and 128 passages of 128, as in `device_check speed`. All
-passages have one length, so that no padding is computed: the case that suits this baseline best. bf16 autocast,
-scaled-dot-product attention (PyTorch picks its flash kernel), fused AdamW; with and without torch.compile and
+passages have the same length, so that no padding is computed: the best case for this baseline. bf16 autocast,
+scaled-dot-product attention (PyTorch selects its flash kernel), fused AdamW; with and without torch.compile and
 gradient checkpointing. LoRA: rank 64 on all projections, dropout 0.1, the frozen base in bf16. Full: weights in f32.
-Prints one JSON object a line.
+Prints one JSON object per line.
 """
 
 import argparse

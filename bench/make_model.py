@@ -1,9 +1,9 @@
-"""Makes the model that the benchmark trains: a Llama of random weights, and a tokenizer learned from the rows.
+"""Creates the model of the benchmark: a Llama with random weights, and a tokenizer trained on the rows.
 
-    python make_model.py --rows rows.jsonl --output model        (the same rows and seed: the same model)
+    python make_model.py --rows rows.jsonl --output model        (the same rows and seed give the same model)
 
-The tokenizer is a byte-level BPE that knows <s1> … <s16>, the tokens of the LLARA template, as single ids, and puts a BOS
-in front of a text.
+The tokenizer is a byte-level BPE that encodes <s1> … <s16>, the tokens of the LLARA template, as single ids, and prepends
+a BOS token to a text.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main():
     logging.disable_progress_bar()
     tokenizer = train_tokenizer(texts(args.rows), args.vocab_size)
     if len(tokenizer) < args.vocab_size:
-        print(f"the rows give a vocabulary of {len(tokenizer):,}; the model keeps {args.vocab_size:,} embeddings")
+        print(f"the vocabulary of the tokenizer has {len(tokenizer):,} entries; the model has {args.vocab_size:,} embeddings")
 
     torch.manual_seed(args.seed)
     model = LlamaModel(config(args))

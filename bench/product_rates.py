@@ -1,4 +1,4 @@
-"""The products of crates/llara/benches/products.rs by PyTorch (oneDNN, MKL), in GFLOP/s: python product_rates.py [TOKENS]"""
+"""The products of crates/llara/benches/products.rs in PyTorch (oneDNN, MKL), in GFLOP/s: python product_rates.py [TOKENS]"""
 
 import sys
 import time

@@ -1,10 +1,10 @@
-"""The LLARA training step, and encoding, as the reference runs them on PyTorch: transformers and peft, padded batches.
+"""The LLARA training step and encoding in PyTorch, as in the reference implementation: transformers, peft, padded batches.
 
     python pytorch_baseline.py --model model --rows rows.jsonl --dtype bf16
     python pytorch_baseline.py --model model --encode corpus.jsonl --dtype bf16
 
-Rows are taken in file order, over and over: the first positive, the first G − 1 negatives. Queries and passages are
-encoded apart, each batch padded on the left to a multiple of 8. A step is timed from the texts to the updated weights.
+Rows are used in file order, repeatedly: the first positive, the first G − 1 negatives. Queries and passages are encoded
+separately, each batch padded on the left to a multiple of 8. A step is timed from the texts to the updated weights.
 Prints one JSON object.
 """
 
@@ -52,7 +52,7 @@ def main():
 
 
 class Prompts:
-    """Texts in the LLARA template, as padded batches. Prefix, text and suffix are tokenized apart; only the text is cut."""
+    """Texts in the LLARA template, as padded batches. Prefix, text and suffix are tokenized separately; only the text is truncated."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -72,7 +72,7 @@ class Prompts:
 
 
 class Rows:
-    """Training rows in file order, starting over at the end."""
+    """Training rows in file order, starting again after the last row."""
 
     def __init__(self, path, batch_size, group_size):
         self.rows = jsonl(path)
@@ -103,7 +103,7 @@ def train(args, prompts):
         model = peft.get_peft_model(model, adapters)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The optimizer that transformers' Trainer takes by default.
+    # The default optimizer of transformers' Trainer.
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, fused=True)
     decoder = torch.compile(model) if args.compile else model
     autocast = torch.autocast("cpu", torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext()
@@ -156,7 +156,7 @@ def train(args, prompts):
 
 
 def vectors(decoder, batch):
-    """Mean of the last 8 hidden states, length 1; padding is on the left, so they stand at the end."""
+    """Mean of the last 8 hidden states, L2-normalized; padding is on the left, so they are at the end."""
     hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     return F.normalize(hidden[:, -POOLED:].mean(dim=1), dim=-1)
 
@@ -231,11 +231,11 @@ def read_npy(path):
     return torch.frombuffer(data, dtype=torch.float32, offset=10 + header_len).view(int(rows), int(columns))
 
 
-# What the machine does
+# Rates and memory of the machine
 
 
 def product_rates(shape, tokens, repeats=5):
-    """FLOP/s of the products behind `linear` on the shapes of a block, into buffers that stand ready: `forward` alone, and
+    """FLOP/s of the products behind `linear` on the shapes of a block, into allocated buffers: `forward` alone, and
     `all` three, with the gradients of input and weight. That is the most that PyTorch's linear layers reach here."""
     rates = {}
     for name, dtype in TORCH_DTYPE.items():
@@ -279,7 +279,7 @@ def page_faults():
 def jsonl(path):
     with open(path, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
-    return rows or sys.exit(f"{path}: there are no rows in it")
+    return rows or sys.exit(f"{path}: the file has no rows")
 
 
 def arguments():
@@ -288,15 +288,15 @@ def arguments():
     )
     parser.add_argument("--model", type=pathlib.Path, required=True, help="folder of the model to start from")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--rows", type=pathlib.Path, help="train on these: JSONL with query, pos and neg")
-    what.add_argument("--encode", type=pathlib.Path, help="encode these as passages: JSONL with text, or title and text")
+    what.add_argument("--rows", type=pathlib.Path, help="training rows: JSONL with query, pos and neg")
+    what.add_argument("--encode", type=pathlib.Path, help="texts to encode as passages: JSONL with text, or title and text")
     parser.add_argument("--dtype", choices=TORCH_DTYPE, default="f32", help="bf16: autocast in training, weights in encoding")
     parser.add_argument("--lora", action="store_true", help="adapters of rank 64 on all seven matrices of a block")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; give it warm-up steps")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile; needs warm-up steps")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
-    parser.add_argument("--threads", type=int, help="threads of a product; default: torch's own choice")
+    parser.add_argument("--threads", type=int, help="number of threads; default: that of torch")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=1, help="warm-up steps before the timed steps")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--query-max-len", type=int, default=64)

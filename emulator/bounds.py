@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a cubin tells about the speed of a kernel with tensor cores, without a GPU.
+"""Upper bounds on the speed of a kernel with tensor cores, computed from its cubin without a GPU.
 
     bounds.py FILE.cubin KERNEL DYNAMIC_SHARED_BYTES [THREADS]
 
@@ -16,9 +16,9 @@ import sys
 
 CLOCK, SMS = 1.755e9, 132  # H100 and H200 SXM
 MMA_FLOPS = 2 * 16 * 8 * 16
-# Cycles of a unit of a quarter SM for one instruction of a warp: 32 lanes by the results a cycle that the CUDA
-# programming guide gives for compute capability 9.0. mma.sync reaches about 0.63 of the 1024 flops a cycle that
-# warpgroup instructions do. Shared memory moves 128 bytes a cycle for the four quarters together.
+# Cycles of a unit of a quarter SM for one instruction of a warp: 32 lanes divided by the results per cycle that the CUDA
+# programming guide gives for compute capability 9.0. mma.sync reaches about 0.63 of the 1024 flops per cycle that
+# warpgroup instructions do. Shared memory moves 128 bytes per cycle for all four quarters.
 UNITS = {
     "HMMA": ("tensor", MMA_FLOPS / 1024 / 0.63),
     "MUFU": ("exp2", 8),
@@ -66,7 +66,7 @@ def main():
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = (228 << 10) // (-(-(shared + static + 1024) // 128) * 128)
     blocks = min(by_registers, by_shared, 64 // warps)
-    print(f"{kernel}: {registers} registers; {blocks} blocks an SM (registers allow {by_registers}, shared memory {by_shared})")
+    print(f"{kernel}: {registers} registers; {blocks} blocks per SM (registers allow {by_registers}, shared memory {by_shared})")
     code, loops = instructions(cubin, kernel)
     count = lambda loop: sum(op.startswith("HMMA") for op in code[loop[0]:loop[1] + 1])
     loop = max(loops, key=count)

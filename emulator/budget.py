@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Holds every kernel's registers, spills and static shared memory to a budget, on four architectures.
+"""Checks the registers, spills and static shared memory of every kernel against a budget, on four architectures.
 
     budget.py [check]   compiles all kernels with NVRTC and compares them with budget.txt; exit code 1 if a
                         kernel needs more than its budget, or has none
@@ -58,7 +58,7 @@ def main():
     for line in wrong:
         print(line)
     spilling = [key for key, needs in found.items() if needs[1]]
-    print(f"{len(found)} kernels compiled, {len(spilling)} spill, {len(wrong)} complaints")
+    print(f"{len(found)} kernels compiled, {len(spilling)} spill, {len(wrong)} errors")
     raise SystemExit(1 if wrong else 0)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Breaks the kernels in known ways and says which test sees it: results against f64, drawn orders, checks.
+"""Mutation test of the kernels: applies known defects and prints which test detects each: results compared with f64, random thread orders, checks.
 
     mutate.py OUT [PART OF A NAME]...    builds below the folder OUT
 
@@ -15,12 +15,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = f"{HERE}/../crates/llara/src/backend/cuda/kernels"
 SHARED, FORWARD, BACKWARD, PLAIN = "attention.cuh", "attention_forward.cu", "attention_backward.cu", "attention_plain.cu"
 
-# Name, file, text, replacement, number of the occurrence (0: all); then why no test can see it, if so.
+# Name, file, text, replacement, number of the occurrence (0: all); then the reason, if no test can detect it.
 MUTANTS = [
     ("forward: no barrier before values are overwritten", FORWARD,
-     "        __syncthreads(); // the keys are there, the values of the last round have been read\n", "", 0),
+     "        __syncthreads(); // the keys have been loaded, the values of the last round have been read\n", "", 0),
     ("forward: no barrier before keys are overwritten", FORWARD,
-     "        __syncthreads(); // the values are there, the keys have been read\n", "", 0),
+     "        __syncthreads(); // the values have been loaded, the keys have been read\n", "", 0),
     ("forward: keys not waited for", FORWARD, "        cp_async_wait<0>();\n        __syncthreads(); // the keys",
      "        cp_async_wait<1>();\n        __syncthreads(); // the keys", 0),
     ("forward: causal mask off by one", FORWARD, "if (key > position ||", "if (key > position + 1 ||", 0),
@@ -33,9 +33,9 @@ MUTANTS = [
     ("forward: sum over half of a row's lanes", FORWARD, "total += __shfl_xor_sync(FULL_WARP, total, 2);", "", 0),
     ("forward: log-sum-exp without its scale", FORWARD, "top[m][h] * a.scale + logf", "top[m][h] + logf", 0),
     ("forward: log-sum-exp of rows past the end", FORWARD, "lane % 4 == 0 && at < s.queries", "lane % 4 == 0", 0),
-    ("forward: a row that sees nothing in a round", FORWARD, "larger == -INFINITY ? 0.0f : larger * scale", "larger * scale", 0),
+    ("forward: a row without visible keys in a round", FORWARD, "larger == -INFINITY ? 0.0f : larger * scale", "larger * scale", 0),
     ("forward: wrong key head of a group", FORWARD, "kv_head = head / (a.heads / a.kv_heads);", "kv_head = head % a.kv_heads;", 0),
-    ("forward: edge rounds taken for full ones", FORWARD, "base + KEYS > lowest + 1", "base > lowest + 1", 0),
+    ("forward: masking skipped in edge rounds", FORWARD, "base + KEYS > lowest + 1", "base > lowest + 1", 0),
     ("tiles: rows past the end fetched", SHARED, "const bool valid = first + row < end;", "const bool valid = true;", 0),
     ("tiles: no swizzle", SHARED, "HD == 96 ? c ^ (row / 2 % 4) : c ^ (row % 8)", "c", 0),
     ("tiles: half of the swizzle for 96", SHARED, "c ^ (row / 2 % 4) :", "c ^ (row % 4) :", 0),
@@ -48,13 +48,13 @@ MUTANTS = [
     ("search: the last sequence is never found", SHARED, "at < count &&", "at + 1 < count &&", 0),
     ("search: a tile of two sequences", SHARED, "tile * ROWS < rows}", "tile * ROWS < rows + ROWS}", 0),
     ("queries: no barrier before keys are overwritten", BACKWARD, "        __syncthreads(); // they have been read\n", "", 1),
-    ("queries: keys not waited for", BACKWARD, "        cp_async_wait<1>();\n        __syncthreads(); // this round's keys", "        cp_async_wait<2>();\n        __syncthreads(); // this round's keys", 0),
+    ("queries: keys not waited for", BACKWARD, "        cp_async_wait<1>();\n        __syncthreads(); // the keys and values of this round", "        cp_async_wait<2>();\n        __syncthreads(); // the keys and values of this round", 0),
     ("queries: delta not subtracted", BACKWARD, "(ds[m][n][i] - delta[m][i / 2])", "ds[m][n][i]", 0),
     ("queries: dq not scaled", BACKWARD, "factor[m][0] = factor[m][1] = a.scale;", "factor[m][0] = factor[m][1] = 1.0f;", 1),
     ("keys: no barrier before queries are overwritten", BACKWARD, "        __syncthreads(); // they have been read\n", "", 2),
-    ("keys: no barrier after the wait", BACKWARD, "        __syncthreads(); // this round's queries are there\n", "", 0),
+    ("keys: no barrier after the wait", BACKWARD, "        __syncthreads(); // the queries of this round have been loaded\n", "", 0),
     ("keys: keys and values not waited for", BACKWARD, "    cp_async_wait<1>();\n    __syncthreads(); // the keys and values", "    cp_async_wait<2>();\n    __syncthreads(); // the keys and values", 0),
-    ("keys: no barrier after the keys and values", BACKWARD, "    __syncthreads(); // the keys and values are there\n", "", 0),
+    ("keys: no barrier after the keys and values", BACKWARD, "    __syncthreads(); // the keys and values have been loaded\n", "", 0),
     ("forward: a warp at the edge skips a round", FORWARD, "warp_first + 16 * M : 0;", "warp_first + 8 * M : 0;", 0),
     ("queries: a warp at the edge skips a round", BACKWARD, "base + KEYS - 1 + a.window <= warp_first", "base + a.window <= warp_first", 0),
     ("keys: a warp at the edge skips a round", BACKWARD, "lowest + QUERIES > warp_first &&", "lowest > warp_first &&", 0),
@@ -67,7 +67,7 @@ MUTANTS = [
     ("plain: weights overwritten while they are read", PLAIN, "        __syncwarp(); // the weights have been read\n", "", 0),
     ("plain: the last row is forgotten", PLAIN, "position + 1 - first < 32 ? position + 1 - first : 32;", "position - first < 32 ? position - first : 32;", 1),
     ("plain: delta of half of the columns", PLAIN, "c < n; c += 64) {", "c < n; c += 128) {", 0),
-    ("plain: dk of the wrong side", PLAIN, "add_rows(dk, weights[warp][1], q +", "add_rows(dk, weights[warp][0], q +", 0),
+    ("plain: dk from the wrong weights", PLAIN, "add_rows(dk, weights[warp][1], q +", "add_rows(dk, weights[warp][0], q +", 0),
 ]
 
 
@@ -81,7 +81,7 @@ def broken(text, old, new, number):
 
 
 def copy_kernels(to):
-    """The kernels of attention, with the times of their files, so that make builds only what changes."""
+    """Copies the attention kernels with their modification times, so that make rebuilds only what changes."""
     os.makedirs(to)
     for name in os.listdir(KERNELS):
         if name.startswith(("attention", "prelude")):
@@ -93,7 +93,7 @@ def make_command(out, *targets):
 
 
 def seen_by(base, out, mutant):
-    """The first test that sees the broken kernel: its name and what it says."""
+    """The first test that detects the defect: its name and its message."""
     name, file, old, new, number = mutant[:5]
     shutil.rmtree(out, ignore_errors=True)
     os.makedirs(out)
@@ -103,10 +103,10 @@ def seen_by(base, out, mutant):
         text = source.read()
     with open(f"{kernels}/{file}", "w") as target:
         target.write(broken(text, old, new, number))
-    few = "plain" if file == PLAIN else "hd 96"  # cases that see most, to save time
+    few = "plain" if file == PLAIN else "hd 96"  # the cases that detect most defects, to save time
     for build, command, what in (
         ("fast", ["attention", "1", few], "results"),
-        ("fast", ["attention", "3"], "drawn orders"),
+        ("fast", ["attention", "3"], "random orders"),
         ("checked", ["attention", "1"], "checks"),
     ):
         made = subprocess.run(make_command(out, f"{out}/build/{build}/attention"), capture_output=True, text=True)
@@ -116,7 +116,7 @@ def seen_by(base, out, mutant):
             run = subprocess.run([f"{out}/build/{build}/{command[0]}", *command[1:]], capture_output=True, text=True,
                                  timeout=120)
         except subprocess.TimeoutExpired:
-            return what, "does not end"
+            return what, "timeout"
         if run.returncode:
             lines = (run.stdout + run.stderr).splitlines()
             told = [line for line in lines if re.search("WRONG|emulator:|ABOVE", line)]
@@ -140,8 +140,8 @@ def main():
         missed += test is None
         reason = mutant[5] if len(mutant) > 5 else ""
         unexplained += test is None and not reason
-        print(f"{mutant[0]:52} {'seen by ' + test if test else 'NOT SEEN: ' + reason:24} {told[:140]}", flush=True)
-    print(f"{len(chosen)} broken kernels, {len(chosen) - missed} seen")
+        print(f"{mutant[0]:52} {'detected by ' + test if test else 'NOT DETECTED: ' + reason:28} {told[:140]}", flush=True)
+    print(f"{len(chosen)} mutants, {len(chosen) - missed} detected")
     raise SystemExit(1 if unexplained else 0)
 
 

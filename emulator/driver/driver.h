@@ -1,4 +1,4 @@
-// What the stub libraries share.
+// Declarations shared by the stub libraries.
 #pragma once
 #include "machine.h"
 
@@ -9,8 +9,8 @@
 #define API extern "C" __attribute__((visibility("default"))) int
 
 namespace emu::driver {
-/// Adds work to a stream. Returns the driver's result.
-__attribute__((visibility("default"))) int ask(void* stream, std::function<void()> work);
+/// Enqueues work on a stream. Returns the driver's result.
+__attribute__((visibility("default"))) int enqueue(void* stream, std::function<void()> work);
 /// Stops unless these bytes are memory of the device.
 __attribute__((visibility("default"))) void require_device(const void* p, size_t bytes, const char* what);
 } // namespace emu::driver

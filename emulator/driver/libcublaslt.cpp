@@ -1,4 +1,4 @@
-// libcublasLt.so whose products are loops: the functions that llara calls, with the library's types written
+// A stub of libcublasLt.so that computes products with loops: the functions that llara calls, with the library's types written
 // out. Layouts, alignments, workspace and types are checked as the library requires them.
 #include "driver.h"
 
@@ -10,8 +10,8 @@ enum DescAttribute { DESC_TRANSA = 3, DESC_TRANSB = 4, DESC_EPILOGUE = 7, DESC_B
 enum PreferenceAttribute { MAX_WORKSPACE = 1, REDUCTION_SCHEMES = 3, MIN_ALIGNMENT_A = 5 }; // B, C, D follow
 enum Epilogue { EPILOGUE_NONE = 1, EPILOGUE_BIAS = 4 };
 constexpr int COMPUTE_32F = 68;
-constexpr size_t WORKSPACE = 1 << 20; // that the algorithm of every product needs
-constexpr u64 MARK = 0x656d756c61746f72; // in an algorithm that the heuristic gave
+constexpr size_t WORKSPACE = 1 << 20; // required by the algorithm of every product
+constexpr u64 MARK = 0x656d756c61746f72; // in an algorithm that the heuristic returned
 
 struct Handle {
     char unused;
@@ -173,7 +173,7 @@ API cublasLtMatmulPreferenceSetAttribute(void* preference, int attribute, const 
     else return INVALID;
     return OK;
 }
-// Algorithms exist for any shape whose columns start at multiples of 4 bytes, as far as the pointers allow.
+// There is an algorithm for any shape whose columns start at multiples of 4 bytes, if the pointers are aligned.
 API cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, void* c, void* d, void* preference,
                                    int asked, void* results, int* found) {
     *found = 0;
@@ -208,8 +208,8 @@ API cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, v
             return INVALID;
         }
     if (workspace_bytes < WORKSPACE || !workspace || (uintptr_t)workspace % 256) return INVALID;
-    return emu::driver::ask(stream, [=] {
-        // The real library writes there: whatever else has it loses its contents.
+    return emu::driver::enqueue(stream, [=] {
+        // The real library writes to the workspace; overwriting it detects other uses of this memory.
         emu::driver::require_device(workspace, workspace_bytes, "cublasLt: the workspace");
         memset(workspace, 0xff, WORKSPACE);
         run(p);

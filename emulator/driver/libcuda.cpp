@@ -1,10 +1,10 @@
-// libcuda.so.1 whose device is the emulator: the functions of the driver that llara calls, with the driver's
+// A stub of libcuda.so.1 whose device is the emulator: the functions of the driver that llara calls, with the driver's
 // types written out, so that no NVIDIA header is needed.
 //
-// Work waits in its stream until somebody waits for it, as late as the driver may run it: what relies on luck
-// fails. Variables of the environment:
-//     EMU_SEED=N          draws the order of threads and blocks; 0 or none: in order
-//     EMU_EAGER=1         runs work when it is asked for
+// Work stays in its stream until the host waits for it, which is as late as the driver may run it, so that missing
+// synchronization is detected. Environment variables:
+//     EMU_SEED=N          seed of a random order of threads and blocks; 0 or unset: in order
+//     EMU_EAGER=1         runs work when it is enqueued
 //     EMU_CAPABILITY=9.0  the compute capability that the device has
 //     EMU_MEMORY=BYTES    the memory that the device has, 8 GiB if not given
 //     EMU_REPORT=1        prints bank conflicts and memory traffic at the end (build with checks)
@@ -48,11 +48,11 @@ constexpr size_t GRANULARITY = 2 << 20;
 typedef std::function<void()> Work;
 struct Stream {
     std::deque<Work> work;
-    u64 asked = 0, done = 0; // numbers of pieces of work
+    u64 enqueued = 0, done = 0; // number of operations
 };
 struct Event {
     Stream* stream = nullptr;
-    u64 number = 0; // reached when the stream has done as many
+    u64 number = 0; // reached when the stream has completed this many operations
 };
 struct Module {
     std::string image;
@@ -107,14 +107,14 @@ void run_until(Stream* s, u64 number) {
 }
 Stream* stream_of(void* handle) { return (uintptr_t)handle > 2 ? (Stream*)handle : default_stream; }
 
-Result ask(void* handle, Work work) {
+Result enqueue(void* handle, Work work) {
     LOCK;
     Stream* s = stream_of(handle);
     if (!current) return INVALID_CONTEXT;
     if (!streams.count(s)) return INVALID_HANDLE;
     s->work.push_back(std::move(work));
-    s->asked++;
-    if (eager()) run_until(s, s->asked);
+    s->enqueued++;
+    if (eager()) run_until(s, s->enqueued);
     return SUCCESS;
 }
 
@@ -124,7 +124,7 @@ template <class T> typename std::map<u64, T>::iterator block_with(std::map<u64, 
     --i;
     return address < i->first + i->second.bytes ? i : blocks.end();
 }
-/// Stops unless these bytes are device memory. Mapped blocks may adjoin.
+/// Aborts unless these bytes are device memory. They may span adjacent mapped blocks.
 void require_device(u64 address, size_t bytes, const char* what) {
     for (u64 at = address; at < address + bytes;) {
         const auto i = block_with(memory, at);
@@ -157,7 +157,7 @@ void give_back(u64 pointer) {
     free((void*)pointer);
 }
 
-/// The processor that a cubin is for, 90 for sm_90; 0 if this is no cubin.
+/// The architecture of a cubin, such as 90 for sm_90; 0 if this is not a cubin.
 int target_of(const std::string& image) {
     if (image.compare(0, 4, "\177ELF") != 0) return 0;
     u32 flags;
@@ -177,7 +177,7 @@ struct AtExit {
 // ---- For libcublasLt ------------------------------------------------------------------------------
 
 namespace emu::driver {
-int ask(void* stream, std::function<void()> work) { return ::ask(stream, std::move(work)); }
+int enqueue(void* stream, std::function<void()> work) { return ::enqueue(stream, std::move(work)); }
 void require_device(const void* p, size_t bytes, const char* what) { ::require_device((u64)p, bytes, what); }
 } // namespace emu::driver
 
@@ -237,7 +237,7 @@ API cuCtxGetCurrent(void** context) {
 }
 API cuCtxSynchronize() {
     LOCK;
-    for (Stream* s : streams) run_until(s, s->asked);
+    for (Stream* s : streams) run_until(s, s->enqueued);
     return SUCCESS;
 }
 API cuGetErrorName(int error, const char** name) {
@@ -247,7 +247,7 @@ API cuGetErrorName(int error, const char** name) {
     return SUCCESS;
 }
 API cuGetErrorString(int error, const char** name) { return cuGetErrorName(error, name); }
-// NVRTC asks a driver that is loaded for tables, and does without them.
+// NVRTC requests tables from a loaded driver, but does not need them.
 API cuGetExportTable(const void** table, const void*) {
     *table = nullptr;
     return NOT_FOUND;
@@ -267,7 +267,7 @@ API cuStreamDestroy_v2(void* stream) {
     LOCK;
     Stream* s = stream_of(stream);
     if (!streams.count(s)) return INVALID_HANDLE;
-    run_until(s, s->asked);
+    run_until(s, s->enqueued);
     streams.erase(s);
     return SUCCESS;
 }
@@ -275,13 +275,13 @@ API cuStreamSynchronize(void* stream) {
     LOCK;
     Stream* s = stream_of(stream);
     if (!streams.count(s)) return INVALID_HANDLE;
-    run_until(s, s->asked);
+    run_until(s, s->enqueued);
     return SUCCESS;
 }
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
     LOCK;
     const Event e = *(Event*)event;
-    return ask(stream, [e] {
+    return enqueue(stream, [e] {
         if (e.stream && streams.count(e.stream)) run_until(e.stream, e.number);
     });
 }
@@ -297,7 +297,7 @@ API cuEventRecord(void* event, void* stream) {
     LOCK;
     Stream* s = stream_of(stream);
     if (!streams.count(s)) return INVALID_HANDLE;
-    *(Event*)event = {s, s->asked};
+    *(Event*)event = {s, s->enqueued};
     return SUCCESS;
 }
 API cuEventSynchronize(void* event) {
@@ -310,7 +310,7 @@ API cuEventQuery(void* event) {
     LOCK;
     const Event& e = *(Event*)event;
     if (!e.stream || !streams.count(e.stream) || e.stream->done >= e.number) return SUCCESS;
-    run_until(e.stream, e.stream->done + 1); // so that a loop which asks comes to an end
+    run_until(e.stream, e.stream->done + 1); // so that a polling loop ends
     return NOT_READY;
 }
 
@@ -331,7 +331,7 @@ API cuMemFree_v2(u64 pointer) {
 }
 API cuMemAllocAsync(u64* pointer, size_t bytes, void*) { return take(pointer, bytes); }
 API cuMemFreeAsync(u64 pointer, void* stream) {
-    return ask(stream, [pointer] { give_back(pointer); });
+    return enqueue(stream, [pointer] { give_back(pointer); });
 }
 API cuDeviceGetDefaultMemPool(void** pool, int) {
     *pool = &the_pool;
@@ -400,7 +400,7 @@ API cuMemUnmap(u64 pointer, size_t bytes) {
     LOCK;
     if (!memory.count(pointer) || memory[pointer].bytes != bytes) return INVALID_VALUE;
     for (Stream* s : streams)
-        if (s->done < s->asked) emu::fail("memory is unmapped while work waits in a stream");
+        if (s->done < s->enqueued) emu::fail("memory is unmapped while work waits in a stream");
     emu::check::remove_memory((void*)pointer);
     madvise((void*)pointer, bytes, MADV_DONTNEED);
     mprotect((void*)pointer, bytes, PROT_NONE);
@@ -436,11 +436,11 @@ API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
     const auto block = block_with(pinned, (u64)from);
     if (block == pinned.end()) {
         auto copy = std::make_shared<std::string>((const char*)from, bytes);
-        return ask(stream, [=] { run(copy->data()); });
+        return enqueue(stream, [=] { run(copy->data()); });
     }
     const u64 key = block->first;
     block->second.uses++;
-    return ask(stream, [=] {
+    return enqueue(stream, [=] {
         run(from);
         pinned[key].uses--;
     });
@@ -453,19 +453,19 @@ API cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void* stream) {
     };
     const auto block = block_with(pinned, (u64)to);
     if (block == pinned.end()) {
-        const int result = ask(stream, run);
+        const int result = enqueue(stream, run);
         return result ? result : cuStreamSynchronize(stream);
     }
-    memset(to, 0xee, bytes); // who reads before waiting does not find the result
+    memset(to, 0xee, bytes); // a read before the wait does not find the result
     const u64 key = block->first;
     block->second.uses++;
-    return ask(stream, [=] {
+    return enqueue(stream, [=] {
         run();
         pinned[key].uses--;
     });
 }
 API cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void* stream) {
-    return ask(stream, [=] {
+    return enqueue(stream, [=] {
         require_device(from, bytes, "a copy from the device");
         require_device(to, bytes, "a copy to the device");
         memmove((void*)to, (const void*)from, bytes);
@@ -473,7 +473,7 @@ API cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void* stream) {
     });
 }
 API cuMemsetD8Async(u64 to, unsigned char value, size_t bytes, void* stream) {
-    return ask(stream, [=] {
+    return enqueue(stream, [=] {
         require_device(to, bytes, "a memset");
         memset((void*)to, value, bytes);
         emu::check::mark_written((void*)to, bytes);
@@ -482,8 +482,8 @@ API cuMemsetD8Async(u64 to, unsigned char value, size_t bytes, void* stream) {
 
 // ---- Modules and launches -------------------------------------------------------------------------
 
-// A cubin is accepted for the right architecture and names the kernels; what runs is the same text compiled
-// for the host.
+// A cubin must be for the right architecture; only the names of its kernels are used. The code that runs is the
+// same source compiled for the host.
 API cuModuleLoadData(void** module, const void* image) {
     if (!current) return INVALID_CONTEXT;
     const char* p = (const char*)image;
@@ -531,7 +531,7 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     auto arguments = std::make_shared<std::vector<std::string>>(); // copied at the call, as by the driver
     for (size_t bytes : emu::argument_sizes(f.name))
         arguments->emplace_back((const char*)parameters[arguments->size()], bytes);
-    return ask(stream, [=, name = f.name] {
+    return enqueue(stream, [=, name = f.name] {
         std::vector<void*> pointers;
         for (auto& x : *arguments) pointers.push_back(x.data());
         emu::launch(name, {gx, gy, gz}, {bx, by, bz}, shared, pointers.data());

@@ -1,7 +1,7 @@
-// The functions of prelude.cuh and the attention kernels on a GPU: first against their definitions, the tests of
+// Tests and benchmark of the functions of prelude.cuh and of the attention kernels on a GPU: first the tests of
 // the emulator, then the speed of attention.
 //     attention [RUNS [FILTER]]
-// README.md says how it is built. Exit code 1 if a result is wrong.
+// README.md describes the build. Exit code 1 if a result is wrong.
 #include <cmath>
 #include <cstring>
 
@@ -73,7 +73,7 @@ template <class T> struct Matrix {
     ~Matrix() { cudaFree(data); }
 };
 
-/// Seconds of one call, the least of several groups.
+/// Seconds of one call, the minimum of several groups.
 template <class F> double seconds(F run) {
     cudaEvent_t from, to;
     cudaEventCreate(&from), cudaEventCreate(&to);
@@ -93,7 +93,7 @@ template <class F> double seconds(F run) {
 }
 
 /// Forward and backward of `sequences` causal sequences of `length` tokens. Rates count the products that an
-/// exact computation needs: two forward and five backward, over pairs that a query sees.
+/// exact computation needs: two forward and five backward, over the pairs of a query and a key that it attends to.
 void measure(u32 hd, u32 length, u32 sequences, u32 heads, u32 kv_heads) {
     const u32 rows = length * sequences, cols = (heads + 2 * kv_heads) * hd;
     Matrix<bf16> qkv((size_t)rows * cols), dqkv((size_t)rows * cols);

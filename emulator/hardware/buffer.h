@@ -40,7 +40,7 @@ inline std::map<std::string, const void*>& kernel_table() {
     return table;
 }
 
-/// Starts a kernel that takes one structure.
+/// Enqueues a kernel that takes one structure.
 template <class A> void start(const std::string& name, dim3 grid, u32 threads, size_t shared_bytes, A argument) {
     const auto found = kernel_table().find(name);
     if (found == kernel_table().end()) {
@@ -57,5 +57,5 @@ template <class A> void launch(const std::string& name, dim3 grid, u32 threads, 
     start(name, grid, threads, shared_bytes, argument);
     check_cuda(cudaDeviceSynchronize(), name.c_str());
 }
-/// The device draws the order itself.
+/// The device determines the order.
 inline void draw_order(u32) {}

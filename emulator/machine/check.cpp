@@ -1,4 +1,4 @@
-// The checks: each access to memory is compared with what is known of its cell. A cell is two bytes, the
+// The checks: each memory access is compared with the recorded state of its cell. A cell is two bytes, the
 // smallest element of the kernels.
 #include "machine.h"
 
@@ -19,7 +19,7 @@ namespace {
 struct Cell {
     u32 w_launch, w_block, w_barrier, w_epoch; // the last write
     u16 w_thread;
-    bool written, pending; // pending: a cp.async has started and nobody has waited for it
+    bool written, pending; // pending: target of a cp.async that has not been waited for
     u32 r_launch, r_block, r_barrier, r_epoch; // the reads since then: the last block and barrier epoch,
     u32 r_warps, r_lanes;                      // its warps, and the lanes of the last warp and warp epoch
     u16 r_warp;
@@ -33,7 +33,7 @@ struct Range {
     Cell* cells = nullptr;
 
     size_t cell_bytes() const { return (bytes / 2 + 2) * sizeof(Cell); }
-    void track() { // zeros, which take memory where they are written
+    void track() { // zeros; pages use memory only after a write
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
         cells = (Cell*)mmap(nullptr, cell_bytes(), PROT_READ | PROT_WRITE, flags, -1, 0);
         if (cells == MAP_FAILED) fail("no memory for the checks");
@@ -70,7 +70,7 @@ struct Request {
     u32 lanes = 0;
     uintptr_t at[32];
 };
-/// The accesses of a warp at one place since its lanes last met: the n-th of each lane belong together.
+/// The accesses of a warp at one place since its last synchronization: the n-th accesses of all lanes form one request.
 struct Open {
     u32 block = ~0u, meetings = 0;
     u32 count[32] = {};
@@ -92,7 +92,7 @@ struct Site {
     Open open[32];
 };
 std::map<Key, Site> sites;
-struct Short { // finds a site of the running kernel without comparing strings
+struct Short { // key of a site of the running kernel, without comparing strings
     const char* file;
     u64 line;
     u32 rest;
@@ -126,7 +126,7 @@ void count_sectors(const Request& r, u32 bytes, Site& s) {
             for (uintptr_t x = r.at[lane] / 32; x <= (r.at[lane] + bytes - 1) / 32; x++) sectors.insert(x);
         }
     s.units += sectors.size();
-    // As many bytes in one piece, from the same first address.
+    // The same number of contiguous bytes, from the same first address.
     const uintptr_t first = *items.begin();
     s.least += (first + items.size() * bytes - 1) / 32 - first / 32 + 1;
 }
@@ -206,7 +206,7 @@ void one_cell(Range& r, uintptr_t at, Kind kind, const Place& p, const char* fil
     }
     const bool read_now = c.r_launch == launch_number && c.r_block == p.block && c.r_barrier == p.barrier_epoch;
     if (kind == Kind::Read) {
-        if (!c.written) wrong("read of what nothing has written", r, at, file, line);
+        if (!c.written) wrong("read of uninitialized memory", r, at, file, line);
         if (c.r_launch == launch_number && c.r_block != p.block) c.r_other_blocks = true;
         if (!read_now) {
             if (c.r_launch != launch_number) c.r_other_blocks = false;
@@ -301,7 +301,7 @@ int report(double bank_limit, double sector_limit, bool all, const std::vector<s
             if (key.kernel.find(part) != std::string::npos || at.find(part) != std::string::npos) over = false;
         above += over;
         if (all || over)
-            printf("%s%s: %s %s, %u bytes a lane, %s: %llu requests, %llu %s, %.2f of the least\n",
+            printf("%s%s: %s %s, %u bytes per lane, %s: %llu requests, %llu %s, %.2f of the least\n",
                    over ? "ABOVE THE LIMIT: " : "", key.kernel.c_str(), key.shared ? "shared" : "device",
                    key.write ? "write" : "read", key.bytes, at.c_str(), site.requests,
                    site.units, key.shared ? "wavefronts" : "sectors", ratio);

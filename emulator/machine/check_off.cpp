@@ -1,4 +1,4 @@
-// The checks of a build without them.
+// Empty checks, for the build without checks.
 #include "machine.h"
 
 namespace emu::check {

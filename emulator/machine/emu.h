@@ -1,7 +1,7 @@
 // The CUDA names that the kernels use, defined on the host. `prelude.cuh` includes this file instead of
 // defining them when the compiler is not a CUDA compiler.
 //
-// The threads of a block are fibers of one host thread. What a warp does together (shuffles, mma, ldmatrix)
+// The threads of a block are fibers of one host thread. An operation of a whole warp (shuffles, mma, ldmatrix)
 // is done for all lanes when the last lane calls it.
 #pragma once
 #include <cmath>
@@ -40,14 +40,14 @@ struct dim3 {
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
 #define __constant__ static const
-// Thread-local variables of the library of kernels lie together, which is how the machine finds them.
+// The thread-local variables of the kernel library are contiguous, so that the machine can find them.
 #define __shared__ static thread_local
 #define DYNAMIC_SHARED(name) unsigned char* name = emu::dynamic_shared()
 #define FULL_WARP 0xffffffffu
 
 namespace emu {
 
-/// What happens in a warp when all its lanes have called it.
+/// Operations that a warp executes when all its lanes have called them.
 enum class Op { Shuffle, Ballot, SyncWarp, Mma, Ldmatrix, LdmatrixTrans };
 struct Shuffle {
     u64 value;
@@ -104,7 +104,7 @@ template <class... A, void (*F)(A...)> struct Registration<F> {
 } // namespace emu
 
 #define EMU_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-// Functions, so that the checks do not take the machine's variables for memory of the device.
+// Functions, so that the checks do not treat the machine's variables as device memory.
 #define threadIdx emu::thread_index()
 #define blockIdx emu::block_index()
 #define blockDim emu::block_size()
@@ -185,12 +185,12 @@ inline float bf16_low(u32 x) { return bits_to_float(x << 16); }
 inline float bf16_high(u32 x) { return bits_to_float(x & 0xffff0000u); }
 inline bf16 float_to_bf16(float x) {
     const u32 b = float_to_bits(x);
-    if ((b & 0x7fffffffu) > 0x7f800000u) return 0x7fff; // what the hardware makes of every NaN
+    if ((b & 0x7fffffffu) > 0x7f800000u) return 0x7fff; // the hardware converts every NaN to this
     return (bf16)((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 inline u32 pack_bf16(float low, float high) { return float_to_bf16(low) | (u32)float_to_bf16(high) << 16; }
-// The hardware's approximations are not reproduced bit for bit; that results below the normal range become
-// zero is.
+// The approximations of the hardware are not reproduced bit for bit, but results below the normal range become
+// zero as on the hardware.
 inline float exp2_approx(float x) {
     const float y = exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y;

@@ -42,7 +42,7 @@ emu_switch:
 namespace emu {
 namespace {
 
-// Not a power of two: stacks at such distances would share a few sets of the cache.
+// Not a power of two, because stacks at such distances would map to few sets of the cache.
 constexpr size_t STACK = (64 << 10) + 9 * 64;
 constexpr size_t MOST_SHARED = 227 << 10; // of a block, on compute capability 9.0
 
@@ -62,13 +62,13 @@ struct Fiber {
     dim3 index;
     u32 number;
     State state;
-    const char* file; // where it waits
+    const char* file; // the place where it waits
     int line;
     std::vector<Copy> open;                // cp.async since the last commit
     std::vector<std::vector<Copy>> groups; // committed, oldest first
 };
 
-/// What the lanes of a warp are about to do together.
+/// A warp operation that waits for all lanes.
 struct Warp {
     u32 arrived = 0, lanes = 0, epoch = 0, meetings = 0;
     Op op{};
@@ -115,7 +115,7 @@ u32 draw(u32 below) {
     return (u32)(r >> 33) % below;
 }
 
-/// Continues with another thread that can go on: the next one, or a drawn one.
+/// Continues with another thread that is not blocked: the next one, or a random one.
 void leave() {
     Machine& m = machine;
     Fiber* const from = m.current;
@@ -134,7 +134,7 @@ void leave() {
         std::map<std::string, int> where;
         for (auto& f : m.fibers)
             where[f.state == State::Done ? "ended" : std::string(f.file) + ":" + std::to_string(f.line)]++;
-        std::string text = "no thread can go on:";
+        std::string text = "deadlock, no thread can continue:";
         for (auto& [at, count] : where) text += "\n    " + std::to_string(count) + " threads: " + at;
         fail(text);
     }
@@ -161,7 +161,7 @@ void run_thread() {
     abort();
 }
 
-// ---- What a warp does together --------------------------------------------------------------------
+// ---- Operations of a whole warp --------------------------------------------------------------------
 
 void mma(void** payload) {
     alignas(32) float a[16][16], b[16][8], d[16][8];
@@ -228,11 +228,11 @@ void warp_operation(Op op, u32 mask, void* payload, const char* file, int line) 
     Fiber& f = *m.current;
     const u32 lane = f.number % 32;
     Warp& w = m.warps[f.number / 32];
-    // The kernels name every lane of the warp. A lane that is not there (the block's last warp is not full, or
+    // The kernels use the mask of all lanes. A missing lane (the block's last warp is not full, or
     // the lane has returned) would be an error on the device too, except for a shorter last warp.
     if (mask != FULL_WARP) fail("a warp operation with a mask other than all lanes");
     if (op == Op::Mma || op == Op::Ldmatrix || op == Op::LdmatrixTrans)
-        if (w.lanes != FULL_WARP) fail("mma or ldmatrix by a warp whose lanes are not all there");
+        if (w.lanes != FULL_WARP) fail("mma or ldmatrix by a warp with missing lanes");
     if (op == Op::Ldmatrix || op == Op::LdmatrixTrans) {
         const void* row = ((Ldmatrix*)payload)->row;
         if ((uintptr_t)row % 16) fail("ldmatrix: the address of a row is not a multiple of 16");
@@ -292,7 +292,7 @@ void copy_async(void* to, const void* from, u32 bytes, bool valid, const char* f
     if ((uintptr_t)to % bytes || (uintptr_t)from % bytes) fail("cp.async: an address is not aligned to the size");
     check::access(to, bytes, check::Kind::AsyncStart, file, line);
     if (valid) check::access(from, bytes, check::Kind::Read, file, line);
-    memset(to, 0xff, bytes); // NaN: neither the old nor the new contents may be relied on
+    memset(to, 0xff, bytes); // NaN: until the copy completes, neither the old nor the new contents are valid
     machine.current->open.push_back({to, from, bytes, valid, file, line});
 }
 void copy_commit() {
@@ -362,7 +362,7 @@ const std::vector<size_t>& argument_sizes(const std::string& name) { return kern
 
 namespace {
 
-/// The library that holds a function: where it is loaded, and the thread-local variables of this thread.
+/// The library that contains a function: its address, and the thread-local variables of this thread.
 struct Library {
     const void* inside;
     const unsigned char* begin = nullptr;
@@ -443,7 +443,7 @@ void launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes,
         if (m.stacks == MAP_FAILED) fail("no memory for the stacks of a block");
         m.stacks_held = threads;
     }
-    // An odd multiple of the 1024 bytes that the prelude declares: kernels can rely on no more.
+    // An odd multiple of the 1024 bytes that the prelude declares, so that the alignment is not larger by chance.
     m.shared_storage.resize(shared_bytes + 3072);
     m.shared = (unsigned char*)(((uintptr_t)m.shared_storage.data() + 2047) / 2048 * 2048 + 1024);
     Library library{(const void*)found->second.entry};
@@ -452,7 +452,7 @@ void launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes,
     if (shared_bytes + library.locals_bytes / 16 > MOST_SHARED) fail("more shared memory than a block can have");
     check::begin_launch(name, library.begin, library.end - library.begin);
     for (u32 i = 0, n = (u32)blocks; i < n; i++) {
-        // A drawn order of blocks: a walk by an odd step through a power of two covers it without a list.
+        // A random order of blocks: steps of an odd size modulo a power of two visit every block without a list.
         u32 number = i;
         if (chosen.seed) {
             static u32 at, step, range;

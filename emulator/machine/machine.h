@@ -1,4 +1,4 @@
-// What a host program asks of the emulated device: launches, memory, and reports of the checks.
+// The interface of the emulated device for host programs: launches, memory, and reports of the checks.
 #pragma once
 #include "emu.h"
 
@@ -8,8 +8,8 @@
 namespace emu {
 
 struct Options {
-    /// 0 runs threads in order; any other value draws the order of blocks, and of threads between the places
-    /// where they meet.
+    /// 0 runs threads in order; any other value is the seed of a random order of blocks, and of threads between
+    /// synchronizations.
     u64 seed = 0;
 };
 Options& options();
@@ -17,7 +17,7 @@ Options& options();
 bool has_kernel(const std::string& name);
 /// The sizes of a kernel's arguments, in bytes.
 const std::vector<size_t>& argument_sizes(const std::string& name);
-/// Runs a kernel to its end. What is wrong with the launch or found in the kernel is printed, and the process
+/// Runs a kernel to its end. An invalid launch or a defect that is found in the kernel is printed, and the process
 /// exits with code 101.
 void launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes, void** arguments);
 
@@ -26,7 +26,7 @@ struct Place {
     u32 block, thread;
     u32 barrier_epoch; // __syncthreads so far
     u32 warp_epoch;    // __syncwarp of its warp so far
-    u32 meetings;      // everything at which its warp has met so far
+    u32 meetings;      // warp operations and barriers of its warp so far
 };
 bool in_kernel();
 Place place();
@@ -35,12 +35,12 @@ bool on_a_stack(const void* p);
 
 } // namespace emu
 
-/// The checks: bounds, reads of what nothing has written, races, bank conflicts and memory traffic. They see
-/// memory that was announced with add_memory. In a build without checks these functions do nothing.
+/// The checks: bounds, reads of uninitialized memory, races, bank conflicts and memory traffic. They apply to
+/// memory that was registered with add_memory. In a build without checks these functions do nothing.
 namespace emu::check {
 
 bool enabled();
-/// Announces memory of the device; `written` says whether its contents may be read.
+/// Registers memory of the device; `written` says whether its contents may be read.
 void add_memory(const void* at, size_t bytes, bool written);
 void remove_memory(const void* at);
 /// The host has written these bytes.

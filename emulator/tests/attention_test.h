@@ -1,5 +1,5 @@
-// The attention kernels against f64, in the emulator or on a GPU: the file that includes this one includes
-// a buffer.h first. Results must be within bounds, and the same bits for every drawn order, or every run.
+// Tests of the attention kernels against f64, in the emulator or on a GPU: the file that includes this one includes
+// a buffer.h first. Results must be within bounds, and have the same bits for every random order, or in every run.
 #pragma once
 #include "reference.h"
 
@@ -10,8 +10,8 @@
 
 namespace {
 
-/// Inputs and results on the device. q, k and v are column blocks of one matrix where every row is a query,
-/// as in a model, and so are their gradients; else q is a matrix of its own.
+/// Inputs and results on the device. q, k and v are column blocks of one matrix if every row is a query,
+/// as in a model, and so are their gradients; else q is a separate matrix.
 template <class T> struct Device {
     bool fused;
     u32 q_cols, kv_cols, q_stride, kv_stride;
@@ -125,12 +125,12 @@ template <class T> bool test(Shape s, bool plain, u32 seeds, const std::string& 
             // A rounding to bf16 changes a value by at most 2^-9, 0.002 of it; p, dS, out and the gradients are
             // rounded. f32 sums of a few hundred products are within 5e-6.
             const double bound = sizeof(T) == 4 ? 5e-6 : 1e-2;
-            for (const double& e : errors) ok &= e < (&e == errors + 1 ? 2 * bound : bound); // dq loses most
+            for (const double& e : errors) ok &= e < (&e == errors + 1 ? 2 * bound : bound); // dq has the largest errors
             ok &= lse < 1e-5;
             printf("%-44s out %.1e dq %.1e dk %.1e dv %.1e lse %.1e  %.2f s  %s\n", name.c_str(), errors[0], errors[1],
                    errors[2], errors[3], lse, seconds, ok ? "ok" : "WRONG");
         } else if (bits != first_bits) {
-            printf("%-44s WRONG: order %u gives other bits\n", name.c_str(), seed);
+            printf("%-44s WRONG: order %u gives different bits\n", name.c_str(), seed);
             ok = false;
         }
         fflush(stdout);

@@ -35,8 +35,9 @@ template <class A> void launch(const std::string& name, dim3 grid, u32 threads, 
     emu::launch(name, grid, {threads, 1, 1}, shared_bytes, arguments);
 }
 inline void draw_order(u32 seed) { emu::options().seed = seed; }
-/// The number of places that exceed the limits on bank conflicts and traffic, printed. Exempt are the plain
-/// kernels, which are for tests and odd head sizes, and the search for a sequence, whose candidates are apart.
+/// Prints the places that exceed the limits on bank conflicts and traffic, and returns their number. Exempt are the
+/// plain kernels, which are for tests and unusual head sizes, and the search for a sequence, whose candidates are
+/// not contiguous.
 inline int check_traffic() {
     return emu::check::report(2.0, 1.3, getenv("EMU_REPORT") != nullptr, {"_plain_", "find_sequence"});
 }

@@ -1,4 +1,4 @@
-// What tests in the emulator and on a GPU share: attention in f64, and how results are compared with it.
+// Shared by the tests in the emulator and on a GPU: attention in f64, and the comparison of results with it.
 #pragma once
 #include "attention.cuh"
 
@@ -22,8 +22,8 @@ inline void assign(bf16& to, float x) { // of finite numbers
 }
 
 /// The largest error of a row of `width` elements, relative to the length of the wanted row and a fifth of
-/// the length of `terms`, the sums of the absolute values that were added: where they cancel, what is left
-/// has their rounding errors. NaN if anything is.
+/// the length of `terms`, the sums of the absolute values that were added: if they cancel, the remainder has their
+/// rounding errors. NaN if any element is NaN.
 inline double row_error(const std::vector<double>& got, const std::vector<double>& want,
                         const std::vector<double>& terms, size_t width) {
     double worst = 0;

@@ -1,4 +1,4 @@
-// A kernel for each function of prelude.cuh that is an instruction of its own, so that a test of it can say
+// A kernel for each function of prelude.cuh that is a separate instruction, so that a failed test shows
 // which one is wrong. One block of one warp each; lane l writes out[l] and following.
 #include "prelude.cuh"
 

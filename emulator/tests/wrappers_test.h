@@ -1,4 +1,4 @@
-// Each function of prelude.cuh alone, against its definition. Included like attention_test.h.
+// Tests of each function of prelude.cuh against its definition. Included like attention_test.h.
 #pragma once
 #include "reference.h"
 
@@ -20,7 +20,7 @@ inline u32 bits_of(float f) {
     return bits;
 }
 
-/// Runs a wrapper's kernel on `in` and asks `right` about each word of the result.
+/// Runs a wrapper's kernel on `in` and calls `right` to check each word of the result.
 bool test_wrapper(const std::string& name, const std::vector<u32>& in, size_t words,
                   const std::function<bool(size_t, u32)>& right) {
     Buffer<u32> from(in), to(words);

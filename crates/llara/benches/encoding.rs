@@ -1,8 +1,8 @@
-//! Texts to vectors: tokens in a second by length, in f32 and bf16.
+//! Encoding texts as embeddings: tokens per second by length, in f32 and bf16.
 //!
 //! `cargo bench --bench encoding -- [FILTER…]`, where a filter is a length. The model is that of
-//! `bench/compare`, frozen as `llara encode` has it; a batch holds as many sequences of one length as
-//! make 4,096 tokens, and begins with token ids.
+//! `bench/compare`, frozen as in `llara encode`; a batch has as many sequences of one length as
+//! give 4,096 tokens. The measurement starts with token ids.
 
 mod random_model;
 mod timing;
@@ -15,7 +15,7 @@ use timing::Cases;
 
 /// Tokens of a batch.
 const TOKENS: usize = 4096;
-/// Tokens of a text, its template included.
+/// Tokens of a text, template included.
 const LENGTHS: [usize; 8] = [16, 32, 64, 128, 256, 512, 1024, 2048];
 
 fn main() -> Result<()> {

@@ -1,9 +1,8 @@
-//! How time and memory of a training step grow: with sequences' length, batch, layers, threads.
+//! How time and memory of a training step scale with the length of sequences, batch size, layers and threads.
 //!
-//! `cargo bench --bench growth -- [FILTER…]`, where a filter is the name of a series. Every point is a
-//! process of its own, for the largest memory a process has held cannot be asked for twice. Bars are
-//! times as multiples of the first point's, a doubling every six characters; `·` is where time in
-//! proportion would end.
+//! `cargo bench --bench growth -- [FILTER…]`, where a filter is the name of a series. Every point is measured in a
+//! separate process, because the peak memory of a process cannot be reset. Bars show the time relative to that of
+//! the first point; every six characters are a factor of two. `·` marks proportional growth.
 
 mod random_model;
 mod timing;
@@ -24,7 +23,7 @@ const PASSAGES: usize = 3;
 /// The environment variable that makes this program measure one point and print it.
 const POINT: &str = "LLARA_GROWTH_POINT";
 
-/// A training step in full precision or not, of so many groups of so long sequences.
+/// A training step in f32 or bf16, with a number of groups of sequences of one length.
 #[derive(Clone, Copy)]
 struct Point {
     bf16: bool,
@@ -38,13 +37,13 @@ struct Point {
 
 const BASE: Point = Point { bf16: false, length: 64, groups: 2, chunk: 0, layers: 4, threads: 0 };
 
-/// What a series multiplies, by what.
+/// A series of points: the quantity that is multiplied, and the factors.
 struct Series {
     name: &'static str,
     about: &'static str,
     factors: &'static [usize],
     point: fn(usize) -> Point,
-    /// Time in proportion to the first point's.
+    /// Time relative to the first point if growth is proportional.
     proportional: fn(f64) -> f64,
 }
 
@@ -79,13 +78,13 @@ const SERIES: [Series; 4] = [
     },
 ];
 
-/// What a point cost.
+/// The measurements of a point.
 #[derive(Clone, Copy)]
 struct Cost {
-    /// Of a step.
+    /// Tokens of a step.
     tokens: f64,
     seconds: f64,
-    /// Of the whole process; 0 where the system does not say.
+    /// Peak memory of the process; 0 if the system does not report it.
     peak_megabytes: f64,
 }
 
@@ -124,7 +123,7 @@ impl Series {
     }
 }
 
-/// `time` as a bar on a scale of doublings, with a dot where `proportional` is.
+/// `time` as a bar on a logarithmic scale, with a dot at `proportional`.
 fn bar(time: f64, proportional: f64) -> String {
     let place = |x: f64| (6.0 + 6.0 * x.log2()).round().max(0.0) as usize;
     let mut bar = vec!['█'; place(time)];
@@ -134,17 +133,19 @@ fn bar(time: f64, proportional: f64) -> String {
     bar.into_iter().collect()
 }
 
-/// Runs this program anew for one point.
+/// Runs this program in a new process for one point.
 fn measure_apart(point: Point) -> Result<Cost> {
     let failed = |what: String| Error::new(ErrorKind::Backend, what);
     let program = std::env::current_exe()
-        .map_err(|e| failed("the bench does not find itself".into()).because(e))?;
+        .map_err(|e| failed("cannot find the path of this program".into()).because(e))?;
     let mut command = Command::new(program);
     command.env(POINT, point.to_string());
     if point.threads > 0 {
         command.env("RAYON_NUM_THREADS", point.threads.to_string());
     }
-    let output = command.output().map_err(|e| failed("a point did not start".into()).because(e))?;
+    let output = command
+        .output()
+        .map_err(|e| failed("cannot start the process of a point".into()).because(e))?;
     let text = String::from_utf8_lossy(&output.stdout);
     let mut numbers = text.split_whitespace().map_while(|number| number.parse().ok());
     match (numbers.next(), numbers.next(), numbers.next()) {
@@ -177,7 +178,7 @@ fn measure(point: Point) -> Result<Cost> {
     Ok(Cost { tokens: training.tokens() as f64, seconds, peak_megabytes: peak_megabytes() })
 }
 
-/// The largest resident size of this process so far, where the system keeps it (`VmHWM`).
+/// The largest resident size of this process so far, if the system reports it (`VmHWM`).
 fn peak_megabytes() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -186,7 +187,7 @@ fn peak_megabytes() -> f64 {
 }
 
 fn malformed() -> Error {
-    Error::new(ErrorKind::Argument, format!("{POINT} does not hold a point"))
+    Error::new(ErrorKind::Argument, format!("{POINT} is not a point"))
         .expected("six numbers, as this program writes them")
 }
 
@@ -198,7 +199,7 @@ impl std::fmt::Display for Point {
 }
 
 impl Point {
-    /// What [`Display`](std::fmt::Display) wrote.
+    /// Parses the output of [`Display`](std::fmt::Display).
     fn parse(text: &str) -> Option<Point> {
         let numbers: Option<Vec<usize>> = text.split(' ').map(|n| n.parse().ok()).collect();
         let &[bf16, length, groups, chunk, layers, threads] = numbers?.as_slice() else {

@@ -1,9 +1,9 @@
-//! Every fused kernel of the backend on the shapes of a training step: time, and the rate at which it
-//! goes through memory or through operations.
+//! Every fused kernel of the backend on the shapes of a training step: time, and the rate of memory traffic or of
+//! operations.
 //!
-//! `cargo bench --bench kernels -- [FILTER…]`. Types are those of a training step: in bf16 the residual
-//! stream and what learns stay f32. Bytes are those that an operation must read and write, each once;
-//! operations of attention are the products of the positions that see each other.
+//! `cargo bench --bench kernels -- [FILTER…]`. Dtypes are those of a training step: with bf16, the residual
+//! stream and trainable parameters stay f32. Bytes are those that an operation must read and write, each once;
+//! operations of attention are those of the pairs of a query and a key that it attends to.
 
 mod timing;
 
@@ -17,7 +17,7 @@ use timing::Cases;
 
 type Tensor = <Cpu as Backend>::Tensor;
 
-/// Lengths of the sequences: as many tokens as a step of `bench/compare` has.
+/// Lengths of the sequences: together as many tokens as a step of `bench/compare`.
 const SEQUENCES: [usize; 24] = [143; 24];
 const TOKENS: usize = 24 * 143;
 const HIDDEN: usize = 576;
@@ -26,7 +26,7 @@ const VOCABULARY: usize = 8192;
 const SHAPE: AttentionShape =
     AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, window: None, scale: 0.125 };
 
-/// What one run of a kernel does.
+/// The work of one run of a kernel.
 #[derive(Clone, Copy)]
 enum Work {
     Bytes(usize),
@@ -70,7 +70,7 @@ impl Kernels<'_> {
         Ok(())
     }
 
-    /// Numbers between -1 and 1 in the precision.
+    /// Random values between -1 and 1 in the dtype of activations.
     fn values(&self, rows: usize, cols: usize) -> Result<Tensor> {
         self.cpu.cast(&self.singles(rows, cols)?, self.precision)
     }
@@ -114,7 +114,7 @@ impl Kernels<'_> {
         let forward = Work::Bytes((4 + self.element()) * elements);
         self.time("rms_norm", forward, || cpu.rms_norm(x.view(), &w, 1e-6, self.precision))?;
         let (_, inv_rms) = cpu.rms_norm(x.view(), &w, 1e-6, self.precision)?;
-        // Onto the gradient of the residual stream, which is read and written in place.
+        // Accumulates into the gradient of the residual stream, which is read and written in place.
         let (mut dw, mut dx) =
             (cpu.zeros(1, HIDDEN, Dtype::F32)?, Some(cpu.zeros(TOKENS, HIDDEN, Dtype::F32)?));
         let backward = Work::Bytes((self.element() + 3 * 4) * elements);
@@ -127,7 +127,7 @@ impl Kernels<'_> {
     fn attention(&self) -> Result<()> {
         let cpu = &self.cpu;
         let kv = SHAPE.kv_heads * SHAPE.head_dim;
-        // Side by side, as one product makes them.
+        // q, k and v in one matrix, as one product computes them.
         let mut qkv = self.values(TOKENS, HIDDEN + 2 * kv)?;
         let dout = self.values(TOKENS, HIDDEN)?;
         let longest = SEQUENCES.into_iter().max().unwrap_or(0);
@@ -165,7 +165,7 @@ impl Kernels<'_> {
         };
         let forward = || cpu.attention(&input);
         self.time("attention", Work::Flops(2 * product), forward)?;
-        // Four gradients of products; that the scores are computed again is not counted.
+        // The gradients of the two products: four products. Recomputing the scores is not counted.
         let attended = forward()?;
         self.time("attention_backward", Work::Flops(4 * product), || {
             cpu.attention_backward(&dout, &input, &attended)
@@ -193,7 +193,7 @@ impl Kernels<'_> {
         self.time("dropout", matrices(2), || cpu.dropout(&x, tokens(), &key, None))
     }
 
-    /// What is f32 in either precision.
+    /// Operations that are f32 in either precision.
     fn objective(&self) -> Result<()> {
         let cpu = &self.cpu;
         let (queries, passages) = (512, 4096);

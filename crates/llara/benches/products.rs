@@ -1,8 +1,8 @@
-//! How fast the processor multiplies matrices of the shapes of a training step, in GFLOP/s.
+//! The rate of matrix products with the shapes of a training step, in GFLOP/s.
 //!
-//! `cargo bench --bench products -- [FILTER…]`, where a filter is a part of a line's name, such as
-//! `dw` or `576x1536`. For each product: the `gemm` crate in f32, ours in f32, ours in bf16 (bf16
-//! result where it is an activation). `bench/product_rates.py` prints the same shapes for PyTorch.
+//! `cargo bench --bench products -- [FILTER…]`, where a filter is a part of the name of a line, such as
+//! `dw` or `576x1536`. For each product: the `gemm` crate in f32, llara in f32, llara in bf16 (bf16
+//! result if it is an activation). `bench/product_rates.py` prints the same shapes for PyTorch.
 
 mod timing;
 
@@ -82,7 +82,7 @@ fn rates(form: Form, dims: Dims) -> Result<[f64; 3]> {
     Ok(times.map(|times| flops / times.median / 1e9))
 }
 
-/// Operands of type T as a linear layer has them: transposed where the form says so.
+/// Operands of type T as in a linear layer: transposed as the form requires.
 struct Product<'a, T> {
     form: Form,
     dims: Dims,
@@ -95,7 +95,7 @@ impl<T: Copy> Product<'_, T>
 where
     for<'v> View<'v, T>: Into<llara::backend::gemm::Operand<'v>>,
 {
-    /// Weight gradients are added to the result.
+    /// Weight gradients are accumulated.
     fn multiply<O: Output>(&self, out: &mut [O]) -> Result<()> {
         let (m, n, _) = self.dims;
         let gemm = match self.form {

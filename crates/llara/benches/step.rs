@@ -1,8 +1,8 @@
 //! One training step: forward, backward, AdamW.
 //!
 //! `cargo bench --bench step -- [FILTER…]`. The model and the batch have the shapes of `bench/compare`,
-//! of random numbers: 4 queries of 64 tokens with 8 passages of 40 to 159 each, none of them equal.
-//! A step begins with token ids.
+//! with random values: 4 queries of 64 tokens with 8 passages of 40 to 159 each, none of them equal.
+//! A step starts with token ids.
 
 mod random_model;
 mod timing;
@@ -17,7 +17,7 @@ use random_model::ModelShape;
 use timing::Cases;
 use training::Training;
 
-/// Name, precision, and whether adapters learn instead of the weights.
+/// Name, precision, and whether adapters are trained instead of all weights.
 const CASES: [(&str, Dtype, bool); 4] = [
     ("full f32", Dtype::F32, false),
     ("full bf16", Dtype::Bf16, false),
@@ -27,7 +27,7 @@ const CASES: [(&str, Dtype, bool); 4] = [
 
 fn main() -> Result<()> {
     let Some(cases) = Cases::from_args() else { return Ok(()) };
-    println!("case        tokens   s a step   tokens/s   fastest      loss");
+    println!("case        tokens   s/step     tokens/s   fastest      loss");
     for (name, precision, lora) in CASES {
         if !cases.include(name) {
             continue;

@@ -1,4 +1,4 @@
-//! Proves an NVIDIA GPU on the machine that has it, with no toolchain and no network there.
+//! Checks the CUDA backend on a machine with an NVIDIA GPU, without a toolchain and without network access.
 //!
 //! ```text
 //! device_check describe                      the GPU, its driver and libraries, its memory
@@ -9,8 +9,8 @@
 //! device_check speed [MODEL [LAYERS]]        rates of products, attention and training steps
 //! ```
 //!
-//! Prints one line a check. The exit code is 1 if a check failed, 2 if the GPU or a file could not be used.
-//! `--device cpu` before the verb checks the checks themselves.
+//! Prints one line per check. The exit code is 1 if a check failed, 2 if the GPU or a file could not be used.
+//! `--device cpu` before the verb tests the checks on the CPU.
 
 #[path = "device_check/attention.rs"]
 mod attention;
@@ -26,7 +26,7 @@ use llara::backend::conformance::{self, Case};
 use llara::backend::{Backend, Cpu, Cuda};
 use llara::{Error, ErrorKind, Result};
 
-/// Counts what failed, and prints each check as it ends.
+/// Counts failed checks, and prints each check when it ends.
 #[derive(Default)]
 struct Report {
     checks: usize,
@@ -34,7 +34,7 @@ struct Report {
 }
 
 impl Report {
-    /// A check with a number that must not exceed its bound; a NaN does.
+    /// A check of a number that must not exceed its bound; NaN fails.
     fn within(&mut self, what: &str, error: f64, bound: f64) {
         self.holds(what, error <= bound, &format!("{error:.2e} of {bound:.1e}"));
     }
@@ -140,7 +140,7 @@ fn conform<B: Backend>(backend: &B, families: &[String], report: &mut Report) ->
                 first.worst,
                 first.allowed,
                 first.checks,
-                if same { "" } else { "; OTHER BITS in the second run" },
+                if same { "" } else { "; DIFFERENT BITS in the second run" },
             );
             report.holds(first.name, first.passed() && second.passed() && same, &detail);
             if !first.passed() {

@@ -1,4 +1,4 @@
-//! Once around the bi-encoder: load, forward on random ids, encode, compare, save, load again.
+//! An introduction to the bi-encoder: load, forward on random ids, encode, compare, save, load again.
 //!
 //! `cargo run --release --example first_steps -- MODEL_FOLDER`; without a folder, one of the tests'
 //! tiny models is used.
@@ -49,6 +49,9 @@ fn main() -> llara::Result<()> {
     model.save(&saved)?;
     let again = BiEncoderModel::from_folder(&saved, BiEncoderOptions::default())?;
     let unchanged = again.encode(&query)? == Some(q);
-    println!("saved to {}; loaded again, it gives the same vectors: {unchanged}", saved.display());
+    println!(
+        "saved to {}; loaded again, it gives the same embeddings: {unchanged}",
+        saved.display()
+    );
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Makes a small model from training data: the tokenizer is trained on the texts, the weights are
+//! Creates a small model from training data: the tokenizer is trained on the texts, the weights are
 //! random.
 
 use std::sync::{Mutex, PoisonError};

@@ -1,7 +1,7 @@
-//! Adapters as users meet them: new ones change nothing at first and something after a step, only
-//! they learn, and what is saved is what is loaded.
+//! LoRA adapters through the public API: a new adapter does not change the output, a training step changes only the
+//! adapter, and a saved adapter is loaded with the same weights.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod batch_gradients;
 
@@ -31,7 +31,7 @@ const PASSAGES: [&str; 4] = [
     "Amber was traded along rivers.",
 ];
 
-fn vectors(model: &BiEncoderModel) -> Vec<f32> {
+fn embeddings(model: &BiEncoderModel) -> Vec<f32> {
     let batch = model.batch(Role::Passage, &PASSAGES, 64).unwrap();
     model.encode(&batch).unwrap().unwrap().into_iter().collect()
 }
@@ -50,28 +50,28 @@ fn step(
 }
 
 #[test]
-fn training_changes_the_adapter_and_nothing_else() {
+fn training_changes_only_the_adapter() {
     let mut model = model();
-    let before = vectors(&model);
+    let before = embeddings(&model);
     let weights = |model: &BiEncoderModel| -> Vec<Vec<f32>> {
         let frozen = model.decoder().parameters().filter(|p| !p.is_trainable());
         frozen.map(|p| model.backend().download(p.values()).unwrap()).collect()
     };
     model.attach_new_adapter(&config(0.0), 7).unwrap();
-    assert_eq!(vectors(&model), before, "a new adapter changes nothing");
+    assert_eq!(embeddings(&model), before, "a new adapter changes nothing");
     let base = weights(&model);
 
     let backend = model.backend().clone();
     let mut optimizer = AdamW::new(&backend, model.decoder_mut(), AdamWConfig::default()).unwrap();
     let losses: Vec<f32> = (0..8).map(|_| step(&mut model, &mut optimizer, None)).collect();
     assert!(losses[7] < losses[0], "{losses:?}");
-    let changed = vectors(&model).iter().zip(&before).any(|(a, b)| (a - b).abs() > 1e-3);
+    let changed = embeddings(&model).iter().zip(&before).any(|(a, b)| (a - b).abs() > 1e-3);
     assert!(changed, "training changed nothing");
     assert!(weights(&model) == base, "frozen weights changed");
 }
 
 #[test]
-fn saved_merged_and_loaded_it_gives_the_same_vectors() {
+fn a_saved_or_merged_adapter_gives_the_same_embeddings() {
     let mut trained = model();
     trained.attach_new_adapter(&config(0.1), 7).unwrap();
     let backend = trained.backend().clone();
@@ -80,28 +80,28 @@ fn saved_merged_and_loaded_it_gives_the_same_vectors() {
     for at in 0..3 {
         step(&mut trained, &mut optimizer, Some(Dropout { seed: 1, step: at }));
     }
-    let expected = vectors(&trained);
+    let expected = embeddings(&trained);
     let dir = tempfile::tempdir().unwrap();
     trained.save_adapter(&dir.path().join("adapter")).unwrap();
     let saved = std::fs::read_to_string(dir.path().join("adapter/adapter_config.json")).unwrap();
     assert!(saved.contains("\"lora_dropout\": 0.1,"), "{saved}");
-    assert_eq!(vectors(&trained), expected, "saving changed the model");
+    assert_eq!(embeddings(&trained), expected, "saving changed the model");
 
     let mut loaded = model();
     loaded.attach_adapter(&dir.path().join("adapter")).unwrap();
-    assert_eq!(vectors(&loaded), expected);
+    assert_eq!(embeddings(&loaded), expected);
 
     trained.merge_adapter().unwrap();
     let near = |a: &[f32]| a.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5);
-    assert!(near(&vectors(&trained)));
+    assert!(near(&embeddings(&trained)));
     trained.save(dir.path().join("merged")).unwrap();
     let merged =
         BiEncoderModel::from_folder(dir.path().join("merged"), BiEncoderOptions::default());
-    assert!(near(&vectors(&merged.unwrap())));
+    assert!(near(&embeddings(&merged.unwrap())));
 }
 
 #[test]
-fn it_is_merged_into_unrounded_weights_or_not_at_all() {
+fn adapters_are_merged_only_into_unrounded_weights() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen3");
     let mut trained = model();
     trained.attach_new_adapter(&config(0.0), 7).unwrap();
@@ -122,7 +122,7 @@ fn it_is_merged_into_unrounded_weights_or_not_at_all() {
     let weights = |name: &str| fs::read(dir.path().join(name).join("model.safetensors")).unwrap();
     assert!(weights("f32") == weights("bf16"), "merged into rounded weights");
 
-    // Weights that were trained and then rounded are in no file.
+    // The unrounded values of weights that were trained and then rounded are in no file.
     let mut other = model();
     let backend = other.backend().clone();
     let mut optimizer = AdamW::new(&backend, other.decoder_mut(), AdamWConfig::default()).unwrap();
@@ -135,7 +135,7 @@ fn it_is_merged_into_unrounded_weights_or_not_at_all() {
 }
 
 #[test]
-fn dropout_repeats_itself_and_differs_from_step_to_step() {
+fn dropout_is_deterministic_and_differs_between_steps() {
     let gradients = |step: u64| -> Vec<u32> {
         let mut model = model();
         model.attach_new_adapter(&config(0.5), 7).unwrap();
@@ -152,7 +152,7 @@ fn dropout_repeats_itself_and_differs_from_step_to_step() {
 }
 
 #[test]
-fn what_does_not_fit_is_listed() {
+fn all_mismatches_are_listed() {
     let mut wrong = model();
     let unknown = LoraConfig { target_modules: vec!["q_project".into()], ..config(0.0) };
     let message = wrong.attach_new_adapter(&unknown, 0).unwrap_err().to_string();

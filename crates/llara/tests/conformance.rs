@@ -18,7 +18,7 @@ fn conforms(family: fn(&Cpu) -> Result<Vec<Case>>) -> Tested {
         assert!(failed.is_empty(), "{threads} threads:\n{}", failed.join("\n"));
         assert!(!cases.is_empty() && cases.iter().all(|case| case.checks > 0));
         for (one, many) in of_one_thread.iter().flatten().zip(&cases) {
-            assert_eq!(one.bits, many.bits, "{}: other bits on {threads} threads", one.name);
+            assert_eq!(one.bits, many.bits, "{}: different bits on {threads} threads", one.name);
         }
         of_one_thread.get_or_insert(cases);
     }
@@ -60,7 +60,7 @@ fn mixed() -> Tested {
     conforms(conformance::mixed)
 }
 
-/// The suite once more on every other set of vector instructions that this processor has.
+/// Runs the suite with every other set of vector instructions that this processor has.
 #[test]
 fn on_every_vector_unit() -> Tested {
     use llara::backend::gemm::Unit;
@@ -78,7 +78,7 @@ fn on_every_vector_unit() -> Tested {
     Ok(())
 }
 
-/// An invalid selection is an error of the first allocation.
+/// With an invalid selection, the first allocation fails.
 #[test]
 fn an_unknown_vector_unit_is_an_error() -> Tested {
     if std::env::var("LLARA_CPU").is_ok_and(|unit| unit == "abacus") {

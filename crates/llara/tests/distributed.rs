@@ -1,7 +1,7 @@
-//! Training on several processes computes what one process computes on the same global batches. The
-//! processes are threads here, each with its own model.
+//! Training on several processes gives the results of one process with the same global batches. The processes are
+//! threads here, each with its own model.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use llara::train::{
 };
 use llara::{BiEncoderModel, BiEncoderOptions, Error, ErrorKind, Result, Role};
 
-/// Of the data. Batches of 6: every second one has 5 rows, which 2 and 3 processes cannot share evenly.
+/// Rows of the data. With batches of 6, every second batch has 5 rows, which 2 and 3 processes cannot divide evenly.
 const ROWS: usize = 11;
 const BATCH: usize = 6;
 const STEPS: u64 = 8;
@@ -49,11 +49,11 @@ struct Case {
     lora: bool,
     chunking: Chunking,
     cross_device: bool,
-    /// Elements whose gradients are summed at once.
+    /// Elements of a bucket of gradients.
     bucket: usize,
 }
 
-/// What one rank saw and ended with.
+/// The losses and results of one rank.
 struct Run {
     losses: Vec<f64>,
     norms: Vec<f64>,
@@ -132,7 +132,7 @@ fn in_group<T: Send>(size: usize, f: impl Fn(ThreadRank<Cpu>) -> T + Sync) -> Ve
 
 fn assert_close(what: &str, got: f64, want: f64, bound: f64) {
     let error = (got - want).abs();
-    // A NaN must fail.
+    // The condition must be false for NaN.
     assert!(error <= bound * want.abs(), "{what}: {got} instead of {want}, off by {error:e}");
 }
 
@@ -231,7 +231,7 @@ fn with_local_negatives_the_gradient_is_the_mean_over_processes() {
     let config = TrainConfig { length: RunLength::Steps(1), ..config(dir.path(), 3, case) };
     let runs = in_group(2, |rank| train(&dataset, &config, case, Arc::new(rank)));
 
-    // Both halves of the first batch, one after the other, each with its own negatives.
+    // The two halves of the first batch in sequence, each with its own negatives.
     let mut model = model();
     let sampler = config.sampler(dataset.len(), 2).unwrap();
     let batch = sampler.batch(0);
@@ -288,7 +288,7 @@ fn operations_of_a_group() {
         Collective::<Cpu>::all_reduce_scalars(&rank, &mut totals).unwrap();
         assert_eq!(totals, [0.75, 3.0]);
 
-        // Of flat indices 2..8 in ranges of 4: rank 0 owns 2 and 3, rank 1 the others.
+        // Flat indices 2..8 with 4 per rank: rank 0 owns 2 and 3, rank 1 the others.
         let bucket = Bucket { range: 2..8, shard: 4 };
         let mut tensor = backend.upload(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1, 7).unwrap();
         let mut sum = rank.gradient_sum(&bucket).unwrap();
@@ -322,7 +322,7 @@ fn a_rank_that_has_ended_or_is_late_is_named() {
     assert!(error.contains("barrier") && error.contains("rank 0, 2"), "{error}");
     drop(ranks.remove(2));
     let error = Collective::<Cpu>::barrier(&ranks[0]).unwrap_err().to_string();
-    // Rank 1 had called it.
+    // Rank 1 has called the operation.
     assert!(error.contains("rank 2 has ended"), "{error}");
 }
 

@@ -1,6 +1,6 @@
-//! Model folders: what is loaded can be saved in the same form, and what is wrong is refused.
+//! Model folders: a loaded model is saved in the same format, and invalid folders are refused.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ fn load(dir: &Path) -> llara::Result<BiEncoderModel> {
     BiEncoderModel::from_folder(dir, BiEncoderOptions::default())
 }
 
-fn vectors(model: &BiEncoderModel) -> Vec<f32> {
+fn embeddings(model: &BiEncoderModel) -> Vec<f32> {
     let texts = ["A lighthouse keeper counts ships.", "Rye grows on poor soil."];
     let batch = model.batch(Role::Passage, &texts, 64).unwrap();
     model.encode(&batch).unwrap().unwrap().into_iter().collect()
@@ -45,7 +45,7 @@ fn write(path: &Path, tensors: &Tensors) {
     fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-/// A copy of a fixture's model, to be changed.
+/// A copy of a fixture's model that a test can modify.
 fn copy(family: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
@@ -90,7 +90,7 @@ fn an_untrained_model_is_saved_bit_for_bit() {
 fn shards_stay_shards_and_a_bare_decoder_stays_bare() {
     let dir = copy("mistral");
     let single = dir.path().join("model.safetensors");
-    let expected = vectors(&load(dir.path()).unwrap());
+    let expected = embeddings(&load(dir.path()).unwrap());
     let bare: Tensors = tensors(&single)
         .into_iter()
         .filter(|(name, ..)| name != "lm_head.weight")
@@ -107,7 +107,7 @@ fn shards_stay_shards_and_a_bare_decoder_stays_bare() {
     fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
 
     let model = load(dir.path()).unwrap();
-    assert_eq!(vectors(&model), expected);
+    assert_eq!(embeddings(&model), expected);
     let out = dir.path().join("out");
     model.save(&out).unwrap();
     assert!(!out.join("model.safetensors").exists());
@@ -115,11 +115,11 @@ fn shards_stay_shards_and_a_bare_decoder_stays_bare() {
         serde_json::from_slice(&fs::read(out.join("model.safetensors.index.json")).unwrap())
             .unwrap();
     assert_eq!(saved["weight_map"], index["weight_map"]);
-    assert_eq!(vectors(&load(&out).unwrap()), expected);
+    assert_eq!(embeddings(&load(&out).unwrap()), expected);
 }
 
 #[test]
-fn narrow_weights_stay_narrow_unless_asked_otherwise() {
+fn bf16_weights_are_saved_in_bf16_unless_another_dtype_is_given() {
     let dir = copy("qwen2");
     let path = dir.path().join("model.safetensors");
     let mut narrow = tensors(&path);
@@ -129,8 +129,8 @@ fn narrow_weights_stay_narrow_unless_asked_otherwise() {
     let dtypes = |dtype| {
         let out = tempfile::tempdir().unwrap();
         model.save_as(out.path(), dtype).unwrap();
-        assert_eq!(vectors(&load(out.path()).unwrap()).len(), vectors(&model).len());
-        // The probes are those of the rounded weights, to the bound of unrounded ones.
+        assert_eq!(embeddings(&load(out.path()).unwrap()).len(), embeddings(&model).len());
+        // The probes are those of the rounded weights; the tolerance is that for unrounded weights.
         let probes = llara::Probes::read(out.path()).unwrap().unwrap();
         probes.check(&load(out.path()).unwrap()).unwrap();
         let files = WeightFiles::open(out.path()).unwrap();
@@ -165,7 +165,7 @@ fn missing_tokens_are_refused_and_can_be_added() {
     model.save(dir.path().join("grown")).unwrap();
     let again = load(&dir.path().join("grown")).unwrap();
     assert_eq!(again.recipe().template.name, "mine");
-    assert_eq!(vectors(&again), vectors(&model));
+    assert_eq!(embeddings(&again), embeddings(&model));
     let files = WeightFiles::open(&dir.path().join("grown")).unwrap();
     assert_eq!(files.info("lm_head.weight").unwrap().shape[0], rows + 2);
 }
@@ -198,7 +198,7 @@ fn all_faults_of_the_weights_are_listed_at_once() {
 }
 
 #[test]
-fn probes_notice_weights_that_were_changed_afterwards() {
+fn probes_detect_weights_that_were_changed_later() {
     let out = tempfile::tempdir().unwrap();
     load(&fixture("qwen3")).unwrap().save(out.path()).unwrap();
     let probes = llara::Probes::read(out.path()).unwrap().unwrap();
@@ -216,10 +216,10 @@ fn probes_notice_weights_that_were_changed_afterwards() {
 }
 
 #[test]
-fn saving_keeps_what_is_not_the_models_and_an_adapter_never_replaces_its_base() {
+fn saving_keeps_other_files_and_an_adapter_never_replaces_its_base() {
     let dir = copy("qwen2");
     let own = dir.path().join("corpus.safetensors");
-    fs::write(&own, "vectors of the user's own").unwrap();
+    fs::write(&own, "embeddings of the user").unwrap();
     let mut model = load(dir.path()).unwrap();
     model.save(dir.path()).unwrap();
     assert!(own.is_file());
@@ -228,9 +228,9 @@ fn saving_keeps_what_is_not_the_models_and_an_adapter_never_replaces_its_base() 
     model.attach_new_adapter(&config, 0).unwrap();
     let message = model.save_adapter(dir.path()).unwrap_err().to_string();
     assert!(message.contains("cannot be saved in its base model's folder"), "{message}");
-    assert_eq!(vectors(&load(dir.path()).unwrap()), vectors(&model));
+    assert_eq!(embeddings(&load(dir.path()).unwrap()), embeddings(&model));
 
-    // An adapter, then a full model in the same folder: nothing of the first is left.
+    // An adapter, then a full model in the same folder: no file of the adapter remains.
     let out = dir.path().join("out");
     model.save_adapter(&out).unwrap();
     model.merge_adapter().unwrap();
@@ -239,7 +239,7 @@ fn saving_keeps_what_is_not_the_models_and_an_adapter_never_replaces_its_base() 
         !out.join("adapter_config.json").exists()
             && !out.join("adapter_model.safetensors").exists()
     );
-    assert_eq!(vectors(&load(&out).unwrap()), vectors(&model));
+    assert_eq!(embeddings(&load(&out).unwrap()), embeddings(&model));
 }
 
 #[test]
@@ -259,7 +259,7 @@ fn a_model_that_has_diverged_is_not_saved() {
     assert!(message.contains("diverged"), "{message}");
     assert!(!out.exists());
 
-    // The weights are kept, and an earlier model in the folder is as it was.
+    // The weights are kept, and an earlier model in the folder is unchanged.
     let kept = dir.path().join("out.unverified-1");
     assert!(message.contains(&kept.display().to_string()), "{message}");
     let sorted = |path: &Path| {
@@ -294,7 +294,7 @@ fn a_model_with_an_adapter_attached_is_not_saved_without_it() {
 }
 
 #[test]
-fn a_weight_file_replaced_or_rewritten_under_a_loaded_model_does_no_harm() {
+fn replacing_or_rewriting_a_weight_file_does_not_corrupt_a_loaded_model() {
     let dir = copy("llama-gqa");
     let path = dir.path().join("model.safetensors");
     let original = tensors(&path);
@@ -323,7 +323,7 @@ fn a_weight_file_replaced_or_rewritten_under_a_loaded_model_does_no_harm() {
 }
 
 #[test]
-fn a_folder_whose_save_was_interrupted_is_finished_when_it_is_loaded() {
+fn loading_a_folder_finishes_an_interrupted_save() {
     let out = tempfile::tempdir().unwrap();
     let model = load(&fixture("qwen3")).unwrap();
     model.save(out.path()).unwrap();
@@ -334,6 +334,6 @@ fn a_folder_whose_save_was_interrupted_is_finished_when_it_is_loaded() {
     for name in ["config.json", "llara.json", "model.safetensors"] {
         fs::rename(out.path().join(name), moving.join(name)).unwrap();
     }
-    assert_eq!(vectors(&load(out.path()).unwrap()), vectors(&model));
+    assert_eq!(embeddings(&load(out.path()).unwrap()), embeddings(&model));
     assert!(!moving.exists() && !replaced.exists());
 }

@@ -1,11 +1,11 @@
-//! The reference's numbers: representations, scores, loss, every gradient and several AdamW steps,
-//! on six families.
+//! Comparison with the numbers of the reference implementation: embeddings, scores, loss, every gradient and several
+//! AdamW steps, for six families.
 //!
-//! The fixtures beside this file were made by `fixtures/generate.py` with transformers. To hold the
-//! same against another set in the same form, name its folder, its rows, how many of them are gone
-//! through, and its passage length: `LLARA_GOLDEN=dir:rows.jsonl:10:96 cargo test --test golden`.
+//! The fixtures were created by `fixtures/generate.py` with transformers. To compare with another set in the same
+//! format, give its folder, its rows, the number of rows that are used, and its passage length:
+//! `LLARA_GOLDEN=dir:rows.jsonl:10:96 cargo test --test golden`.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod batch_gradients;
 
@@ -29,7 +29,7 @@ const ROWS: usize = 3;
 struct Golden {
     dir: PathBuf,
     rows: PathBuf,
-    /// Rows after which the steps start over.
+    /// Number of rows, after which the steps start again with the first row.
     row_count: usize,
     passage_max_len: usize,
 }
@@ -43,7 +43,7 @@ fn sets() -> Vec<Golden> {
         let [dir, rows, row_count, passage_max_len] = parts[..] else {
             panic!("LLARA_GOLDEN=dir:rows:count:length");
         };
-        // Tests run in their package's folder; paths are relative to the workspace, as one types them.
+        // Tests run in their package's folder; paths are relative to the workspace, where `cargo test` is run.
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         sets.push(Golden {
             dir: workspace.join(dir),
@@ -120,7 +120,7 @@ fn padded(golden: &BTreeMap<String, (Vec<usize>, Vec<f64>)>, side: &str) -> Batc
     Batch::from_padded(view(&ids), view(&mask)).unwrap()
 }
 
-/// Largest absolute value; NaN if any is NaN, which `f64::max` would pass over.
+/// Largest absolute value; NaN if any is NaN, which `f64::max` would ignore.
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().fold(0.0, |largest, x| if x.abs() <= largest { largest } else { x.abs() })
 }
@@ -132,7 +132,7 @@ fn max_difference<'a>(got: impl IntoIterator<Item = &'a f32>, want: &[f64]) -> f
     largest(got.iter().zip(want).map(|(a, b)| a - b))
 }
 
-/// Norm of the difference over the norm of what is wanted.
+/// Norm of the difference, divided by the norm of the expected values.
 fn relative_norm(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
@@ -143,7 +143,7 @@ fn relative_norm(got: &[f32], want: &[f64]) -> f64 {
 #[track_caller]
 fn within(what: &str, got: f64, bound: f64) {
     println!("{what}: {got:.2e} of {bound:.0e}");
-    assert!(got <= bound, "{what}: {got:.3e} is beyond {bound:.0e}");
+    assert!(got <= bound, "{what}: {got:.3e} exceeds {bound:.0e}");
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn prompts_have_the_reference_ids() {
 }
 
 #[test]
-fn representations_scores_and_loss() {
+fn embeddings_scores_and_loss() {
     on_all(|_, dir| {
         let golden = tensors(&dir.join("golden.safetensors"));
         let (query, passage) = (padded(&golden, "query"), padded(&golden, "passage"));
@@ -273,7 +273,7 @@ fn adapters() {
         let frozen = model.decoder().parameters().filter(|p| !p.is_trainable());
         assert!(frozen.into_iter().all(|p| p.grad().is_err()));
 
-        // Merged, it is the same model.
+        // The merged model gives the same results.
         model.merge_adapter().unwrap();
         model.eval();
         let merged = model.encode(&passage).unwrap().unwrap();

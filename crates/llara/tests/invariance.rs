@@ -1,7 +1,7 @@
-//! An embedding does not depend on its batch mates, on their order, on how a batch is cut into
-//! pieces, on padding, or on the number of threads.
+//! An embedding does not depend on the other texts of its batch, on their order, on the division of a batch into
+//! chunks, on padding, or on the number of threads.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod batch_gradients;
 
@@ -67,12 +67,12 @@ fn alone_with_others_and_in_another_order() {
 }
 
 #[test]
-fn in_pieces_of_any_size() {
+fn in_sub_batches_of_any_size() {
     let whole = encode(&model("mistral", BiEncoderOptions::default()), &TEXTS);
-    for piece in 1..=TEXTS.len() + 1 {
-        let options = BiEncoderOptions { sub_batch_size: Some(piece), ..Default::default() };
-        let pieces = encode(&model("mistral", options), &TEXTS);
-        whole.rows().into_iter().zip(pieces.rows()).for_each(|(a, b)| same(a, b));
+    for size in 1..=TEXTS.len() + 1 {
+        let options = BiEncoderOptions { sub_batch_size: Some(size), ..Default::default() };
+        let in_sub_batches = encode(&model("mistral", options), &TEXTS);
+        whole.rows().into_iter().zip(in_sub_batches.rows()).for_each(|(a, b)| same(a, b));
     }
 }
 
@@ -126,7 +126,7 @@ fn the_same_bits_on_any_number_of_threads() {
 }
 
 #[test]
-fn bf16_gives_nearly_the_vectors_and_the_gradient_of_f32() {
+fn embeddings_and_gradients_in_bf16_are_close_to_f32() {
     for family in FAMILIES {
         let [wide, narrow] = [Dtype::F32, Dtype::Bf16].map(|precision| {
             let mut model = model(family, BiEncoderOptions::default());
@@ -146,7 +146,7 @@ fn bf16_gives_nearly_the_vectors_and_the_gradient_of_f32() {
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
         let lengths = (dot(&wide.1, &wide.1) * dot(&narrow.1, &narrow.1)).sqrt();
         let cosine = dot(&wide.1, &narrow.1) / lengths;
-        assert!(cosine > 0.99, "{family}: the gradient's cosine is {cosine}");
+        assert!(cosine > 0.99, "{family}: the cosine of the gradients is {cosine}");
     }
 }
 
@@ -165,12 +165,12 @@ const NO_SHORTCUTS: Shortcuts = Shortcuts { last_layer_at_pooled: false, dedup_s
 const PLAIN: Chunking =
     Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX };
 
-/// Every gradient of a batch in which one passage stands twice.
+/// Every gradient of a batch in which one passage occurs twice.
 fn gradients(way: Way) -> Vec<(String, Vec<f32>)> {
     let options = BiEncoderOptions { shortcuts: way.shortcuts, ..Default::default() };
     let mut model = model("mistral", options);
     if way.adapter {
-        // PEFT's own adapter, whose B is not zero, with dropout put into its configuration.
+        // An adapter of PEFT whose B is not zero, with dropout added to its configuration.
         let from = fixture("mistral").join("lora");
         let dir = tempfile::tempdir().unwrap();
         let name = "adapter_model.safetensors";
@@ -196,7 +196,7 @@ fn gradients(way: Way) -> Vec<(String, Vec<f32>)> {
         .collect()
 }
 
-/// Asserts that two ways give the same gradients, by the norm of the difference of each.
+/// Asserts that two ways give the same gradients, by the relative norm of each difference.
 #[track_caller]
 fn agree(one: Way, other: Way, bound: f32) {
     for ((name, a), (_, b)) in gradients(one).iter().zip(gradients(other)) {
@@ -230,15 +230,15 @@ fn gradients_in_bf16_do_not_depend_on_the_chunks_either() {
     for adapter in [false, true] {
         let shortcuts = Shortcuts { dedup_sequences: false, ..Shortcuts::default() };
         let way = |chunking| Way { chunking, adapter, shortcuts, precision: Dtype::Bf16 };
-        // The same vectors and the same gradients of activations; only sums over chunks differ, in f32.
+        // The embeddings and the gradients of activations are equal; only sums over chunks differ, in f32.
         let chunking = Chunking { max_sequences: 1, kept_tokens: 0, ..PLAIN };
         agree(way(PLAIN), way(chunking), 1e-6);
     }
 }
 
-/// Other shapes of product round differently, and the softmax at temperature 0.02 magnifies it.
+/// Products of other shapes round differently, and the softmax at temperature 0.02 amplifies the differences.
 #[test]
-fn work_that_is_not_done_changes_nothing() {
+fn avoided_work_does_not_change_gradients() {
     for adapter in [false, true] {
         let (chunking, precision) = (PLAIN, Dtype::F32);
         let way = |shortcuts| Way { chunking, adapter, shortcuts, precision };
@@ -249,7 +249,7 @@ fn work_that_is_not_done_changes_nothing() {
     }
 }
 
-/// These tests once more on every set of vector instructions that this processor has.
+/// Runs these tests with every other set of vector instructions that this processor has.
 #[test]
 fn on_every_vector_unit() {
     use llara::backend::gemm::Unit;

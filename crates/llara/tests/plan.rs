@@ -1,6 +1,6 @@
-//! The plan agrees with what is counted by hand, keeps its budget, and grows as it should.
+//! The plan equals numbers that were computed by hand, stays within its budget, and scales as expected.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use llara::train::Chunking;
 use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, Plan, RunShape};
 use llara::{BiEncoderOptions, Loader};
 
-/// The fixture's tokenizer with a model large enough for activations to matter.
+/// The fixture's tokenizer with a model that is large enough for activations to be a relevant part of memory.
 fn shape() -> RunShape {
     let fixture = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-gqa");
     let outline = Loader::new(&fixture).unwrap().outline().unwrap();
@@ -36,7 +36,7 @@ fn shape() -> RunShape {
     }
 }
 
-/// All sequences different, lengths uneven.
+/// Different sequences with different lengths.
 fn batch(rows: usize, group: usize) -> LargestBatch {
     let sequence = |i: usize, length: usize| {
         (0..length).map(|at| ((i * 31 + at * 7) % 350 + 1) as u32).collect::<Vec<_>>()
@@ -60,8 +60,8 @@ fn one_pass(shape: RunShape, batch: &LargestBatch) -> Plan {
     DryRun::new(shape).unwrap().plan(batch, Chunking::default()).unwrap()
 }
 
-/// `2 · heads · head_dim` for each pair that attention looks at: scores, computed again backward.
-fn scores_again(config: &DecoderConfig, lengths: &[usize], pooled: usize) -> usize {
+/// `2 · heads · head_dim` for each pair of a query and a key: the scores that the backward pass recomputes.
+fn recomputed_scores(config: &DecoderConfig, lengths: &[usize], pooled: usize) -> usize {
     let all: usize = lengths.iter().map(|n| n * (n + 1) / 2).sum();
     let unpooled: usize =
         lengths.iter().map(|n| n.saturating_sub(pooled)).map(|n| n * (n + 1) / 2).sum();
@@ -70,12 +70,12 @@ fn scores_again(config: &DecoderConfig, lengths: &[usize], pooled: usize) -> usi
 }
 
 #[test]
-fn what_is_needed_is_what_is_done_less_what_is_done_twice() {
+fn needed_work_is_executed_work_without_recomputation() {
     let (shape, batch) = (shape(), batch(3, 4));
     let (config, pooled) = (shape.decoder.clone(), shape.prompts.template().pooled_tokens);
     let work = one_pass(shape, &batch).work;
     let loss = 3 * 2 * 3 * 12 * config.hidden_size;
-    let again = scores_again(&config, &lengths(&batch), pooled);
+    let again = recomputed_scores(&config, &lengths(&batch), pooled);
     assert_eq!(work.done_flops, work.needed_flops + (loss + again) as u64);
 }
 
@@ -86,7 +86,7 @@ fn adapters_need_no_gradient_of_the_first_input_and_of_frozen_weights() {
     let (config, pooled) = (shape.decoder.clone(), shape.prompts.template().pooled_tokens);
     let work = one_pass(shape, &batch).work;
     let loss = 3 * 2 * 3 * 12 * config.hidden_size;
-    let again = scores_again(&config, &lengths(&batch), pooled);
+    let again = recomputed_scores(&config, &lengths(&batch), pooled);
     assert_eq!(work.done_flops, work.needed_flops + (loss + again) as u64);
 }
 
@@ -106,7 +106,7 @@ fn persistent_memory_is_that_of_the_parameters() {
     let lora = LoraConfig { rank: 4, dropout: 0.0, ..LoraConfig::default() };
     let frozen = one_pass(RunShape { lora: Some(lora), ..shape.clone() }, &batch(2, 2)).training;
     assert!(frozen.gradients < parts.gradients / 5);
-    // The saved model lies beside the trained one; a step of full training has more than that.
+    // While saving, the saved and the trained model are in memory; a step of full training needs more.
     assert!(plan.saving_bytes > (1 << 20) + 2 * parts.weights);
     assert!(plan.saving_bytes < parts.total());
     assert_eq!(plan.peak_phase(), "training");
@@ -116,7 +116,7 @@ fn persistent_memory_is_that_of_the_parameters() {
 }
 
 #[test]
-fn a_second_forward_pass_is_what_chunks_cost() {
+fn chunks_cost_a_second_forward_pass() {
     let (shape, batch) = (shape(), batch(4, 3));
     let mut dry_run = DryRun::new(shape).unwrap();
     let whole = dry_run.plan(&batch, Chunking::default()).unwrap();
@@ -133,12 +133,12 @@ fn a_second_forward_pass_is_what_chunks_cost() {
     let kept = dry_run.plan(&batch, half).unwrap();
     assert!(kept.chunks.kept > 0 && kept.chunks.recomputed_share < 0.8);
     assert!(kept.work.done_flops < plan.work.done_flops);
-    // The same dry run twice gives the same.
+    // A dry run can be repeated with the same result.
     assert_eq!(dry_run.plan(&batch, half).unwrap(), kept);
 }
 
 #[test]
-fn one_pass_where_it_fits_and_less_work_with_more_memory() {
+fn one_pass_is_chosen_if_it_fits_and_more_memory_reduces_work() {
     let (shape, batch) = (shape(), batch(8, 4));
     let mut dry_run = DryRun::new(shape).unwrap();
     let whole = dry_run.plan(&batch, Chunking::default()).unwrap();
@@ -162,7 +162,7 @@ fn one_pass_where_it_fits_and_less_work_with_more_memory() {
 }
 
 #[test]
-fn memory_is_flat_while_the_batch_grows() {
+fn memory_does_not_grow_with_the_batch() {
     let mut dry_run = DryRun::new(shape()).unwrap();
     let small = batch(8, 4);
     let budget = dry_run.plan(&small, Chunking::default()).unwrap().peak_bytes();
@@ -170,8 +170,8 @@ fn memory_is_flat_while_the_batch_grows() {
     for rows in [8, 16, 32, 64, 128] {
         let plan = dry_run.choose(&batch(rows, 4), ChunkPolicy::Auto, budget).unwrap();
         assert!(plan.peak_bytes() <= budget, "{rows}: {} of {budget}", plan.peak_bytes());
-        assert!(plan.peak_bytes() > budget * 8 / 10, "{rows}: memory is left unused");
-        // It rises until all of it is computed twice.
+        assert!(plan.peak_bytes() > budget * 8 / 10, "{rows}: memory is not used");
+        // The share grows until everything is computed twice.
         let share = plan.chunks.recomputed_share;
         assert!(share > recomputed || share == 1.0 && recomputed == 1.0, "{rows}: {share}");
         recomputed = plan.chunks.recomputed_share;
@@ -179,7 +179,7 @@ fn memory_is_flat_while_the_batch_grows() {
 }
 
 #[test]
-fn where_nothing_fits_the_least_is_told() {
+fn if_nothing_fits_the_smallest_memory_is_reported() {
     let mut dry_run = DryRun::new(shape()).unwrap();
     let batch = batch(4, 2);
     let plan = dry_run.choose(&batch, ChunkPolicy::Auto, 1 << 20).unwrap();

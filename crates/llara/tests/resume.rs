@@ -1,6 +1,6 @@
-//! A run that is stopped and resumed ends with the bytes of one that is not, and damage is found.
+//! A run that is stopped and resumed gives the same bytes as an uninterrupted run, and damage is detected.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,7 +21,7 @@ use llara::{BiEncoderModel, BiEncoderOptions, Loader, Result};
 const ROWS: usize = 11;
 const STEPS: u64 = 7;
 
-/// What is trained and how.
+/// A training setup.
 #[derive(Clone, Copy)]
 struct Case {
     lora: bool,
@@ -126,7 +126,7 @@ fn train(dir: &Path, config: &TrainConfig, case: Case, stop_after: u64) -> Resul
     Ok(summary)
 }
 
-/// The files of a folder, those in it that are folders left out.
+/// The files of a folder, without subfolders.
 fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     entries
@@ -147,7 +147,7 @@ fn assert_same_files(got: &Path, want: &Path) {
     assert!(want.keys().any(|name| name.ends_with(".safetensors")), "{:?}", want.keys());
 }
 
-fn stopped_and_resumed_it_ends_with_the_same_bytes(case: Case) {
+fn a_stopped_and_resumed_run_gives_the_same_bytes(case: Case) {
     let whole = tempfile::tempdir().unwrap();
     let summary = train(whole.path(), &config(whole.path(), case), case, u64::MAX).unwrap();
     assert_eq!((summary.steps, summary.stopped), (STEPS, false));
@@ -162,7 +162,7 @@ fn stopped_and_resumed_it_ends_with_the_same_bytes(case: Case) {
     assert_eq!((resumed.steps, resumed.tokens), (STEPS, summary.tokens));
     assert_eq!(resumed.loss.to_bits(), summary.loss.to_bits());
     assert_same_files(&config.output_dir, &whole.path().join("out"));
-    // A checkpoint of the resumed run is that of the other, but for paths and times.
+    // A checkpoint of the resumed run equals that of the other, except for paths and times.
     for name in ["optimizer.safetensors", "llara.json"] {
         let [a, b] = [&parts, &whole].map(|dir| dir.path().join("out/checkpoint-6").join(name));
         assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "{name} differs");
@@ -190,13 +190,13 @@ fn moments_have_the_names_of_the_models_tensors() {
 
 #[test]
 fn all_weights() {
-    stopped_and_resumed_it_ends_with_the_same_bytes(FULL);
+    a_stopped_and_resumed_run_gives_the_same_bytes(FULL);
 }
 
 #[test]
 fn all_weights_in_bf16_and_in_chunks() {
     let chunking = Chunking { max_sequences: 4, kept_tokens: 100, ..WHOLE };
-    stopped_and_resumed_it_ends_with_the_same_bytes(Case {
+    a_stopped_and_resumed_run_gives_the_same_bytes(Case {
         precision: Dtype::Bf16,
         chunking,
         ..FULL
@@ -205,18 +205,18 @@ fn all_weights_in_bf16_and_in_chunks() {
 
 #[test]
 fn all_weights_saved_rounded() {
-    stopped_and_resumed_it_ends_with_the_same_bytes(Case { save: SaveDtype::Bf16, ..FULL });
+    a_stopped_and_resumed_run_gives_the_same_bytes(Case { save: SaveDtype::Bf16, ..FULL });
 }
 
 #[test]
 fn adapters() {
-    stopped_and_resumed_it_ends_with_the_same_bytes(LORA);
+    a_stopped_and_resumed_run_gives_the_same_bytes(LORA);
 }
 
 #[test]
 fn adapters_in_bf16_and_in_chunks() {
     let chunking = Chunking { max_sequences: 4, kept_tokens: 100, ..WHOLE };
-    stopped_and_resumed_it_ends_with_the_same_bytes(Case {
+    a_stopped_and_resumed_run_gives_the_same_bytes(Case {
         precision: Dtype::Bf16,
         chunking,
         ..LORA
@@ -256,12 +256,12 @@ fn a_damaged_checkpoint_is_skipped_and_named() {
         let skipped = found.skipped[0].to_string();
         assert!(skipped.contains("checkpoint-5") && skipped.contains(file), "{skipped}");
         assert!(skipped.contains(what), "{skipped}");
-        // Truncated, then gone.
+        // Truncated, then removed.
         fs::write(&path, &bytes[..middle]).unwrap();
         assert!(Checkpoint::open(path.parent().unwrap()).is_err());
         fs::remove_file(&path).unwrap();
         assert!(Checkpoint::open(path.parent().unwrap()).is_err());
-        // The run goes on from the one before and puts a whole one in the damaged one's place.
+        // The run continues from the previous checkpoint and replaces the damaged one.
         let summary = train(dir.path(), &config, FULL, 5).unwrap();
         assert!(summary.stopped);
         Checkpoint::open(path.parent().unwrap()).unwrap();
@@ -293,7 +293,7 @@ fn other_settings_and_other_data_are_refused_by_name() {
     assert!(text.contains("b.jsonl: the training data changed"), "{text}");
     fs::write(&path, rows).unwrap();
 
-    // Harmless: more steps, logging, saving.
+    // Allowed differences: more steps, logging, saving.
     let more = TrainConfig {
         length: RunLength::Steps(9),
         logging_steps: 1,
@@ -360,11 +360,11 @@ fn saved_by_two_processes_it_is_resumed_by_one_and_by_three() {
     }
 }
 
-/// Names the kernels that a process is to use, and makes it print those that it uses.
+/// The environment variable with the kernels that a process must use; the process prints those that it uses.
 const KERNELS: &str = "LLARA_TEST_KERNELS";
 
 #[test]
-fn a_process_takes_the_kernels_of_a_checkpoint() {
+fn a_process_uses_the_kernels_of_a_checkpoint() {
     if let Ok(kernels) = std::env::var(KERNELS) {
         Cpu::new().use_kernels(&kernels);
         println!("kernels: {}", Cpu::new().kernels(Dtype::Bf16));
@@ -379,7 +379,7 @@ fn a_process_takes_the_kernels_of_a_checkpoint() {
         let line = text.lines().find_map(|line| line.split_once("kernels: "));
         line.unwrap().1.to_owned()
     };
-    // Whatever a measurement would find. A processor without instructions for bf16 has no choice.
+    // Independent of the measurement. A processor without bf16 instructions has only one choice.
     let (slow, fast) = ("avx512bf16", "avx512bf16, bf16 products by vdpbf16ps");
     match used(slow).starts_with(slow) {
         true => assert_eq!([used(slow), used(fast)], [slow, fast]),

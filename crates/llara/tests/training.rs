@@ -1,6 +1,6 @@
-//! A training run: batches made ahead of their steps change nothing.
+//! A training run: preparing batches in advance does not change the results.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod batch_gradients;
 
@@ -49,7 +49,7 @@ fn config(dir: &Path, sampling: Sampling, batch_size: usize) -> TrainConfig {
     }
 }
 
-/// Remembers the losses, and does something after each step.
+/// Records the losses, and calls a function after each step.
 struct Watch<F: FnMut(u64)> {
     losses: Vec<f32>,
     after_step: F,
@@ -72,8 +72,8 @@ impl<F: FnMut(u64)> Observer for Watch<F> {
     }
 }
 
-/// The losses of the same run, each batch made when its step begins.
-fn losses_one_after_the_other(dataset: &Dataset, config: &TrainConfig) -> Vec<f32> {
+/// The losses of the same run, with each batch prepared at the start of its step.
+fn losses_without_prefetching(dataset: &Dataset, config: &TrainConfig) -> Vec<f32> {
     let mut model = model();
     model.train();
     let sampler = Sampler::new(SamplerConfig {
@@ -109,7 +109,7 @@ fn losses_one_after_the_other(dataset: &Dataset, config: &TrainConfig) -> Vec<f3
 }
 
 #[test]
-fn batches_made_ahead_are_those_of_their_steps() {
+fn prefetched_batches_are_those_of_their_steps() {
     let dir = tempfile::tempdir().unwrap();
     let rows = write_rows(dir.path());
     let dataset = Dataset::open(&[rows], BadRows::Error).unwrap();
@@ -118,14 +118,14 @@ fn batches_made_ahead_are_those_of_their_steps() {
         let mut model = model();
         let mut watch = Watch { losses: Vec::new(), after_step: |_| () };
         Trainer::new(&mut model, &dataset, &config).unwrap().run(&mut watch).unwrap();
-        let expected = losses_one_after_the_other(&dataset, &config);
+        let expected = losses_without_prefetching(&dataset, &config);
         assert_eq!(watch.losses, expected, "{sampling:?}");
         assert!(expected.windows(2).all(|pair| pair[0] != pair[1]), "{expected:?}");
     }
 }
 
 #[test]
-fn a_row_that_changes_under_the_run_stops_it_at_its_own_step() {
+fn a_row_that_changes_during_a_run_stops_it_at_the_step_of_that_row() {
     const CHANGED: usize = 6;
     let dir = tempfile::tempdir().unwrap();
     let rows = write_rows(dir.path());
@@ -134,7 +134,7 @@ fn a_row_that_changes_under_the_run_stops_it_at_its_own_step() {
     let mut model = model();
     let change = |step| {
         if step == 1 {
-            // In place: a file that is cut and written anew is short for a moment.
+            // In place, because a file that is truncated and rewritten is incomplete for a moment.
             let offset: usize = (0..CHANGED).map(|i| row(i).len()).sum();
             let file = fs::File::options().write(true).open(&rows).unwrap();
             file.write_all_at(row(CHANGED).replace("cast", "lost").as_bytes(), offset as u64)

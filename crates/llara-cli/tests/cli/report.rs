@@ -83,13 +83,13 @@ fn other_files_and_folders_are_refused() {
     llara(&["report", &bench.path("none")]).refused(&["no log of a training run", "log.jsonl"]);
     fs::create_dir(bench.at("run")).unwrap();
     bench.write("run/log.jsonl", String::new());
-    bench.write("run/report.html", "mine".to_owned());
+    bench.write("run/report.html", "mine");
     let run = bench.path("run");
     llara(&["report", &run]).refused(&["is not a report of this program", "--overwrite"]);
     assert_eq!(fs::read_to_string(bench.at("run/report.html")).unwrap(), "mine");
     llara(&["report", &run, "--overwrite"]).json();
     assert!(body(&bench, "run/report.html").contains("No step was logged yet"));
-    bench.write("run/run.json", "{}".to_owned());
+    bench.write("run/run.json", "{}");
     llara(&["report", &run]).refused(&["the settings of the run cannot be read", "run.json"]);
     bench.write("run/run.json", "[".repeat(100_000));
     llara(&["report", &run]).refused(&["run.json"]);

@@ -30,8 +30,8 @@ impl ModelShape {
         vocab_size: 8192,
     };
 
-    /// A model of this shape. Its tokenizer and template are those of a test's model: what is timed
-    /// here begins with token ids.
+    /// A model of this shape. Its tokenizer and template are those of a test fixture, because the benchmarks start
+    /// with token ids.
     pub(crate) fn model(self) -> Result<BiEncoderModel<Cpu>> {
         let config = json!({
             "model_type": "llama",
@@ -54,7 +54,7 @@ impl ModelShape {
         Ok(model)
     }
 
-    /// Sequences of these lengths, of tokens that this shape knows; others for another seed.
+    /// Sequences of these lengths, with random tokens of the vocabulary; `seed` selects the tokens.
     pub(crate) fn batch(
         self,
         seed: u64,

@@ -1,6 +1,6 @@
-//! Timing for the benches: warm-up, then runs that take turns, their median and the fastest.
+//! Timing for the benches: warm-up, then alternating runs; the median and the minimum.
 
-#![allow(dead_code, reason = "a bench uses what it needs")]
+#![allow(dead_code, reason = "not every bench uses all items")]
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use llara::Result;
 use llara::backend::gemm::Unit;
 
-/// Runs that count, at least and at most, and how long a case goes on between the two.
+/// Minimum and maximum number of measured runs, and the time limit of a case between the two.
 const FEWEST_RUNS: usize = 3;
 const MOST_RUNS: usize = 101;
 const TIME: Duration = Duration::from_millis(500);
 
-/// Which cases were asked for: `cargo bench --bench NAME -- FILTER…` runs those whose names hold one
-/// of the filters; all, without one.
+/// The selected cases: `cargo bench --bench NAME -- FILTER…` runs those whose names contain one of the filters, or
+/// all without a filter.
 pub(crate) struct Cases {
     filters: Vec<String>,
 }
@@ -39,13 +39,13 @@ impl Cases {
         Some(Cases { filters })
     }
 
-    /// Whether the case of this name is to run.
+    /// Whether the case of this name is selected.
     pub(crate) fn include(&self, name: &str) -> bool {
         self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter))
     }
 }
 
-/// What else the machine was doing, where it says so: numbers of a busy one are not to be quoted.
+/// The load of the machine, if it is reported: measurements on a busy machine are not valid.
 fn load() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     match text.split_whitespace().next().and_then(|load| load.parse::<f32>().ok()) {
@@ -54,20 +54,20 @@ fn load() -> String {
     }
 }
 
-/// Seconds of the runs of one piece of work. Where the two lie far apart, the machine was busy.
+/// Seconds of the runs of one workload. If the two differ much, the machine was busy.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Times {
     pub(crate) median: f64,
     pub(crate) fastest: f64,
 }
 
-/// Times one piece of work. The first run does not count.
+/// Measures one workload. The first run is not counted.
 pub(crate) fn time<T>(mut work: impl FnMut() -> Result<T>) -> Result<Times> {
     let mut work = || work().map(|result| drop(black_box(result)));
     in_turn([&mut work]).map(|[times]| times)
 }
 
-/// The same for contestants, which take turns: what else the machine does falls on all alike.
+/// The same for several workloads, which run alternately, so that other load on the machine affects all equally.
 pub(crate) fn in_turn<const N: usize>(
     mut contestants: [&mut dyn FnMut() -> Result<()>; N],
 ) -> Result<[Times; N]> {

@@ -1,4 +1,4 @@
-//! One training step, over and over: what `llara finetune` does between reading texts and logging.
+//! Repeated training steps: the computation of `llara finetune` between reading texts and logging.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use llara::model::{Dropout, LoraConfig};
 use llara::train::{AdamW, AdamWConfig, Chunking, StepInput, accumulate_gradients};
 use llara::{BiEncoderModel, Result};
 
-/// A model, its optimizer, and the batch that it meets in every step.
+/// A model, its optimizer, and the batch of every step.
 pub(crate) struct Training {
     model: BiEncoderModel<Cpu>,
     optimizer: AdamW<Cpu>,
@@ -20,7 +20,7 @@ pub(crate) struct Training {
 }
 
 impl Training {
-    /// With fresh moments.
+    /// A new optimizer with zero moments.
     pub(crate) fn new(
         mut model: BiEncoderModel<Cpu>,
         (query, passage): (Batch, Batch),
@@ -37,8 +37,8 @@ impl Training {
         self.query.tokens() + self.passage.tokens()
     }
 
-    /// Forward, backward, update; the loss. The update is computed in full, at a learning rate of 0: every
-    /// step is then the same work, where a model that has learned its batch would have gradients of zero.
+    /// Forward, backward and update; returns the loss. The update is computed with a learning rate of 0, so that every
+    /// step does the same work; otherwise the model would fit the batch and its gradients would become zero.
     pub(crate) fn step(&mut self) -> Result<f32> {
         let backend = self.model.backend().clone();
         let has_dropout = self.model.adapter().is_some_and(LoraConfig::has_dropout);

@@ -1,4 +1,4 @@
-//! Attention in bf16 by tensor cores against f32 by plain kernels.
+//! Compares attention in bf16 with tensor cores to f32 with plain kernels.
 
 use llara::Result;
 use llara::backend::{
@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 use super::Report;
 
-/// Lengths of sequences, and how many of each one's last positions are queries.
+/// Lengths of sequences, and the number of last positions of each that are queries.
 const BATCHES: [(&[usize], usize); 6] = [
     (&[1], 1),
     (&[300], 1000),
@@ -21,7 +21,7 @@ const BATCHES: [(&[usize], usize); 6] = [
 /// Query heads, key heads.
 const HEADS: [(usize, usize); 3] = [(1, 1), (4, 2), (8, 1)];
 
-/// Roundings to bf16 on the way: of probabilities, of gradients of scores, of the result.
+/// The bound for the roundings to bf16: of probabilities, of gradients of scores, and of the result.
 const BOUND: f64 = 1.2e-2;
 
 pub(crate) fn check<B: Backend>(backend: &B, report: &mut Report) -> Result<()> {
@@ -35,7 +35,7 @@ pub(crate) fn check<B: Backend>(backend: &B, report: &mut Report) -> Result<()> 
                     let shape = AttentionShape { heads, kv_heads, head_dim, window, scale };
                     let errors = compare(backend, &mut generator, (lengths, asked), &shape)?;
                     for (worst, error) in worst.iter_mut().zip(errors) {
-                        // A NaN stays.
+                        // NaN is kept.
                         if error > *worst || error.is_nan() {
                             *worst = error;
                         }
@@ -68,7 +68,7 @@ fn compare<B: Backend>(
         Ok((narrow, wide))
     };
     let (q, dout) = (random(queries.rows(), q_cols)?, random(queries.rows(), q_cols)?);
-    // k and v side by side, as a model has them.
+    // k and v in one matrix, as in a model.
     let kv = random(keys.rows(), 2 * kv_cols)?;
     let run = |q: &B::Tensor, kv: &B::Tensor, dout: &B::Tensor| -> Result<[Vec<f32>; 4]> {
         let input = AttentionInput {
@@ -94,7 +94,7 @@ fn compare<B: Backend>(
     };
     let got = run(&q.0, &kv.0, &dout.0)?;
     let want = run(&q.1, &kv.1, &dout.1)?;
-    // Where a query sees one key, dq and dk are differences of equal numbers: measured by their terms.
+    // If a query attends to one key, dq and dk are differences of equal numbers: errors are relative to the terms.
     let terms = f64::from(shape.scale) * (shape.head_dim as f64).sqrt();
     Ok(std::array::from_fn(|i| {
         let floor = if i == 1 || i == 2 { terms * (want[i].len() as f64).sqrt() } else { 0.0 };
@@ -113,7 +113,7 @@ fn layout<B: Backend>(backend: &B, lengths: &[usize], asked: usize) -> Result<La
     Ok(Layout { bounds, offsets, positions, longest })
 }
 
-/// Norm of the difference over the norm of what is wanted.
+/// Norm of the difference, divided by the norm of the expected values.
 pub(crate) fn relative_norm(got: &[f32], want: &[f32]) -> f64 {
     difference_norm(got, want) / norm(want).max(1e-20)
 }
@@ -122,7 +122,7 @@ fn norm(x: &[f32]) -> f64 {
     x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt()
 }
 
-/// Infinite where the lengths differ.
+/// Infinite if the lengths differ.
 fn difference_norm(got: &[f32], want: &[f32]) -> f64 {
     if got.len() != want.len() {
         return f64::INFINITY;

@@ -1,4 +1,4 @@
-//! Rates of products, attention and training steps. Nothing here can fail; it is read by a person.
+//! Rates of products, attention and training steps. There is no pass or fail; the output is for reading.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -44,7 +44,7 @@ fn shape_of(name: &str) -> Result<ModelShape> {
     }
 }
 
-/// `[MODEL [LAYERS [FOLDER [lora|full]]]]`: the folder lends its tokenizer.
+/// `[MODEL [LAYERS [FOLDER [lora|full]]]]`: the tokenizer is that of the folder.
 pub(crate) fn measure<B: Backend>(backend: &B, args: &[String]) -> Result<()> {
     let Some(name) = args.first() else {
         products(backend)?;
@@ -65,7 +65,7 @@ pub(crate) fn measure<B: Backend>(backend: &B, args: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Seconds of one call, the median of some, each waited for.
+/// Seconds of one call: the median of several, with synchronization after each.
 fn seconds<B: Backend>(backend: &B, mut run: impl FnMut() -> Result<B::Tensor>) -> Result<f64> {
     const REPEATS: usize = 10;
     let wait = |x: &B::Tensor| backend.download_view(x.view().with_rows(0..1).with_cols(0..1));
@@ -143,7 +143,7 @@ fn attention<B: Backend>(backend: &B) -> Result<()> {
                 Separate { dq, .. } => Ok(dq),
             }
         })?;
-        // Two products of half of all pairs; five in the backward.
+        // Two products of half of all pairs; five in the backward pass.
         let flops = 2.0 * (rows * length * shape.q_cols()) as f64;
         println!(
             "attention bf16 {sequences} x {length}, heads {heads}/{kv_heads} of {head_dim}: forward {:.3} ms, {:.0} TFLOP/s; backward {:.3} ms, {:.0} TFLOP/s",
@@ -233,10 +233,10 @@ fn steps<B: Backend>(
         times[3..].iter().copied().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or_default();
     let attention = 2 * shape.hidden * head_dim * (heads + kv_heads);
     let matrices = layers * (attention + 3 * shape.hidden * shape.intermediate);
-    // Forward and the gradients by inputs; by weights too in full fine-tuning.
+    // Forward pass and gradients of inputs; in full fine-tuning also gradients of weights.
     let per_token = if lora { 4.0 } else { 6.0 } * matrices as f64;
     println!(
-        "{} {layers} layers of {}, {total} tokens: {:.1} ms a step (asked for in {:.1} ms), {:.0} tokens/s, {:.0} TFLOP/s of needed products, loss {:.4}",
+        "{} {layers} layers of {}, {total} tokens: {:.1} ms per step (enqueued in {:.1} ms), {:.0} tokens/s, {:.0} TFLOP/s of needed products, loss {:.4}",
         if lora { "LoRA" } else { "full" },
         shape.hidden,
         time * 1e3,

@@ -1,4 +1,4 @@
-//! Gradients and training runs of a model folder against those of the CPU.
+//! Compares gradients and training runs of a model folder with those of the CPU.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,21 +14,21 @@ use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use super::Report;
 use super::attention::relative_norm;
 
-/// What is trained, and how.
+/// A training setup.
 #[derive(Debug, Clone, Copy)]
 struct Setting {
     precision: Dtype,
     adapter: Adapter,
 }
 
-/// The adapter that is trained; the weights are frozen then.
+/// The adapter that is trained; the weights are then frozen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Adapter {
     None,
     /// With dropout; its product is zero at first.
     New,
-    /// The one in the model folder's `lora`. A new adapter's gradients would not do for a comparison: half of
-    /// them are zero, and AdamW makes steps of equal size of what rounding leaves.
+    /// The adapter in `lora` of the model folder. The gradients of a new adapter cannot be compared: half of them are
+    /// zero, and AdamW turns their rounding errors into steps of full size.
     Trained,
 }
 
@@ -39,7 +39,7 @@ impl Setting {
     }
 }
 
-/// A model, its optimizer and the batches that it meets.
+/// A model, its optimizer and its batches.
 struct Training<B: Backend> {
     model: BiEncoderModel<B>,
     optimizer: AdamW<B>,
@@ -62,7 +62,7 @@ impl<B: Backend> Training<B> {
         Ok(Training { model, optimizer, chunking: Chunking::default(), step: 0 })
     }
 
-    /// Forward and backward on the batch of this step; the loss.
+    /// Forward and backward pass for the batch of this step; returns the loss.
     fn gradients(&mut self) -> Result<f32> {
         let vocabulary = self.model.decoder().config().vocab_size as u32;
         let mut generator = ChaCha8Rng::seed_from_u64(100 + self.step % 8);
@@ -99,8 +99,8 @@ impl<B: Backend> Training<B> {
     }
 }
 
-/// Loss and every gradient of one batch against the CPU in f32. In bf16 they may be as far from it as the
-/// CPU's own in bf16, and half as far again.
+/// Compares the loss and every gradient of one batch with the CPU in f32. In bf16, the bound is 1.5 times the
+/// difference between the CPU in bf16 and in f32, or 1.5e-2 if that is larger.
 pub(crate) fn gradients<B: Backend>(backend: &B, folder: &str, report: &mut Report) -> Result<()> {
     for adapter in [Adapter::None, Adapter::Trained] {
         let computed = |precision| {
@@ -119,7 +119,7 @@ pub(crate) fn gradients<B: Backend>(backend: &B, folder: &str, report: &mut Repo
             let name = setting.name();
             let of_loss = |loss: f32| f64::from((loss - exact.0).abs() / exact.0.abs().max(0.1));
             report.within(&format!("{name}: loss"), of_loss(loss), bound(of_loss(rounded.0)));
-            // The gradient that is closest to its bound, or furthest beyond it.
+            // The gradient that is closest to its bound, or that exceeds it the most.
             let mut worst = (0.0, 1.0, "no gradient".to_owned());
             for (((name, want), (_, rounded)), (_, got)) in
                 exact.1.iter().zip(&rounded.1).zip(there.downloaded()?)
@@ -136,8 +136,8 @@ pub(crate) fn gradients<B: Backend>(backend: &B, folder: &str, report: &mut Repo
     Ok(())
 }
 
-/// Losses of a run: f32 within 1e-3 of the CPU in f32; bf16 within 2 % of it, or, where the CPU's own in bf16
-/// are further away, half as far again.
+/// Compares the losses of a run with the CPU in f32: f32 within 1e-3; bf16 within 2 %, or within 1.5 times the
+/// difference between the CPU in bf16 and in f32 if that is larger.
 pub(crate) fn losses<B: Backend>(
     backend: &B,
     folder: &str,

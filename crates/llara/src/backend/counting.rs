@@ -1,8 +1,8 @@
 //! A backend that computes nothing and counts the memory and the operations of a step.
 //!
-//! It allocates every result as a device does: the same sizes, in the same order, in place where
-//! the device works in place. So the training code itself, run on it, predicts memory and work; an
-//! estimate made in any other way would diverge from the code.
+//! It allocates every result as a device does: the same sizes, in the same order, in place where the device
+//! works in place. Memory and operations are therefore predicted by running the training code itself; a
+//! separate formula could diverge from the code.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::Result;
 
-/// The backend that counts. Clones share one count.
+/// A backend that counts memory and operations. Clones share the counts.
 ///
 /// ```
 /// use llara::backend::{Backend, Cpu, CountingBackend, Dtype, Epilogue, Shape, WeightUse};
@@ -23,7 +23,7 @@ use crate::Result;
 /// let w = counting.prepare(w, WeightUse::Frozen(Dtype::F32))?;
 /// let y = counting.linear(x.view(), w.view(), 1.0, Epilogue::default())?;
 /// assert_eq!(counting.flops(), 2 * 100 * 64 * 32);
-/// assert_eq!(counting.taken(), 4 * (100 * 64 + 32 * 64 + 100 * 32));
+/// assert_eq!(counting.allocated(), 4 * (100 * 64 + 32 * 64 + 100 * 32));
 /// # Ok::<(), llara::Error>(())
 /// ```
 #[derive(Clone)]
@@ -34,11 +34,11 @@ pub struct CountingBackend {
 
 #[derive(Default)]
 struct Counts {
-    space: OffsetAllocator,
+    allocator: OffsetAllocator,
     flops: u64,
 }
 
-/// A matrix that has a shape, a type and a place, and no elements.
+/// A matrix with a shape, a dtype and an offset, but no elements.
 pub struct CountedTensor {
     rows: usize,
     cols: usize,
@@ -48,62 +48,62 @@ pub struct CountedTensor {
     counting: CountingBackend,
 }
 
-/// A parameter, with the copy that the device multiplies by.
+/// A parameter, and the bf16 copy that the device uses in products.
 pub struct CountedWeight {
     values: CountedTensor,
-    /// Its bytes are taken; it is never read.
+    /// Kept for its size; never read.
     _working: Option<CountedTensor>,
 }
 
 impl CountingBackend {
-    /// A device that allocates as `memory` says, and on which nothing has happened.
+    /// A device that allocates as `memory` describes, with all counts 0.
     pub fn new(memory: DeviceMemory) -> Self {
         CountingBackend { memory, counts: Arc::default() }
     }
 
-    /// Bytes of all tensors that there are now.
-    pub fn taken(&self) -> usize {
-        self.lock().space.taken()
+    /// Bytes of all tensors that currently exist.
+    pub fn allocated(&self) -> usize {
+        self.lock().allocator.allocated()
     }
 
-    /// Bytes up to the furthest that a tensor has lain since the last
-    /// [`forget_peak`](CountingBackend::forget_peak), holes included: what a process keeps.
+    /// The highest end of a tensor since the last [`reset_peak`](CountingBackend::reset_peak), in bytes, with
+    /// the free blocks below it: the memory that a process has reserved.
     pub fn peak(&self) -> usize {
-        self.lock().space.peak()
+        self.lock().allocator.peak()
     }
 
-    /// Lets the peak begin anew with the tensors that there are now.
-    pub fn forget_peak(&self) {
-        self.lock().space.forget_peak();
+    /// Resets the peak to the tensors that currently exist.
+    pub fn reset_peak(&self) {
+        self.lock().allocator.reset_peak();
     }
 
-    /// Operations of all matrix products and attentions, a multiplication and an addition being two.
-    /// Attention counts the pairs of positions that see each other, and in its backward pass the
-    /// scores that it computes again.
+    /// Floating-point operations of all matrix products and attentions; a multiplication and an addition
+    /// count as two. Attention counts only the pairs of a query and a key that it attends to; its backward
+    /// pass includes the scores that it recomputes.
     pub fn flops(&self) -> u64 {
         self.lock().flops
     }
 
     fn tensor(&self, (rows, cols): (usize, usize), dtype: Dtype) -> CountedTensor {
         let bytes = (rows * cols * dtype.bytes()).next_multiple_of(self.memory.alignment);
-        let offset = self.lock().space.take(bytes);
+        let offset = self.lock().allocator.allocate(bytes);
         CountedTensor { rows, cols, dtype, bytes, offset, counting: self.clone() }
     }
 
-    fn single(&self, rows: usize, cols: usize) -> CountedTensor {
+    fn f32_tensor(&self, rows: usize, cols: usize) -> CountedTensor {
         self.tensor((rows, cols), Dtype::F32)
     }
 
-    fn like(&self, x: &CountedTensor) -> CountedTensor {
+    fn zeros_like(&self, x: &CountedTensor) -> CountedTensor {
         self.tensor(x.shape(), x.dtype)
     }
 
-    /// The product of `[m, k]` and `[k, n]`.
+    /// Counts the product of `[m, k]` and `[k, n]`.
     fn count_product(&self, m: usize, k: usize, n: usize) {
         self.lock().flops += 2 * m as u64 * k as u64 * n as u64;
     }
 
-    /// So many products of the queries with the keys that each sees, over all heads.
+    /// Counts `products` products of each query with the keys that it attends to, over all heads.
     fn count_attention(&self, products: u64, input: &AttentionInput<'_, Self>) {
         let AttentionInput { queries, keys, shape, .. } = input;
         let mut pairs = 0;
@@ -116,21 +116,21 @@ impl CountingBackend {
         self.lock().flops += 2 * products * pairs * shape.q_cols() as u64;
     }
 
-    /// The partial gradients of a norm's weight, for as long as the kernel runs.
+    /// Allocates and frees the partial gradients of a norm's weight, which exist while the kernel runs.
     fn norm_partials(&self, (rows, cols): (usize, usize), group: usize) {
         let task = (self.memory.norm_task_elements / cols.max(1)).max(1);
-        drop(self.single(rows.div_ceil(task), group));
+        drop(self.f32_tensor(rows.div_ceil(task), group));
     }
 
     fn lock(&self) -> MutexGuard<'_, Counts> {
-        // A panic elsewhere cannot leave the counts half-changed.
+        // A panic in another thread cannot leave the counts partially updated.
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for CountedTensor {
     fn drop(&mut self) {
-        self.counting.lock().space.put(self.offset, self.bytes);
+        self.counting.lock().allocator.free(self.offset, self.bytes);
     }
 }
 
@@ -180,7 +180,7 @@ impl Backend for CountingBackend {
     type Download = usize;
 
     fn description(&self) -> String {
-        "nothing: memory and work are counted".to_owned()
+        "no device: memory and operations are counted".to_owned()
     }
 
     fn describe_products(&self, dtype: Dtype) -> String {
@@ -225,7 +225,7 @@ impl Backend for CountingBackend {
         Ok(())
     }
 
-    /// Their lengths: what they hold does not change what is counted.
+    /// Only the lengths are kept: the counts do not depend on the elements.
     fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[usize; N]> {
         Ok(lists.map(<[u32]>::len))
     }
@@ -327,7 +327,7 @@ impl Backend for CountingBackend {
 
     fn scores(&self, q: &CountedTensor, p: &CountedTensor, _scale: f32) -> Result<CountedTensor> {
         self.count_product(q.rows, q.cols, p.rows);
-        Ok(self.single(q.rows, p.rows))
+        Ok(self.f32_tensor(q.rows, p.rows))
     }
 
     fn scores_backward(
@@ -339,8 +339,8 @@ impl Backend for CountingBackend {
     ) -> Result<(CountedTensor, CountedTensor)> {
         self.count_product(ds.rows, ds.cols, p.cols);
         self.count_product(ds.cols, ds.rows, q.cols);
-        let dq = self.single(q.rows, q.cols);
-        Ok((dq, self.single(p.rows, p.cols)))
+        let dq = self.f32_tensor(q.rows, q.cols);
+        Ok((dq, self.f32_tensor(p.rows, p.cols)))
     }
 
     fn gather_rows(&self, x: &CountedTensor, rows: &usize) -> Result<CountedTensor> {
@@ -358,7 +358,7 @@ impl Backend for CountingBackend {
     }
 
     fn segment_mean(&self, x: &CountedTensor, offsets: &usize) -> Result<CountedTensor> {
-        Ok(self.single(offsets - 1, x.cols))
+        Ok(self.f32_tensor(offsets - 1, x.cols))
     }
 
     fn segment_mean_backward(
@@ -367,7 +367,7 @@ impl Backend for CountingBackend {
         _offsets: &usize,
         rows: usize,
     ) -> Result<CountedTensor> {
-        Ok(self.single(rows, dy.cols))
+        Ok(self.f32_tensor(rows, dy.cols))
     }
 
     fn rms_norm(
@@ -378,7 +378,7 @@ impl Backend for CountingBackend {
         dtype: Dtype,
     ) -> Result<(CountedTensor, CountedTensor)> {
         let y = self.tensor(x.shape(), dtype);
-        Ok((y, self.single(x.rows, x.cols / w.cols)))
+        Ok((y, self.f32_tensor(x.rows, x.cols / w.cols)))
     }
 
     fn rms_norm_backward(
@@ -390,7 +390,7 @@ impl Backend for CountingBackend {
         _dw: Option<&mut CountedTensor>,
         onto: Option<CountedTensor>,
     ) -> Result<CountedTensor> {
-        let dx = onto.unwrap_or_else(|| self.like(x));
+        let dx = onto.unwrap_or_else(|| self.zeros_like(x));
         self.norm_partials(x.shape(), w.cols);
         Ok(dx)
     }
@@ -408,8 +408,8 @@ impl Backend for CountingBackend {
     }
 
     fn normalize(&self, x: &CountedTensor) -> Result<(CountedTensor, CountedTensor)> {
-        let y = self.single(x.rows, x.cols);
-        Ok((y, self.single(x.rows, 1)))
+        let y = self.f32_tensor(x.rows, x.cols);
+        Ok((y, self.f32_tensor(x.rows, 1)))
     }
 
     fn normalize_backward(
@@ -418,7 +418,7 @@ impl Backend for CountingBackend {
         _y: &CountedTensor,
         _inv_norm: &CountedTensor,
     ) -> Result<CountedTensor> {
-        Ok(self.single(dy.rows, dy.cols))
+        Ok(self.f32_tensor(dy.rows, dy.cols))
     }
 
     fn rope(
@@ -436,7 +436,7 @@ impl Backend for CountingBackend {
         self.count_attention(2, input);
         let out = self.tensor(input.q.shape(), input.q.dtype());
         let state = self.memory.attention_state * input.shape.heads;
-        Ok(AttentionOutput { out, state: self.single(input.q.rows, state) })
+        Ok(AttentionOutput { out, state: self.f32_tensor(input.q.rows, state) })
     }
 
     fn attention_backward(
@@ -445,7 +445,7 @@ impl Backend for CountingBackend {
         input: &AttentionInput<'_, Self>,
         _output: &AttentionOutput<Self>,
     ) -> Result<AttentionGradients<CountedTensor>> {
-        // Scores once more, dP, dq, dk, dv.
+        // Recomputed scores, dP, dq, dk, dv.
         self.count_attention(5, input);
         let AttentionInput { q, queries, keys, shape, .. } = input;
         let (q_cols, kv_cols, dtype) = (shape.q_cols(), shape.kv_cols(), q.dtype());
@@ -478,7 +478,7 @@ impl Backend for CountingBackend {
         _key: &DropoutKey,
         onto: Option<CountedTensor>,
     ) -> Result<CountedTensor> {
-        Ok(onto.unwrap_or_else(|| self.like(x)))
+        Ok(onto.unwrap_or_else(|| self.zeros_like(x)))
     }
 
     fn cross_entropy(
@@ -486,8 +486,8 @@ impl Backend for CountingBackend {
         scores: &CountedTensor,
         _targets: &usize,
     ) -> Result<(CountedTensor, CountedTensor)> {
-        let grad = self.like(scores);
-        Ok((self.single(1, 1), grad))
+        let grad = self.zeros_like(scores);
+        Ok((self.f32_tensor(1, 1), grad))
     }
 
     fn add_sum_of_squares(
@@ -500,7 +500,7 @@ impl Backend for CountingBackend {
     }
 
     fn clip_factor(&self, _sum: &CountedTensor, _max_norm: Option<f32>) -> Result<CountedTensor> {
-        Ok(self.single(1, 2))
+        Ok(self.f32_tensor(1, 2))
     }
 
     fn adamw(

@@ -1,4 +1,4 @@
-//! [`Backend`], and those arguments and results of its operations that hold its buffers.
+//! [`Backend`], and the arguments and results of its operations that contain device buffers.
 
 use std::ops::Range;
 
@@ -10,52 +10,52 @@ use super::operands::{
 use super::tensor::{Dtype, Elements, Shape, View, ViewMut};
 use crate::Result;
 
-/// A parameter's values as a backend keeps them; see [`Backend::prepare`].
+/// A parameter's values as a backend stores them; see [`Backend::prepare`].
 pub trait PreparedWeight<T>: Shape {
     /// The values: f32 for a trainable parameter, else f32 or bf16.
     fn values(&self) -> &T;
-    /// The values alone, without what was made from them.
+    /// The values, without the copies that were made from them.
     fn into_values(self) -> T;
 }
 
-/// A device: its buffers, and the operations of an embedding model on them.
+/// A device: its buffers, and the operations that an embedding model applies to them.
 pub trait Backend: Clone + Send + Sync + 'static {
     /// A row-major matrix of f32 or bf16.
     type Tensor: Shape + Send + Sync;
-    /// A parameter, prepared for the operations that read it: its values, and whatever copies of them
-    /// the device multiplies by (rounded, packed, scaled). Shape and dtype are those of the values.
+    /// A parameter, prepared for the operations that read it: its values, and any copies of them that
+    /// matrix products read (rounded, packed, scaled). Shape and dtype are those of the values.
     type Weight: PreparedWeight<Self::Tensor> + Send + Sync;
     /// A list of u32: token ids, row numbers, offsets, positions.
     type Index: Send + Sync;
-    /// What the backward pass of an attention needs besides its input and output.
+    /// State that the backward pass of attention needs in addition to the input and output.
     type AttentionState: Send + Sync;
-    /// A matrix on its way to the host.
+    /// A pending copy of a matrix to the host.
     type Download: Send;
 
-    /// What runs the kernels, in words for the log.
+    /// A description of the device, for the log.
     fn description(&self) -> String;
 
-    /// How products of activations of this dtype are computed, in words for the log.
+    /// A description of how matrix products of activations of this dtype are computed, for the log.
     fn describe_products(&self, dtype: Dtype) -> String;
 
-    /// The instructions and kernels that a model with activations of this dtype computes with. Where they
-    /// differ, results with the same inputs may differ in rounding.
+    /// The instruction sets and kernels that a model with activations of this dtype uses. If two devices
+    /// differ in this string, results for the same inputs may differ in rounding.
     fn kernels(&self, activations: Dtype) -> String;
 
-    /// Makes later operations round as those of the kernels that [`kernels`](Backend::kernels) returned for
-    /// bf16, perhaps in another process, as far as the choice of kernels depends on a measurement and has
-    /// not been made yet.
+    /// Selects the kernels for bf16 named by a string that [`kernels`](Backend::kernels) returned, possibly
+    /// in another process, so that later operations round as that process did. This affects only a choice of
+    /// kernels that depends on a measurement and that has not been made yet in this process.
     fn use_kernels(&self, _kernels: &str) {}
 
-    /// The dtype of activations with which a model computes fastest on this device.
+    /// The dtype of activations for which this device is fastest.
     fn fastest_dtype(&self) -> Dtype;
 
-    /// How this backend allocates, and what its kernels take besides tensors: what a prediction of
-    /// memory needs to know.
+    /// How this backend allocates memory, and how much its kernels need in addition to tensors. The memory
+    /// prediction uses this.
     fn memory(&self) -> DeviceMemory;
 
-    /// Free and total bytes of the device's own memory; `None` if tensors are in the machine's main
-    /// memory.
+    /// Free and total bytes of the device's own memory; `None` if tensors are in the main memory of the
+    /// machine.
     ///
     /// # Errors
     /// When the device is lost.
@@ -63,8 +63,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
         Ok(None)
     }
 
-    /// Whether calls return before the device has finished, so that a caller should ask for the next
-    /// step before it reads the results of this one.
+    /// Whether calls return before the device has finished. A caller should then enqueue the next step
+    /// before it reads the results of the current one.
     fn is_asynchronous(&self) -> bool {
         false
     }
@@ -88,15 +88,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
         data: impl Into<Elements<'e>>,
         to: ViewMut<'_, Self::Tensor>,
     ) -> Result<()>;
-    /// Copies lists of indices to the device, all of them in one transfer.
+    /// Copies lists of indices to the device in one transfer.
     fn upload_indices<const N: usize>(&self, lists: [&[u32]; N]) -> Result<[Self::Index; N]>;
-    /// Asks for a copy of a matrix on the host as it is after all operations asked for so far, without
-    /// waiting for it.
+    /// Enqueues a copy of a matrix to the host, after all operations enqueued so far, and does not wait for
+    /// it.
     fn start_download(&self, x: &Self::Tensor) -> Result<Self::Download>;
-    /// Waits for the copy and returns its elements, widened to f32. Operations that were asked for
-    /// after it may still be running.
+    /// Waits for the copy and returns its elements, converted to f32. Operations that were enqueued after
+    /// it may still be running.
     fn finish_download(&self, download: Self::Download) -> Result<Vec<f32>>;
-    /// Waits for the device and copies a matrix to the host, widened to f32.
+    /// Waits for the device and copies a matrix to the host, converted to f32.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>> {
         self.finish_download(self.start_download(x)?)
     }
@@ -109,25 +109,26 @@ pub trait Backend: Clone + Send + Sync + 'static {
         self.copy(x, block.view_mut())?;
         self.download(&block)
     }
-    /// Copies elements, rounded or widened to the dtype of `to`. Both have the same shape.
+    /// Copies elements, converted to the dtype of `to`. Both have the same shape.
     fn copy(&self, x: View<'_, Self::Tensor>, to: ViewMut<'_, Self::Tensor>) -> Result<()>;
-    /// Waits for the device and copies the elements `range` of an f32 matrix, row by row, to the host.
+    /// Waits for the device and copies the elements `range` of an f32 matrix, in row-major order, to the
+    /// host.
     fn read_elements(&self, x: &Self::Tensor, range: Range<usize>) -> Result<Vec<f32>>;
-    /// Overwrites elements of an f32 matrix, row by row, from the element `start` on.
+    /// Overwrites `data.len()` elements of an f32 matrix, in row-major order, starting at element `start`.
     fn write_elements(&self, x: &mut Self::Tensor, start: usize, data: &[f32]) -> Result<()>;
     /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
     fn cast(&self, x: &Self::Tensor, dtype: Dtype) -> Result<Self::Tensor>;
 
     // ---- Weights ------------------------------------------------------------------------------
 
-    /// Takes the values of a parameter and makes from them what the operations that read it want.
+    /// Takes the values of a parameter and makes the copies that operations reading it need.
     fn prepare(&self, values: Self::Tensor, purpose: WeightUse) -> Result<Self::Weight>;
 
     // ---- Products -----------------------------------------------------------------------------
     //
     // The precision is that of the left operand, x or dy: if it is bf16, the other operand is rounded
-    // to bf16 before it is multiplied. Weights have either dtype; biases and weight gradients are f32.
-    // A view of a weight has all of its columns.
+    // to bf16 before the multiplication. Weights have either dtype; biases and weight gradients are f32.
+    // A view of a weight must have all of its columns.
 
     /// `alpha · x · wᵀ (+ bias) (+ residual)`: x `[n, in]`, w `[out, in]`, bias `[1, out]`, residual and
     /// result `[n, out]`. The result has the dtype of the residual, or of x.
@@ -145,8 +146,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
         w: View<'_, Self::Weight>,
         y: ViewMut<'_, Self::Tensor>,
     ) -> Result<()>;
-    /// Gradient of [`linear`](Backend::linear) by its input: `alpha · dy · w (+ onto)`, in the dtype of
-    /// onto, or of dy. `[n, in]`
+    /// Gradient of [`linear`](Backend::linear) with respect to its input: `alpha · dy · w (+ onto)`, in the
+    /// dtype of onto, or of dy. `[n, in]`
     fn linear_input_grad(
         &self,
         dy: View<'_, Self::Tensor>,
@@ -154,8 +155,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
         alpha: f32,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// Gradient of [`linear`](Backend::linear) with `alpha = 1` by its weight: `dw = dyᵀ · x`, or
-    /// `dw += dyᵀ · x`. `[out, in]`
+    /// Gradient of [`linear`](Backend::linear) with `alpha = 1` with respect to its weight: `dw = dyᵀ · x`,
+    /// or `dw += dyᵀ · x`. `[out, in]`
     fn linear_weight_grad(
         &self,
         dy: View<'_, Self::Tensor>,
@@ -163,8 +164,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dw: ViewMut<'_, Self::Tensor>,
         accumulate: Accumulate,
     ) -> Result<()>;
-    /// Gradient of [`linear`](Backend::linear) by its bias: `db = Σ_rows dy`, or `db += Σ_rows dy`.
-    /// `[1, out]`
+    /// Gradient of [`linear`](Backend::linear) with respect to its bias: `db = Σ_rows dy`, or
+    /// `db += Σ_rows dy`. `[1, out]`
     fn linear_bias_grad(
         &self,
         dy: View<'_, Self::Tensor>,
@@ -199,7 +200,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     // ---- Rows ---------------------------------------------------------------------------------
 
-    /// Row `rows[i]` of `x` as row `i` of the result; an embedding when `x` is a table.
+    /// Row `i` of the result is row `rows[i]` of `x`; an embedding lookup if `x` is an embedding table.
     fn gather_rows(&self, x: &Self::Tensor, rows: &Self::Index) -> Result<Self::Tensor>;
     /// Gradient of [`gather_rows`](Backend::gather_rows): `dx[target] += Σ dy[source]` over the pairs of
     /// the plan. The sources of a target are added in the order of the plan.
@@ -209,9 +210,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
         plan: &ScatterPlan<Self>,
         dx: &mut Self::Tensor,
     ) -> Result<()>;
-    /// Mean of rows `offsets[s]..offsets[s + 1]` as row `s`. `[S, d]`
+    /// Row `s` of the result is the mean of rows `offsets[s]..offsets[s + 1]` of `x`. `[S, d]`
     fn segment_mean(&self, x: &Self::Tensor, offsets: &Self::Index) -> Result<Self::Tensor>;
-    /// Gradient of [`segment_mean`](Backend::segment_mean): each row gets its share of `dy[s]`.
+    /// Gradient of [`segment_mean`](Backend::segment_mean): each row of segment `s` receives `dy[s]` divided
+    /// by the number of rows of the segment.
     fn segment_mean_backward(
         &self,
         dy: &Self::Tensor,
@@ -222,7 +224,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     // ---- Norms --------------------------------------------------------------------------------
 
     /// `y = x / rms(x) · w` with `rms = sqrt(mean(x²) + eps)`, over each group of `w.cols()` columns
-    /// (a whole row, or one head of it). w `[1, g]`, f32. Returns y in `dtype`, and `1 / rms`
+    /// (a whole row, or one head of a row). w `[1, g]`, f32. Returns y in `dtype`, and `1 / rms`
     /// `[n, cols / g]`, f32.
     fn rms_norm(
         &self,
@@ -243,7 +245,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dw: Option<&mut Self::Tensor>,
         onto: Option<Self::Tensor>,
     ) -> Result<Self::Tensor>;
-    /// The same with dx written over dy.
+    /// The same; dx overwrites dy.
     fn rms_norm_backward_in_place(
         &self,
         dy: ViewMut<'_, Self::Tensor>,
@@ -252,7 +254,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
         inv_rms: &Self::Tensor,
         dw: Option<&mut Self::Tensor>,
     ) -> Result<()>;
-    /// `y = x / max(‖x‖₂, 1e-12)` row by row, f32. Returns y and the reciprocal `[n, 1]`.
+    /// `y = x / max(‖x‖₂, 1e-12)` for each row, f32. Returns y and `1 / max(‖x‖₂, 1e-12)` `[n, 1]`.
     fn normalize(&self, x: &Self::Tensor) -> Result<(Self::Tensor, Self::Tensor)>;
     /// Gradient of [`normalize`](Backend::normalize): `dx = (dy − y · (y·dy)) · inv_norm`.
     fn normalize_backward(
@@ -264,8 +266,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     // ---- Attention and MLP --------------------------------------------------------------------
 
-    /// Rotary embedding in place (Su et al. 2021): in each head, features `i` and `i + hd/2` are rotated
-    /// by the angle of the row's position.
+    /// Rotary position embedding, in place (Su et al. 2021): in each head, features `i` and `i + hd/2` are
+    /// rotated by the angle of the row's position.
     fn rope(
         &self,
         x: ViewMut<'_, Self::Tensor>,
@@ -273,32 +275,33 @@ pub trait Backend: Clone + Send + Sync + 'static {
         table: &RopeTable<Self>,
         direction: RopeDirection,
     ) -> Result<()>;
-    /// Causal attention of each sequence over itself, by the last rows of each sequence.
+    /// Causal self-attention within each sequence; the queries are the last rows of each sequence.
     fn attention(&self, input: &AttentionInput<'_, Self>) -> Result<AttentionOutput<Self>>;
-    /// Gradients of [`attention`](Backend::attention) by its inputs, from what it returned.
+    /// Gradients of [`attention`](Backend::attention) with respect to q, k and v. `output` is what the
+    /// forward pass returned.
     fn attention_backward(
         &self,
         dout: &Self::Tensor,
         input: &AttentionInput<'_, Self>,
         output: &AttentionOutput<Self>,
     ) -> Result<AttentionGradients<Self::Tensor>>;
-    /// `silu(gate) ∘ up` (Shazeer 2020): gate and up side by side `[n, 2·i]`, result `[n, i]`.
+    /// `silu(gate) ∘ up` (Shazeer 2020): gate and up are concatenated by columns `[n, 2·i]`, result `[n, i]`.
     fn swiglu(&self, gate_up: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Gradient of [`swiglu`](Backend::swiglu), written over `gate_up`; the result of
-    /// [`swiglu`](Backend::swiglu) once more, written over `dy`. Returns `(dgate_up, y)`.
+    /// Gradient of [`swiglu`](Backend::swiglu), which overwrites `gate_up`. Also recomputes the result of
+    /// [`swiglu`](Backend::swiglu), which overwrites `dy`. Returns `(dgate_up, y)`.
     fn swiglu_backward(
         &self,
         dy: Self::Tensor,
         gate_up: Self::Tensor,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
 
-    /// Each element of x with probability `1 − p` and divided by it, else zero `(+ onto)`; also its own
-    /// gradient. Element `(row, column)` is kept where the Philox4x32-10 generator (Salmon et al.
-    /// 2011) with `key.seed` and the counter `(module · 2¹⁶ + 16 · (column / 64) + column % 16,
-    /// tokens.sequences[row], tokens.positions[row], step)` draws at least `p · 2³²` in word
-    /// `column / 16 % 4`: sixteen counters side by side make a block of 64 columns, their first words,
-    /// then their second. So a token has the same mask in whatever chunk or process it is computed.
-    /// At most 2¹⁶ modules and 2¹⁸ columns.
+    /// Dropout: each element is kept with probability `1 − p` and divided by `1 − p`, else zero
+    /// `(+ onto)`. The gradient is the same function of dy. Element `(row, column)` is kept if the
+    /// Philox4x32-10 generator (Salmon et al. 2011) with `key.seed` and the counter `(module · 2¹⁶ +
+    /// 16 · (column / 64) + column % 16, tokens.sequences[row], tokens.positions[row], step)` gives at
+    /// least `p · 2³²` in word `column / 16 % 4`: sixteen adjacent counters cover a block of 64 columns,
+    /// first with their first words, then with their second words, and so on. A token therefore has the
+    /// same mask in every chunk and process. At most 2¹⁶ modules and 2¹⁸ columns.
     fn dropout(
         &self,
         x: &Self::Tensor,
@@ -309,26 +312,27 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     // ---- Loss and optimizer -------------------------------------------------------------------
 
-    /// Mean over rows of `−log softmax(scores[i])[targets[i]]`, and its gradient by the scores.
+    /// Mean over rows of `−log softmax(scores[i])[targets[i]]`, and its gradient with respect to the scores.
     /// Returns loss `[1, 1]` and dscores `[n, m]`.
     fn cross_entropy(
         &self,
         scores: &Self::Tensor,
         targets: &Self::Index,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
-    /// `sum[0] += Σ x²` over the elements `range` of x, row by row. sum `[1, 1]`
+    /// `sum[0] += Σ x²` over the elements `range` of x, in row-major order. sum `[1, 1]`
     fn add_sum_of_squares(
         &self,
         x: &Self::Tensor,
         range: Range<usize>,
         sum: &mut Self::Tensor,
     ) -> Result<()>;
-    /// From a sum of squares, the norm and the factor that clips it to `max_norm`:
-    /// `[norm, min(1, max_norm / (norm + 1e-6))]`, or factor 1 without a limit. `[1, 2]`
+    /// The norm, from its sum of squares, and the factor that clips it to `max_norm`:
+    /// `[norm, min(1, max_norm / (norm + 1e-6))]`; the factor is 1 if `max_norm` is `None`. `[1, 2]`
     fn clip_factor(&self, sum: &Self::Tensor, max_norm: Option<f32>) -> Result<Self::Tensor>;
-    /// One AdamW update of the elements `range` of a weight, row by row, and of what was prepared from
-    /// them, with `grad · clip[1]`; does nothing when `clip[0]` is not finite, so that a failed step does
-    /// not change the weights. The moments have `range.len()` elements, grad has the weight's shape.
+    /// One AdamW update of the elements `range` of a weight, in row-major order, and of the copies prepared
+    /// from them, with the gradient `grad · clip[1]`. Does nothing if `clip[0]` is not finite, so that a
+    /// failed step does not change the weights. The moments have `range.len()` elements; grad has the shape
+    /// of the weight.
     fn adamw(
         &self,
         weight: &mut Self::Weight,
@@ -340,8 +344,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     ) -> Result<()>;
 }
 
-/// Which sequence each row belongs to, and its position there: the last rows of each sequence of a
-/// packed batch, or all of them.
+/// The sequence of each row and its position in that sequence. The rows are all rows of a packed batch, or
+/// only the last rows of each sequence.
 pub struct Layout<B: Backend> {
     /// Rows of sequence `s` are `bounds[s]..bounds[s + 1]`, on the host. `[S + 1]`
     pub bounds: Vec<u32>,
@@ -365,7 +369,7 @@ impl<B: Backend> Layout<B> {
     }
 }
 
-/// Cosines and sines of the rotary embedding, one row a position. Both `[positions, hd / 2]`.
+/// Cosines and sines of the rotary position embedding, one row per position. Both `[positions, hd / 2]`.
 pub struct RopeTable<B: Backend> {
     /// `cos(position · inv_freq)`.
     pub cos: B::Tensor,
@@ -373,7 +377,7 @@ pub struct RopeTable<B: Backend> {
     pub sin: B::Tensor,
 }
 
-/// The input of an attention.
+/// The input of [`Backend::attention`].
 pub struct AttentionInput<'a, B: Backend> {
     /// `[rows of queries, H·hd]`
     pub q: View<'a, B::Tensor>,
@@ -381,7 +385,7 @@ pub struct AttentionInput<'a, B: Backend> {
     pub k: View<'a, B::Tensor>,
     /// `[rows of keys, KV·hd]`
     pub v: View<'a, B::Tensor>,
-    /// The rows of q: the last ones of each sequence of `keys`, as many as the bounds say.
+    /// The rows of q: the last rows of each sequence of `keys`; the bounds give their number.
     pub queries: &'a Layout<B>,
     /// The rows of k and v: every position of each sequence.
     pub keys: &'a Layout<B>,
@@ -389,18 +393,18 @@ pub struct AttentionInput<'a, B: Backend> {
     pub shape: &'a AttentionShape,
 }
 
-/// The output of an attention, with what its backward pass needs.
+/// The output of [`Backend::attention`], and the state that its backward pass needs.
 pub struct AttentionOutput<B: Backend> {
     /// The weighted values. `[rows of q, H·hd]`
     pub out: B::Tensor,
-    /// What the backend saved.
+    /// What the backend saved for the backward pass.
     pub state: B::AttentionState,
 }
 
-/// Which token each row of a matrix belongs to. The same token has the same identity in whatever
-/// chunk, process or order it is computed. Both `[rows]`.
+/// The token that each row of a matrix belongs to. It does not depend on the chunk, the process or the order
+/// in which the row is computed. Both `[rows]`.
 pub struct TokenIds<'i, B: Backend> {
-    /// Number of the row's sequence among all sequences of the step, over all processes.
+    /// Index of the row's sequence among all sequences of the step, over all processes.
     pub sequences: &'i B::Index,
     /// Position of the row in its sequence.
     pub positions: &'i B::Index,
@@ -424,13 +428,13 @@ impl<B: Backend> ScatterPlan<B> {
     /// Copies `rows` to a device.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// If the device is out of memory.
     pub fn upload(rows: &ScatterRows, backend: &B) -> Result<Self> {
         let lists = [&rows.sources, &rows.targets, &rows.starts].map(Vec::as_slice);
         Ok(Self::new(rows, backend.upload_indices(lists)?))
     }
 
-    /// `rows` whose sources, targets and starts have been uploaded.
+    /// The plan of `rows`, whose sources, targets and starts have been uploaded.
     pub(crate) fn new(rows: &ScatterRows, [sources, targets, starts]: [B::Index; 3]) -> Self {
         let (sources_len, targets_len) = (rows.sources.len(), rows.targets.len());
         ScatterPlan { sources, targets, starts, sources_len, targets_len }

@@ -1,20 +1,20 @@
 //! Offsets of buffers in one range of memory: best fit, with adjacent free blocks merged.
 //!
-//! It only computes offsets. The CPU allocates its memory by it, and the memory prediction runs the same
-//! requests through it.
+//! The allocator only computes offsets. The backends allocate memory at these offsets, and the memory
+//! prediction passes the same requests to it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A range of memory from 0 up, part of it taken.
+/// A best-fit allocator for a range of memory that starts at offset 0.
 #[derive(Debug, Clone, Default)]
 pub struct OffsetAllocator {
-    /// Free holes below `end`: length by offset.
-    holes: BTreeMap<usize, usize>,
+    /// Free blocks below `end`: offset to length.
+    free_blocks: BTreeMap<usize, usize>,
     /// The same as (length, offset), for the best fit.
     by_length: BTreeSet<(usize, usize)>,
-    /// Everything from here on is free.
+    /// All memory from this offset on is free.
     end: usize,
-    taken: usize,
+    allocated: usize,
     peak: usize,
 }
 
@@ -22,14 +22,15 @@ impl OffsetAllocator {
     /// Offsets and lengths are rounded up to this many bytes: a cache line.
     pub const ALIGNMENT: usize = 64;
 
-    /// Takes `bytes` and returns their offset: in the smallest hole that holds them, or at the end.
-    pub fn take(&mut self, bytes: usize) -> usize {
+    /// Allocates `bytes` and returns their offset: in the smallest free block that is large enough, or at the
+    /// end.
+    pub fn allocate(&mut self, bytes: usize) -> usize {
         let length = rounded(bytes);
-        self.taken += length;
-        if let Some(&(hole, offset)) = self.by_length.range((length, 0)..).next() {
-            self.remove_hole(offset, hole);
-            if hole > length {
-                self.add_hole(offset + length, hole - length);
+        self.allocated += length;
+        if let Some(&(size, offset)) = self.by_length.range((length, 0)..).next() {
+            self.remove_free_block(offset, size);
+            if size > length {
+                self.add_free_block(offset + length, size - length);
             }
             return offset;
         }
@@ -39,85 +40,89 @@ impl OffsetAllocator {
         offset
     }
 
-    /// Gives back what [`take`](OffsetAllocator::take) gave for so many bytes.
-    pub fn put(&mut self, mut offset: usize, bytes: usize) {
+    /// Frees the `bytes` at `offset`, which [`allocate`](OffsetAllocator::allocate) returned for the same
+    /// number of bytes.
+    pub fn free(&mut self, mut offset: usize, bytes: usize) {
         let mut length = rounded(bytes);
-        self.taken -= length;
-        if let Some((&before, &size)) = self.holes.range(..offset).next_back()
+        self.allocated -= length;
+        if let Some((&before, &size)) = self.free_blocks.range(..offset).next_back()
             && before + size == offset
         {
-            self.remove_hole(before, size);
+            self.remove_free_block(before, size);
             (offset, length) = (before, length + size);
         }
-        if let Some(&size) = self.holes.get(&(offset + length)) {
-            self.remove_hole(offset + length, size);
+        if let Some(&size) = self.free_blocks.get(&(offset + length)) {
+            self.remove_free_block(offset + length, size);
             length += size;
         }
         if offset + length == self.end {
             self.end = offset;
         } else {
-            self.add_hole(offset, length);
+            self.add_free_block(offset, length);
         }
     }
 
-    /// Bytes that are taken now.
-    pub fn taken(&self) -> usize {
-        self.taken
+    /// Number of bytes currently allocated.
+    pub fn allocated(&self) -> usize {
+        self.allocated
     }
 
-    /// Where the taken part ends now.
+    /// The end of the last allocated block.
     pub fn end(&self) -> usize {
         self.end
     }
 
-    /// The highest end that the taken part has had, holes included: what has been touched.
+    /// The largest value that [`end`](OffsetAllocator::end) has had: the memory in use at its peak, with the
+    /// free blocks between allocated ones.
     pub fn peak(&self) -> usize {
         self.peak
     }
 
-    /// Lets the peak begin anew from where the taken part ends now.
-    pub fn forget_peak(&mut self) {
+    /// Resets the peak to the current end.
+    pub fn reset_peak(&mut self) {
         self.peak = self.end;
     }
 
-    fn add_hole(&mut self, offset: usize, length: usize) {
-        self.holes.insert(offset, length);
+    fn add_free_block(&mut self, offset: usize, length: usize) {
+        self.free_blocks.insert(offset, length);
         self.by_length.insert((length, offset));
     }
 
-    fn remove_hole(&mut self, offset: usize, length: usize) {
-        self.holes.remove(&offset);
+    fn remove_free_block(&mut self, offset: usize, length: usize) {
+        self.free_blocks.remove(&offset);
         self.by_length.remove(&(length, offset));
     }
 }
 
-/// An empty buffer takes some bytes as well, so that no two buffers share an offset.
+/// An empty buffer is also given some bytes, so that no two buffers share an offset.
 fn rounded(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(OffsetAllocator::ALIGNMENT)
 }
 
-/// How a device allocates and what its kernels take: see [`Backend::memory`](super::Backend::memory).
+/// How a device allocates memory and how much its kernels need: see
+/// [`Backend::memory`](super::Backend::memory).
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceMemory {
-    /// Every allocation takes a multiple of this many bytes.
+    /// The size of every allocation is a multiple of this many bytes.
     pub alignment: usize,
-    /// Bytes that are taken before the first tensor: the device's context, workspaces of products.
+    /// Bytes allocated before the first tensor: the device's context, workspaces of matrix products.
     pub fixed_bytes: usize,
-    /// f32 elements of an attention's state for each query and head.
+    /// f32 elements of the attention state per query and head.
     pub attention_state: usize,
     /// Elements of a norm's input that are summed into one partial gradient of its weight.
     pub norm_task_elements: usize,
     /// Whether a trainable matrix that is multiplied by bf16 activations has a bf16 copy.
     pub has_working_copies: bool,
-    /// Scratch memory of a kernel, for sequences of so many tokens and heads of so many features.
+    /// Scratch memory of a kernel, in bytes, for sequences of at most `longest` tokens and heads of
+    /// `head_dim` features.
     pub scratch_bytes: fn(longest: usize, head_dim: usize) -> usize,
-    /// How many kernels may have scratch memory at the same time.
+    /// Maximum number of kernels that have scratch memory at the same time.
     pub threads: usize,
 }
 
 impl DeviceMemory {
-    /// Memory that kernels take besides tensors, in bytes, at most, for sequences of `longest` tokens
-    /// and heads of `head_dim` features.
+    /// Maximum memory of kernels in addition to tensors, in bytes, for sequences of `longest` tokens and
+    /// heads of `head_dim` features.
     pub fn workspace(&self, longest: usize, head_dim: usize) -> usize {
         self.fixed_bytes + self.threads * (self.scratch_bytes)(longest, head_dim)
     }
@@ -130,45 +135,45 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_smallest_hole_is_taken_and_neighbours_join() {
-        let mut space = OffsetAllocator::default();
-        let [a, b, c, d] = [640, 64, 128, 64].map(|bytes| space.take(bytes));
-        space.put(a, 640);
-        space.put(c, 128);
-        assert_eq!(space.take(100), c);
-        space.put(c, 100);
-        space.put(b, 64);
-        assert_eq!(space.take(640 + 64 + 128), a);
-        assert_eq!((space.peak(), space.taken()), (896, 896));
-        space.put(d, 64);
-        space.put(a, 832);
-        assert_eq!((space.take(1), space.taken(), space.peak()), (0, 64, 896));
-        space.forget_peak();
-        assert_eq!(space.peak(), 64);
+    fn allocation_is_best_fit_and_adjacent_free_blocks_are_merged() {
+        let mut allocator = OffsetAllocator::default();
+        let [a, b, c, d] = [640, 64, 128, 64].map(|bytes| allocator.allocate(bytes));
+        allocator.free(a, 640);
+        allocator.free(c, 128);
+        assert_eq!(allocator.allocate(100), c);
+        allocator.free(c, 100);
+        allocator.free(b, 64);
+        assert_eq!(allocator.allocate(640 + 64 + 128), a);
+        assert_eq!((allocator.peak(), allocator.allocated()), (896, 896));
+        allocator.free(d, 64);
+        allocator.free(a, 832);
+        assert_eq!((allocator.allocate(1), allocator.allocated(), allocator.peak()), (0, 64, 896));
+        allocator.reset_peak();
+        assert_eq!(allocator.peak(), 64);
     }
 
     proptest! {
         #[test]
         #[cfg_attr(miri, ignore = "contains no unsafe code, and takes minutes")]
-        fn nothing_overlaps_and_all_comes_back(
+        fn allocations_do_not_overlap_and_all_memory_is_freed(
             requests in prop::collection::vec((0usize..5000, any::<prop::sample::Index>()), 1..80),
         ) {
-            let mut space = OffsetAllocator::default();
+            let mut allocator = OffsetAllocator::default();
             let mut taken: Vec<(usize, usize)> = Vec::new();
             for (bytes, which) in requests {
                 if bytes % 3 == 0 && !taken.is_empty() {
                     let (offset, bytes) = taken.swap_remove(which.index(taken.len()));
-                    space.put(offset, bytes);
+                    allocator.free(offset, bytes);
                     continue;
                 }
-                let offset = space.take(bytes);
+                let offset = allocator.allocate(bytes);
                 let end = offset + bytes.max(1);
                 prop_assert!(taken.iter().all(|&(at, len)| end <= at || at + len.max(1) <= offset));
-                prop_assert!(offset.is_multiple_of(OffsetAllocator::ALIGNMENT) && end <= space.peak());
+                prop_assert!(offset.is_multiple_of(OffsetAllocator::ALIGNMENT) && end <= allocator.peak());
                 taken.push((offset, bytes));
             }
-            taken.into_iter().for_each(|(offset, bytes)| space.put(offset, bytes));
-            prop_assert_eq!((space.taken(), space.end, space.holes.len()), (0, 0, 0));
+            taken.into_iter().for_each(|(offset, bytes)| allocator.free(offset, bytes));
+            prop_assert_eq!((allocator.allocated(), allocator.end, allocator.free_blocks.len()), (0, 0, 0));
         }
     }
 }

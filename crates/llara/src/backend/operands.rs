@@ -1,16 +1,17 @@
-//! Arguments of the operations of a backend that hold no buffer of a device.
+//! Arguments of backend operations that contain no device buffer.
 
 use super::tensor::{Dtype, View};
 
-/// What a weight is for, which decides what is prepared from its values.
+/// How a weight is used, which determines the copies that are prepared from its values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightUse {
-    /// Norms, biases and tables of embeddings: read as they are.
+    /// Norms, biases and embedding tables: the values are read directly.
     Elementwise,
-    /// A matrix that does not change, multiplied by activations of this dtype. Its values keep their
+    /// A matrix that is not trainable, multiplied by activations of this dtype. Its values keep their
     /// dtype.
     Frozen(Dtype),
-    /// A matrix in f32 that [`Backend::adamw`](super::Backend::adamw) changes, multiplied by activations of this dtype.
+    /// An f32 matrix that [`Backend::adamw`](super::Backend::adamw) updates, multiplied by activations of
+    /// this dtype.
     Trainable(Dtype),
 }
 
@@ -23,7 +24,7 @@ pub struct Epilogue<'e, T> {
 }
 
 impl<T> Default for Epilogue<'_, T> {
-    /// Nothing.
+    /// No bias and no residual.
     fn default() -> Self {
         Epilogue { bias: None, residual: None }
     }
@@ -38,16 +39,17 @@ pub enum RopeDirection {
     Backward,
 }
 
-/// The heads of an attention.
+/// The heads, window and scale of attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Query heads, `H`.
     pub heads: usize,
-    /// Key and value heads, `KV`; divides `H`. Query head `h` reads key head `h / (H / KV)`.
+    /// Key and value heads, `KV`; divides `H`. Query head `h` uses key head `h / (H / KV)`.
     pub kv_heads: usize,
     /// Features of a head, `hd`.
     pub head_dim: usize,
-    /// A query at position `i` sees keys at positions `i - window < j <= i`; `None` sees all `j <= i`.
+    /// A query at position `i` attends to keys at positions `i - window < j <= i`; with `None`, to all
+    /// `j <= i`.
     pub window: Option<usize>,
     /// Factor on `q · k` before the softmax, usually `1 / sqrt(hd)`.
     pub scale: f32,
@@ -65,28 +67,27 @@ impl AttentionShape {
     }
 }
 
-/// Gradients by the input of an attention.
+/// Gradients with respect to the inputs of attention.
 pub enum AttentionGradients<T> {
-    /// Where every row is a query: dq, dk and dv side by side. `[T, (H + 2·KV)·hd]`
+    /// If every row is a query: dq, dk and dv concatenated by columns. `[T, (H + 2·KV)·hd]`
     Fused(T),
-    /// Where only some are.
+    /// If only some rows are queries.
     Separate {
         /// `[rows of q, H·hd]`
         dq: T,
-        /// dk and dv side by side. `[T, 2·KV·hd]`
+        /// dk and dv concatenated by columns. `[T, 2·KV·hd]`
         dkv: T,
     },
 }
 
-/// Selects the mask of a dropout: the same key gives the same mask on every device and in every
-/// recomputation.
+/// Determines a dropout mask: the same key gives the same mask on every device and in every recomputation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DropoutKey {
     /// Seed of the run.
     pub seed: u64,
-    /// Number of the step.
+    /// Index of the step.
     pub step: u64,
-    /// Number of the module within the model.
+    /// Index of the module within the model.
     pub module: u32,
     /// Probability that an element becomes zero, below 1.
     pub probability: f32,
@@ -95,26 +96,26 @@ pub struct DropoutKey {
 /// Whether a gradient is added to the buffer or overwrites it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accumulate {
-    /// The buffer holds values of an earlier step.
+    /// The buffer contains values of an earlier step.
     Overwrite,
-    /// The buffer holds a part of the same gradient.
+    /// The buffer contains a partial sum of the same gradient.
     Add,
 }
 
-/// Which rows are added to which, sorted by target, so that a device can give each target to one task
-/// and add its sources in a fixed order.
+/// Pairs of a source row and the target row that it is added to, sorted by target. A device can therefore
+/// assign each target to one task, which adds its sources in a fixed order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ScatterRows {
-    /// Source rows, those of one target after another, ascending within a target. `[n]`
+    /// Source rows, grouped by target, ascending within a target. `[n]`
     pub sources: Vec<u32>,
-    /// The targets, ascending, each once. `[u]`
+    /// The distinct targets, ascending. `[u]`
     pub targets: Vec<u32>,
     /// Sources of target `i` are `starts[i]..starts[i + 1]` of `sources`. `[u + 1]`
     pub starts: Vec<u32>,
 }
 
 impl ScatterRows {
-    /// Row `i` of the source goes to row `rows[i]`.
+    /// The plan that adds row `i` of the source to row `rows[i]` of the target.
     pub fn new(rows: &[u32]) -> Self {
         let mut sources: Vec<u32> = (0..rows.len() as u32).collect();
         sources.sort_by_key(|&source| rows[source as usize]); // stable: ascending within a target
@@ -135,13 +136,13 @@ impl ScatterRows {
 /// `1 - beta2` would lose half its digits in f32.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWStep {
-    /// Learning rate of this step, schedule applied.
+    /// Learning rate of this step, with the schedule applied.
     pub learning_rate: f64,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub epsilon: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
@@ -156,7 +157,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_plan_has_every_pair_once(rows in prop::collection::vec(0u32..9, 0..40)) {
+        fn a_plan_contains_every_pair_once(rows in prop::collection::vec(0u32..9, 0..40)) {
             let plan = ScatterRows::new(&rows);
             prop_assert!(plan.targets.is_sorted_by(|a, b| a < b));
             let mut pairs = Vec::new();

@@ -1,4 +1,4 @@
-//! What the operations of a [`Backend`](super::Backend) are given: dtypes, shapes and views.
+//! Dtypes, shapes and views of the matrices of a [`Backend`](super::Backend).
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Bytes of an element.
+    /// Size of an element in bytes.
     pub fn bytes(self) -> usize {
         match self {
             Dtype::F32 => 4,
@@ -35,7 +35,7 @@ impl std::fmt::Display for Dtype {
     }
 }
 
-/// Elements in host memory, row by row.
+/// Elements in host memory, in row-major order.
 #[derive(Debug, Clone, Copy)]
 pub enum Elements<'e> {
     /// Single precision.
@@ -53,12 +53,12 @@ impl Elements<'_> {
         }
     }
 
-    /// Whether there are none.
+    /// Whether there are no elements.
     pub fn is_empty(self) -> bool {
         self.len() == 0
     }
 
-    /// Type of the elements.
+    /// Dtype of the elements.
     pub fn dtype(self) -> Dtype {
         match self {
             Elements::F32(_) => Dtype::F32,
@@ -91,13 +91,13 @@ impl<'e> From<&'e [bf16]> for Elements<'e> {
     }
 }
 
-/// The shape of a matrix on a device, and the type of its elements.
+/// The shape and dtype of a matrix on a device.
 pub trait Shape {
     /// Number of rows.
     fn rows(&self) -> usize;
     /// Number of columns.
     fn cols(&self) -> usize;
-    /// Type of the elements.
+    /// Dtype of the elements.
     fn dtype(&self) -> Dtype;
 
     /// `(rows, cols)`.
@@ -105,7 +105,7 @@ pub trait Shape {
         (self.rows(), self.cols())
     }
 
-    /// All of the matrix.
+    /// A view of the whole matrix.
     fn view(&self) -> View<'_, Self>
     where
         Self: Sized,
@@ -113,7 +113,7 @@ pub trait Shape {
         View { tensor: self, row: 0, rows: self.rows(), col: 0, cols: self.cols() }
     }
 
-    /// All of the matrix, to be written.
+    /// A mutable view of the whole matrix.
     fn view_mut(&mut self) -> ViewMut<'_, Self>
     where
         Self: Sized,
@@ -138,7 +138,7 @@ pub struct View<'t, T> {
     pub cols: usize,
 }
 
-// Derived, these would ask for a `T` that can be copied.
+// Not derived, because the derived implementations would require `T: Clone` and `T: Copy`.
 impl<T> Clone for View<'_, T> {
     fn clone(&self) -> Self {
         *self
@@ -153,25 +153,25 @@ impl<T: Shape> View<'_, T> {
         (self.rows, self.cols)
     }
 
-    /// Type of the elements.
+    /// Dtype of the elements.
     pub fn dtype(self) -> Dtype {
         self.tensor.dtype()
     }
 
-    /// Some of these rows.
+    /// A view of some of these rows.
     ///
     /// # Panics
-    /// If the view does not have them.
+    /// If the range is not within the view.
     #[must_use]
     pub fn with_rows(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         View { row: self.row + rows.start, rows: rows.len(), ..self }
     }
 
-    /// Some of these columns.
+    /// A view of some of these columns.
     ///
     /// # Panics
-    /// If the view does not have them.
+    /// If the range is not within the view.
     #[must_use]
     pub fn with_cols(self, cols: Range<usize>) -> Self {
         assert!(cols.start <= cols.end && cols.end <= self.cols, "cols {cols:?} of {}", self.cols);
@@ -184,7 +184,7 @@ impl<T: Shape> View<'_, T> {
     }
 }
 
-/// A [`View`] that is written.
+/// A mutable [`View`].
 #[derive(Debug)]
 pub struct ViewMut<'t, T> {
     /// The matrix.
@@ -205,25 +205,25 @@ impl<T: Shape> ViewMut<'_, T> {
         (self.rows, self.cols)
     }
 
-    /// Type of the elements.
+    /// Dtype of the elements.
     pub fn dtype(&self) -> Dtype {
         self.tensor.dtype()
     }
 
-    /// Some of these rows.
+    /// A view of some of these rows.
     ///
     /// # Panics
-    /// If the view does not have them.
+    /// If the range is not within the view.
     #[must_use]
     pub fn with_rows(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         ViewMut { row: self.row + rows.start, rows: rows.len(), ..self }
     }
 
-    /// Some of these columns.
+    /// A view of some of these columns.
     ///
     /// # Panics
-    /// If the view does not have them.
+    /// If the range is not within the view.
     #[must_use]
     pub fn with_cols(self, cols: Range<usize>) -> Self {
         assert!(cols.start <= cols.end && cols.end <= self.cols, "cols {cols:?} of {}", self.cols);

@@ -1,4 +1,4 @@
-//! Adapters of a bi-encoder: attached, merged, and saved and loaded in PEFT's form.
+//! LoRA adapters of a bi-encoder: attaching, merging, and saving and loading in the format of PEFT.
 
 use std::path::Path;
 
@@ -18,14 +18,14 @@ const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Prefix of the decoder's parameter names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
-/// The same where the adapter was made on a causal language model.
+/// The same if the base model of the adapter is a causal language model.
 const CAUSAL_LM_PREFIX: &str = "base_model.model.model.";
 
 impl<B: Backend> BiEncoderModel<B> {
     /// Freezes the model and attaches new adapters, whose product is zero before training.
     ///
     /// # Errors
-    /// When a setting is out of its range or a target matches nothing.
+    /// If a setting is out of range or the targets match no projection.
     pub fn attach_new_adapter(&mut self, config: &LoraConfig, seed: u64) -> Result<()> {
         self.refuse_second_adapter()?;
         self.decoder.attach_new_adapters(&self.backend, config, seed)?;
@@ -33,7 +33,7 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Freezes the model and attaches adapters of zeros, for a device that only counts.
+    /// Freezes the model and attaches adapters of zeros, for the counting backend.
     pub(crate) fn attach_zero_adapter(&mut self, config: &LoraConfig) -> Result<()> {
         let backend = self.backend.clone();
         self.decoder.attach_adapters(&backend, config, &mut |_, _| {
@@ -46,8 +46,8 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Freezes the model and attaches the adapter of a PEFT folder.
     ///
     /// # Errors
-    /// When a file is missing or damaged, the adapter is of a kind that computes something else, or
-    /// its matrices do not fit the model (all listed).
+    /// If a file is missing or damaged, the adapter uses a method that is not supported, or its matrices do not
+    /// have the shapes of the model (all listed).
     pub fn attach_adapter(&mut self, dir: &Path) -> Result<()> {
         self.refuse_second_adapter()?;
         let config = read_config(&dir.join(CONFIG_FILE))?;
@@ -83,12 +83,12 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Adds the adapter to the weights, `W += scale · B · A`, in f32. Weights that are stored as bf16 in
-    /// memory are read again from the model's files, so that the adapter is not added to rounded ones.
+    /// Adds the adapter to the weights, `W += scale · B · A`, in f32. Weights that are stored as bf16 in memory
+    /// are read again from the model's files, so that the adapter is not added to rounded weights.
     ///
     /// # Errors
-    /// When a weight is stored as bf16 and differs from the model's files, or there are none. The model
-    /// is unchanged then.
+    /// If a weight is stored as bf16 and differs from the model's files, or there are no files. The model is
+    /// then unchanged.
     pub fn merge_adapter(&mut self) -> Result<()> {
         let (backend, folder) = (self.backend.clone(), &self.folder);
         self.decoder.merge_adapters(&backend, &mut |weight| {
@@ -103,8 +103,10 @@ impl<B: Backend> BiEncoderModel<B> {
                     weight.name()
                 ),
             )
-            .expected("f32 weights, or bf16 weights that are those of the model's files, rounded")
-            .hint("load the model in f32, attach the adapter, and merge it then");
+            .expected(
+                "f32 weights, or bf16 weights that equal the rounded weights of the model's files",
+            )
+            .hint("load the model in f32, attach the adapter, then merge it");
             Err(match folder.source() {
                 Some(dir) => error.file(dir),
                 None => error,
@@ -114,12 +116,12 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Saves the adapter alone, as PEFT does, with the recipe beside it; then loads it again onto this
-    /// model's frozen weights and compares probe vectors, which stay in the folder.
+    /// Saves only the adapter, as PEFT does, and the recipe in the same folder. Then loads it onto the frozen
+    /// weights of this model and compares the embeddings of probe texts, which stay in the folder.
     ///
     /// # Errors
-    /// When no adapter is attached, a file cannot be written, or the vectors differ; the folder is
-    /// then kept as `DIR.unverified-N`.
+    /// If no adapter is attached, a file cannot be written, or the embeddings differ; in the last case the folder
+    /// is kept as `DIR.unverified-N`.
     pub fn save_adapter(&mut self, dir: &Path) -> Result<()> {
         let (staging, written) = self.stage_adapter(dir)?;
         let verified = written.verify(staging.path()).and_then(|()| self.reload(staging.path()));
@@ -129,12 +131,12 @@ impl<B: Backend> BiEncoderModel<B> {
         }
     }
 
-    /// Takes probes, loads the adapter in `dir` in the place of the attached one, and compares.
+    /// Computes probes, loads the adapter in `dir` in place of the attached one, and compares.
     fn reload(&mut self, dir: &Path) -> Result<Probes> {
         let probes = Probes::take(self)?;
         let (config, trained) = (self.adapter.take(), self.decoder.detach_adapters());
         let same = self.attach_adapter(dir).and_then(|()| probes.check(self));
-        self.decoder.put_back_adapters(trained);
+        self.decoder.restore_adapters(trained);
         self.adapter = config;
         same.map(|()| probes)
     }
@@ -198,7 +200,7 @@ impl<B: Backend> BiEncoderModel<B> {
 }
 
 fn config_json(config: &LoraConfig, base: Option<String>) -> Value {
-    // As it was given: 0.1 and not the nearest f32's sixteen digits.
+    // As the user wrote it: 0.1, and not the digits of the nearest f32.
     let dropout: f64 = config.dropout.to_string().parse().unwrap_or(config.dropout.into());
     json!({
         "base_model_name_or_path": base,
@@ -217,7 +219,7 @@ fn config_json(config: &LoraConfig, base: Option<String>) -> Value {
     })
 }
 
-/// The fields of `adapter_config.json` that matter here.
+/// The fields of `adapter_config.json` that are used.
 #[derive(Deserialize)]
 struct Raw {
     peft_type: Option<String>,
@@ -231,7 +233,7 @@ struct Raw {
     rest: serde_json::Map<String, Value>,
 }
 
-/// Settings that must be absent, false or empty, for they would change what is computed.
+/// Settings that must be absent, false or empty, because they change the computation.
 const UNSUPPORTED: [&str; 9] = [
     "use_dora",
     "fan_in_fan_out",
@@ -245,10 +247,10 @@ const UNSUPPORTED: [&str; 9] = [
 ];
 
 impl LoraConfig {
-    /// That of a PEFT folder.
+    /// Reads the configuration of a PEFT folder.
     ///
     /// # Errors
-    /// When the file is missing or damaged, or the adapter is of a kind that computes something else.
+    /// If the file is missing or damaged, or the adapter uses a method that is not supported.
     pub fn from_peft(dir: &Path) -> Result<Self> {
         read_config(&dir.join(CONFIG_FILE))
     }
@@ -286,17 +288,17 @@ fn read_config(path: &Path) -> Result<LoraConfig> {
     match raw.rest.get("init_lora_weights") {
         None | Some(Value::Null | Value::Bool(_)) => {}
         Some(Value::String(way)) if ["gaussian", "orthogonal"].contains(&way.as_str()) => {}
-        // These take a part out of the base weights, which the adapter's files do not hold.
-        Some(other) => return refuse("this way of beginning", &other.to_string()),
+        // These initializations change the base weights, and the adapter's files do not contain that change.
+        Some(other) => return refuse("this initialization of the weights", &other.to_string()),
     }
     let target_modules = target_modules(&raw.target_modules);
     if let Some(name) = target_modules.iter().find(|name| name.contains('.')) {
-        return refuse("a target in single layers", name);
+        return refuse("a target in some layers only", name);
     }
     let rank_stabilised = raw.rest.get("use_rslora") == Some(&Value::Bool(true));
     let config = LoraConfig {
         rank: raw.r,
-        // rsLoRA divides alpha by the root of the rank; as a plain adapter that is a larger alpha.
+        // rsLoRA divides alpha by the square root of the rank, which equals LoRA with a larger alpha.
         alpha: if rank_stabilised {
             raw.lora_alpha * (raw.r as f64).sqrt()
         } else {
@@ -309,7 +311,7 @@ fn read_config(path: &Path) -> Result<LoraConfig> {
     Ok(config)
 }
 
-/// A list of names, or PEFT's word for all projections.
+/// A list of names, or the keyword of PEFT for all projections.
 fn target_modules(value: &Value) -> Vec<String> {
     match value {
         Value::String(all) if all == "all-linear" => PROJECTIONS.map(str::to_owned).to_vec(),

@@ -1,4 +1,4 @@
-//! The bi-encoder: texts of two roles through one decoder, to vectors that are compared.
+//! The bi-encoder: one decoder encodes queries and passages as embeddings, which are compared.
 
 mod adapter;
 mod folder;
@@ -28,18 +28,18 @@ use crate::model::{
 use crate::text::{PromptEncoder, Role};
 use crate::{Error, ErrorKind, Result};
 
-/// How vectors are made and compared.
+/// How embeddings are computed and compared.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BiEncoderOptions {
-    /// Whether vectors are brought to length 1.
+    /// Whether embeddings are L2-normalized.
     pub normalized: bool,
     /// Whether a query is scored against the passages of every process. Needs a process group.
     pub negatives_cross_device: bool,
-    /// Divides similarities in the loss; 1.0 is used where vectors are not normalised.
+    /// Divides similarities in the loss; 1.0 is used if embeddings are not normalized.
     pub temperature: f32,
-    /// Sequences encoded at a time; `None`: all of a batch at once. The result is the same.
+    /// Number of sequences encoded at a time; `None`: all sequences of a batch at once. The result is the same.
     pub sub_batch_size: Option<usize>,
-    /// Optimizations.
+    /// Optimizations of the computation.
     pub shortcuts: Shortcuts,
 }
 
@@ -71,7 +71,7 @@ impl Default for BiEncoderOptions {
 }
 
 impl BiEncoderOptions {
-    /// The temperature that the loss uses: 1.0 unless vectors are normalised.
+    /// The temperature of the loss: 1.0 unless embeddings are normalized.
     pub fn effective_temperature(&self) -> f32 {
         if self.normalized { self.temperature } else { 1.0 }
     }
@@ -107,7 +107,7 @@ enum Mode {
     Eval,
 }
 
-/// A decoder that turns queries and passages into vectors.
+/// A decoder that encodes queries and passages as embeddings.
 ///
 /// ```no_run
 /// use llara::{BiEncoderModel, BiEncoderOptions, Role};
@@ -130,7 +130,7 @@ pub struct BiEncoderModel<B: Backend = Cpu> {
     adapter: Option<LoraConfig>,
 }
 
-/// A model's parts, before they are known to fit each other.
+/// The parts of a model, before they have been checked against each other.
 pub(crate) struct Parts<B: Backend> {
     pub(crate) backend: B,
     pub(crate) decoder: Decoder<B>,
@@ -139,18 +139,18 @@ pub(crate) struct Parts<B: Backend> {
     pub(crate) recipe: Recipe,
 }
 
-/// The embeddings of some sequences, with what their backward pass needs.
+/// The embeddings of some sequences, and the state that their backward pass needs.
 pub(crate) struct Encoding<B: Backend> {
     /// `[S, d]`
     pub(crate) embeddings: B::Tensor,
     input: Input<B>,
     decoder: SavedDecoder<B>,
-    /// Reciprocal lengths before normalisation. `[S, 1]`
+    /// Reciprocal lengths before normalization. `[S, 1]`
     inv_norm: Option<B::Tensor>,
 }
 
 impl<B: Backend> BiEncoderModel<B> {
-    /// A model in evaluation mode, in a process of its own.
+    /// A model in evaluation mode, in a group of one process.
     pub(crate) fn new(parts: Parts<B>, options: BiEncoderOptions) -> Result<Self> {
         options.check(1)?;
         let Parts { backend, mut decoder, folder, prompts, mut recipe } = parts;
@@ -176,12 +176,12 @@ impl<B: Backend> BiEncoderModel<B> {
         self.mode = Mode::Train;
     }
 
-    /// Makes [`forward`](Self::forward) return plain similarities and no loss.
+    /// Makes [`forward`](Self::forward) return similarities, not divided by the temperature, and no loss.
     pub fn eval(&mut self) {
         self.mode = Mode::Eval;
     }
 
-    /// The options that the model was made with.
+    /// The options of the model.
     pub fn options(&self) -> &BiEncoderOptions {
         &self.options
     }
@@ -202,7 +202,7 @@ impl<B: Backend> BiEncoderModel<B> {
         &self.decoder
     }
 
-    /// The decoder, to be changed.
+    /// The decoder, mutable.
     pub fn decoder_mut(&mut self) -> &mut Decoder<B> {
         &mut self.decoder
     }
@@ -212,17 +212,17 @@ impl<B: Backend> BiEncoderModel<B> {
         &self.prompts
     }
 
-    /// The same, for whoever tokenizes while the model is at work.
+    /// The same, shared, for another thread that tokenizes.
     pub(crate) fn shared_prompts(&self) -> Arc<PromptEncoder> {
         Arc::clone(&self.prompts)
     }
 
-    /// Template, lengths and normalisation that go with the weights.
+    /// The recipe: template, lengths, instructions and normalization.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
     }
 
-    /// The folder that the model was read from; `None` for a new one.
+    /// The folder that the model was loaded from; `None` for a new model.
     pub fn source(&self) -> Option<&std::path::Path> {
         self.folder.source()
     }
@@ -230,7 +230,7 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Sets the maximum lengths, in tokens, that are saved with the model.
     ///
     /// # Errors
-    /// When a length leaves no room for text beside the template.
+    /// If a length is not larger than the template, so that no tokens are left for text.
     pub fn set_max_lens(&mut self, query: usize, passage: usize) -> Result<()> {
         self.prompts.check_max_len(Role::Query, query)?;
         self.prompts.check_max_len(Role::Passage, passage)?;
@@ -244,8 +244,8 @@ impl<B: Backend> BiEncoderModel<B> {
         passage.clone_into(&mut self.recipe.passage_instruction);
     }
 
-    /// Computes activations and their gradients in `precision`. In bf16, frozen matrices are stored in
-    /// bf16 as well, for good; trainable ones stay f32.
+    /// Sets the dtype of activations and their gradients. With bf16, frozen matrices are also rounded to bf16
+    /// permanently; trainable ones stay f32.
     pub fn set_precision(&mut self, precision: Dtype) -> Result<()> {
         self.decoder.set_activations(&self.backend, precision, precision == Dtype::Bf16)
     }
@@ -255,7 +255,7 @@ impl<B: Backend> BiEncoderModel<B> {
         self.decoder.freeze(&self.backend)
     }
 
-    /// What activations are computed in.
+    /// The dtype of activations.
     pub fn precision(&self) -> Dtype {
         self.decoder.activations()
     }
@@ -265,12 +265,12 @@ impl<B: Backend> BiEncoderModel<B> {
         self.adapter.as_ref()
     }
 
-    /// Width of a vector, `d`.
+    /// Dimension of the embeddings, `d`.
     pub fn dimension(&self) -> usize {
         self.decoder.config().hidden_size
     }
 
-    /// Texts in their template, cut to `max_len` tokens, as a batch.
+    /// Texts in their template, truncated to `max_len` tokens, as a batch.
     pub fn batch(
         &self,
         role: Role,
@@ -280,7 +280,7 @@ impl<B: Backend> BiEncoderModel<B> {
         Batch::from_sequences(self.prompts.encode_all(role, texts, max_len)?)
     }
 
-    /// Vectors of all sequences, end to end, `(sequences, d)`; nothing for nothing.
+    /// Embeddings of all sequences, `(sequences, d)`; `None` for [`Features::None`].
     ///
     /// # Errors
     /// When a token id is beyond the model's vocabulary.
@@ -297,10 +297,10 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(Some(output::matrix(values, rows, self.dimension())))
     }
 
-    /// The vectors of queries `(B, d)` and passages `(B·G, d)`, and what follows from both.
+    /// The embeddings of queries `(B, d)` and passages `(B·G, d)`, and if both are given, their scores and loss.
     ///
-    /// In evaluation mode scores are plain similarities `(B, B·G)`; in training mode they are divided
-    /// by the temperature, and the loss is theirs. Row i's positive is passage `i·G`.
+    /// In evaluation mode, scores are similarities `(B, B·G)`, and there is no loss. In training mode, scores are
+    /// divided by the temperature, and the loss is computed from them. The positive of query `i` is passage `i·G`.
     ///
     /// # Errors
     /// When the passages are not a multiple of the queries, or a token id is beyond the vocabulary.
@@ -334,7 +334,7 @@ impl<B: Backend> BiEncoderModel<B> {
     /// The training objective that the options describe, for a run on the processes of `collective`.
     ///
     /// # Errors
-    /// When cross-device negatives are asked for and there is one process.
+    /// If cross-device negatives are enabled and there is only one process.
     pub fn objective(&self, collective: Arc<dyn Collective<B>>) -> Result<Contrastive<B>> {
         self.options.check(collective.size())?;
         let info_nce = InfoNce { temperature: self.options.effective_temperature() };
@@ -342,7 +342,7 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(Contrastive { info_nce, negatives_cross_device, collective })
     }
 
-    /// Vectors of one batch, nothing kept for a backward pass. `[S, d]`
+    /// Embeddings of one batch, without state for a backward pass. `[S, d]`
     pub(crate) fn encode_batch(&self, batch: &Batch) -> Result<B::Tensor> {
         let chunk = self.options.sub_batch_size.unwrap_or(batch.len()).max(1);
         if chunk >= batch.len() {
@@ -358,8 +358,8 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(all)
     }
 
-    /// Embeddings of some sequences of a training batch, nothing kept for a backward pass.
-    /// `sequence_numbers` are their numbers in the whole step. `[S, d]`
+    /// Embeddings of some sequences of a training batch, without state for a backward pass.
+    /// `sequence_numbers` are their indices in the whole step. `[S, d]`
     pub(crate) fn encode_training(
         &self,
         batch: BatchView<'_>,
@@ -372,7 +372,7 @@ impl<B: Backend> BiEncoderModel<B> {
         if self.options.normalized { Ok(self.backend.normalize(&pooled)?.0) } else { Ok(pooled) }
     }
 
-    /// [`encode_training`](Self::encode_training), with what [`backward`](Self::backward) needs.
+    /// [`encode_training`](Self::encode_training), also returning the state that [`backward`](Self::backward) needs.
     pub(crate) fn encode_saving(
         &self,
         batch: BatchView<'_>,
@@ -391,7 +391,7 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(Encoding { embeddings, input, decoder, inv_norm })
     }
 
-    /// Adds every parameter's gradient, from the gradient by the embeddings `[S, d]`; `ready` receives
+    /// Accumulates the gradients of all trainable parameters, from the gradient with respect to the embeddings `[S, d]`; `ready` receives
     /// parameters as in [`Decoder::backward`].
     pub(crate) fn backward(
         &mut self,
@@ -413,7 +413,7 @@ impl<B: Backend> BiEncoderModel<B> {
         self.decoder.backward(&self.backend, &input, &dhidden, decoder, ready)
     }
 
-    /// Embeddings of one batch by other weights, in f32; see [`embed_streamed`]. On the host.
+    /// Embeddings of one batch with other weights, in f32, on the host; see [`embed_streamed`].
     fn embed_with(&self, batch: &Batch, values: &mut Values<'_>) -> Result<Vec<f32>> {
         let input = self.input(batch.view(), &vec![0; batch.len()])?;
         let pooled = embed_streamed(&self.backend, self.decoder.config(), values, &input)?;

@@ -1,5 +1,4 @@
-//! The batches that encoding takes, what a forward pass returns, on the host, and similarities between
-//! embeddings.
+//! The input of encoding, the output of a forward pass, and similarities between embeddings, all on the host.
 
 use ndarray::{Array2, ArrayBase, ArrayD, ArrayViewD, Axis, Data, Dimension, Ix2, IxDyn};
 
@@ -7,7 +6,7 @@ use crate::backend::{Backend, Cpu};
 use crate::data::Batch;
 use crate::{Error, ErrorKind, Result};
 
-/// One batch or a list of them, or nothing.
+/// The input of encoding: one batch, a list of batches, or nothing.
 pub enum Features<'b> {
     /// Nothing to encode.
     None,
@@ -45,7 +44,7 @@ impl<'b, const N: usize> From<&'b [Batch; N]> for Features<'b> {
     }
 }
 
-/// Embeddings, and what follows from them where both sides were given.
+/// Embeddings, and their scores and loss if both queries and passages were given.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EncoderOutput {
     /// Embeddings of the queries, `(B, d)`.
@@ -127,7 +126,7 @@ mod tests {
     use ndarray::{Array3, array};
 
     #[test]
-    fn three_dimensions_are_a_batch_of_two() {
+    fn three_dimensional_inputs_are_batched() {
         let q = Array3::from_shape_fn((2, 3, 4), |(b, i, j)| (b * 12 + i * 4 + j) as f32);
         let p = Array3::from_shape_fn((2, 5, 4), |(b, i, j)| (b + i) as f32 - j as f32);
         let all = compute_similarity(&q, &p).unwrap();
@@ -141,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_do_not_fit_are_refused() {
+    fn shapes_that_do_not_match_are_refused() {
         let q = array![[1.0, 2.0]];
         assert!(compute_similarity(&q, &array![[1.0, 2.0, 3.0]]).is_err());
         assert!(compute_similarity(&q, &Array3::zeros((1, 1, 2))).is_err());

@@ -1,4 +1,4 @@
-//! A few texts with their embeddings, kept in the model folder so that loading it can be verified.
+//! Probes: a few texts with their embeddings, saved in the model folder to verify it when it is loaded.
 
 use std::path::Path;
 
@@ -14,9 +14,9 @@ use crate::{Error, ErrorKind, Result};
 
 const PROBES_FILE: &str = "llara_probes.json";
 
-/// Largest difference of an entry, relative to the vector's largest, that the same weights may show.
+/// Tolerance for the same weights: largest difference of an element, relative to the largest element of the embedding.
 const SAME_WEIGHTS: f32 = 1e-5;
-/// The same where one of the two was computed with bf16 activations and the other was not.
+/// Tolerance if one of the embeddings was computed with bf16 activations and the other was not.
 const ROUNDED_ACTIVATIONS: f32 = 0.1;
 
 const TEXTS: [(Role, &str); 3] = [
@@ -50,7 +50,7 @@ impl Probes {
     /// Encodes the probe texts with `model`.
     ///
     /// # Errors
-    /// When an embedding is not finite or zero, or different texts have the same one.
+    /// If an embedding is zero or not finite, or different texts have the same embedding.
     pub fn take<B: Backend>(model: &BiEncoderModel<B>) -> Result<Self> {
         let mut probes = tokenized(model)?;
         for probe in &mut probes {
@@ -59,8 +59,8 @@ impl Probes {
         Self::checked(model.precision(), probes)
     }
 
-    /// The same by `model` with other weights, in f32: `values` gives each by name and shape in files. No
-    /// more than the weights of one layer are in memory at a time.
+    /// The same for `model` with other weights, in f32: `values` returns each weight by name and shape in files.
+    /// Only the weights of one layer are in memory at a time.
     pub(super) fn take_streamed<B: Backend>(
         model: &BiEncoderModel<B>,
         values: &mut Values<'_>,
@@ -100,34 +100,34 @@ impl Probes {
             text => text.map_err(|e| Error::io("read the probes", &path, e))?,
         };
         let probes = serde_json::from_slice(&text).map_err(|e| {
-            Error::new(ErrorKind::Config, "not a list of probes").file(&path).because(e)
+            Error::new(ErrorKind::Config, "the file is not a list of probes").file(&path).because(e)
         })?;
         Ok(Some(probes))
     }
 
-    /// Writes them into a folder that is being saved.
+    /// Writes the probes to a folder that is being saved.
     pub(super) fn write(&self, staging: &Staging) -> Result<()> {
         let text = serde_json::to_vec(self)
             .map_err(|e| Error::new(ErrorKind::Config, "cannot write probes").because(e))?;
         staging.write(PROBES_FILE, &text)
     }
 
-    /// Encodes the same texts with `model` and compares, to 1e-5 of a vector's largest entry; to 0.1
-    /// where one was computed in bf16 and the other not.
+    /// Encodes the same texts with `model` and compares the embeddings. The tolerance is 1e-5 of the largest
+    /// element of an embedding; 0.1 if one was computed in bf16 and the other was not.
     ///
     /// # Errors
-    /// When a text is tokenized differently or a vector differs.
+    /// If a text is tokenized differently or an embedding differs.
     pub fn check<B: Backend>(&self, model: &BiEncoderModel<B>) -> Result<()> {
         let same = self.precision == model.precision();
         self.compare(model, if same { SAME_WEIGHTS } else { ROUNDED_ACTIVATIONS })
     }
 
-    /// Compares with probes of the same texts, to 1e-5 of a vector's largest entry.
+    /// Compares with probes of the same texts; the tolerance is 1e-5 of the largest element of an embedding.
     pub(super) fn compare_with(&self, other: &Probes) -> Result<()> {
         let same_texts = self.probes.len() == other.probes.len();
         for (probe, other) in self.probes.iter().zip(&other.probes) {
             if !same_texts || probe.input_ids != other.input_ids {
-                return Err(probe.differs("a probe text has other token ids"));
+                return Err(probe.differs("the token ids of a probe text differ"));
             }
             probe.compare(&other.embedding, SAME_WEIGHTS)?;
         }
@@ -139,7 +139,7 @@ impl Probes {
         for probe in &self.probes {
             let max_len = recipe.max_len(probe.role);
             if prompts.encode(probe.role, &probe.text, max_len)? != probe.input_ids {
-                return Err(probe.differs("a probe text has other token ids"));
+                return Err(probe.differs("the token ids of a probe text differ"));
             }
         }
         Ok(())
@@ -166,11 +166,11 @@ impl Probe {
         // Unlike f32::max, this keeps a NaN.
         let worst = differences.fold(0.0f32, |m, d| if d <= m { m } else { d });
         let difference = worst / largest.max(f32::MIN_POSITIVE);
-        let same = difference <= tolerance; // false of NaN
+        let same = difference <= tolerance; // false for NaN
         if now.len() == self.embedding.len() && same {
             return Ok(());
         }
-        let what = format!("a probe vector differs by {difference:.1e} of its largest entry");
+        let what = format!("a probe embedding differs by {difference:.1e} of its largest element");
         Err(self.differs(&what).expected(format!("at most {tolerance:.0e}")))
     }
 }
@@ -184,7 +184,7 @@ fn tokenized<B: Backend>(model: &BiEncoderModel<B>) -> Result<Vec<Probe>> {
     probes.collect()
 }
 
-/// Refuses embeddings that are zero, or the same for different token ids: such a model was not trained.
+/// Rejects embeddings that are zero, or the same for different token ids: such a model is not usable.
 fn refuse_constant(probes: &[Probe]) -> Result<()> {
     const HINT: &str = "the weights are zero or damaged: start again from an intact model";
     let error = |what: &str, probe: &Probe| {

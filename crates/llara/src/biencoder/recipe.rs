@@ -1,4 +1,4 @@
-//! `llara.json`: the settings that a model needs to encode texts as it did in training.
+//! `llara.json`: the settings with which a model must encode texts, as in training.
 
 use std::path::Path;
 
@@ -7,31 +7,31 @@ use serde::{Deserialize, Serialize};
 use crate::text::{Role, Template};
 use crate::{Error, ErrorKind, Result};
 
-/// The file of a model folder that holds the recipe.
+/// The file of a model folder that contains the recipe.
 pub(crate) const RECIPE_FILE: &str = "llara.json";
 
-/// Template, lengths, instructions and normalisation, saved in the model folder as `llara.json`.
+/// Template, lengths, instructions and normalization, saved in the model folder as `llara.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// The text around queries and passages, and the number of trailing tokens that are averaged.
     pub template: Template,
-    /// Whether embeddings are L2-normalised.
+    /// Whether embeddings are L2-normalized.
     pub normalized: bool,
     /// Maximum length of a query in tokens, template included.
     pub query_max_len: usize,
     /// Maximum length of a passage in tokens, template included.
     pub passage_max_len: usize,
-    /// Text put in front of every query that has no instruction of its own.
+    /// Text prepended to every query that has no instruction in the data.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub query_instruction: String,
-    /// Text put in front of every passage.
+    /// Text prepended to every passage.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub passage_instruction: String,
 }
 
 impl Recipe {
-    /// The reference's lengths and normalisation with this template.
+    /// A recipe with this template and default lengths and normalization.
     pub fn new(template: Template) -> Self {
         Recipe {
             template,
@@ -43,7 +43,7 @@ impl Recipe {
         }
     }
 
-    /// The length for a role.
+    /// The maximum length for a role.
     pub fn max_len(&self, role: Role) -> usize {
         match role {
             Role::Query => self.query_max_len,
@@ -70,7 +70,7 @@ impl Recipe {
             Error::new(ErrorKind::Config, "not a recipe")
                 .file(&path)
                 .because(e)
-                .hint("remove the file to use the options of the command line alone")
+                .hint("remove the file to use only the options of the command line")
         })?;
         recipe.template.validate().map_err(|e| e.file(&path))?;
         Ok(Some(recipe))
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn instructions_are_kept_and_may_be_absent() {
+    fn instructions_are_saved_and_optional() {
         let dir = tempfile::tempdir().unwrap();
         let mut recipe = Recipe::new(Template::preset("llara").unwrap());
         let old = recipe.to_json().unwrap();

@@ -1,4 +1,4 @@
-//! Taking trained weights back from a folder that this model was saved to.
+//! Loading trained weights back from a folder that this model was saved to.
 
 use std::path::Path;
 
@@ -8,22 +8,22 @@ use crate::model::weights::{ModelFolder, SaveDtype};
 use crate::{Error, ErrorKind, Result};
 
 impl<B: Backend> BiEncoderModel<B> {
-    /// Whether a folder or adapter saved with `dtype` holds every bit of the trained weights.
+    /// Whether a folder or adapter saved with `dtype` contains all bits of the trained weights.
     pub(crate) fn saves_exactly(&self, dtype: SaveDtype) -> bool {
         self.adapter.is_some() || self.folder.keeps_f32(dtype)
     }
 
-    /// Replaces the trainable weights by those in `dir`: the adapter's, or all. The model stays as it is
-    /// otherwise; it still knows the folder that it was loaded from.
+    /// Replaces the trainable weights by those in `dir`: those of the adapter, or all. The rest of the model does
+    /// not change; [`source`](Self::source) is still the folder that it was loaded from.
     ///
     /// # Errors
-    /// When a file is missing or damaged, or its weights do not fit the model.
+    /// If a file is missing or damaged, or its weights do not have the shapes of the model.
     pub(crate) fn read_trained_weights(&mut self, dir: &Path) -> Result<()> {
         let Some(adapter) = self.adapter.take() else { return self.read_all_weights(dir) };
         let before = self.decoder.detach_adapters();
         let result = self.attach_adapter(dir);
         if result.is_err() {
-            self.decoder.put_back_adapters(before);
+            self.decoder.restore_adapters(before);
         }
         let read = self.adapter.replace(adapter);
         result?;
@@ -51,7 +51,7 @@ impl<B: Backend> BiEncoderModel<B> {
                     .expected(format!("{:?}", parameter.values().shape())));
             };
             let values = other.take_values(&backend)?;
-            parameter.put_values(&backend, values)?;
+            parameter.set_values(&backend, values)?;
         }
         Ok(())
     }

@@ -3,8 +3,8 @@
 //! Every rank calls the same operations in the same order. One process is a group of size 1 and runs
 //! the same code ([`Solo`]). [`ThreadGroup`] runs several ranks as threads of one process.
 //!
-//! Operations on tensors are ordered with the operations of the backend: they see what was asked for
-//! before them, and what is asked for after them sees their result.
+//! Operations on tensors are ordered with the operations of the backend: they run after the operations that were
+//! enqueued before them, and operations that are enqueued later use their result.
 
 mod solo;
 mod threads;
@@ -20,10 +20,10 @@ use crate::backend::Backend;
 /// A group of processes that train one model.
 ///
 /// # Errors
-/// Each operation fails with [`ErrorKind::Distributed`](crate::ErrorKind) when another rank is gone, does
-/// not answer in time, or calls another operation; and as the backend fails.
+/// Each operation fails with [`ErrorKind::Distributed`](crate::ErrorKind) if another rank has ended, does not
+/// call the operation before the timeout, or calls another operation. Errors of the backend are returned too.
 pub trait Collective<B: Backend>: Send + Sync {
-    /// This process, from 0.
+    /// Rank of this process, from 0.
     fn rank(&self) -> usize;
     /// Number of processes, `W`.
     fn size(&self) -> usize;
@@ -38,9 +38,8 @@ pub trait Collective<B: Backend>: Send + Sync {
     /// The values of the rank `root`, in place.
     fn broadcast(&self, x: &mut B::Tensor, root: usize) -> Result<()>;
 
-    /// Begins the sum over ranks of the gradients in `bucket`. The caller adds the parts of the bucket as
-    /// they are ready and starts the communication when all of them are there; it runs while the
-    /// backward pass goes on.
+    /// Creates a sum over ranks of the gradients in `bucket`. The caller adds the parts of the bucket when they
+    /// are ready and starts the communication when all have been added; it overlaps with the backward pass.
     fn gradient_sum(&self, bucket: &Bucket) -> Result<Box<dyn GradientSum<B>>>;
     /// Replaces the elements of each part by those of the rank that owns them. `parts` are all parts of
     /// `bucket`.
@@ -51,8 +50,8 @@ pub trait Collective<B: Backend>: Send + Sync {
     /// Waits until every rank has called it with its `status`.
     ///
     /// # Errors
-    /// This rank's own error; else, if another rank has one, an error that names that rank and says what
-    /// happened there. Either all ranks return an error or none does.
+    /// The error of this rank; else, if another rank has one, an error with the number of that rank and
+    /// its message. Either all ranks return an error or none does.
     fn agree(&self, status: Result<()>) -> Result<()>;
     /// Waits until every rank has called it.
     fn barrier(&self) -> Result<()>;
@@ -77,31 +76,31 @@ impl Bucket {
     }
 }
 
-/// Consecutive elements of a tensor, row by row, and their place in the flat index space.
+/// Consecutive elements of a tensor, in row-major order, and their position in the flat index space.
 pub struct FlatPart<'t, B: Backend> {
     /// A weight or a gradient, f32.
     pub tensor: &'t mut B::Tensor,
-    /// Which of its elements.
+    /// The range of its elements.
     pub elements: Range<usize>,
-    /// Flat index of the first of them.
+    /// Flat index of the first element.
     pub start: usize,
 }
 
-/// A sum of gradients over ranks that was begun by [`Collective::gradient_sum`].
+/// A sum of gradients over ranks, created by [`Collective::gradient_sum`].
 pub trait GradientSum<B: Backend>: Send {
     /// Adds a part whose gradient is complete. The tensor must not be used again before
     /// [`finish`](GradientSum::finish).
     ///
     /// # Errors
-    /// As the backend fails.
+    /// Errors of the backend.
     fn add(&mut self, part: FlatPart<'_, B>) -> Result<()>;
     /// Starts the communication; every part has been added.
     ///
     /// # Errors
     /// See [`Collective`].
     fn start(&mut self) -> Result<()>;
-    /// Waits for the sum. Of the same `parts`, in any order, the elements that this rank owns then hold the
-    /// sum over ranks; the others are unspecified.
+    /// Waits for the sum. `parts` are the same parts, in any order. The elements that this rank owns then contain
+    /// the sum over ranks; the others are unspecified.
     ///
     /// # Errors
     /// See [`Collective`].

@@ -11,19 +11,19 @@ use super::{Bucket, Collective, FlatPart, GradientSum};
 use crate::backend::{Backend, Shape};
 use crate::{Error, ErrorKind, Result};
 
-/// Makes the ranks of a group of threads. Sums are taken in the order of ranks, so every rank gets the
-/// same bits.
+/// Creates the ranks of a group of threads. Sums are added in the order of ranks, so every rank gets the same
+/// bits.
 #[derive(Debug)]
 pub struct ThreadGroup;
 
 impl ThreadGroup {
-    /// One member for each of `size` ranks, to be moved to their threads. An operation that not all ranks
-    /// have called after `timeout` fails.
+    /// Creates `size` ranks, each to be moved to its thread. An operation fails if not all ranks have called it
+    /// within `timeout`.
     pub fn ranks<B: Backend>(size: usize, backend: &B, timeout: Duration) -> Vec<ThreadRank<B>> {
         let exchange = Arc::new(Exchange {
             size,
             timeout,
-            rounds: Mutex::new(Rounds { open: BTreeMap::new(), gone: vec![false; size] }),
+            rounds: Mutex::new(Rounds { open: BTreeMap::new(), dropped: vec![false; size] }),
             changed: Condvar::new(),
         });
         let rank = |rank| ThreadRank {
@@ -36,16 +36,16 @@ impl ThreadGroup {
     }
 }
 
-/// One rank of a [`ThreadGroup`]. When it is dropped, operations that wait for it fail.
+/// One rank of a [`ThreadGroup`]. After it is dropped, operations that wait for it fail.
 pub struct ThreadRank<B: Backend> {
     rank: usize,
     backend: B,
     exchange: Arc<Exchange>,
-    /// Number of operations so far; the same on every rank when they call the same ones.
+    /// Number of operations so far; the same on every rank if all ranks call the same operations.
     calls: Arc<AtomicU64>,
 }
 
-/// What a rank contributes to an operation.
+/// The data that a rank contributes to an operation.
 type Message = Arc<dyn Any + Send + Sync>;
 
 struct Exchange {
@@ -56,10 +56,10 @@ struct Exchange {
 }
 
 struct Rounds {
-    /// Operations that not every rank has finished, by their number.
+    /// Operations that not every rank has finished, by number.
     open: BTreeMap<u64, Round>,
     /// Ranks that were dropped.
-    gone: Vec<bool>,
+    dropped: Vec<bool>,
 }
 
 struct Round {
@@ -70,7 +70,7 @@ struct Round {
 
 impl Exchange {
     fn lock(&self) -> MutexGuard<'_, Rounds> {
-        // A panic of another rank leaves the rounds whole: each change is one assignment.
+        // A panic of another rank cannot leave the rounds inconsistent: each change is one assignment.
         self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -103,9 +103,9 @@ impl Exchange {
         let deadline = Instant::now() + self.timeout;
         let mut rounds = self.lock();
         loop {
-            let gone = rounds.gone.clone();
+            let dropped = rounds.dropped.clone();
             let Some(round) = rounds.open.get_mut(&number) else {
-                return Err(Error::new(ErrorKind::Distributed, "an operation was not begun"));
+                return Err(Error::new(ErrorKind::Distributed, "an operation was not started"));
             };
             if round.messages.iter().all(Option::is_some) {
                 let messages = round.messages.iter().flatten().cloned().collect();
@@ -117,9 +117,9 @@ impl Exchange {
             }
             let missing = |rank: &usize| round.messages[*rank].is_none();
             let left = deadline.saturating_duration_since(Instant::now());
-            let ended = (0..self.size).filter(missing).find(|&rank| gone[rank]);
+            let ended = (0..self.size).filter(missing).find(|&rank| dropped[rank]);
             if ended.is_some() || left.is_zero() {
-                let what = format!("{} does not end", round.operation);
+                let what = format!("{} did not complete", round.operation);
                 let got = match ended {
                     Some(rank) => format!("rank {rank} has ended"),
                     None => {
@@ -170,7 +170,7 @@ fn messages<T: Any + Send + Sync>(exchange: &Exchange, number: u64) -> Result<Ve
     exchange.collect(number)?.into_iter().map(typed).collect()
 }
 
-/// Element by element, in the order of the lists.
+/// The elementwise sum, in the order of the lists.
 fn added(lists: &[Arc<Vec<f32>>]) -> Result<Vec<f32>> {
     let mut sum = vec![0.0; lists.first().map_or(0, |list| list.len())];
     for list in lists {
@@ -283,7 +283,7 @@ impl<B: Backend> Collective<B> for ThreadRank<B> {
 }
 
 impl<B: Backend> FlatPart<'_, B> {
-    /// Where the part is in a buffer of the bucket's elements.
+    /// The range of the part in a buffer of the bucket's elements.
     fn within(&self, bucket: &Bucket) -> Range<usize> {
         let start = self.start - bucket.range.start;
         start..start + self.elements.len()
@@ -292,7 +292,7 @@ impl<B: Backend> FlatPart<'_, B> {
 
 impl<B: Backend> Drop for ThreadRank<B> {
     fn drop(&mut self) {
-        self.exchange.lock().gone[self.rank] = true;
+        self.exchange.lock().dropped[self.rank] = true;
         self.exchange.changed.notify_all();
     }
 }
@@ -305,7 +305,7 @@ struct ThreadSum<B: Backend> {
     bucket: Bucket,
     values: Vec<f32>,
     added: usize,
-    /// Of the operation, once started.
+    /// Number of the operation, after the start.
     number: Option<u64>,
 }
 

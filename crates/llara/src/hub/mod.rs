@@ -105,7 +105,7 @@ fn resolve_files(
     if path.exists() {
         return Err(Error::new(ErrorKind::Argument, "the model is not a folder")
             .file(path)
-            .hint("give the folder that holds config.json, tokenizer.json and the weights"));
+            .hint("give the folder that contains config.json, tokenizer.json and the weights"));
     }
     let Some(id) = ModelId::parse(model) else {
         return Err(Error::new(ErrorKind::Argument, "there is no such model folder").file(path).hint(

@@ -126,7 +126,7 @@ fn timeouts() -> Timeouts {
     Timeouts { connect: short, read: short, body: short }
 }
 
-/// Fetches `org/name` from a mirror into a new cache; the cache and what came of it.
+/// Fetches `org/name` from a mirror into a new cache; returns the cache and the result.
 fn fetch(mirror: &Mirror, token: Option<&str>) -> (tempfile::TempDir, Result<PathBuf>) {
     let dir = tempfile::tempdir().unwrap();
     let found = fetch_into(mirror, dir.path(), "org/name", token);

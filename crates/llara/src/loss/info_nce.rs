@@ -1,4 +1,4 @@
-//! InfoNCE (van den Oord et al. 2018): a query against its positive among all passages.
+//! InfoNCE (van den Oord et al. 2018): the cross entropy of each query's positive among all passages.
 //!
 //! With `s = q · pᵀ / temperature` and `t(i)` the column of query i's positive,
 //! `loss = mean_i (log Σ_j exp s_ij − s_{i,t(i)})`.
@@ -6,14 +6,14 @@
 use crate::Result;
 use crate::backend::Backend;
 
-/// The loss at a temperature.
+/// The InfoNCE loss with a temperature.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct InfoNce {
     /// Divides the similarities.
     pub temperature: f32,
 }
 
-/// Scores and loss of one batch, with the gradient that [`InfoNce::backward`] starts from.
+/// Scores and loss of one batch, with the gradient that [`InfoNce::backward`] needs.
 pub struct Scored<B: Backend> {
     /// `q · pᵀ / temperature`. `[n, m]`
     pub scores: B::Tensor,
@@ -37,7 +37,7 @@ impl InfoNce {
         Ok(Scored { scores, loss, dscores })
     }
 
-    /// Gradients of `factor · loss` by q and p, from the gradient of the loss by the scores:
+    /// Gradients of `factor · loss` with respect to q and p, from that of the scores:
     /// `dq = dscores · p · factor / temperature`, `dp = dscoresᵀ · q · factor / temperature`.
     pub fn backward<B: Backend>(
         &self,

@@ -1,4 +1,4 @@
-//! From embeddings to a loss, and back to the gradient by the embeddings.
+//! The loss of embeddings, and its gradient with respect to the embeddings.
 
 mod info_nce;
 mod objective;

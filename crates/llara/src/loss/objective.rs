@@ -1,4 +1,4 @@
-//! The training objective: what is computed from the embeddings of a batch.
+//! The training objective: the loss of the embeddings of a batch, and its gradient.
 
 use std::sync::Arc;
 
@@ -7,11 +7,11 @@ use crate::Result;
 use crate::backend::{Backend, Dtype, Shape};
 use crate::dist::Collective;
 
-/// The embeddings of one process's share of a batch.
+/// The embeddings of the part of a batch that one process has.
 pub struct Embeddings<B: Backend> {
     /// `[B, d]`
     pub queries: B::Tensor,
-    /// `[B·G, d]`: query by query, the positive first.
+    /// `[B·G, d]`: grouped by query, the positive first.
     pub passages: B::Tensor,
 }
 
@@ -26,13 +26,13 @@ pub struct RowsPerRank {
 }
 
 impl RowsPerRank {
-    /// All rows of a step in one process.
+    /// All rows of a step on one rank.
     pub fn one(queries: usize, group_size: usize) -> Self {
         RowsPerRank { queries: vec![queries], group_size }
     }
 
-    /// Divides a global batch of `rows`, of which each of `ranks` ranks takes at most `batch_size`: the
-    /// last ranks of a short batch have fewer, or none.
+    /// Divides a global batch of `rows` rows among `ranks` ranks with at most `batch_size` rows each. The last
+    /// ranks of an incomplete batch have fewer rows, or none.
     pub fn divided(rows: usize, batch_size: usize, ranks: usize, group_size: usize) -> Self {
         let of = |rank: usize| rows.saturating_sub(rank * batch_size).min(batch_size);
         RowsPerRank { queries: (0..ranks).map(of).collect(), group_size }
@@ -53,14 +53,14 @@ impl RowsPerRank {
         self.queries.iter().map(|queries| queries * self.group_size).collect()
     }
 
-    /// The share of the global batch that a rank has. The mean over a global batch is the sum over ranks of
-    /// this share times the mean over the rank's rows.
+    /// The fraction of the global batch that a rank has. The mean over a global batch is the sum over ranks of
+    /// this fraction times the mean over the rows of the rank.
     pub fn share(&self, rank: usize) -> f64 {
         self.queries[rank] as f64 / self.total().max(1) as f64
     }
 }
 
-/// What an objective makes of embeddings. Gradients have the shapes of the embeddings.
+/// The result of an objective. Gradients have the shapes of the embeddings.
 pub struct LossAndGradient<B: Backend> {
     /// Mean loss of this process's queries, on the device; 0 if it has none. `[1, 1]`
     pub loss: B::Tensor,
@@ -70,9 +70,9 @@ pub struct LossAndGradient<B: Backend> {
     pub dpassages: B::Tensor,
 }
 
-/// A loss over embeddings. It owns everything between the embeddings and their gradient: temperature,
-/// the exchange with other processes, and the factor that turns a process's gradient into its share
-/// of the global one. The model only encodes, and runs backward from the gradient.
+/// A loss over embeddings. It includes all computation between the embeddings and their gradient: temperature,
+/// collective communication, and the factor that converts the gradient of a process to its part of the global
+/// gradient. The model only encodes, and runs its backward pass from the gradient.
 pub trait Objective<B: Backend>: Send + Sync {
     /// The loss and its gradient. `positives[i]` is the row of `embeddings.passages` that is the
     /// positive of query `i`; `rows` says how many rows each process has.
@@ -90,7 +90,7 @@ pub trait Objective<B: Backend>: Send + Sync {
 
 /// InfoNCE against the passages of this process, or of all processes.
 pub struct Contrastive<B: Backend> {
-    /// The loss at its temperature.
+    /// The loss with its temperature.
     pub info_nce: InfoNce,
     /// Whether queries are scored against the passages of every process.
     pub negatives_cross_device: bool,
@@ -99,8 +99,8 @@ pub struct Contrastive<B: Backend> {
 }
 
 impl<B: Backend> Contrastive<B> {
-    /// Scores and loss of this process's queries, for a caller that needs no gradient. Every process has
-    /// as many rows.
+    /// Scores and loss of this process's queries, without gradients. Every process must have
+    /// the same number of rows.
     ///
     /// # Errors
     /// As for [`Objective::loss_and_gradient`].
@@ -118,7 +118,7 @@ impl<B: Backend> Contrastive<B> {
         self.info_nce.forward(backend, &queries, &passages, &targets)
     }
 
-    /// The passages that queries are scored against, and the columns of the positives among them.
+    /// The passages with which queries are compared, and the columns of the positives among them.
     fn gather(
         &self,
         backend: &B,
@@ -137,7 +137,7 @@ impl<B: Backend> Contrastive<B> {
         Ok((queries, passages, targets))
     }
 
-    /// The gradient by this process's passages, from that by the passages that were scored.
+    /// The gradient of this process's passages, from that of all passages that were scored.
     fn own_passages(&self, dpassages: B::Tensor, rows: &RowsPerRank) -> Result<B::Tensor> {
         match self.negatives_cross_device {
             true => self.collective.reduce_scatter_rows(dpassages, &rows.passages()),
@@ -145,9 +145,8 @@ impl<B: Backend> Contrastive<B> {
         }
     }
 
-    /// What turns the gradient of this process's loss into its part of the gradient of the global loss,
-    /// which is the mean over all rows: the parts then add up to the gradient that one process would
-    /// compute.
+    /// The factor that converts the gradient of this process's loss to its part of the gradient of the global
+    /// loss, which is the mean over all rows. The sum of the parts is the gradient that one process would compute.
     fn gradient_factor(&self, rows: &RowsPerRank) -> f32 {
         rows.share(self.collective.rank()) as f32
     }
@@ -163,7 +162,7 @@ impl<B: Backend> Objective<B> for Contrastive<B> {
     ) -> Result<LossAndGradient<B>> {
         let (queries, passages, targets) = self.gather(backend, embeddings, positives, rows)?;
         if queries.rows() == 0 {
-            // The passages of other processes still get their gradient summed.
+            // A process without queries still takes part in the sum of the passage gradients.
             let dqueries = backend.zeros(0, queries.cols(), Dtype::F32)?;
             let dpassages = self
                 .own_passages(backend.zeros(passages.rows(), passages.cols(), Dtype::F32)?, rows)?;

@@ -1,4 +1,4 @@
-//! Adapters of a whole decoder: attaching, merging into the weights, and their names in PEFT.
+//! LoRA adapters of a decoder: attaching, merging into the weights, and their names in PEFT.
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
@@ -9,12 +9,12 @@ use super::parameter::{NamedTensor, Parameter, ParameterValues, Values};
 use crate::backend::{Backend, Dtype, PreparedWeight, Shape};
 use crate::{Error, ErrorKind, Result};
 
-/// Names of the two matrices of an adapter, after the name of its projection.
+/// Names of the two matrices of an adapter, appended to the name of its projection.
 const NAMES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
 
 impl LoraConfig {
     /// # Errors
-    /// When a number is out of its range or a target is not a projection of the decoder.
+    /// If a number is out of range or a target is not a projection of the decoder.
     pub fn check(&self) -> Result<()> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
         if self.rank == 0 {
@@ -33,7 +33,7 @@ impl LoraConfig {
         let known = |target: &&String| PROJECTIONS.contains(&target.as_str());
         let unknown: Vec<_> = self.target_modules.iter().filter(|t| !known(t)).cloned().collect();
         if self.target_modules.is_empty() || !unknown.is_empty() {
-            return Err(invalid("adapter targets that match nothing")
+            return Err(invalid("the adapter targets match no projection")
                 .expected(format!("some of {}", PROJECTIONS.join(", ")))
                 .got(if unknown.is_empty() {
                     "no target".to_owned()
@@ -46,8 +46,8 @@ impl LoraConfig {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Freezes all weights and puts an adapter on every projection that `config` names, asking `values`
-    /// for A `[r, in]` and B `[out, r]` by name and shape.
+    /// Freezes all weights and attaches an adapter to every projection that `config` names. `values` returns A
+    /// `[r, in]` and B `[out, r]` for a name and shape.
     pub(crate) fn attach_adapters(
         &mut self,
         backend: &B,
@@ -83,8 +83,8 @@ impl<B: Backend> Decoder<B> {
         self.set_activations(backend, self.activations(), false)
     }
 
-    /// New adapters as PEFT begins them: A uniform within `±1/√in`, B zero, so that at first the model
-    /// is unchanged. The same seed gives the same adapters.
+    /// Attaches new adapters, initialized as in PEFT: A uniform within `±1/√in`, B zero, so that they do not
+    /// change the output before training. The same seed gives the same adapters.
     pub(crate) fn attach_new_adapters(
         &mut self,
         backend: &B,
@@ -103,14 +103,14 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    /// Adds every adapter's product to its weight, `W += scale · B · A`, and removes it. `exact` gives
-    /// a weight that is stored as bf16 as unrounded f32; when it fails, nothing has changed.
+    /// Adds the product of every adapter to its weight, `W += scale · B · A`, and removes the adapter. `exact`
+    /// returns the unrounded f32 values of a weight that is stored as bf16; if it fails, nothing has changed.
     pub(crate) fn merge_adapters(
         &mut self,
         backend: &B,
         exact: &mut dyn FnMut(&NamedTensor<'_, B>) -> Result<Vec<f32>>,
     ) -> Result<()> {
-        // Before the first weight is replaced: any of these can be refused.
+        // Before the first weight is replaced, because any of these can fail.
         let mut unrounded = Vec::new();
         for linear in self.blocks_mut().flat_map(Block::linears_mut) {
             let has_adapter = linear.projections.iter().any(|p| p.lora.is_some());
@@ -152,20 +152,20 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Takes all adapters off, to be [put back](Decoder::put_back_adapters).
+    /// Removes all adapters and returns them, for [`restore_adapters`](Decoder::restore_adapters).
     pub(crate) fn detach_adapters(&mut self) -> Vec<Option<Lora<B>>> {
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
         linears.flat_map(|linear| &mut linear.projections).map(|p| p.lora.take()).collect()
     }
 
-    /// Replaces all adapters.
-    pub(crate) fn put_back_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
+    /// Attaches the given adapters in place of all current ones.
+    pub(crate) fn restore_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
         let projections = linears.flat_map(|linear| &mut linear.projections);
         projections.zip(adapters).for_each(|(projection, adapter)| projection.lora = adapter);
     }
 
-    /// The adapters' matrices; all trainable parameters, where adapters are attached.
+    /// The matrices of the adapters: the only trainable parameters if adapters are attached.
     pub fn adapter_tensors(&self) -> impl Iterator<Item = NamedTensor<'_, B>> {
         self.tensors().filter(|t| NAMES.iter().any(|name| t.name().ends_with(name)))
     }

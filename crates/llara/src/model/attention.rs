@@ -1,4 +1,4 @@
-//! Grouped-query self-attention with rotary positions, and Qwen3's norms of queries and keys.
+//! Grouped-query self-attention with rotary position embedding, and the query and key norms of Qwen3.
 
 use std::ops::Range;
 
@@ -12,13 +12,13 @@ use crate::backend::{
     Shape, View, ViewMut,
 };
 
-/// q among the projections of [`Attention::qkv`].
+/// Index of q among the projections of [`Attention::qkv`].
 const Q: Range<usize> = 0..1;
-/// k and v among them.
+/// Indices of k and v among them.
 const KV: Range<usize> = 1..3;
 
 pub(crate) struct Attention<B: Backend> {
-    /// q, k and v, in one product where every row is a query.
+    /// q, k and v; computed by one product if every row is a query.
     pub(crate) qkv: Linear<B>,
     pub(crate) o: Linear<B>,
     /// Norms of each query and key head, before the rotation.
@@ -27,16 +27,16 @@ pub(crate) struct Attention<B: Backend> {
     pub(crate) shape: AttentionShape,
 }
 
-/// The projections of an attention's input.
+/// The projections of the input of attention.
 enum Projected<B: Backend> {
-    /// q, k and v side by side, where every row is a query. `[T, (H + 2·KV)·hd]`
+    /// q, k and v concatenated by columns, if every row is a query. `[T, (H + 2·KV)·hd]`
     Fused { qkv: B::Tensor, saved: SavedLinear<B> },
-    /// Where only the last rows of each sequence are.
+    /// If only the last rows of each sequence are queries.
     Separate {
         /// `[R, H·hd]`
         q: B::Tensor,
         saved_q: SavedLinear<B>,
-        /// k and v side by side. `[T, 2·KV·hd]`
+        /// k and v concatenated by columns. `[T, 2·KV·hd]`
         kv: B::Tensor,
         saved_kv: SavedLinear<B>,
     },
@@ -80,21 +80,21 @@ impl<B: Backend> Projected<B> {
 type Normed<B> = (<B as Backend>::Tensor, SavedNorm<B>);
 
 pub(crate) struct SavedAttention<B: Backend> {
-    /// Rotated in place where there are no norms of heads.
+    /// Rotated in place if there are no norms of heads.
     projected: Projected<B>,
-    /// Normed and rotated, where there are.
+    /// Normed and rotated, if there are norms of heads.
     q_heads: Option<Normed<B>>,
     k_heads: Option<Normed<B>>,
     output: AttentionOutput<B>,
     saved_o: SavedLinear<B>,
 }
 
-/// The rows for which an attention computes queries.
+/// The rows for which queries are computed.
 pub(crate) struct QueryRows<'a, B: Backend> {
     pub(crate) pass: &'a Pass<'a, B>,
     /// Normed input of these rows. `[R, d]`
     pub(crate) x: &'a B::Tensor,
-    /// Which of all rows they are; `None`: all.
+    /// The selection of these rows among all rows; `None`: all rows.
     pub(crate) selected: Option<&'a OutputRows<'a, B>>,
 }
 
@@ -139,8 +139,8 @@ impl<B: Backend> Attention<B> {
         Ok((y, SavedAttention { projected, q_heads, k_heads, output, saved_o }))
     }
 
-    /// Gradient by x alone `[T, d]`, from dy `[R, d]`, or `None` where it is not `needed`; the residual's
-    /// is dy itself.
+    /// Gradient with respect to x `[T, d]`, from dy `[R, d]`; `None` if it is not `needed`. The gradient of the
+    /// residual is dy.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,
@@ -165,7 +165,7 @@ impl<B: Backend> Attention<B> {
                 let dk = (&mut dqkv, q_cols..q_cols + kv_cols);
                 heads_backward(pass, self.k_norm.as_mut(), dk, k, &k_heads)?;
                 let Projected::Fused { qkv, saved } = projected else {
-                    unreachable!("the gradients are shaped as the projections are")
+                    unreachable!("the gradients have the form of the projections")
                 };
                 drop((qkv, q_heads, k_heads));
                 self.backward_projections(pass, &dqkv, (x, needed), 0..3, saved)
@@ -176,7 +176,7 @@ impl<B: Backend> Attention<B> {
                 let of_k = (&mut dkv, 0..kv_cols);
                 heads_backward(pass, self.k_norm.as_mut(), of_k, k, &k_heads)?;
                 let Projected::Separate { q, saved_q, kv, saved_kv } = projected else {
-                    unreachable!("the gradients are shaped as the projections are")
+                    unreachable!("the gradients have the form of the projections")
                 };
                 drop((q, kv, q_heads, k_heads));
                 let dx = self.backward_projections(pass, &dkv, (x, needed), KV, saved_kv)?;
@@ -194,7 +194,7 @@ impl<B: Backend> Attention<B> {
         }
     }
 
-    /// From the gradient by some of q, k and v to that by their input, and by their weights.
+    /// From the gradients of some of q, k and v, computes those of their input and of their weights.
     fn backward_projections(
         &mut self,
         pass: &Pass<'_, B>,
@@ -214,7 +214,7 @@ impl<B: Backend> Attention<B> {
         Ok(dx)
     }
 
-    /// What the attention itself reads.
+    /// The input of [`Backend::attention`].
     fn input<'a>(
         &'a self,
         pass: &'a Pass<'_, B>,
@@ -244,7 +244,7 @@ impl<B: Backend> Attention<B> {
     }
 }
 
-/// Each head normed, where the family does that.
+/// The norm of each head, if the family has one.
 fn normed<B: Backend>(
     pass: &Pass<'_, B>,
     norm: Option<&RmsNorm<B>>,
@@ -253,7 +253,7 @@ fn normed<B: Backend>(
     norm.map(|norm| norm.forward(pass.backend, x, pass.activations)).transpose()
 }
 
-/// From the gradient by rotated heads to that by their projection x, in place, in some columns.
+/// Converts, in some columns and in place, the gradient of the rotated heads to that of their projection x.
 fn heads_backward<B: Backend>(
     pass: &Pass<'_, B>,
     norm: Option<&mut RmsNorm<B>>,

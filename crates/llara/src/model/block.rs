@@ -16,11 +16,11 @@ pub(crate) struct Block<B: Backend> {
     pub(crate) mlp: Mlp<B>,
 }
 
-/// What the backward pass of a layer needs. Tensors are `[T, d]` before the attention and `[R, d]` after
-/// it; R is T where the layer runs at all positions. The residual stream is f32. Outputs of norms are
-/// not kept: recomputing one reads as much memory as storing it would.
+/// The state that the backward pass of a layer needs. Tensors are `[T, d]` before attention and `[R, d]` after
+/// it; R is T if the layer is computed at all positions. The residual stream is f32. Outputs of norms are not
+/// stored, because recomputing one needs no more memory traffic than storing and loading it.
 pub(crate) struct SavedBlock<B: Backend> {
-    /// Residual stream at the layer's entry.
+    /// Residual stream at the input of the layer.
     x: B::Tensor,
     attention: SavedAttention<B>,
     /// Residual stream between attention and MLP.

@@ -1,4 +1,4 @@
-//! `config.json`, read as Hugging Face writes it and checked into one plain description.
+//! `config.json` in the format of Hugging Face, parsed and checked.
 
 mod fields;
 
@@ -33,10 +33,10 @@ impl Family {
     ];
 }
 
-/// Everything that determines a decoder's computation.
+/// The configuration of a decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
-    /// The family, for messages.
+    /// The model family.
     pub family: Family,
     /// Rows of the embedding table.
     pub vocab_size: usize,
@@ -56,9 +56,9 @@ pub struct DecoderConfig {
     pub rms_norm_eps: f32,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// Stretching of the rotary frequencies.
+    /// Scaling of the rotary frequencies.
     pub rope_scaling: RopeScaling,
-    /// Sliding window of each layer, in tokens; `None`: the whole past.
+    /// Sliding window of each layer, in tokens; `None`: no window.
     pub windows: Vec<Option<usize>>,
     /// Biases on the query, key and value projections.
     pub qkv_bias: bool,
@@ -70,7 +70,7 @@ pub struct DecoderConfig {
     pub qk_norm: bool,
     /// Whether the language-model head shares the embedding table.
     pub tie_word_embeddings: bool,
-    /// Longest sequence that the model was made for, in tokens.
+    /// Maximum sequence length of the model, in tokens.
     pub max_position_embeddings: usize,
 }
 
@@ -110,8 +110,8 @@ impl DecoderConfig {
     /// Reads `config.json` of a model folder.
     ///
     /// # Errors
-    /// When the file is missing or not JSON, when the architecture is not one of [`Family`], when a
-    /// number is out of its range, or when a setting is not supported that would change the results.
+    /// If the file is missing or not JSON, the architecture is not one of [`Family`], a number is out of range,
+    /// or a setting that affects the results is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text =
             read_limited(path, "read the model's configuration", MOST_BYTES).map_err(|e| {
@@ -177,14 +177,17 @@ impl DecoderConfig {
         Ok(config)
     }
 
-    /// Checks what depends on more than one field.
+    /// Checks conditions on more than one field.
     fn check(&self) -> Result<()> {
         if self.num_key_value_heads == 0
             || !self.num_attention_heads.is_multiple_of(self.num_key_value_heads)
         {
-            return Err(Error::new(ErrorKind::Config, "heads cannot be grouped")
-                .expected("num_key_value_heads to divide num_attention_heads")
-                .got(format!("{} and {}", self.num_key_value_heads, self.num_attention_heads)));
+            return Err(Error::new(
+                ErrorKind::Config,
+                "the query heads cannot be divided among the key and value heads",
+            )
+            .expected("num_key_value_heads to divide num_attention_heads")
+            .got(format!("{} and {}", self.num_key_value_heads, self.num_attention_heads)));
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return Err(Error::new(ErrorKind::Config, "`head_dim` cannot be rotated in pairs")
@@ -194,7 +197,7 @@ impl DecoderConfig {
         let queries = self.num_attention_heads * self.head_dim;
         let parameters = self.parameters();
         if !range::DIMENSION.contains(&queries) || parameters > range::MOST_PARAMETERS {
-            return Err(Error::new(ErrorKind::Config, "the model would be too large")
+            return Err(Error::new(ErrorKind::Config, "the model is too large")
                 .expected(format!(
                     "num_attention_heads · head_dim up to {} and at most {} parameters",
                     range::DIMENSION.end(),
@@ -205,7 +208,7 @@ impl DecoderConfig {
         Ok(())
     }
 
-    /// About how many parameters the model has: its matrices, each counted once.
+    /// Approximate number of parameters: the elements of all matrices, each counted once.
     fn parameters(&self) -> u128 {
         let wide = |n: usize| n as u128;
         let (d, head) = (wide(self.hidden_size), wide(self.head_dim));
@@ -236,7 +239,7 @@ fn family(raw: Fields<'_>) -> Result<Family> {
     )
 }
 
-/// Refuses settings that would change the results in ways that are not implemented.
+/// Rejects settings that affect the results and are not implemented.
 fn refuse_unsupported(raw: Fields<'_>) -> Result<()> {
     let refuse = |what: &str, got: String, hint: &str| {
         Err(Error::new(ErrorKind::Config, format!("{what} is not supported")).got(got).hint(hint))
@@ -254,7 +257,7 @@ fn refuse_unsupported(raw: Fields<'_>) -> Result<()> {
     }
     if let Some(q) = raw.value("quantization_config") {
         let method = q.get("quant_method").map_or("unnamed".to_owned(), quote);
-        return refuse("a quantised model", method, "use the f32, f16 or bf16 original");
+        return refuse("a quantized model", method, "use the f32, f16 or bf16 original");
     }
     Ok(())
 }
@@ -311,11 +314,11 @@ fn rope(raw: Fields<'_>) -> Result<(f64, RopeScaling)> {
 
 /// The sliding window of each layer, by the rules of each family in transformers.
 fn windows(family: Family, raw: Fields<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
-    // A missing field means the default of 4,096 tokens, `null` the whole past.
+    // A missing field means the default of 4,096 tokens, `null` no window.
     let window = || match raw.whole("sliding_window", range::TOKENS) {
         Ok(None) if !raw.has("sliding_window") => Ok(Some(4096)),
         Ok(window) => Ok(window),
-        Err(e) => Err(e.hint("null stands for no window")),
+        Err(e) => Err(e.hint("null means no window")),
     };
     let window = match family {
         Family::Llama => return Ok(vec![None; layers]),
@@ -348,7 +351,7 @@ fn windows(family: Family, raw: Fields<'_>, layers: usize) -> Result<Vec<Option<
 mod tests {
     use super::*;
 
-    /// A small configuration with `settings`, an object's inside, added or put in place.
+    /// A small configuration with `settings`, the members of a JSON object, added or replaced.
     fn parse(settings: &str) -> Result<DecoderConfig> {
         let mut config = serde_json::json!({
             "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_hidden_layers": 3,
@@ -383,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn rope_is_read_in_the_old_form_and_the_new() {
+    fn rope_settings_of_transformers_4_and_5_are_read() {
         let old = parse(
             r#""model_type": "llama", "rope_theta": 5e5,
                "rope_scaling": {"type": "linear", "factor": 2.0}"#,
@@ -396,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_change_the_numbers_is_refused_by_name() {
+    fn unsupported_settings_are_refused_by_name() {
         for (setting, word) in [
             (r#""model_type": "gpt2""#, "gpt2"),
             (r#""model_type": "llama", "hidden_act": "gelu""#, "gelu"),
@@ -460,13 +463,13 @@ mod tests {
                 assert!(e.contains("` of `rope_") && e.contains("is out of range"), "{e}");
             }
         }
-        // Beyond f64 it is not even a number of JSON.
+        // A number beyond f64 is rejected by the JSON parser.
         let e = DecoderConfig::from_json(br#"{"rope_theta": 1e999}"#).unwrap_err().to_string();
         assert!(e.contains("number out of range"), "{e}");
     }
 
     #[test]
-    fn a_window_of_no_tokens_is_refused_where_it_would_be_used() {
+    fn a_window_of_0_tokens_is_refused_if_it_would_be_used() {
         for setting in [
             r#""model_type": "mistral", "sliding_window": 0"#,
             r#""model_type": "qwen2", "use_sliding_window": true, "sliding_window": 0"#,

@@ -26,19 +26,19 @@ pub struct Decoder<B: Backend> {
     activations: Dtype,
 }
 
-/// What the backward pass of the decoder needs.
+/// The state that the backward pass of the decoder needs.
 pub struct SavedDecoder<B: Backend> {
     blocks: Vec<SavedBlock<B>>,
     /// Last residual stream at the pooled rows, before the final norm. `[R, d]`
     pooled: B::Tensor,
     norm: SavedNorm<B>,
-    /// What the adapters dropped, to be dropped again.
+    /// The dropout state of the adapters, to recompute the same masks.
     dropout: Option<Dropout>,
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Builds the decoder that `config` describes, asking `values` for each tensor by name and shape in
-    /// files. Names are those of the bare decoder, without a `model.` in front.
+    /// Builds the decoder that `config` describes. `values` returns the values of each tensor for its name and
+    /// its shape in files. Names are those of the bare decoder, without the prefix `model.`.
     pub fn build(backend: &B, config: DecoderConfig, values: &mut Values<'_>) -> Result<Self> {
         let mut builder = Builder { backend, config: &config, values };
         let embed_tokens = builder.embed_tokens()?;
@@ -75,7 +75,7 @@ impl<B: Backend> Decoder<B> {
         Ok(self.run(backend, input, dropout, &mut drop)?.0)
     }
 
-    /// [`forward`](Decoder::forward), with what [`backward`](Decoder::backward) needs.
+    /// [`forward`](Decoder::forward), also returning the state that [`backward`](Decoder::backward) needs.
     pub fn forward_saving(
         &self,
         backend: &B,
@@ -88,7 +88,7 @@ impl<B: Backend> Decoder<B> {
         Ok((hidden, SavedDecoder { blocks, pooled, norm, dropout }))
     }
 
-    /// Returns the normed pooled rows, the same before the norm, and what the norm saved.
+    /// Returns the pooled rows after the final norm, the same before it, and the state of the norm.
     fn run(
         &self,
         backend: &B,
@@ -103,7 +103,7 @@ impl<B: Backend> Decoder<B> {
         let selected = input.selected(&pooled_pass);
         let mut x = backend.gather_rows(self.embed_tokens.values(), &input.ids)?;
         if x.dtype() != Dtype::F32 {
-            x = backend.cast(&x, Dtype::F32)?; // the residual stream, from a frozen table
+            x = backend.cast(&x, Dtype::F32)?; // a frozen table may be bf16; the residual stream is f32
         }
         for (layer, block) in self.blocks.iter().enumerate() {
             let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
@@ -119,9 +119,9 @@ impl<B: Backend> Decoder<B> {
         Ok((hidden, pooled, norm))
     }
 
-    /// Adds the gradient of every parameter that learns, from the gradient by the hidden states
+    /// Accumulates the gradient of every trainable parameter, from the gradient with respect to the hidden states
     /// `[R, d]` that [`forward_saving`](Decoder::forward_saving) returned for the same input. `ready`
-    /// receives the parameters of each layer when this pass has added all of their gradient.
+    /// receives the parameters of each layer when their gradients are complete.
     pub fn backward(
         &mut self,
         backend: &B,
@@ -160,17 +160,16 @@ impl<B: Backend> Decoder<B> {
         ready.ready(&mut std::iter::once(&mut self.embed_tokens))
     }
 
-    /// Nothing after the last layer but pooling reads its output, so all of it but keys and values is
-    /// computed at the pooled rows alone. On unless turned off, which changes no result beyond
-    /// rounding.
+    /// Whether the last layer is computed only at the pooled rows, except for keys and values. On by default.
+    /// Only pooling reads its output, so this changes results by rounding errors at most.
     pub fn set_last_block_at_pooled_rows(&mut self, on: bool) {
         self.last_block_at_pooled_rows = on;
     }
 
-    /// Sets the dtype of activations and their gradients, f32 unless set, and prepares the weights for
-    /// it. In bf16, products multiply bf16 and sum f32; the residual stream, trainable parameters and
-    /// the result stay f32. `round_frozen` stores every frozen matrix as bf16, half the memory: exact
-    /// where it came from a bf16 file.
+    /// Sets the dtype of activations and their gradients (f32 by default), and prepares the weights for it. In
+    /// bf16, products multiply bf16 and accumulate in f32; the residual stream, trainable parameters and the
+    /// result stay f32. `round_frozen` stores every frozen matrix as bf16, which halves its memory and is exact
+    /// if it was loaded from a bf16 file.
     pub(crate) fn set_activations(
         &mut self,
         backend: &B,
@@ -206,12 +205,12 @@ impl<B: Backend> Decoder<B> {
         self.blocks.iter_mut()
     }
 
-    /// The parameters that learn, in the order of the model.
+    /// The trainable parameters, in the order of the model.
     pub fn trainable_parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
         self.parameters().filter(|p| p.is_trainable())
     }
 
-    /// The parameters that learn, to be changed.
+    /// The trainable parameters, mutable.
     pub(crate) fn trainable_parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
         self.parameters_mut().filter(|p| p.is_trainable())
     }
@@ -223,24 +222,24 @@ impl<B: Backend> Decoder<B> {
             .chain(std::iter::once(&self.norm.weight))
     }
 
-    /// All parameters, to be changed.
+    /// All parameters, mutable.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
         std::iter::once(&mut self.embed_tokens)
             .chain(self.blocks.iter_mut().flat_map(Block::parameters_mut))
             .chain(std::iter::once(&mut self.norm.weight))
     }
 
-    /// The tensors of the model's files, in the order of the model.
+    /// The tensors of the weight files, in the order of the model.
     pub fn tensors(&self) -> impl Iterator<Item = NamedTensor<'_, B>> {
         self.parameters().flat_map(Parameter::tensors)
     }
 
-    /// Forgets all gradients.
+    /// Resets all gradients to zero.
     pub fn clear_gradients(&mut self) {
         self.parameters_mut().for_each(Parameter::clear_grad);
     }
 
-    /// Gives the memory of all gradients back.
+    /// Frees the memory of all gradients.
     pub fn drop_gradients(&mut self) {
         self.parameters_mut().for_each(Parameter::drop_grad);
     }
@@ -270,7 +269,7 @@ impl DecoderConfig {
     /// The names and shapes in files of all parameters, in the order of the model.
     ///
     /// # Errors
-    /// When the configuration describes no decoder.
+    /// If no decoder can be built from the configuration.
     pub(crate) fn parameter_shapes(&self) -> Result<Vec<NamedShape>> {
         let mut shapes = Vec::new();
         let counting = CountingBackend::new(Cpu::new().memory());

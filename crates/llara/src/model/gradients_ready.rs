@@ -1,4 +1,4 @@
-//! Telling a caller, during a backward pass, which gradients are complete.
+//! A callback, during a backward pass, for parameters whose gradients are complete.
 
 use super::parameter::Parameter;
 use crate::Result;
@@ -6,14 +6,14 @@ use crate::backend::Backend;
 
 /// Receives parameters during a backward pass, as soon as no later part of the pass adds to their
 /// gradients: those of the final norm, then those of each layer from the last to the first, then the
-/// embeddings. So the sum over processes can run while the pass goes on.
+/// embeddings. The sum over processes can therefore run during the rest of the pass.
 ///
 /// `()` ignores them.
 pub trait GradientsReady<B: Backend> {
-    /// The gradients of these parameters are complete, as far as they are trainable.
+    /// The gradients of the trainable ones of these parameters are complete.
     ///
     /// # Errors
-    /// What ends the backward pass.
+    /// An error ends the backward pass.
     fn ready(&mut self, parameters: &mut dyn Iterator<Item = &mut Parameter<B>>) -> Result<()>;
 }
 

@@ -1,5 +1,5 @@
-//! A packed batch on the device, the rows that are pooled, and the pooling: from hidden states to one
-//! embedding per sequence, the mean over its pooled tokens.
+//! A packed batch on the device, its pooled rows, and pooling: the embedding of a sequence is the mean of the
+//! hidden states of its pooled tokens.
 
 use std::ops::Range;
 
@@ -8,25 +8,25 @@ use crate::Result;
 use crate::backend::{Backend, Layout, ScatterPlan, ScatterRows};
 use crate::data::BatchView;
 
-/// Token ids of `S` sequences end to end, where they begin, and which rows are pooled.
+/// Concatenated token ids of `S` sequences, their offsets, and the rows that are pooled.
 pub struct Input<B: Backend> {
     /// `[T]`
     pub(crate) ids: B::Index,
-    /// Adds the gradient of each token's embedding to the table's.
+    /// Adds the gradient of each token's embedding to the gradient of the embedding table.
     pub(crate) ids_scatter: ScatterPlan<B>,
     /// All T tokens.
     pub(crate) all: Rows<B>,
-    /// The R tokens that are pooled, sequence by sequence.
+    /// The R pooled tokens, grouped by sequence.
     pub(crate) pooled: Rows<B>,
-    /// Where the pooled rows are among all. `[R]`
+    /// Indices of the pooled rows among all rows. `[R]`
     pub(crate) pooled_rows: B::Index,
-    /// Adds a gradient by the pooled rows to one by all rows.
+    /// Adds the gradient of the pooled rows to that of all rows.
     pub(crate) pooled_scatter: ScatterPlan<B>,
 }
 
 impl<B: Backend> Input<B> {
     /// Uploads `batch`, in one transfer; the last `pooled_tokens` tokens of each sequence (all, if it has
-    /// fewer) are pooled. `sequence_numbers` are the numbers of the sequences in the whole step.
+    /// fewer) are pooled. `sequence_numbers` are the indices of the sequences in the whole step.
     pub fn new(
         backend: &B,
         batch: BatchView<'_>,
@@ -89,7 +89,7 @@ impl<B: Backend> Input<B> {
 }
 
 impl<B: Backend> Input<B> {
-    /// The pooled rows, for a pass over them.
+    /// The pooled rows, for a layer that is computed only at these.
     pub(crate) fn selected<'a>(&'a self, pass: &'a Pass<'a, B>) -> OutputRows<'a, B> {
         OutputRows { pass, rows: &self.pooled_rows, scatter: &self.pooled_scatter }
     }
@@ -131,14 +131,14 @@ impl Default for HostRows {
 }
 
 impl HostRows {
-    /// Some positions of the next sequence.
+    /// Appends positions of the next sequence.
     fn push(&mut self, sequence: u32, positions: Range<u32>) {
         self.sequences.extend(positions.clone().map(|_| sequence));
         self.positions.extend(positions);
         self.bounds.push(self.positions.len() as u32);
     }
 
-    /// With what was uploaded.
+    /// The rows with their uploaded indices.
     fn on_device<B: Backend>(
         self,
         longest: usize,

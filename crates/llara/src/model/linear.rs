@@ -1,4 +1,4 @@
-//! Linear layers that read the same input, as one: `y = x · Wᵀ (+ b)`, each with an optional adapter.
+//! Linear layers with the same input, fused into one: `y = x · Wᵀ (+ b)`, each with an optional adapter.
 
 use std::ops::Range;
 
@@ -20,31 +20,31 @@ pub(crate) struct Linear<B: Backend> {
 
 /// One of the projections of a [`Linear`].
 pub(crate) struct Projection<B: Backend> {
-    /// Name that adapters are asked for by, such as `q_proj`.
+    /// Name in adapter configurations, such as `q_proj`.
     pub(crate) name: &'static str,
-    /// Its features among those of all.
+    /// Its features among the features of all projections.
     pub(crate) features: Range<usize>,
     pub(crate) lora: Option<Lora<B>>,
 }
 
-/// What the backward passes of adapters need; a layer itself needs only its input.
+/// The state that the backward passes of adapters need; the layer itself needs only its input.
 pub(crate) struct SavedLinear<B: Backend>(Vec<Option<SavedLora<B>>>);
 
 /// Gradients inside the adapters, `[n, r]` each.
 pub(crate) struct InnerGradients<B: Backend>(Vec<Option<B::Tensor>>);
 
 impl<B: Backend> Linear<B> {
-    /// All of the projections.
+    /// The indices of all projections.
     pub(crate) fn all(&self) -> Range<usize> {
         0..self.projections.len()
     }
 
-    /// Features of some projections among those of all.
+    /// Features of some projections among the features of all.
     fn features(&self, which: &Range<usize>) -> Range<usize> {
         self.projections[which.start].features.start..self.projections[which.end - 1].features.end
     }
 
-    /// `x · Wᵀ (+ b) (+ residual)` of some projections, side by side: x `[n, in]`, result `[n, out]`.
+    /// `x · Wᵀ (+ b) (+ residual)` of some projections, concatenated by columns: x `[n, in]`, result `[n, out]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
@@ -68,7 +68,7 @@ impl<B: Backend> Linear<B> {
     }
 
     /// From the gradient dy `[n, out]` by the result of [`forward`](Self::forward): `dx = dy · W
-    /// (+ onto)`, and what [`backward_weights`](Self::backward_weights) needs.
+    /// (+ onto)`, and the state that [`backward_weights`](Self::backward_weights) needs.
     pub(crate) fn backward_input(
         &self,
         pass: &Pass<'_, B>,
@@ -87,7 +87,7 @@ impl<B: Backend> Linear<B> {
         Ok((dx, inner))
     }
 
-    /// What [`backward_weights`](Self::backward_weights) needs where no gradient by x is wanted.
+    /// What [`backward_weights`](Self::backward_weights) needs, if the gradient with respect to x is not needed.
     pub(crate) fn inner_gradients(
         &self,
         pass: &Pass<'_, B>,

@@ -5,7 +5,7 @@ use super::pass::Pass;
 use crate::Result;
 use crate::backend::{Backend, Shape, View, ViewMut};
 
-/// Which projections get an adapter, and its settings. The defaults are the reference's.
+/// The projections that get an adapter, and the settings of the adapters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
     /// Inner size of the product, `r`.
@@ -34,7 +34,7 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// Whether training draws random numbers, so that equal texts get different embeddings.
+    /// Whether training uses dropout, so that equal texts get different embeddings.
     pub fn has_dropout(&self) -> bool {
         self.dropout > 0.0
     }
@@ -51,7 +51,7 @@ pub(crate) struct Lora<B: Backend> {
     pub(crate) b: Parameter<B>,
     pub(crate) scale: f32,
     pub(crate) dropout: f32,
-    /// Number of this adapter in the model, for its dropout.
+    /// Index of this adapter in the model, for its dropout.
     pub(crate) module: u32,
 }
 
@@ -59,7 +59,7 @@ pub(crate) struct Lora<B: Backend> {
 pub(crate) struct SavedLora<B: Backend>(B::Tensor);
 
 impl<B: Backend> Lora<B> {
-    /// Adds the adapter's part to y `[T, out]`; x `[T, in]`.
+    /// Adds the output of the adapter to y `[T, out]`; x `[T, in]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, B>,
@@ -72,7 +72,7 @@ impl<B: Backend> Lora<B> {
         Ok(SavedLora(pass.backend.lora(input, weights, self.scale, y)?))
     }
 
-    /// The gradient by `drop(x) · Aᵀ`: `g = scale · dy · B`. `[T, r]`
+    /// The gradient with respect to `drop(x) · Aᵀ`: `g = scale · dy · B`. `[T, r]`
     pub(crate) fn inner_gradient(
         &self,
         pass: &Pass<'_, B>,

@@ -7,13 +7,13 @@ use crate::Result;
 use crate::backend::Backend;
 
 pub(crate) struct Mlp<B: Backend> {
-    /// gate and up, in one product.
+    /// gate and up, computed by one product.
     pub(crate) gate_up: Linear<B>,
     pub(crate) down: Linear<B>,
 }
 
 pub(crate) struct SavedMlp<B: Backend> {
-    /// gate and up side by side. `[T, 2 · intermediate]`
+    /// gate and up concatenated by columns. `[T, 2 · intermediate]`
     gate_up: B::Tensor,
     saved_gate_up: SavedLinear<B>,
     saved_down: SavedLinear<B>,
@@ -33,7 +33,7 @@ impl<B: Backend> Mlp<B> {
         Ok((y, SavedMlp { gate_up, saved_gate_up, saved_down }))
     }
 
-    /// Gradient by x alone; the residual's is dy itself.
+    /// Gradient with respect to x; the gradient of the residual is dy.
     pub(crate) fn backward(
         &mut self,
         pass: &Pass<'_, B>,
@@ -43,7 +43,7 @@ impl<B: Backend> Mlp<B> {
     ) -> Result<B::Tensor> {
         let SavedMlp { gate_up, saved_gate_up, saved_down } = saved;
         let (dhidden, inner) = self.down.backward_input(pass, dy, self.down.all(), None)?;
-        // `silu(gate) ∘ up` again: cheaper than to keep one more matrix of this width.
+        // Recomputes `silu(gate) ∘ up`, which is cheaper than storing it.
         let (dgate_up, hidden) = pass.backend.swiglu_backward(dhidden, gate_up)?;
         self.down.backward_weights(pass, dy, &hidden, self.down.all(), (saved_down, inner))?;
         drop(hidden);

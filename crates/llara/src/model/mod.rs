@@ -1,6 +1,6 @@
 //! One decoder for Llama, Mistral, Qwen2 and Qwen3: a family is configuration, not code.
 //!
-//! Each layer has its forward and backward next to each other, with the formula; what the backward needs
+//! Each layer has its forward and backward pass next to each other, with the formula; what the backward pass needs
 //! is a struct. Only [`weights`] reads and writes files.
 
 mod adapter;

@@ -1,10 +1,10 @@
-//! RMS norm (Zhang and Sennrich 2019) with a learned weight.
+//! RMS norm (Zhang and Sennrich 2019) with a trainable weight.
 
 use super::parameter::Parameter;
 use crate::Result;
 use crate::backend::{Backend, Dtype, View, ViewMut};
 
-/// Weight `[g]`; normalises rows in groups of g columns (whole rows, or heads).
+/// Weight `[g]`; normalizes rows in groups of g columns (whole rows, or heads).
 pub(crate) struct RmsNorm<B: Backend> {
     pub(crate) weight: Parameter<B>,
     pub(crate) eps: f32,
@@ -40,7 +40,7 @@ impl<B: Backend> RmsNorm<B> {
         backend.rms_norm_backward(dy, x, weight, &saved.inv_rms, dw, onto)
     }
 
-    /// The same with dx written over dy.
+    /// The same; dx overwrites dy.
     pub(crate) fn backward_in_place(
         &mut self,
         backend: &B,

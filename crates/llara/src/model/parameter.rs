@@ -1,4 +1,4 @@
-//! A parameter: its names in the model's files, its weight on the device and its gradient.
+//! A parameter: its names in the weight files, its values on the device and its gradient.
 
 use std::ops::Range;
 
@@ -8,18 +8,18 @@ use rayon::prelude::*;
 use crate::backend::{Accumulate, Backend, Dtype, PreparedWeight, Shape, View, ViewMut, WeightUse};
 use crate::{Error, ErrorKind, Result};
 
-/// Values of a tensor of a model's files, in host memory, row by row.
+/// Values of a tensor of the weight files, in host memory, in row-major order.
 pub enum ParameterValues {
     /// Single precision.
     F32(Vec<f32>),
     /// bfloat16.
     Bf16(Vec<bf16>),
-    /// Zeros, which take no host memory.
+    /// Zeros, which need no host memory.
     Zeros(Dtype),
 }
 
 impl ParameterValues {
-    /// Numbers, rounded to `dtype`.
+    /// The values, rounded to `dtype`.
     pub fn rounded(values: Vec<f32>, dtype: Dtype) -> Self {
         match dtype {
             Dtype::F32 => ParameterValues::F32(values),
@@ -38,45 +38,45 @@ impl ParameterValues {
     }
 }
 
-/// How the tensors of a parameter lie in its matrix.
+/// The layout of the tensors of a parameter in its matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// Matrices `[out, in]`, one below the other; products multiply by them.
+    /// Matrices `[out, in]`, stacked by rows; products multiply by them.
     Stacked,
-    /// A table `[rows, d]`, of which rows are read.
+    /// An embedding table `[rows, d]`, for lookups of rows.
     Table,
-    /// Vectors `[n]`, end to end in one row.
+    /// Vectors `[n]`, concatenated in one row.
     Vector,
 }
 
-/// One tensor of a model's files within a [`Parameter`].
+/// One tensor of the weight files within a [`Parameter`].
 #[derive(Debug, Clone)]
 struct Part {
     /// Name within the bare decoder, such as `layers.0.mlp.up_proj.weight`.
     name: String,
-    /// As in the file: `[out, in]` of a matrix, `[n]` of a vector.
+    /// Shape in the file: `[out, in]` for a matrix, `[n]` for a vector.
     shape: Vec<usize>,
-    /// Its rows in the matrix; its columns where the parts are vectors.
+    /// Its rows in the matrix; its columns if the parts are vectors.
     range: Range<usize>,
     /// Whether a backward pass has reached it since the gradients were last cleared.
     reached: bool,
 }
 
-/// One or several tensors of a model's files that are multiplied together, as one matrix on the device:
+/// One or several tensors of the weight files, stored as one matrix on the device and multiplied together:
 /// `q_proj`, `k_proj` and `v_proj` are one parameter of three parts.
 pub struct Parameter<B: Backend> {
     kind: Kind,
     parts: Vec<Part>,
     weight: B::Weight,
-    /// What the weight is prepared for.
+    /// How the weight is used.
     purpose: WeightUse,
     /// A frozen parameter has no gradient and no optimizer state.
     trainable: bool,
-    /// Allocated once, before the first step where there is an optimizer.
+    /// Allocated once; before the first step if there is an optimizer.
     grad: Option<B::Tensor>,
 }
 
-/// One tensor of a model's files, where it is in memory.
+/// A view of one tensor of the weight files in memory.
 pub struct NamedTensor<'p, B: Backend> {
     parameter: &'p Parameter<B>,
     part: &'p Part,
@@ -103,12 +103,12 @@ impl<'p, B: Backend> NamedTensor<'p, B> {
         self.parameter.range_of(self.parameter.values().view(), self.part.range.clone())
     }
 
-    /// Whether it is trained.
+    /// Whether it is trainable.
     pub fn is_trainable(&self) -> bool {
         self.parameter.trainable
     }
 
-    /// The gradient summed since it was last cleared, shaped as the values.
+    /// The gradient accumulated since it was last cleared, with the shape of the values.
     ///
     /// # Errors
     /// As for [`Parameter::grad`].
@@ -119,8 +119,8 @@ impl<'p, B: Backend> NamedTensor<'p, B> {
 }
 
 impl<B: Backend> Parameter<B> {
-    /// Matrices of the same number of columns, one below the other: names and shapes `[out, in]`, and
-    /// what gives the values of each.
+    /// Matrices of the same number of columns, stacked by rows: names and shapes `[out, in]`, and
+    /// the function that returns the values of each.
     pub(crate) fn stacked(
         backend: &B,
         parts: Vec<(String, [usize; 2])>,
@@ -130,7 +130,7 @@ impl<B: Backend> Parameter<B> {
         Self::new(backend, Kind::Stacked, parts, values)
     }
 
-    /// A table of embeddings. `[rows, d]`
+    /// An embedding table. `[rows, d]`
     pub(crate) fn table(
         backend: &B,
         name: String,
@@ -140,7 +140,7 @@ impl<B: Backend> Parameter<B> {
         Self::new(backend, Kind::Table, vec![(name, shape.to_vec())], values)
     }
 
-    /// Vectors, end to end: names and lengths.
+    /// Concatenated vectors: names and lengths.
     pub(crate) fn vector(
         backend: &B,
         parts: Vec<(String, usize)>,
@@ -197,7 +197,7 @@ impl<B: Backend> Parameter<B> {
         Ok(Parameter { kind, parts, weight, purpose, trainable: true, grad: None })
     }
 
-    /// Some of the matrix's rows, or columns where the parts are vectors.
+    /// A view of some rows of the matrix, or of some columns if the parts are vectors.
     fn range_of<'t>(
         &self,
         matrix: View<'t, B::Tensor>,
@@ -214,12 +214,12 @@ impl<B: Backend> Parameter<B> {
         &self.parts[0].name
     }
 
-    /// The tensors of the model's files that it consists of.
+    /// The tensors of the weight files that it consists of.
     pub fn tensors(&self) -> impl Iterator<Item = NamedTensor<'_, B>> {
         self.parts.iter().map(|part| NamedTensor { parameter: self, part })
     }
 
-    /// Whether it is trained.
+    /// Whether it is trainable.
     pub fn is_trainable(&self) -> bool {
         self.trainable
     }
@@ -234,16 +234,16 @@ impl<B: Backend> Parameter<B> {
         self.weight.values()
     }
 
-    /// What products multiply by. `[out, in]`
+    /// The weight, prepared for products. `[out, in]`
     pub(crate) fn weight(&self) -> &B::Weight {
         &self.weight
     }
 
-    /// The gradient summed since it was last cleared, shaped as the values.
+    /// The gradient accumulated since it was last cleared, with the shape of the values.
     ///
     /// # Errors
-    /// When no backward pass has reached this parameter: a part of the model that is not trained by
-    /// mistake must not go unnoticed.
+    /// If no backward pass has reached this parameter, so that a part of the model that is not trained by
+    /// mistake is detected.
     pub fn grad(&self) -> Result<&B::Tensor> {
         match (&self.grad, self.parts.iter().find(|part| !part.reached)) {
             (Some(grad), None) => Ok(grad),
@@ -273,7 +273,11 @@ impl<B: Backend> Parameter<B> {
         let reached = self.parts[parts.start].reached;
         let range = self.parts[parts.start].range.start..self.parts[parts.end - 1].range.end;
         for part in &mut self.parts[parts] {
-            assert_eq!(part.reached, reached, "{}: reached apart", part.name);
+            assert_eq!(
+                part.reached, reached,
+                "{}: parts differ in whether a backward pass has reached them",
+                part.name
+            );
             part.reached = true;
         }
         let accumulate = if reached { Accumulate::Add } else { Accumulate::Overwrite };
@@ -285,7 +289,7 @@ impl<B: Backend> Parameter<B> {
         Ok(Some((grad, accumulate)))
     }
 
-    /// The same as [`grad`](Self::grad), for a sum over processes.
+    /// [`grad`](Self::grad), mutable, for a sum over processes.
     ///
     /// # Errors
     /// As for [`grad`](Self::grad).
@@ -297,7 +301,7 @@ impl<B: Backend> Parameter<B> {
         }
     }
 
-    /// Makes the gradient zero, for a process that has no sequence in a step.
+    /// Sets the gradient to zero, for a process that has no sequence in a step.
     pub(crate) fn set_zero_grad(&mut self, backend: &B) -> Result<()> {
         self.reserve_grad(backend)?;
         if let Some(grad) = &mut self.grad {
@@ -320,7 +324,7 @@ impl<B: Backend> Parameter<B> {
         Ok((self.weight.values(), self.grad.as_mut()))
     }
 
-    /// Allocates the gradient, so that it does not come to lie among activations.
+    /// Allocates the gradient in advance, so that it is not allocated between activations.
     pub(crate) fn reserve_grad(&mut self, backend: &B) -> Result<()> {
         if self.trainable && self.grad.is_none() {
             let (rows, cols) = self.values().shape();
@@ -329,7 +333,7 @@ impl<B: Backend> Parameter<B> {
         Ok(())
     }
 
-    /// The weight to change and the gradient to read, for an optimizer.
+    /// The weight, mutable, and its gradient, for an optimizer.
     ///
     /// # Errors
     /// As for [`grad`](Self::grad).
@@ -352,7 +356,7 @@ impl<B: Backend> Parameter<B> {
         self.clear_grad();
     }
 
-    /// Makes it not trainable.
+    /// Makes the parameter not trainable.
     pub(crate) fn freeze(&mut self) {
         self.trainable = false;
         self.drop_grad();
@@ -380,25 +384,24 @@ impl<B: Backend> Parameter<B> {
         self.replace_values(backend, |values| backend.cast(&values, Dtype::Bf16))
     }
 
-    /// Puts other values of the same shape in place of those there are. When `change` fails, the
-    /// parameter is left without values.
+    /// Replaces the values by others of the same shape. If `change` fails, the parameter is left without values.
     pub(crate) fn replace_values(
         &mut self,
         backend: &B,
         change: impl FnOnce(B::Tensor) -> Result<B::Tensor>,
     ) -> Result<()> {
         let values = self.take_values(backend)?;
-        self.put_values(backend, change(values)?)
+        self.set_values(backend, change(values)?)
     }
 
-    /// Takes the values out, to be changed and [put back](Self::put_values).
+    /// Takes the values, which [`set_values`](Self::set_values) must replace.
     pub(crate) fn take_values(&mut self, backend: &B) -> Result<B::Tensor> {
         let nothing = backend.prepare(backend.zeros(0, 0, Dtype::F32)?, WeightUse::Elementwise)?;
         Ok(std::mem::replace(&mut self.weight, nothing).into_values())
     }
 
-    /// Puts in values of the same shape, and prepares the weight from them.
-    pub(crate) fn put_values(&mut self, backend: &B, values: B::Tensor) -> Result<()> {
+    /// Sets values of the same shape, and prepares the weight from them.
+    pub(crate) fn set_values(&mut self, backend: &B, values: B::Tensor) -> Result<()> {
         self.weight = backend.prepare(values, self.purpose)?;
         Ok(())
     }
@@ -414,5 +417,5 @@ impl<B: Backend> Parameter<B> {
     }
 }
 
-/// Where the values of a decoder's tensors come from, by name and shape in files.
+/// A source of the values of a decoder's tensors, by name and shape in files.
 pub type Values<'v> = dyn FnMut(&str, &[usize]) -> Result<ParameterValues> + 'v;

@@ -45,7 +45,7 @@ impl<B: Backend> Deref for Activation<'_, B> {
 /// Some or all tokens of a packed batch: the rows of a matrix.
 pub(crate) struct Rows<B: Backend> {
     pub(crate) layout: Layout<B>,
-    /// The number of each row's sequence in the whole step; dropout is keyed by it. `[rows]`
+    /// The index of each row's sequence in the whole step; dropout masks depend on it. `[rows]`
     pub(crate) sequences: B::Index,
 }
 
@@ -53,9 +53,9 @@ pub(crate) struct Rows<B: Backend> {
 pub(crate) struct OutputRows<'a, B: Backend> {
     /// The pass over these rows.
     pub(crate) pass: &'a Pass<'a, B>,
-    /// Their indices among all rows. `[R]`
+    /// Indices of these rows among all rows. `[R]`
     pub(crate) rows: &'a B::Index,
-    /// Adds a gradient by these rows to one by all rows.
+    /// Adds the gradient of these rows to that of all rows.
     pub(crate) scatter: &'a ScatterPlan<B>,
 }
 
@@ -64,19 +64,19 @@ pub(crate) struct OutputRows<'a, B: Backend> {
 pub struct Dropout {
     /// Seed of the run.
     pub seed: u64,
-    /// Number of the step.
+    /// Index of the step.
     pub step: u64,
 }
 
 impl<B: Backend> Rows<B> {
-    /// What dropout identifies rows by.
+    /// The tokens of the rows, which determine the dropout masks.
     pub(crate) fn tokens(&self) -> TokenIds<'_, B> {
         TokenIds { sequences: &self.sequences, positions: &self.layout.positions }
     }
 }
 
 impl Dropout {
-    /// The key of one module's mask.
+    /// The key of the mask of one module.
     pub(crate) fn key(&self, module: u32, probability: f32) -> DropoutKey {
         DropoutKey { seed: self.seed, step: self.step, module, probability }
     }

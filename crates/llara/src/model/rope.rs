@@ -1,21 +1,21 @@
-//! Frequencies of the rotary embedding (Su et al. 2021) and its scalings, and the table of angles.
+//! Frequencies of the rotary position embedding (Su et al. 2021), their scaling, and the table of angles.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Result;
 use crate::backend::{Backend, RopeTable};
 
-/// How frequencies are stretched to reach beyond the context a model was first trained with.
+/// How frequencies are scaled for contexts longer than the original context length of the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     None,
     /// All frequencies divided by the factor (position interpolation, Chen et al. 2023).
     Linear {
-        /// How many times longer the context becomes.
+        /// Factor by which the context becomes longer.
         factor: f64,
     },
-    /// Low frequencies divided, high ones kept, those between blended (Llama 3.1).
+    /// Low frequencies are divided, high ones kept, those between interpolated (Llama 3.1).
     Llama3 {
         /// Divisor of the low frequencies.
         factor: f64,
@@ -23,14 +23,14 @@ pub enum RopeScaling {
         low_freq_factor: f64,
         /// Wavelengths below `original_context / high_freq_factor` are high frequencies.
         high_freq_factor: f64,
-        /// Context length of the first training, in tokens.
+        /// Original context length, in tokens.
         original_context: f64,
     },
 }
 
 /// `theta^(-2i / head_dim)` for each pair of features, scaled. `[head_dim / 2]`
 ///
-/// Rounded to f32 where PyTorch rounds, so that angles at far positions agree with it.
+/// Rounded to f32 at the same places as in PyTorch, so that angles of large positions agree.
 pub(crate) fn inverse_frequencies(theta: f64, head_dim: usize, scaling: RopeScaling) -> Vec<f32> {
     (0..head_dim / 2)
         .map(|pair| {
@@ -61,10 +61,10 @@ fn scale_frequency(frequency: f32, scaling: RopeScaling) -> f32 {
     }
 }
 
-/// The angles of positions `0..longest`, made on first use and kept for the next batch.
+/// The angles of positions `0..longest`, computed on first use and kept for later batches.
 pub(crate) struct Rope<B: Backend> {
     inverse_frequencies: Vec<f32>,
-    /// The table and how many positions it covers.
+    /// The table and its number of positions.
     table: Mutex<Option<(usize, Arc<RopeTable<B>>)>>,
 }
 

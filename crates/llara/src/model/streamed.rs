@@ -1,5 +1,5 @@
-//! A forward pass that holds the weights of one layer at a time, for a check of files that must not
-//! need the memory of a second model.
+//! A forward pass with the weights of one layer in memory at a time. It checks saved files without the memory
+//! of a second model.
 
 use super::decoder::Builder;
 use super::input::Input;
@@ -10,8 +10,8 @@ use super::{DecoderConfig, mean_pool};
 use crate::Result;
 use crate::backend::{Backend, Dtype, Shape};
 
-/// Embeddings `[S, d]` of the sequences of `input`, before normalisation, computed in f32. `values` gives
-/// each weight by name and shape in files; it is dropped as soon as its layer is done.
+/// Embeddings `[S, d]` of the sequences of `input`, before normalization, computed in f32. `values` gives
+/// each weight by name and shape in files; weights are dropped after their layer has been computed.
 pub(crate) fn embed_streamed<B: Backend>(
     backend: &B,
     config: &DecoderConfig,

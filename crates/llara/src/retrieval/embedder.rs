@@ -10,7 +10,7 @@ use crate::storage::Fingerprint;
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
 
-/// Its embedding is part of an [`Origin`]: it depends on the device, the number format and the adapter.
+/// A text whose embedding is part of an [`Origin`], because it depends on the device, the dtype and the adapter.
 const PROBE: &str = "A lighthouse keeper counts the ships that pass at night.";
 
 /// Embeds texts with a model: tokenizes them in parallel, sorts them by length, encodes them in batches with
@@ -37,7 +37,7 @@ pub struct TextEmbedder<'m, B: Backend> {
     pub query_instruction: String,
     /// Prepended to every passage.
     pub passage_instruction: String,
-    /// Maximum number of tokens in a batch. A longer text is a batch of its own.
+    /// Maximum number of tokens in a batch. A longer text is a separate batch.
     pub batch_tokens: usize,
     /// Called after every batch with the number of its texts.
     pub on_batch: Option<&'m dyn Fn(usize)>,

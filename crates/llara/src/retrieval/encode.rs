@@ -168,7 +168,7 @@ fn embed_checked(
     Ok(embeddings)
 }
 
-/// Refuses embeddings that only a damaged model computes.
+/// Rejects embeddings that only a damaged model computes.
 fn check_values(
     embeddings: ArrayView2<f32>,
     role: Role,
@@ -282,7 +282,7 @@ mod tests {
         assert_eq!(*embedder.0.borrow(), [(Role::Passage, BLOCK_TEXTS.get()), (Role::Passage, 10)]);
     }
 
-    /// Embeds as [`Numbers`] does until it has done so many blocks.
+    /// Embeds like [`Numbers`], and fails after a number of blocks.
     struct Failing(Numbers, usize);
 
     impl Embedder for Failing {

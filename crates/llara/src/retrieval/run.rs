@@ -48,7 +48,7 @@ impl Run {
             let fail = |kind, what: String| Error::new(kind, format!("invalid run: {what}"));
             let Ranking { query, hits } = ranking;
             if !queries.insert(query.clone()) {
-                return Err(fail(ErrorKind::Data, format!("query `{query}` is there twice")));
+                return Err(fail(ErrorKind::Data, format!("query `{query}` occurs twice")));
             }
             let mut seen = HashSet::with_capacity(hits.len());
             for hit in hits.iter_mut() {
@@ -66,7 +66,7 @@ impl Run {
                         format!("query `{query}`: the score of document `{id}` is not finite");
                     return Err(fail(ErrorKind::Numeric, what).got(hit.score));
                 }
-                hit.score += 0.0; // -0.0, which total_cmp puts below 0.0, becomes 0.0
+                hit.score += 0.0; // -0.0, which total_cmp orders before 0.0, becomes 0.0
             }
             hits.sort_unstable_by(|a, b| {
                 let id = |hit: &Hit| &documents[hit.document as usize];
@@ -133,7 +133,7 @@ pub fn check_trec_run<'a>(
     ids.into_iter().try_for_each(|id| one_word("id of a query or document", id, path).map(drop))
 }
 
-/// Whether the file at `path` begins as a run in trec_eval's format does.
+/// Whether the file at `path` begins like a run in trec_eval's format.
 pub fn begins_like_trec_run(path: impl AsRef<Path>) -> std::io::Result<bool> {
     let mut start = Vec::new();
     open_file(path.as_ref())?.take(4096).read_to_end(&mut start)?;

@@ -270,7 +270,7 @@ impl Best {
     }
 }
 
-/// Ordered by score, then by the place of the document's id: greater is better.
+/// Ordered by score, then by the position of the document's id: greater is better.
 #[derive(PartialEq)]
 struct Candidate {
     score: f32,
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn misfits_are_refused() {
+    fn mismatched_inputs_are_refused() {
         let (one, two) = (Array2::ones((1, 2)), Array2::ones((2, 2)));
         let (q, d) = (ids("q", 1), ids("d", 2));
         let kind = |q: &[String], qs: &Array2<f32>, d: &Arc<[String]>, ds: &Array2<f32>, k| {
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_meet_without_a_gap() {
+    fn blocks_cover_all_queries_and_passages() {
         // More queries and passages than one block has.
         let (n, m) = (QUERY_BLOCK + 3, PASSAGE_BLOCK + 5);
         let passages = Array2::from_shape_fn((m, 1), |(i, _)| i as f32);

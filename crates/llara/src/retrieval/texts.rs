@@ -115,7 +115,7 @@ impl TextFile {
     }
 }
 
-/// Whether a line is a JSON object with a field that usually holds a text.
+/// Whether a line is a JSON object with a field that usually contains a text.
 fn is_record(line: &str) -> bool {
     const FIELDS: [&str; 9] =
         ["text", "title", "query", "passage", "document", "contents", "content", "sentence", "pos"];
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_lines_are_taken_as_they_are() {
+    fn plain_lines_are_not_changed() {
         let file = "\u{feff}one \r\n{\"text\": 2}\nthree";
         assert_eq!(read("a.txt", file).unwrap(), ["one ", "{\"text\": 2}", "three"]);
     }
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_passed_over_by_their_number() {
+    fn texts_are_skipped_by_number() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.jsonl");
         let lines: String = (0..5).map(|i| format!("\n{{\"text\": \"{i}\"}}\n")).collect();

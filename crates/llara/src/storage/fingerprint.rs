@@ -36,7 +36,7 @@ impl Fingerprint {
         }
     }
 
-    /// The first 64 bits of the hash, for tables that have no space for all 256.
+    /// The first 64 bits of the hash, for tables that must be small.
     pub(crate) fn short(&self) -> u64 {
         let hash = self.0.finalize();
         let (words, _) = hash.as_bytes().as_chunks();

@@ -78,7 +78,7 @@ pub fn replace_file(path: &Path, contents: &[u8]) -> Result<()> {
     file.commit()
 }
 
-/// Refuses a path at which no file can be written: something other than a regular file is there, the path
+/// Fails for a path at which no file can be written: something other than a regular file is there, the path
 /// has no file name, or the folder does not exist or is read-only. Leaves no file.
 pub(crate) fn check_output_path(path: &Path) -> Result<()> {
     OutputFile::create(path).map(drop)

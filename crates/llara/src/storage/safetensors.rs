@@ -182,7 +182,7 @@ pub(crate) fn safetensors_header(path: &Path, declared: &[Declaration]) -> Resul
         infos
             .push((name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets }));
     }
-    // transformers refuses weights that do not say which framework's layout they follow.
+    // transformers rejects weights whose metadata does not name the framework (`format`).
     let format = [("format".to_owned(), "pt".to_owned())].into();
     let invalid = |e: &dyn std::fmt::Display| {
         Error::new(ErrorKind::Weights, format!("cannot describe the tensors: {e}")).file(path)
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn one_changed_bit_of_what_was_written_is_noticed() {
+    fn one_changed_bit_of_a_written_file_is_detected() {
         let dir = tempfile::tempdir().unwrap();
         let staging = Staging::new(dir.path(), "config.json").unwrap();
         let declared = vec![("a".to_owned(), Dtype::BF16, vec![4])];
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_back_and_is_what_the_format_crate_reads() {
+    fn written_files_are_read_back_and_readable_by_the_safetensors_crate() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("w.safetensors");
         write(&path, &[1.0, -2.5]);
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_cut_anywhere_is_refused() {
+    fn a_file_truncated_anywhere_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("w.safetensors");
         write(&path, &[1.0, 2.0, 3.0]);

@@ -128,16 +128,19 @@ impl Staging {
             .file(&self.target))
     }
 
-    /// A folder in the place of a file is the user's: it is not moved away.
+    /// A folder with the name of a file belongs to the user and is not moved; this is an error.
     fn refuse_folders(&self) -> Result<()> {
         let io = |e| Error::io("read the folder", self.path(), e);
         for name in replace::names(self.path()).map_err(io)? {
             let path = self.target.join(name);
             if path.is_dir() {
-                return Err(Error::new(ErrorKind::Io, "a folder is in the place of a file")
-                    .file(path)
-                    .expected("a file, or nothing")
-                    .hint("move it away, or choose another folder"));
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    "a folder has the name of a file to be written",
+                )
+                .file(path)
+                .expected("a file, or nothing")
+                .hint("rename it, or choose another output folder"));
             }
         }
         Ok(())
@@ -178,7 +181,7 @@ fn move_to_numbered(folder: &Path, name: &Path) -> std::io::Result<PathBuf> {
             Err(e) => return Err(e),
         }
     }
-    Err(std::io::Error::other("all numbers are taken"))
+    Err(std::io::Error::other("all numbers are in use"))
 }
 
 #[cfg(test)]
@@ -311,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unverified_model_is_kept_beside_the_target() {
+    fn an_unverified_model_is_kept_next_to_the_target() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("model");
         for number in 1..3 {
@@ -326,12 +329,12 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_in_the_place_of_a_file_is_refused() {
+    fn a_folder_with_the_name_of_a_file_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("model");
         fs::create_dir_all(target.join("llara.json/of the user")).unwrap();
         let message = stage_new(&target).commit().unwrap_err().to_string();
-        assert!(message.contains("llara.json") && message.contains("in the place"), "{message}");
+        assert!(message.contains("llara.json") && message.contains("has the name"), "{message}");
         assert_eq!(names(&target), ["llara.json"]);
     }
 }

@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_without_room_names_the_smallest_that_works() {
+    fn a_length_without_room_for_text_is_refused_with_the_smallest_length() {
         let encoder = llara();
         let around = encoder.encode(Role::Query, "", 500).unwrap().len();
         let e = encoder.check_max_len(Role::Query, around).unwrap_err().to_string();
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn lacking_special_tokens_are_listed_with_the_way_out() {
+    fn missing_special_tokens_are_listed_with_a_hint() {
         let template = Template::preset("llara").unwrap();
         let mut tokenizer = tokenizer(&template.special_tokens()[..14]);
         let size = tokenizer.vocab_size();
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_token_beyond_the_model_is_named_unless_cut_away() {
+    fn a_text_token_beyond_the_vocabulary_is_named_unless_truncated() {
         let mut tokenizer = tokenizer(&[]);
         let size = tokenizer.vocab_size();
         tokenizer.add_special_tokens(&["<new>".into()]).unwrap();

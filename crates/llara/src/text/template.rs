@@ -345,7 +345,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_template_survives_toml(
+        fn any_template_round_trips_through_toml(
             name in "\\PC{1,9}", pooled_tokens in 1usize..99, prefix in any::<String>(),
             suffix in any::<String>(), special_tokens_in_prefix: bool,
         ) {
@@ -356,7 +356,7 @@ mod tests {
         }
 
         #[test]
-        fn joined_tokens_are_found_again(names in prop::collection::vec("[a-z|/0-9]{1,5}", 0..9)) {
+        fn concatenated_tokens_are_split(names in prop::collection::vec("[a-z|/0-9]{1,5}", 0..9)) {
             let tokens: Vec<String> = names.iter().map(|n| format!("<{n}>")).collect();
             let suffix = format!("say it: {}", tokens.concat());
             prop_assert_eq!(trailing_tokens(&suffix), tokens);

@@ -317,12 +317,12 @@ mod tests {
         let tokenizer = TextTokenizer::from_folder(dir.path()).unwrap();
         let text = "the cat sat on the mat and the cat";
         assert_eq!(tokenizer.encode(text, true).unwrap(), small().encode(text, true).unwrap());
-        // Unchanged: carried over byte for byte, settings and all.
+        // An unchanged tokenizer is saved byte for byte, including these settings.
         assert_eq!(fs::read(saved(&tokenizer).path().join(TOKENIZER_FILE)).unwrap(), bytes);
     }
 
     #[test]
-    fn added_tokens_are_single_ids_and_survive_saving() {
+    fn added_tokens_are_single_ids_also_after_saving() {
         let mut tokenizer = small();
         let size = tokenizer.vocab_size();
         let new = ["<s1>", "<s2>", "<s1>", "<|eos|>"].map(String::from);
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn the_list_in_tokenizer_config_follows() {
+    fn the_token_list_in_tokenizer_config_is_updated() {
         let dir = saved(&small());
         let path = dir.path().join(CONFIG_FILE);
         let config = r#"{"added_tokens_decoder": {"2": {"content": "<|eos|>"}, "10": {}}, "z": 1}"#;

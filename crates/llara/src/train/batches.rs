@@ -12,18 +12,18 @@ use crate::text::{PromptEncoder, Role};
 
 /// The token ids of the texts of one step.
 pub(super) struct Tokenized {
-    /// The rows that the texts come from: this process's share of the batch.
+    /// The rows of the texts: this process's part of the batch.
     pub(super) rows: Vec<Draw>,
     /// How many rows of the batch each process has.
     pub(super) rows_per_rank: RowsPerRank,
     /// `B` queries.
     pub(super) queries: Vec<Vec<u32>>,
-    /// `B·G` passages: in row order, each row's positive first.
+    /// `B·G` passages, in the order of rows; the positive of each row is first.
     pub(super) passages: Vec<Vec<u32>>,
 }
 
-/// Makes the input of any step, independently of other steps and without the model, so that another
-/// thread can do it while the model computes.
+/// Prepares the input of any step, independently of other steps and without the model, so that another thread
+/// can do this while the model computes.
 pub(super) struct BatchSource<'r> {
     pub(super) dataset: &'r Dataset,
     pub(super) config: &'r TrainConfig,
@@ -33,7 +33,7 @@ pub(super) struct BatchSource<'r> {
     pub(super) deduplicate: bool,
     /// Whether the model has adapters with dropout.
     pub(super) has_dropout: bool,
-    /// This process, and the number of processes.
+    /// The rank of this process, and the number of processes.
     pub(super) rank: (usize, usize),
 }
 
@@ -41,7 +41,7 @@ impl BatchSource<'_> {
     /// The input of a step, counted from 0.
     ///
     /// # Errors
-    /// When a row is no longer what was checked, or a text is refused by the tokenizer.
+    /// If a row has changed since it was checked, or the tokenizer rejects a text.
     pub(super) fn input(&self, step: u64) -> Result<StepInput> {
         let Tokenized { rows, rows_per_rank, queries, passages } = self.tokenized(step)?;
         let dropout = self.has_dropout.then_some(Dropout { seed: self.config.seed, step });
@@ -50,7 +50,7 @@ impl BatchSource<'_> {
         Ok(StepInput { rows, ..input })
     }
 
-    /// The token ids of the texts of this process's share of a step, counted from 0. Of a global batch of
+    /// The token ids of the texts of this process's part of a step, counted from 0. Of a global batch of
     /// `W·b` rows, rank `r` takes rows `r·b..(r + 1)·b`.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl BatchSource<'_> {
             queries.push(self.config.query_text(group.prompt, group.query));
             passages.extend(group.passages.iter().map(|text| self.config.passage_text(text)));
         }
-        // On all threads: a GPU leaves them idle, and on a CPU this work has to be done anyway.
+        // On all threads: with a GPU they are idle, and on a CPU this work has to be done in any case.
         let (query_len, passage_len) = (self.config.query_max_len, self.config.passage_max_len);
         Ok(Tokenized {
             rows,

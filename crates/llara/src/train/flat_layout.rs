@@ -9,11 +9,11 @@ use crate::model::Decoder;
 /// The length of each rank's range is a multiple of this many elements.
 const ALIGNMENT: usize = 64;
 
-/// Maps the trainable parameters of a decoder, in order, row by row and one after the other, to flat
-/// indices from 0. The space is padded so that each rank owns a range of the same length.
+/// Maps the elements of the trainable parameters of a decoder, concatenated in row-major order, to flat indices
+/// from 0. The index space is padded so that each rank owns a range of the same length.
 ///
-/// The order is that of [`Decoder::trainable_parameters`]. Only its own range has moments on a rank, and
-/// only that rank updates it.
+/// The order is that of [`Decoder::trainable_parameters`]. A rank has moments only for the range that it owns,
+/// and only that rank updates it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FlatLayout {
     /// Flat index of the first element of each parameter, then the number of all elements. `[P + 1]`
@@ -25,12 +25,12 @@ pub struct FlatLayout {
 
 /// Consecutive elements of one parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Piece {
-    /// Number of the parameter among the trainable ones.
+pub struct ParameterSlice {
+    /// Index of the parameter among the trainable ones.
     pub parameter: usize,
-    /// Its elements, row by row.
+    /// The range of its elements, in row-major order.
     pub elements: Range<usize>,
-    /// Flat index of the first of them.
+    /// Flat index of the first element.
     pub start: usize,
 }
 
@@ -85,21 +85,21 @@ impl FlatLayout {
         rank * self.shard..(rank + 1) * self.shard
     }
 
-    /// The parameters' elements in a flat range, in order.
-    pub fn pieces(&self, range: Range<usize>) -> Vec<Piece> {
-        (0..self.parameters()).filter_map(|parameter| self.piece(parameter, &range)).collect()
+    /// The elements of parameters in a flat range, in order.
+    pub fn slices(&self, range: Range<usize>) -> Vec<ParameterSlice> {
+        (0..self.parameters()).filter_map(|parameter| self.slice(parameter, &range)).collect()
     }
 
-    /// One parameter's elements in a flat range; `None` if there are none.
-    pub fn piece(&self, parameter: usize, range: &Range<usize>) -> Option<Piece> {
+    /// The elements of one parameter in a flat range; `None` if there are none.
+    pub fn slice(&self, parameter: usize, range: &Range<usize>) -> Option<ParameterSlice> {
         let [first, end] = [self.starts[parameter], self.starts[parameter + 1]];
         let start = range.start.max(first);
         let elements = start - first..range.end.min(end).max(start) - first;
-        (!elements.is_empty()).then_some(Piece { parameter, elements, start })
+        (!elements.is_empty()).then_some(ParameterSlice { parameter, elements, start })
     }
 
     /// All elements in buckets of at most `bucket_elements`, the last one first: in the order in which a
-    /// backward pass completes the gradients. A parameter may lie in several buckets, a bucket in several
+    /// backward pass completes the gradients. A parameter may be in several buckets, a bucket in several
     /// ranks' ranges.
     pub fn buckets(&self, bucket_elements: usize) -> Vec<Bucket> {
         let size = bucket_elements.max(1);
@@ -122,23 +122,23 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranks_and_buckets_have_every_element_once(
+        fn every_element_is_in_one_rank_and_one_bucket(
             sizes in prop::collection::vec(0usize..300, 0..12), ranks in 1usize..9, bucket in 1usize..500,
         ) {
             let layout = FlatLayout::new(sizes.iter().copied(), ranks);
             prop_assert_eq!(layout.padded_elements() % (ranks * ALIGNMENT), 0);
             prop_assert!(layout.padded_elements() < layout.elements() + ranks * 2 * ALIGNMENT);
             let buckets = layout.buckets(bucket);
-            let by_rank: Vec<_> = (0..ranks).flat_map(|rank| layout.pieces(layout.owned(rank))).collect();
+            let by_rank: Vec<_> = (0..ranks).flat_map(|rank| layout.slices(layout.owned(rank))).collect();
             let by_bucket: Vec<_> =
-                buckets.iter().rev().flat_map(|bucket| layout.pieces(bucket.range.clone())).collect();
-            for pieces in [by_rank, by_bucket] {
+                buckets.iter().rev().flat_map(|bucket| layout.slices(bucket.range.clone())).collect();
+            for slices in [by_rank, by_bucket] {
                 let mut seen = sizes.iter().map(|&size| vec![0; size]).collect::<Vec<_>>();
                 let mut next = 0;
-                for piece in pieces {
-                    prop_assert_eq!(piece.start, next);
-                    next += piece.elements.len();
-                    piece.elements.for_each(|at| seen[piece.parameter][at] += 1);
+                for slice in slices {
+                    prop_assert_eq!(slice.start, next);
+                    next += slice.elements.len();
+                    slice.elements.for_each(|at| seen[slice.parameter][at] += 1);
                 }
                 prop_assert_eq!(next, layout.elements());
                 prop_assert!(seen.iter().flatten().all(|&count| count == 1));
@@ -160,8 +160,8 @@ mod tests {
     #[test]
     fn one_rank_owns_whole_parameters() {
         let layout = FlatLayout::new([5, 0, 7], 1);
-        let piece = |parameter, size, start| Piece { parameter, elements: 0..size, start };
-        assert_eq!(layout.pieces(layout.owned(0)), [piece(0, 5, 0), piece(2, 7, 5)]);
+        let slice = |parameter, size, start| ParameterSlice { parameter, elements: 0..size, start };
+        assert_eq!(layout.slices(layout.owned(0)), [slice(0, 5, 0), slice(2, 7, 5)]);
         assert_eq!(layout.padded_elements(), 64);
     }
 }

@@ -22,7 +22,7 @@ mod trainer;
 pub(crate) use checkpoint::write_checkpoint_manifest;
 pub use checkpoint::{Checkpoint, Latest, RunProgress, remove_unfinished, state_bytes};
 pub use config::{RunLength, Saving, TrainConfig};
-pub use flat_layout::{FlatLayout, Piece};
+pub use flat_layout::{FlatLayout, ParameterSlice};
 pub use optimizer::{AdamW, AdamWConfig, is_decayed};
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};

@@ -1,6 +1,6 @@
-//! AdamW with clipping by the global norm.
+//! AdamW with clipping by the global gradient norm.
 
-use super::flat_layout::{FlatLayout, Piece};
+use super::flat_layout::{FlatLayout, ParameterSlice};
 use super::reduction::BUCKET_ELEMENTS;
 use crate::backend::{AdamWStep, Backend, Dtype};
 use crate::dist::{Collective, FlatPart, Solo};
@@ -14,7 +14,7 @@ pub struct AdamWConfig {
     pub beta1: f64,
     /// Decay of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub epsilon: f64,
     /// Decoupled weight decay, on every parameter but norms and biases ([`is_decayed`]).
     pub weight_decay: f64,
@@ -68,7 +68,7 @@ impl AdamWConfig {
 
 /// Whether weight decay applies to a parameter of this name: to all but norms and biases, as in
 /// `transformers.Trainer.get_decay_parameter_names` (names that contain `bias`, `layernorm` or
-/// `rmsnorm`, or a part that is `norm` or ends in `_norm`).
+/// `rmsnorm`, or a component that is `norm` or ends in `_norm`).
 pub fn is_decayed(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     let is_norm = |part: &str| part == "norm" || part.ends_with("_norm");
@@ -85,9 +85,9 @@ pub struct AdamW<B: Backend> {
     owned: Vec<Owned<B>>,
 }
 
-/// The moments of a piece of a parameter, `[1, n]` for `n` elements.
+/// The moments of a slice of a parameter, `[1, n]` for `n` elements.
 pub(super) struct Owned<B: Backend> {
-    pub(super) piece: Piece,
+    pub(super) slice: ParameterSlice,
     pub(super) first: B::Tensor,
     pub(super) second: B::Tensor,
 }
@@ -96,7 +96,7 @@ impl<B: Backend> AdamW<B> {
     /// Zero moments for every trainable parameter of `decoder`, and memory for the gradients.
     ///
     /// # Errors
-    /// When a setting is out of its range, or the device has no memory left.
+    /// If a setting is out of range, or the device is out of memory.
     pub fn new(backend: &B, decoder: &mut Decoder<B>, config: AdamWConfig) -> Result<Self> {
         Self::sharded(backend, decoder, config, (0, 1))
     }
@@ -115,14 +115,14 @@ impl<B: Backend> AdamW<B> {
         config.check()?;
         decoder.parameters_mut().try_for_each(|parameter| parameter.reserve_grad(backend))?;
         let layout = FlatLayout::of(decoder, ranks);
-        let zeros = |piece: Piece| {
-            let length = piece.elements.len();
+        let zeros = |slice: ParameterSlice| {
+            let length = slice.elements.len();
             let (first, second) =
                 (backend.zeros(1, length, Dtype::F32)?, backend.zeros(1, length, Dtype::F32)?);
-            Ok(Owned { piece, first, second })
+            Ok(Owned { slice, first, second })
         };
         let owned =
-            layout.pieces(layout.owned(rank)).into_iter().map(zeros).collect::<Result<_>>()?;
+            layout.slices(layout.owned(rank)).into_iter().map(zeros).collect::<Result<_>>()?;
         Ok(AdamW { config, steps: 0, layout, owned })
     }
 
@@ -131,12 +131,12 @@ impl<B: Backend> AdamW<B> {
         &self.layout
     }
 
-    /// Updates made so far.
+    /// Number of updates so far.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// Continues after so many updates.
+    /// Sets the number of updates, to resume a run.
     pub(super) fn set_steps(&mut self, steps: u64) {
         self.steps = steps;
     }
@@ -146,15 +146,15 @@ impl<B: Backend> AdamW<B> {
         &self.owned
     }
 
-    /// The same, to be restored.
+    /// The same, mutable, to restore them.
     pub(super) fn owned_mut(&mut self) -> &mut [Owned<B>] {
         &mut self.owned
     }
 
     /// One update from the gradients in `decoder`, which are then cleared.
     ///
-    /// Returns `[norm, factor]` `[1, 2]` on the device: the global norm before clipping and what the
-    /// gradients were multiplied by. When the norm is not finite the weights stay as they were.
+    /// Returns `[norm, factor]` `[1, 2]` on the device: the global norm before clipping and the factor by which
+    /// the gradients were multiplied. If the norm is not finite, the weights do not change.
     ///
     /// # Errors
     /// When a parameter has received no gradient.
@@ -184,7 +184,7 @@ impl<B: Backend> AdamW<B> {
         }
         let mut sum = backend.zeros(1, 1, Dtype::F32)?;
         for_each_owned(&mut self.owned, decoder.trainable_parameters(), |owned, parameter| {
-            backend.add_sum_of_squares(parameter.grad()?, owned.piece.elements.clone(), &mut sum)
+            backend.add_sum_of_squares(parameter.grad()?, owned.slice.elements.clone(), &mut sum)
         })?;
         collective.all_reduce(&mut sum)?;
         let clip = backend.clip_factor(&sum, self.config.max_grad_norm)?;
@@ -202,7 +202,7 @@ impl<B: Backend> AdamW<B> {
             let update = AdamWStep { weight_decay, ..update };
             let (weight, grad) = parameter.weight_mut_and_grad()?;
             let moments = (&mut owned.first, &mut owned.second);
-            backend.adamw(weight, owned.piece.elements.clone(), grad, moments, &clip, &update)
+            backend.adamw(weight, owned.slice.elements.clone(), grad, moments, &clip, &update)
         })?;
         decoder.clear_gradients();
         if collective.size() > 1 {
@@ -211,7 +211,7 @@ impl<B: Backend> AdamW<B> {
         Ok(clip)
     }
 
-    /// Gives every rank the weights that the others have updated.
+    /// Replaces the weights that other ranks own by their updated values.
     fn all_gather_weights(
         &self,
         backend: &B,
@@ -219,26 +219,26 @@ impl<B: Backend> AdamW<B> {
         collective: &dyn Collective<B>,
     ) -> Result<()> {
         for bucket in self.layout.buckets(BUCKET_ELEMENTS) {
-            let pieces = self.layout.pieces(bucket.range.clone());
+            let slices = self.layout.slices(bucket.range.clone());
             let mut values = decoder
                 .trainable_parameters_mut()
                 .enumerate()
-                .filter(|(number, _)| pieces.iter().any(|piece| piece.parameter == *number))
+                .filter(|(number, _)| slices.iter().any(|slice| slice.parameter == *number))
                 .map(|(_, parameter)| Ok((parameter.take_values(backend)?, parameter)))
                 .collect::<Result<Vec<_>>>()?;
             let mut parts: Vec<_> = values
                 .iter_mut()
-                .zip(pieces)
-                .map(|((tensor, _), piece)| FlatPart {
+                .zip(slices)
+                .map(|((tensor, _), slice)| FlatPart {
                     tensor,
-                    elements: piece.elements,
-                    start: piece.start,
+                    elements: slice.elements,
+                    start: slice.start,
                 })
                 .collect();
             let gathered = collective.all_gather_weights(&bucket, &mut parts);
-            // Whatever happened, the model keeps its weights.
+            // Also after an error, so that the model keeps its weights.
             for (values, parameter) in values {
-                parameter.put_values(backend, values)?;
+                parameter.set_values(backend, values)?;
             }
             gathered?;
         }
@@ -246,8 +246,8 @@ impl<B: Backend> AdamW<B> {
     }
 }
 
-/// Calls `f` with each piece and its parameter. Both are in the order of the model, and a parameter has at
-/// most one piece.
+/// Calls `f` with each slice and its parameter. Both are in the order of the model, and a parameter has at
+/// most one slice.
 fn for_each_owned<B: Backend, P>(
     owned: &mut [Owned<B>],
     parameters: impl Iterator<Item = P>,
@@ -255,8 +255,8 @@ fn for_each_owned<B: Backend, P>(
 ) -> Result<()> {
     let mut owned = owned.iter_mut().peekable();
     for (number, parameter) in parameters.enumerate() {
-        if let Some(piece) = owned.next_if(|owned| owned.piece.parameter == number) {
-            f(piece, parameter)?;
+        if let Some(slice) = owned.next_if(|owned| owned.slice.parameter == number) {
+            f(slice, parameter)?;
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The sum of the gradients over processes, bucket by bucket, while the backward pass goes on.
+//! The sum of the gradients over processes, in buckets, during the backward pass.
 
 use std::collections::HashMap;
 
@@ -8,16 +8,16 @@ use crate::dist::{Bucket, Collective, FlatPart, GradientSum};
 use crate::model::{Decoder, GradientsReady, Parameter};
 use crate::{Error, ErrorKind, Result};
 
-/// Elements of a bucket: 25 MB of f32, as PyTorch's DistributedDataParallel has.
+/// Elements of a bucket: 25 MB of f32, as in PyTorch's DistributedDataParallel.
 pub(super) const BUCKET_ELEMENTS: usize = 25 * (1 << 20) / 4;
 
 /// Receives gradients of the last chunk of a step and starts the sum of each bucket as soon as its
 /// gradients are complete.
 pub(super) struct GradientReduction<'r, B: Backend> {
     layout: &'r FlatLayout,
-    /// Numbers of the trainable parameters by name.
+    /// Indices of the trainable parameters by name.
     numbers: HashMap<String, usize>,
-    /// The last ones first.
+    /// The buckets, from the last to the first.
     buckets: Vec<OpenBucket<B>>,
 }
 
@@ -30,10 +30,10 @@ struct OpenBucket<B: Backend> {
 }
 
 impl<'r, B: Backend> GradientReduction<'r, B> {
-    /// Begins the sums of all buckets.
+    /// Creates the sums of all buckets.
     ///
     /// # Errors
-    /// As the group fails.
+    /// Errors of the process group.
     pub(super) fn new(
         layout: &'r FlatLayout,
         decoder: &Decoder<B>,
@@ -49,17 +49,17 @@ impl<'r, B: Backend> GradientReduction<'r, B> {
         Ok(GradientReduction { layout, numbers, buckets: buckets.collect::<Result<_>>()? })
     }
 
-    /// Waits for all sums. The decoder's gradients then hold the sum over ranks in the range that this
+    /// Waits for all sums. The decoder's gradients then contain the sum over ranks in the range that this
     /// rank owns.
     ///
     /// # Errors
-    /// When a gradient was never reported as complete, or the group fails.
+    /// If a gradient was never reported as complete, or the process group fails.
     pub(super) fn finish(self, decoder: &mut Decoder<B>) -> Result<()> {
         for OpenBucket { bucket, sum, missing, .. } in self.buckets {
             if missing > 0 {
                 return Err(Error::new(
                     ErrorKind::Numeric,
-                    "a backward pass left gradients incomplete",
+                    "the gradients are incomplete after the backward pass",
                 )
                 .expected("a gradient for every trainable parameter")
                 .got(format!("{missing} elements without one")));
@@ -76,12 +76,12 @@ impl<B: Backend> GradientsReady<B> for GradientReduction<'_, B> {
         for parameter in parameters.filter(|parameter| parameter.is_trainable()) {
             let Some(&number) = self.numbers.get(parameter.name()) else { continue };
             for open in &mut self.buckets {
-                let Some(piece) = self.layout.piece(number, &open.bucket.range) else { continue };
-                open.missing -= piece.elements.len();
+                let Some(slice) = self.layout.slice(number, &open.bucket.range) else { continue };
+                open.missing -= slice.elements.len();
                 open.sum.add(FlatPart {
                     tensor: parameter.grad_mut()?,
-                    elements: piece.elements,
-                    start: piece.start,
+                    elements: slice.elements,
+                    start: slice.start,
                 })?;
             }
         }
@@ -94,7 +94,7 @@ impl<B: Backend> GradientsReady<B> for GradientReduction<'_, B> {
     }
 }
 
-/// The parts of a bucket: gradients or weights of the decoder, as `tensor` takes them.
+/// The parts of a bucket: gradients or weights of the decoder, selected by `tensor`.
 pub(super) fn parts<'d, B: Backend>(
     layout: &FlatLayout,
     bucket: &Bucket,
@@ -103,14 +103,14 @@ pub(super) fn parts<'d, B: Backend>(
 ) -> Result<Vec<FlatPart<'d, B>>> {
     let in_bucket =
         decoder.trainable_parameters_mut().enumerate().filter_map(|(number, parameter)| {
-            layout.piece(number, &bucket.range).map(|piece| (piece, parameter))
+            layout.slice(number, &bucket.range).map(|slice| (slice, parameter))
         });
     in_bucket
-        .map(|(piece, parameter)| {
+        .map(|(slice, parameter)| {
             Ok(FlatPart {
                 tensor: tensor(parameter)?,
-                elements: piece.elements,
-                start: piece.start,
+                elements: slice.elements,
+                start: slice.start,
             })
         })
         .collect()

@@ -2,24 +2,24 @@
 
 use crate::{Error, ErrorKind, Result};
 
-/// How the rate falls after the warm-up.
+/// How the learning rate decays after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Decay {
-    /// Not at all.
+    /// The rate is constant.
     Constant,
-    /// In a straight line to 0 at the last step.
+    /// Linear decay to 0 at the last step.
     #[default]
     Linear,
-    /// Along half a cosine to 0 at the last step.
+    /// Cosine decay to 0 at the last step.
     Cosine,
 }
 
-/// How long the rate rises in a straight line from 0.
+/// The length of the warm-up, in which the rate increases linearly from 0.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Warmup {
     /// A number of steps.
     Steps(u64),
-    /// A share of all steps, rounded up.
+    /// A fraction of all steps, rounded up.
     Ratio(f64),
 }
 
@@ -44,7 +44,7 @@ impl Schedule {
     /// A schedule that reaches `peak` after the warm-up, over `total_steps`.
     ///
     /// # Errors
-    /// When the rate is negative or not finite, or the warm-up ratio is not within `0..=1`.
+    /// If the rate is negative or not finite, or the warm-up ratio is not within `0..=1`.
     pub fn new(peak: f64, decay: Decay, warmup: Warmup, total_steps: u64) -> Result<Self> {
         if !(peak.is_finite() && peak >= 0.0) {
             return Err(Error::new(ErrorKind::Argument, "the learning rate is out of range")
@@ -58,7 +58,7 @@ impl Schedule {
             }
             Warmup::Ratio(ratio) => {
                 return Err(Error::new(ErrorKind::Argument, "the warm-up ratio is out of range")
-                    .expected("a share of the steps, from 0 to 1")
+                    .expected("a fraction of the steps, from 0 to 1")
                     .got(ratio));
             }
         };

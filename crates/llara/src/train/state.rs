@@ -1,4 +1,4 @@
-//! Everything that a training run carries from one step to the next, besides the weights.
+//! The state of a training run between steps, except for the weights.
 
 use super::config::TrainConfig;
 use super::optimizer::AdamW;
@@ -11,14 +11,14 @@ use crate::biencoder::BiEncoderModel;
 use crate::dist::Collective;
 use crate::loss::Objective;
 
-/// The state of a run between two steps: with the model's trainable parameters, which hold the weights in
-/// f32, all that the following steps depend on.
+/// The state of a run between two steps. Together with the model's trainable parameters, which are the weights
+/// in f32, it determines all following steps.
 ///
 /// - The moments and the number of updates are in the optimizer, flat and divided among ranks
 ///   ([`FlatLayout`](super::FlatLayout)).
-/// - No random state is kept. Every draw is a function of the seed and of what it is for: the order of an
-///   epoch's rows of (seed, epoch), a row's passages of (seed, epoch, row), dropout of (seed, step, module,
-///   sequence, position, feature). At step `n` the random state is (seed, `n`).
+/// - There is no generator state. Every random number is a function of the seed and of its use: the order of the
+///   rows of an epoch is a function of (seed, epoch), the passages of a row of (seed, epoch, row), dropout of
+///   (seed, step, module, sequence, position, feature). At step `n` the random state is (seed, `n`).
 /// - The position in the data is the number of steps: the batch of step `n` is a function of (seed, `n`).
 pub struct TrainState<B: Backend> {
     optimizer: AdamW<B>,
@@ -26,11 +26,11 @@ pub struct TrainState<B: Backend> {
     bucket_elements: usize,
 }
 
-/// What a step left on the device.
+/// The results of a step, on the device.
 pub(super) struct StepResult<B: Backend> {
     /// Mean loss of this process's rows. `[1, 1]`
     pub(super) loss: B::Tensor,
-    /// Global norm of the gradients and what they were multiplied by. `[1, 2]`
+    /// Global norm of the gradients and the clipping factor. `[1, 2]`
     pub(super) clip: B::Tensor,
 }
 
@@ -39,7 +39,7 @@ impl<B: Backend> TrainState<B> {
     /// is allocated.
     ///
     /// # Errors
-    /// When a setting of the optimizer is out of its range, or the device has no memory left.
+    /// If a setting of the optimizer is out of range, or the device is out of memory.
     pub fn new(
         model: &mut BiEncoderModel<B>,
         config: &TrainConfig,
@@ -50,17 +50,17 @@ impl<B: Backend> TrainState<B> {
         Ok(TrainState { optimizer, seed: config.seed, bucket_elements: BUCKET_ELEMENTS })
     }
 
-    /// The optimizer, to be restored.
+    /// The optimizer, mutable, to restore it.
     pub(super) fn optimizer_mut(&mut self) -> &mut AdamW<B> {
         &mut self.optimizer
     }
 
-    /// Steps made so far.
+    /// Number of steps so far.
     pub fn step(&self) -> u64 {
         self.optimizer.steps()
     }
 
-    /// The seed of all random draws.
+    /// The seed of all random numbers.
     pub fn seed(&self) -> u64 {
         self.seed
     }
@@ -75,7 +75,7 @@ impl<B: Backend> TrainState<B> {
         self.bucket_elements = elements;
     }
 
-    /// Makes one step: gradients of `input`, their sum over processes, and the update.
+    /// Computes one step: the gradients of `input`, their sum over processes, and the update.
     ///
     /// # Errors
     /// When an operation of the device or of the group fails.

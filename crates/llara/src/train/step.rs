@@ -1,9 +1,9 @@
 //! The gradients of one batch, in bounded memory.
 //!
-//! Exact gradient caching (Gao et al. 2021): the batch is encoded in chunks of which only the embeddings
-//! are kept; the loss is computed over all of them; then each chunk runs forward again, this time keeping
-//! its activations, and backward from the cached gradient of its embeddings. The sum is the gradient of
-//! the whole batch, whatever the chunks. A chunk whose activations fit the limit runs forward once.
+//! Gradient caching (Gao et al. 2021): the batch is encoded in chunks, of which only the embeddings are kept. The
+//! loss is computed from all embeddings. Then the forward pass of each chunk is repeated, now keeping its
+//! activations, and its backward pass starts from the cached gradient of its embeddings. The sum over chunks is
+//! the exact gradient of the whole batch. Chunks whose activations fit the limit are computed only once.
 
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ use crate::model::GradientsReady;
 /// How a batch is split into chunks, and how many chunks keep their activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunking {
-    /// Maximum number of tokens in a chunk; a longer sequence is a chunk of its own.
+    /// Maximum number of tokens in a chunk; a longer sequence is a separate chunk.
     pub max_tokens: usize,
     /// Maximum number of sequences in a chunk.
     pub max_sequences: usize,
@@ -28,7 +28,7 @@ pub struct Chunking {
 }
 
 impl Default for Chunking {
-    /// One pass over everything.
+    /// One chunk without limits.
     fn default() -> Self {
         Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX }
     }
@@ -73,7 +73,7 @@ pub fn accumulate_gradients<B: Backend>(
     accumulate_gradients_with(model, objective, input, chunking, &mut ())
 }
 
-/// [`accumulate_gradients`] that tells `ready` during the last chunk which gradients are complete.
+/// [`accumulate_gradients`] that calls `ready` during the last chunk with parameters whose gradients are complete.
 ///
 /// A process that has no sequence in this step takes part in the objective, and its gradient is zero.
 ///
@@ -155,7 +155,7 @@ impl<B: Backend> Places<B> {
     }
 }
 
-/// The part of a process without sequences: its gradient is zero, and others wait for it.
+/// The step of a process without sequences: its gradient is zero, but it takes part in communication.
 fn no_sequences<B: Backend>(
     model: &mut BiEncoderModel<B>,
     objective: &dyn Objective<B>,
@@ -175,8 +175,8 @@ fn no_sequences<B: Backend>(
     Ok(loss)
 }
 
-/// The embeddings of all chunks `[S, d]`, and what each keeps for its backward pass. The first chunks
-/// are the kept ones: their memory is free again before the others are recomputed.
+/// The embeddings of all chunks `[S, d]`, and the state of each for its backward pass. The first chunks
+/// are the kept ones, so that their memory is freed before the others are recomputed.
 fn encode_chunks<B: Backend>(
     model: &BiEncoderModel<B>,
     input: &StepInput,

@@ -1,37 +1,37 @@
-//! Everything that one step reads from the host, made ahead of the step on another thread.
+//! The input of one step on the host, prepared in advance on another thread.
 
 use crate::data::{Batch, Draw, positives};
 use crate::loss::RowsPerRank;
 use crate::model::Dropout;
 use crate::{Error, ErrorKind, Result};
 
-/// One process's share of the batch of one step.
+/// The part of the batch of one step that one process computes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepInput {
-    /// The rows that it was made from; empty where it was not made from a dataset.
+    /// The rows of the dataset; empty if the input is not from a dataset.
     pub rows: Vec<Draw>,
     /// The sequences to encode: queries first, then passages. Equal ones are packed once, unless
     /// dropout makes them different.
     pub batch: Batch,
-    /// Number of each sequence of `batch` in the whole step; dropout is keyed by it.
+    /// Index of each sequence of `batch` in the whole step; dropout masks depend on it.
     pub sequence_numbers: Vec<u32>,
-    /// Where each query is in `batch`. `[B]`
+    /// Index of each query in `batch`. `[B]`
     pub queries: Vec<u32>,
-    /// Where each passage is in `batch`: query by query, the positive first. `[B·G]`
+    /// Index of each passage in `batch`, grouped by query, the positive first. `[B·G]`
     pub passages: Vec<u32>,
-    /// For each query, its positive among the passages. `[B]`
+    /// For each query, the index of its positive among the passages. `[B]`
     pub positives: Vec<u32>,
     /// How many rows of the step each process has.
     pub rows_per_rank: RowsPerRank,
     /// Tokens of all queries and passages, equal ones counted each time.
     pub tokens: usize,
-    /// What the adapters' dropout draws; `None`: nothing is dropped.
+    /// The dropout state of the adapters; `None`: no dropout.
     pub dropout: Option<Dropout>,
 }
 
 impl StepInput {
-    /// Packs the token ids of queries and of their passages, query by query. `deduplicate` packs
-    /// equal sequences once where there is no dropout.
+    /// Packs the token ids of queries and of their passages, grouped by query. With `deduplicate` and without
+    /// dropout, equal sequences are packed once.
     ///
     /// # Errors
     /// When the passages are not a positive multiple of the queries, or a sequence is empty.
@@ -52,12 +52,12 @@ impl StepInput {
         Self::share(&queries, &passages, (rows, 0), deduplicate, dropout)
     }
 
-    /// [`StepInput::new`] of the share of process `rank` in a step whose rows are divided by `rows`; it may
+    /// [`StepInput::new`] for the part of process `rank` in a step whose rows are divided by `rows`; it may
     /// be empty. The global batch has the queries of all processes, then all passages, and its sequences
     /// are numbered in that order.
     ///
     /// # Errors
-    /// When there are not the queries and passages that `rows` says, or a sequence is empty.
+    /// If the numbers of queries and passages differ from those of `rows`, or a sequence is empty.
     pub fn share<S: AsRef<[u32]>, T: AsRef<[u32]>>(
         queries: &[S],
         passages: &[T],
@@ -68,7 +68,7 @@ impl StepInput {
         let count = rows_per_rank.queries[rank];
         let group_size = rows_per_rank.group_size;
         if (queries.len(), passages.len()) != (count, count * group_size) {
-            return Err(Error::new(ErrorKind::Argument, "the share of a process is incomplete")
+            return Err(Error::new(ErrorKind::Argument, "wrong number of texts for this process")
                 .expected(format!("{count} queries and {} passages", count * group_size))
                 .got(format!("{} and {}", queries.len(), passages.len())));
         }
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_that_differ_are_refused() {
+    fn groups_of_different_sizes_are_refused() {
         for (queries, passages) in [(2, 3), (0, 0), (0, 4), (2, 0)] {
             let sequences = |n: usize| vec![vec![1u32]; n];
             let result = StepInput::new(sequences(queries), sequences(passages), true, None);

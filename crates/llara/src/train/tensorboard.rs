@@ -1,4 +1,4 @@
-//! TensorBoard event files: scalars per step, in the form that TensorFlow's summary writers use.
+//! TensorBoard event files: scalars per step, in the format of TensorFlow's summary writers.
 //!
 //! An event file is a sequence of TFRecords (`tensorflow/core/lib/io/record_writer.h`), each with
 //! one `Event` (`tensorflow/core/util/event.proto`), of which this writes four fields:
@@ -18,8 +18,8 @@ use crate::{Error, Result};
 
 /// Writes scalars to an event file that TensorBoard shows.
 ///
-/// Event files grow in place: TensorBoard reads them while they are written and copes with a last
-/// record that is cut short. Records are buffered until [`flush`](Self::flush) or the drop.
+/// Event files are appended to: TensorBoard reads them while they are written and ignores a last
+/// record that is incomplete. Records are buffered until [`flush`](Self::flush) or the drop.
 #[derive(Debug)]
 pub struct EventWriter {
     file: BufWriter<File>,
@@ -27,14 +27,14 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts an event file in `folder`, which is made if it is missing. The file's name is
-    /// `events.out.tfevents.<unix seconds>.<host>`, with a number behind it if that is taken.
+    /// Creates an event file in `folder`, which is created if it is missing. The file's name is
+    /// `events.out.tfevents.<unix seconds>.<host>`, with a number appended if it exists.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`](crate::ErrorKind::Io): the folder or the file cannot be made or written.
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io): the folder or the file cannot be created or written.
     pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        std::fs::create_dir_all(folder).map_err(|e| Error::io("make the folder", folder, e))?;
+        std::fs::create_dir_all(folder).map_err(|e| Error::io("create the folder", folder, e))?;
         let now = unix_time();
         let name = format!("events.out.tfevents.{:010}.{}", now.as_secs(), host_name());
         let mut path = folder.join(&name);
@@ -59,8 +59,8 @@ impl EventWriter {
         &self.path
     }
 
-    /// Adds one point to the curve `tag`. Values that are not finite are kept: TensorBoard marks
-    /// them, and they tell where a run went wrong.
+    /// Adds one point to the curve `tag`. Values that are not finite are written too: TensorBoard marks them, and
+    /// they show where a run diverged.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io): the write failed.
@@ -68,7 +68,7 @@ impl EventWriter {
         self.write(&scalar_event(unix_time().as_secs_f64(), step, tag, value))
     }
 
-    /// Hands all records to the operating system, so that a TensorBoard beside sees them.
+    /// Writes all buffered records to the file, so that a running TensorBoard can read them.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io): the write failed.
@@ -84,11 +84,11 @@ impl EventWriter {
 }
 
 fn unix_time() -> Duration {
-    // Before 1970 only if the clock is wrong; the times of the curve are then wrong too.
+    // The time is before 1970 only if the clock is wrong; then the times of the curve are also wrong.
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The name of this machine, fit for a file name.
+/// The name of this machine, usable in a file name.
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
         .or_else(|_| std::fs::read_to_string("/etc/hostname"))
@@ -101,7 +101,7 @@ fn host_name() -> String {
     if name.is_empty() { "localhost".into() } else { name }
 }
 
-/// The first event of a file, which says what kind of file it is.
+/// The first event of a file, with the version of the format.
 fn version_event(wall_time: f64) -> Vec<u8> {
     let mut event = Vec::new();
     fixed64(&mut event, 1, wall_time);
@@ -128,7 +128,7 @@ fn key(out: &mut Vec<u8>, field: u64, wire_type: u64) {
     varint(out, field << 3 | wire_type);
 }
 
-/// Seven bits per byte, lowest first; the top bit says that more follow.
+/// Seven bits per byte, lowest first; the top bit means that more bytes follow.
 fn varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
@@ -163,7 +163,7 @@ fn record(event: &[u8]) -> Vec<u8> {
     record
 }
 
-/// Masked because a checksum of data that holds its own checksum would be weak
+/// Masked, because a checksum of data that contains its own checksum would be weak
 /// (`tensorflow/core/lib/hash/crc32c.h`).
 fn masked_crc32c(data: &[u8]) -> u32 {
     crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn varints_are_those_of_protobuf() {
+    fn varints_are_encoded_as_in_protobuf() {
         for (value, expected) in [
             (0, vec![0]),
             (127, vec![127]),
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_those_of_the_tensorboard_package() {
+    fn files_are_equal_to_those_of_the_tensorboard_package() {
         // RecordWriter of tensorboard 2.21.0 with the same two events.
         let golden = "1800000000000000a37f4b220900001040fc54d9411a0d627261696e2e4576656e743a32338d\
             2fe92100000000000000017becf60900002040fc54d94110ac022a130a110a0a747261696e2f6c6f7373\
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn file_starts_with_its_version_and_names_do_not_clash() {
+    fn a_file_starts_with_its_version_and_has_an_unused_name() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("runs/1");
         let mut writers: Vec<EventWriter> =

@@ -9,7 +9,7 @@ use llara::dist::Solo;
 use llara::model::Dropout;
 use llara::train::{Chunking, StepInput, accumulate_gradients};
 
-/// Adds the gradients to the model's parameters; returns the loss.
+/// Accumulates the gradients of the model's parameters; returns the loss.
 pub(crate) fn batch_gradients(
     model: &mut BiEncoderModel,
     (query, passage): (&Batch, &Batch),

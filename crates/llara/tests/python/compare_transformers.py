@@ -1,10 +1,10 @@
-"""Do the vectors that llara wrote equal those of transformers on the same model folder?
+"""Compares embeddings written by llara with those of transformers for the same model folder.
 
     python compare_transformers.py MODEL VECTORS.safetensors TEXTS.jsonl --role passage --max-len 128
 
-VECTORS holds one (n, d) f32 tensor; TEXTS has n lines, each a JSON string or an object whose text stands under
-"text", "query" or "passage" (a "title" goes in front, as evaluation does). Every text is encoded alone, in f32 on the CPU.
-A PEFT adapter folder works too: its base model is taken from --base. The template is LLARA's unless the model folder has a
+VECTORS has one (n, d) f32 tensor; TEXTS has n lines, each a JSON string or an object with the text in "text", "query" or
+"passage" (a "title" is prepended, as in evaluation). Every text is encoded separately, in f32 on the CPU.
+MODEL may be a PEFT adapter folder with its base model in --base. The template is LLARA's unless the model folder has a
 `llara.json` with a "template". Prints the largest absolute difference; exit code 1 beyond --tolerance.
 """
 
@@ -44,7 +44,7 @@ def read_vectors(path, name):
     with safe_open(path, "pt") as file:
         names = list(file.keys())
         if name is None and len(names) != 1:
-            sys.exit(f"{path} holds {names}: say which with --tensor")
+            sys.exit(f"{path} has several tensors, {names}: select one with --tensor")
         return file.get_tensor(name or names[0])
 
 
@@ -73,7 +73,7 @@ def encode(model, tokenizer, template, text, args):
     suffix = tokenizer(part["suffix"], add_special_tokens=False)["input_ids"]
     room = args.max_len - len(prefix) - len(suffix)
     if room <= 0:
-        sys.exit(f"the template alone takes {len(prefix) + len(suffix)} of --max-len {args.max_len} tokens")
+        sys.exit(f"no tokens are left for the text: the template has {len(prefix) + len(suffix)} tokens, --max-len is {args.max_len}")
     ids = prefix + tokenizer(text, add_special_tokens=False)["input_ids"][:room] + suffix
     hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
     vector = hidden[-template["pooled_tokens"] :].mean(dim=0)
@@ -87,9 +87,9 @@ def main():
     parser.add_argument("texts", type=pathlib.Path)
     parser.add_argument("--role", choices=["query", "passage"], required=True)
     parser.add_argument("--max-len", type=int, required=True)
-    parser.add_argument("--raw", action="store_true", help="the vectors are not normalised")
-    parser.add_argument("--tensor", help="name of the tensor in VECTORS, where there are several")
-    parser.add_argument("--base", type=pathlib.Path, help="model that an adapter belongs to")
+    parser.add_argument("--raw", action="store_true", help="the embeddings are not normalized")
+    parser.add_argument("--tensor", help="name of the tensor in VECTORS, if there are several")
+    parser.add_argument("--base", type=pathlib.Path, help="base model of an adapter")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     args = parser.parse_args()
 
@@ -104,11 +104,11 @@ def main():
     template = read_template(args.model)
     theirs = torch.stack([encode(model, tokenizer, template, text, args) for text in texts])
     if ours.shape != theirs.shape:
-        sys.exit(f"shapes differ: {tuple(ours.shape)} here, {tuple(theirs.shape)} in transformers")
+        sys.exit(f"shapes differ: {tuple(ours.shape)} in VECTORS, {tuple(theirs.shape)} in transformers")
     difference = (ours - theirs).abs().amax(dim=1)
     worst = int(difference.argmax())
     print(f"{len(texts)} texts, dimension {ours.shape[1]}: largest difference {difference[worst].item():.2e} (text {worst})")
-    # Not `>`: a NaN must fail.
+    # `<=` and not `>`, so that NaN fails.
     sys.exit(0 if bool((difference <= args.tolerance).all()) else 1)
 
 

@@ -7,16 +7,16 @@ use std::fmt;
 pub struct Case {
     /// The operation, and how it was checked.
     pub name: &'static str,
-    /// Largest error, relative to the magnitude of the result; infinite for a NaN or a wrong shape.
-    /// Of several checks, that of the one closest to its bound, or furthest beyond it.
+    /// Largest error, relative to the magnitude of the result; infinite for NaN or a wrong shape. With several
+    /// checks, the error of the check that is closest to its bound, or that exceeds it the most.
     pub worst: f64,
     /// The bound of that check.
     pub allowed: f64,
-    /// Which check that was: shapes, element, expected and got.
+    /// A description of that check: shapes, element, expected and got.
     pub detail: String,
     /// Number of checks.
     pub checks: usize,
-    /// Hash of the bits of everything that the backend returned.
+    /// Hash of the bits of all results that the backend returned.
     pub bits: u64,
 }
 

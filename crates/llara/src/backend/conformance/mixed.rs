@@ -1,8 +1,8 @@
-//! Checks of mixed precision: every operation that takes bf16 must give what it gives in f32 on the same
-//! numbers, rounded once, in the type that the backend's page promises.
+//! Checks of mixed precision: with bf16 inputs, every operation must give the result of the same numbers in
+//! f32, rounded once, in the dtype that [`Backend`] documents.
 
 use super::case::Case;
-use super::plain::Matrix;
+use super::reference::Matrix;
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{
@@ -14,7 +14,7 @@ use crate::backend::{
 /// The operations of a training step on bf16 matrices.
 ///
 /// # Errors
-/// What the backend itself reports.
+/// Errors of the backend are returned unchanged.
 pub fn mixed<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let mut suite = Suite::new(backend);
     for shape in [(1, 1), (3, 17), (33, 65), (70, 130), (0, 16), (130, 64)] {
@@ -33,7 +33,7 @@ pub fn mixed<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     Ok(suite.finish())
 }
 
-/// The same numbers in both types.
+/// The same numbers in both dtypes: `narrow` is bf16, `wide` is f32.
 struct Both<B: Backend> {
     narrow: B::Tensor,
     wide: B::Tensor,
@@ -46,17 +46,17 @@ fn random<B: Backend>(suite: &mut Suite<'_, B>, rows: usize, cols: usize) -> Res
     Ok(Both { narrow, wide })
 }
 
-/// A copy, to be used up.
+/// A copy, for an operation that consumes its argument.
 fn copy<B: Backend>(suite: &Suite<'_, B>, x: &B::Tensor) -> Result<B::Tensor> {
     suite.backend.cast(x, x.dtype())
 }
 
-/// How often a number may have been rounded to bf16 on its way.
+/// The bound for results that have been rounded to bf16 up to `count` times.
 fn roundings(count: f64) -> Bound {
     Bound::roundings(count * f64::from(1 << 16))
 }
 
-/// `got` must be of the type `dtype`, and what f32 gave.
+/// `got` must have the dtype `dtype` and equal the f32 result `want` within the bound.
 fn agree<B: Backend>(
     suite: &mut Suite<'_, B>,
     what: &str,
@@ -76,7 +76,7 @@ fn conversion<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)
     let what = format!("[{rows}, {cols}]");
     let narrow = suite.backend.cast(&suite.tensor(&x)?, Dtype::Bf16)?;
     let wide = suite.backend.cast(&narrow, Dtype::F32)?;
-    // From f32, which x is: `from_f64` of the half crate looks at the upper 32 bits alone, and rounds a
+    // Converted from f32, because `from_f64` of the half crate uses only the upper 32 bits and rounds a
     // number just above a tie down.
     let nearest = x.map(|x| half::bf16::from_f32(x as f32).to_f64());
     suite.case("mixed, cast").check(&what, &narrow, &nearest, Bound::EXACT)?;
@@ -106,7 +106,7 @@ fn rows<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> R
     backend.scatter_add_rows(&from, &plan, &mut single)?;
     backend.scatter_add_rows(&from_wide, &plan, &mut wide)?;
     agree(suite, &format!("{what}, scattered"), &single, &wide, (Dtype::F32, Bound::EXACT))?;
-    // Rounded once for each time that a row is met.
+    // Rounded once for each source that is added to a row.
     agree(suite, &format!("{what}, scattered"), &narrow, &wide, (Dtype::Bf16, roundings(60.0)))
 }
 
@@ -122,7 +122,7 @@ fn swiglu<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) ->
     let got = backend.swiglu_backward(dy.narrow, gate_up.narrow)?;
     let want = backend.swiglu_backward(dy.wide, gate_up.wide)?;
     agree(suite, &format!("{what}, gradient"), &got.0, &want.0, bound)?;
-    agree(suite, &format!("{what}, once more"), &got.1, &want.1, bound)
+    agree(suite, &format!("{what}, recomputed swiglu"), &got.1, &want.1, bound)
 }
 
 fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
@@ -177,8 +177,8 @@ fn norms<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> 
     agree(suite, &what, &got, &want, (Dtype::Bf16, roundings(1.0)))
 }
 
-/// n rows of `input` features to `output`. Weights come in f32 and in bf16: as they are rounded before
-/// they are multiplied, the result is the same.
+/// n rows of `input` features to `output`. Weights are given in f32 and in bf16; they are rounded before
+/// the multiplication, so the result is the same.
 fn products<B: Backend>(
     suite: &mut Suite<'_, B>,
     (n, input, output): (usize, usize, usize),
@@ -258,7 +258,7 @@ fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<
     let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
     let [offsets, positions] = backend.upload_indices([&bounds, &positions])?;
     let layout = Layout { bounds, offsets, positions, longest };
-    // Rotated first, so that the rotation is checked on the way.
+    // Rotated first, so that rope is checked as well.
     let half = shape.head_dim / 2;
     let angle = |p: usize, i: usize| p as f64 * 100f64.powf(-(i as f64) / half as f64);
     let cos = Matrix::from_fn(longest, half, |p, i| angle(p, i).cos()).rounded();
@@ -279,7 +279,7 @@ fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<
     agree(suite, &what, &got.out, &want.out, (Dtype::Bf16, roundings(2.0)))?;
     let want = backend.attention_backward(&dout.wide, &input(&wide), &want)?;
     let got = backend.attention_backward(&dout.narrow, &input(&qkv.narrow), &got)?;
-    // The rounding of the output reaches the gradient through `Σ dout∘out`.
+    // The gradient depends on the rounding of the output through `Σ dout∘out`.
     let bound = (Dtype::Bf16, roundings(8.0).at_least(1.0));
     suite.case("mixed, attention_backward");
     match (got, want) {
@@ -293,7 +293,7 @@ fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<
     }
 }
 
-/// q, k and v side by side in one matrix.
+/// q, k and v are blocks of columns of one matrix.
 fn attention_input<'a, B: Backend>(
     qkv: &'a B::Tensor,
     layout: &'a Layout<B>,

@@ -1,9 +1,9 @@
-//! One body of checks for every backend: each operation of [`Backend`] against a plain f64 version,
-//! each backward also against finite differences of that version.
+//! Checks for every backend: each operation of [`Backend`] is compared with a reference implementation in f64;
+//! each backward pass also with finite differences of that implementation.
 //!
-//! Library code and not test code, so that a device can prove itself on the machine that has it, with
-//! no toolchain there. Shapes are awkward on purpose; inputs are drawn from fixed seeds, so a case
-//! means the same on every backend, and [`Case::bits`] tells whether two runs agree to the last bit.
+//! These checks are library code and not test code, so that a device can be checked on a machine without a
+//! Rust toolchain. Shapes are deliberately not multiples of tile sizes. Inputs are drawn from fixed seeds, so
+//! they are the same for every backend, and [`Case::bits`] shows whether two runs agree bit for bit.
 //!
 //! ```
 //! use llara::backend::{Cpu, conformance};
@@ -17,9 +17,9 @@ mod case;
 mod mixed;
 mod norms;
 mod objective;
-mod plain;
 mod pointwise;
 mod products;
+mod reference;
 mod rows;
 mod suite;
 
@@ -35,10 +35,10 @@ pub use rows::rows;
 use super::Backend;
 use crate::Result;
 
-/// Every family in turn.
+/// Runs the checks of all operations.
 ///
 /// # Errors
-/// What the backend itself reports. A wrong result is a [`Case`] that has not passed.
+/// Errors of the backend are returned unchanged. A wrong result is not an error but a [`Case`] that has not passed.
 pub fn run<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let families = [products, rows, norms, attention, pointwise, objective, mixed];
     let mut cases = Vec::new();

@@ -1,7 +1,7 @@
 //! Checks of the RMS norm and of L2 normalisation.
 
 use super::case::Case;
-use super::plain::{self, Matrix};
+use super::reference::{self, Matrix};
 use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;
 use crate::backend::{Backend, Dtype, Shape};
@@ -9,10 +9,10 @@ use crate::backend::{Backend, Dtype, Shape};
 /// `rms_norm`, `normalize` and their gradients.
 ///
 /// # Errors
-/// What the backend itself reports.
+/// Errors of the backend are returned unchanged.
 pub fn norms<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let mut suite = Suite::new(backend);
-    // Rows, columns, columns of a group: whole rows, or heads of them.
+    // Rows, columns, columns of a group (a whole row or one head).
     for (rows, cols, group) in [
         (1, 1, 1),
         (3, 17, 17),
@@ -33,12 +33,12 @@ pub fn norms<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         normalize(&mut suite, (rows, cols))?;
         normalize_backward(&mut suite, (rows, cols))?;
     }
-    null_vector(&mut suite)?;
+    zero_rows(&mut suite)?;
     Ok(suite.finish())
 }
 
-/// Rows of all magnitudes: thousandths, where eps is most of the mean square; thousands; and every
-/// fifth row zero.
+/// Rows of different magnitudes: thousandths, where eps is most of the mean square; thousands; and every
+/// fifth row is zero.
 fn uneven(x: Matrix) -> Matrix {
     let cols = x.cols;
     let factors = [1.0, 1e-3, 30.0, 1e3, 0.0];
@@ -55,44 +55,44 @@ fn rms_norm<B: Backend>(
         let what = format!("[{rows}, {cols}] in groups of {group}, eps {eps}");
         let (x_on, w_on) = (suite.tensor(&x)?, suite.tensor(&w)?);
         let (y, inv_rms) = suite.backend.rms_norm(x_on.view(), &w_on, eps, Dtype::F32)?;
-        let (want_y, want_inv) = plain::rms_norm(&x, &w, f64::from(eps));
+        let (want_y, want_inv) = reference::rms_norm(&x, &w, f64::from(eps));
         suite.case("rms_norm").check(&what, &y, &want_y, bound(group).by_row())?;
         suite.check(&format!("1 / rms of {what}"), &inv_rms, &want_inv, bound(group).by_row())?;
-        let x_on = suite.surrounded(&x)?;
+        let x_on = suite.padded(&x)?;
         let (y, _) = suite.backend.rms_norm(inner(&x_on), &w_on, eps, Dtype::F32)?;
         suite.check(&format!("{what}, a view"), &y, &want_y, bound(group).by_row())?;
     }
     Ok(())
 }
 
-/// With and without each of `dw` and `onto`; `dw` twice, for it gathers.
+/// With and without each of `dw` and `onto`; `dw` is computed twice, because it accumulates.
 fn rms_norm_backward<B: Backend>(
     suite: &mut Suite<'_, B>,
     (rows, cols, group): (usize, usize, usize),
 ) -> Result<()> {
     let eps = 1e-2f32;
     let x = suite.random(rows, cols);
-    // A zero row's gradient is far from linear within 1e-5 of it unless eps is large, as here.
+    // Around a zero row, the norm is close to linear within the step of 1e-5 only if eps is large, as here.
     let x = Matrix::from_fn(rows, cols, |i, j| if i % 9 == 2 { 0.0 } else { x.row(i)[j] });
     let w = suite.random(1, group);
     let dy = suite.random(rows, cols);
     let (onto_x, onto_w) = (suite.random(rows, cols), suite.random(1, group));
     let [x_on, w_on, dy_on] = [suite.tensor(&x)?, suite.tensor(&w)?, suite.tensor(&dy)?];
     let (_, inv_rms) = suite.backend.rms_norm(x_on.view(), &w_on, eps, Dtype::F32)?;
-    let y = |x: &Matrix, w: &Matrix| plain::rms_norm(x, w, f64::from(eps)).0;
-    let (want_dx, want_dw) = plain::rms_norm_backward(&dy, &x, &w, f64::from(eps));
+    let y = |x: &Matrix, w: &Matrix| reference::rms_norm(x, w, f64::from(eps)).0;
+    let (want_dx, want_dw) = reference::rms_norm_backward(&dy, &x, &w, f64::from(eps));
 
     for (with_dw, with_onto) in [(false, false), (true, false), (false, true), (true, true)] {
         let what = format!("[{rows}, {cols}] in groups of {group}, dw {with_dw}, onto {with_onto}");
-        let mut dw = suite.maybe(with_dw.then_some(&onto_w))?;
-        let onto = suite.maybe(with_onto.then_some(&onto_x))?;
+        let mut dw = suite.optional_tensor(with_dw.then_some(&onto_w))?;
+        let onto = suite.optional_tensor(with_onto.then_some(&onto_x))?;
         let backend = suite.backend;
         let dx = backend.rms_norm_backward(&dy_on, &x_on, &w_on, &inv_rms, dw.as_mut(), onto)?;
         let second_path = if with_onto { 1.0 } else { 0.0 };
         let want = want_dx.clone().plus(&onto_x.clone().map(|onto| onto * second_path));
         let bound_dx = bound(group).at_least(1.0);
         suite.case("rms_norm_backward").check(&what, &dx, &want, bound_dx)?;
-        suite.case("rms_norm_backward by differences").check_gradient(
+        suite.case("rms_norm_backward by finite differences").check_gradient(
             &what,
             &dx,
             &x,
@@ -105,7 +105,7 @@ fn rms_norm_backward<B: Backend>(
             let bound = Bound::sum(2 * rows * cols / group);
             let what = format!("{what}, twice");
             suite.case("rms_norm_backward, weight").check(&what, &dw, &want, bound)?;
-            suite.case("rms_norm_backward, weight, by differences").check_gradient(
+            suite.case("rms_norm_backward, weight, by finite differences").check_gradient(
                 &what,
                 &dw,
                 &w,
@@ -114,8 +114,8 @@ fn rms_norm_backward<B: Backend>(
             )?;
         }
     }
-    let x_on = suite.surrounded(&x)?;
-    let mut grad = suite.surrounded(&dy)?;
+    let x_on = suite.padded(&x)?;
+    let mut grad = suite.padded(&dy)?;
     let mut dw = suite.tensor(&onto_w)?;
     suite.backend.rms_norm_backward_in_place(
         inner_mut(&mut grad),
@@ -136,7 +136,7 @@ fn normalize<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize))
     let x = uneven(suite.random(rows, cols));
     let what = format!("[{rows}, {cols}]");
     let (y, inv_norm) = suite.backend.normalize(&suite.tensor(&x)?)?;
-    let (want_y, want_inv) = plain::normalize(&x);
+    let (want_y, want_inv) = reference::normalize(&x);
     suite.case("normalize").check(&what, &y, &want_y, bound(cols).by_row())?;
     suite.check(&format!("reciprocal norm of {what}"), &inv_norm, &want_inv, bound(cols).by_row())
 }
@@ -149,19 +149,23 @@ fn normalize_backward<B: Backend>(
     let dy = suite.random(rows, cols);
     let (y, inv_norm) = suite.backend.normalize(&suite.tensor(&x)?)?;
     let dx = suite.backend.normalize_backward(suite.tensor(&dy)?.view(), &y, &inv_norm)?;
-    // The part along x cancels; what it leaves is rounded by the size of dy / ‖x‖.
-    let of_terms = dy.largest() * plain::normalize(&x).1.largest();
+    // The component along x cancels; the remainder has a rounding error of the order of dy / ‖x‖.
+    let of_terms = dy.max_abs() * reference::normalize(&x).1.max_abs();
     let bound = bound(cols).at_least(of_terms);
     let what = format!("[{rows}, {cols}]");
-    let want = plain::normalize_backward(&dy, &x);
+    let want = reference::normalize_backward(&dy, &x);
     suite.case("normalize_backward").check(&what, &dx, &want, bound)?;
-    suite
-        .case("normalize_backward by differences")
-        .check_gradient(&what, &dx, &x, bound, |x| dy.dot(&plain::normalize(x).0))
+    suite.case("normalize_backward by finite differences").check_gradient(
+        &what,
+        &dx,
+        &x,
+        bound,
+        |x| dy.dot(&reference::normalize(x).0),
+    )
 }
 
-/// A zero row has no direction: it stays zero, and its gradient is finite, by the floor of the norm.
-fn null_vector<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
+/// A zero row stays zero, and its gradient is finite, because the norm is at least 1e-12.
+fn zero_rows<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     let dy = suite.random(2, 33);
     let (y, inv_norm) = suite.backend.normalize(&suite.tensor(&Matrix::zeros(2, 33))?)?;
     suite.case("normalize, zero rows").check("y", &y, &Matrix::zeros(2, 33), Bound::EXACT)?;
@@ -169,7 +173,7 @@ fn null_vector<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     suite.check("gradient", &dx, &dy.map(|dy| dy * 1e12), Bound::roundings(8.0))
 }
 
-/// A mean of squares, of one sign, so the sum does not cancel; then a root and two products.
+/// A mean of squares, all of the same sign, so the sum does not cancel; then a root and two products.
 fn bound(terms: usize) -> Bound {
     Bound::roundings(8.0 + (terms as f64).sqrt())
 }

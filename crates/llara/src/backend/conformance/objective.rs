@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::case::Case;
-use super::plain::{self, Matrix};
+use super::reference::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{AdamWStep, Backend, Dtype, Epilogue, PreparedWeight, Shape, WeightUse};
@@ -11,7 +11,7 @@ use crate::backend::{AdamWStep, Backend, Dtype, Epilogue, PreparedWeight, Shape,
 /// `cross_entropy`, `add_sum_of_squares`, `clip_factor` and `adamw`.
 ///
 /// # Errors
-/// What the backend itself reports.
+/// Errors of the backend are returned unchanged.
 pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let mut suite = Suite::new(backend);
     for shape in [(1, 1), (1, 17), (17, 1), (33, 65), (17, 130), (130, 520)] {
@@ -19,7 +19,7 @@ pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
             let scores = suite.random(shape.0, shape.1).map(|s| s * magnitude).rounded();
             cross_entropy(&mut suite, &scores)?;
         }
-        // Equally large, so that what counts is their small differences.
+        // Scores of the same size: the result depends on their small differences.
         for shift in [1e4, -1e4] {
             let scores = suite.random(shape.0, shape.1).map(|s| s + shift).rounded();
             cross_entropy(&mut suite, &scores)?;
@@ -44,26 +44,26 @@ pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
 
 fn cross_entropy<B: Backend>(suite: &mut Suite<'_, B>, scores: &Matrix) -> Result<()> {
     let (rows, cols) = scores.shape();
-    let magnitude = scores.largest();
+    let magnitude = scores.max_abs();
     let what = format!("[{rows}, {cols}], scores to {magnitude:.1}");
     let targets = suite.indices(rows, cols);
     let targets_on = suite.index(&targets)?;
     let (loss, dscores) = suite.backend.cross_entropy(&suite.tensor(scores)?, &targets_on)?;
 
-    let want = Matrix::from_fn(1, 1, |_, _| plain::cross_entropy(scores, &targets));
-    // The scores are given exactly but their differences are rounded, by the size of the scores.
+    let want = Matrix::from_fn(1, 1, |_, _| reference::cross_entropy(scores, &targets));
+    // The scores are exact, but the rounding error of their differences is relative to the size of the scores.
     let bound = Bound::roundings(16.0).at_least(1.0 + magnitude);
     suite.case("cross_entropy, loss").check(&what, &loss, &want, bound)?;
     let bound = Bound::roundings(16.0 + magnitude).at_least(1.0 / rows as f64);
-    let want = plain::cross_entropy_grad(scores, &targets);
+    let want = reference::cross_entropy_grad(scores, &targets);
     suite.case("cross_entropy, gradient").check(&what, &dscores, &want, bound)?;
-    suite.case("cross_entropy, gradient by differences").check_gradient(
+    suite.case("cross_entropy, gradient by finite differences").check_gradient(
         &what,
         &dscores,
         scores,
-        // Rounding of the loss itself shows in a difference of it.
+        // A finite difference contains the rounding error of the loss.
         Bound::roundings(16.0 + 2.0 * magnitude).at_least(1.0 / rows as f64),
-        |scores| plain::cross_entropy(scores, &targets),
+        |scores| reference::cross_entropy(scores, &targets),
     )
 }
 
@@ -113,8 +113,8 @@ fn factor_of(norm: f64, max_norm: Option<f32>) -> f64 {
     max_norm.map_or(1.0, |max_norm| (f64::from(max_norm) / (norm + 1e-6)).min(1.0))
 }
 
-/// Update number `step`, with every term large enough to be missed: an epsilon like the gradients'
-/// size and a decay that shows.
+/// Hyperparameters of update `step`. Epsilon is of the order of the gradients and the weight decay is large,
+/// so that a missing term fails the check.
 fn hyperparameters(step: u64) -> AdamWStep {
     AdamWStep {
         learning_rate: 0.05 / step as f64,
@@ -126,14 +126,14 @@ fn hyperparameters(step: u64) -> AdamWStep {
     }
 }
 
-/// Five updates, the gradient's norm clipped as a training step does it.
+/// Five updates, with the gradient norm clipped as in a training step.
 fn adamw<B: Backend>(
     suite: &mut Suite<'_, B>,
     (rows, cols): (usize, usize),
     max_norm: Option<f32>,
 ) -> Result<()> {
     let backend = suite.backend;
-    let mut want = plain::AdamW::new(suite.random(rows, cols));
+    let mut want = reference::AdamW::new(suite.random(rows, cols));
     let mut param = trainable(suite, &want.param)?;
     let mut first = backend.zeros(rows, cols, Dtype::F32)?;
     let mut second = backend.zeros(rows, cols, Dtype::F32)?;
@@ -149,12 +149,12 @@ fn adamw<B: Backend>(
         let factor = factor_of(grad.dot(&grad).sqrt(), max_norm);
         want.update(&grad, factor, &hyper);
 
-        // The clipping factor carries the rounding of a long sum into every element.
+        // Every element contains the rounding error of the long sum through the clipping factor.
         let rounding = 8.0 + ((rows * cols) as f64).sqrt();
         let what = format!("[{rows}, {cols}], limit {max_norm:?}, step {step}");
         let bound = Bound::roundings(8.0 + 4.0 * step as f64);
         suite.case("adamw").check(&what, param.values(), &want.param, bound)?;
-        let bound = Bound::roundings(rounding).at_least(0.1 * factor * grad.largest());
+        let bound = Bound::roundings(rounding).at_least(0.1 * factor * grad.max_abs());
         suite.case("adamw, first moment").check(&what, &first, &want.first, bound)?;
         let bound = Bound::roundings(2.0 * rounding);
         suite.case("adamw, second moment").check(&what, &second, &want.second, bound)?;
@@ -162,7 +162,7 @@ fn adamw<B: Backend>(
     Ok(())
 }
 
-/// A range of a parameter gets the bits that it gets as part of the whole, and its neighbours stay.
+/// Updating a range of a parameter gives the same bits as updating all of it; other elements do not change.
 fn part_of_a_parameter<B: Backend>(suite: &mut Suite<'_, B>, range: Range<usize>) -> Result<()> {
     const SHAPE: (usize, usize) = (17, 33);
     let backend = suite.backend;
@@ -228,10 +228,10 @@ fn failed_step<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     let backend = suite.backend;
     let (param, first) = (suite.random(17, 33), suite.random(17, 33));
     let second = suite.random(17, 33).map(f64::abs);
-    for spoilt in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30] {
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30] {
         for max_norm in [None, Some(1.0)] {
             let mut grad = suite.random(17, 33);
-            grad.data[100] = spoilt;
+            grad.data[100] = bad;
             let grad = suite.tensor(&grad)?;
             let mut sum = backend.zeros(1, 1, Dtype::F32)?;
             let all = 0..17 * 33;
@@ -248,7 +248,7 @@ fn failed_step<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
                 .into_iter()
                 .zip(after.into_iter().zip([&param, &first, &second]))
             {
-                let what = format!("{name} after a gradient of {spoilt}, limit {max_norm:?}");
+                let what = format!("{name} after a gradient of {bad}, limit {max_norm:?}");
                 suite.check(&what, after, before, Bound::EXACT)?;
             }
         }
@@ -260,7 +260,7 @@ fn trainable<B: Backend>(suite: &Suite<'_, B>, x: &Matrix) -> Result<B::Weight> 
     suite.backend.prepare(suite.tensor(x)?, WeightUse::Trainable(Dtype::F32))
 }
 
-/// One update of a part of a weight: the rest stays as it was, and products see the new values in
+/// One update of a part of a weight: the rest does not change, and products use the new values in
 /// either precision.
 fn part_of_a_weight<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     let backend = suite.backend;
@@ -269,7 +269,7 @@ fn part_of_a_weight<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     let param = suite.random(rows, cols);
     let grad = suite.random(rows, cols);
     let x = suite.random(9, cols);
-    let mut want = plain::AdamW::new(param.clone());
+    let mut want = reference::AdamW::new(param.clone());
     want.update(&grad, 1.0, &hyperparameters(1));
     for at in (0..rows * cols).filter(|at| !part.contains(at)) {
         want.param.data[at] = param.data[at];
@@ -288,7 +288,7 @@ fn part_of_a_weight<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
         suite.case("adamw, a part").check(&what, weight.values(), &want.param, bound)?;
         let x_on = backend.cast(&suite.tensor(&x)?, dtype)?;
         let y = backend.linear(x_on.view(), weight.view(), 1.0, Epilogue::default())?;
-        let want = plain::linear(&x, &want.param, None, None);
+        let want = reference::linear(&x, &want.param, None, None);
         let coarser = if dtype == Dtype::Bf16 { f64::from(1 << 16) } else { 1.0 };
         let bound = Bound::roundings(16.0 * coarser).at_least((cols as f64).sqrt());
         suite.case("linear after adamw").check(&what, &y, &want, bound)?;

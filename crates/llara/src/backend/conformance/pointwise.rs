@@ -1,7 +1,7 @@
 //! Checks of the rotary embedding, SwiGLU and dropout.
 
 use super::case::Case;
-use super::plain::{self, Matrix};
+use super::reference::{self, Matrix};
 use super::suite::{Bound, Suite, inner_mut};
 use crate::Result;
 use crate::backend::{Backend, DropoutKey, RopeDirection, RopeTable, Shape, TokenIds};
@@ -9,7 +9,7 @@ use crate::backend::{Backend, DropoutKey, RopeDirection, RopeTable, Shape, Token
 /// `rope`, `swiglu` and their gradients, and `dropout`.
 ///
 /// # Errors
-/// What the backend itself reports.
+/// Errors of the backend are returned unchanged.
 pub fn pointwise<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let mut suite = Suite::new(backend);
     // Rows, heads, features of a head.
@@ -27,8 +27,7 @@ pub fn pointwise<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     Ok(suite.finish())
 }
 
-/// Positions in no order and repeated, as the rows of a packed batch have them, and a table that
-/// covers more of them than occur.
+/// Positions are unordered and repeated, as in a packed batch, and the table has more positions than occur.
 fn rope<B: Backend>(
     suite: &mut Suite<'_, B>,
     (rows, heads, head_dim): (usize, usize, usize),
@@ -52,25 +51,25 @@ fn rope<B: Backend>(
     let (y, dx) = (rotated(&x, RopeDirection::Forward)?, rotated(&dy, RopeDirection::Backward)?);
 
     let what = format!("{rows} rows of {heads} heads of {head_dim}");
-    let want = plain::rope(&x, &positions, &cos, &sin);
+    let want = reference::rope(&x, &positions, &cos, &sin);
     suite.case("rope, forward").check(&what, &y, &want, Bound::roundings(4.0))?;
-    let mut block = suite.surrounded(&x)?;
+    let mut block = suite.padded(&x)?;
     let forward = RopeDirection::Forward;
     suite.backend.rope(inner_mut(&mut block), &positions_on, &table, forward)?;
     suite.case("rope on a view").check_inner(&what, &block, &want, Bound::roundings(4.0))?;
     let opposite = sin.clone().map(|sin| -sin);
-    let want = plain::rope(&dy, &positions, &cos, &opposite);
+    let want = reference::rope(&dy, &positions, &cos, &opposite);
     suite.case("rope, backward").check(&what, &dx, &want, Bound::roundings(4.0))?;
-    suite.case("rope, backward, by differences").check_gradient(
+    suite.case("rope, backward, by finite differences").check_gradient(
         &what,
         &dx,
         &x,
         Bound::roundings(6.0).at_least(1.0),
-        |x| dy.dot(&plain::rope(x, &positions, &cos, &sin)),
+        |x| dy.dot(&reference::rope(x, &positions, &cos, &sin)),
     )
 }
 
-/// Gates far from zero must neither overflow nor lose the result.
+/// Gates far from zero must not overflow or underflow to a wrong result.
 fn swiglu<B: Backend>(
     suite: &mut Suite<'_, B>,
     (rows, cols): (usize, usize),
@@ -80,39 +79,39 @@ fn swiglu<B: Backend>(
     let gate = suite.random(rows, cols).map(|x| x * magnitude).rounded();
     let up = suite.random(rows, cols);
     let dy = suite.random(rows, cols);
-    let gate_up = gate.beside(&up);
+    let gate_up = gate.concat_cols(&up);
     let (gate_up_on, dy_on) = (suite.tensor(&gate_up)?, suite.tensor(&dy)?);
     let y = suite.backend.swiglu(&gate_up_on)?;
     suite.case("swiglu").check(
         &what,
         &y,
-        &plain::swiglu(&gate, &up),
+        &reference::swiglu(&gate, &up),
         Bound::roundings(12.0).at_least(1.0),
     )?;
 
     let (dgate_up, again) = suite.backend.swiglu_backward(dy_on, gate_up_on)?;
     let y_bits = suite.read(&y)?.into_iter().map(f32::to_bits).collect::<Vec<_>>();
     let again = suite.read(&again)?.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-    suite.case("swiglu_backward, swiglu once more").require(&what, y_bits == again);
-    let (want_dgate, want_dup) = plain::swiglu_backward(&dy, &gate, &up);
-    // `1 − σ` is rounded as σ is, and counts gate times; beyond a gate of 17 it is nothing.
+    suite.case("swiglu_backward, recomputed swiglu").require(&what, y_bits == again);
+    let (want_dgate, want_dup) = reference::swiglu_backward(&dy, &gate, &up);
+    // `1 − σ` has the rounding error of σ and is multiplied by gate; for a gate above 17 it is zero in f32.
     let bound = Bound::roundings(32.0).at_least(1.0);
-    let want = want_dgate.beside(&want_dup);
+    let want = want_dgate.concat_cols(&want_dup);
     suite.case("swiglu_backward").check(&what, &dgate_up, &want, bound)?;
-    // The objective is as large as the gates, and a difference of it is rounded accordingly.
-    suite.case("swiglu_backward, by differences").check_gradient(
+    // The objective is of the order of the gates, and so is the rounding error of its differences.
+    suite.case("swiglu_backward, by finite differences").check_gradient(
         &what,
         &dgate_up,
         &gate_up,
         bound.at_least(magnitude),
         |gate_up| {
             let half = |first: usize| Matrix::from_fn(rows, cols, |i, j| gate_up.row(i)[first + j]);
-            dy.dot(&plain::swiglu(&half(0), &half(cols)))
+            dy.dot(&reference::swiglu(&half(0), &half(cols)))
         },
     )
 }
 
-/// Against a generator written out once more, one number at a time.
+/// Compared with the reference generator, which computes one counter at a time.
 fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
     let key = DropoutKey { seed: 0x1234_5678_9abc_def0, step: 7, module: 3, probability: 0.3 };
     let x = suite.random(rows, cols);
@@ -124,7 +123,7 @@ fn dropout<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -
     let want = Matrix::from_fn(rows, cols, |row, col| {
         let counter = 16 * (col / 64) + col % 16;
         let draw =
-            plain::philox(&key, counter as u32, (sequences[row], positions[row]))[col / 16 % 4];
+            reference::philox(&key, counter as u32, (sequences[row], positions[row]))[col / 16 % 4];
         let kept = f64::from(draw) >= f64::from(key.probability) * 2f64.powi(32);
         if kept { x.row(row)[col] / (1.0 - f64::from(key.probability)) } else { 0.0 }
     });

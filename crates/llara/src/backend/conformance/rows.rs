@@ -1,15 +1,15 @@
 //! Checks of buffers, and of gathering, scattering and averaging rows.
 
 use super::case::Case;
-use super::plain::{self, Matrix};
+use super::reference::{self, Matrix};
 use super::suite::{Bound, Suite, inner, inner_mut};
 use crate::Result;
 use crate::backend::{Backend, Dtype, Elements, ScatterPlan, ScatterRows, Shape};
 
-/// Copies to, from and on the device, and the operations that pick or average rows.
+/// Copies to, from and on the device, and the operations that gather, scatter or average rows.
 ///
 /// # Errors
-/// What the backend itself reports.
+/// Errors of the backend are returned unchanged.
 pub fn rows<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let mut suite = Suite::new(backend);
     round_trip(&mut suite)?;
@@ -17,22 +17,22 @@ pub fn rows<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         zeros(&mut suite, shape)?;
         copies(&mut suite, shape)?;
     }
-    // Rows of the table, columns, rows picked: fewer, more and none.
-    for (table, cols, picked) in
+    // Rows of the table, columns, rows gathered: fewer than in the table, more, and none.
+    for (table, cols, gathered) in
         [(1, 1, 1), (1, 17, 5), (130, 1, 33), (33, 65, 200), (65, 130, 17), (9, 3, 0)]
     {
-        picking(&mut suite, (table, cols, picked))?;
+        gather_and_scatter(&mut suite, (table, cols, gathered))?;
     }
     let many: Vec<usize> = (0..150).map(|s| 1 + s % 8).collect();
     for (lengths, cols) in
         [(&[1][..], 1), (&[1, 1, 1], 17), (&[8, 3, 1, 65, 8], 33), (&[130], 2), (&many, 130)]
     {
-        means(&mut suite, lengths, cols)?;
+        segment_means(&mut suite, lengths, cols)?;
     }
     Ok(suite.finish())
 }
 
-/// Every f32 must survive the way there and back, bit for bit.
+/// Every f32 must be equal bit for bit after an upload and a download.
 fn round_trip<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     suite.case("upload and download");
     let odd = [
@@ -56,7 +56,7 @@ fn round_trip<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
 }
 
 fn zeros<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
-    // What lies about in memory of this size is not zero.
+    // A freed buffer of the same size contains ones.
     drop(suite.tensor(&Matrix::from_fn(rows, cols, |_, _| 1.0))?);
     let got = suite.backend.zeros(rows, cols, Dtype::F32)?;
     let want = Matrix::zeros(rows, cols);
@@ -72,13 +72,13 @@ fn copies<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) ->
     let what = format!("[{rows}, {cols}]");
     let x = suite.random(rows, cols);
     let data: Vec<f32> = x.data.iter().map(|&x| x as f32).collect();
-    let from = suite.surrounded(&x)?;
-    let mut to = suite.surrounded(&Matrix::zeros(rows, cols))?;
+    let from = suite.padded(&x)?;
+    let mut to = suite.padded(&Matrix::zeros(rows, cols))?;
     backend.copy(inner(&from), inner_mut(&mut to))?;
     suite.case("copy").check_inner(&what, &to, &x, Bound::EXACT)?;
     let block = backend.download_view(inner(&from))?;
     suite.require("download_view gives the block", block == data);
-    let mut to = suite.surrounded(&Matrix::zeros(rows, cols))?;
+    let mut to = suite.padded(&Matrix::zeros(rows, cols))?;
     backend.upload_into(&data, inner_mut(&mut to))?;
     suite.case("upload_into").check_inner(&what, &to, &x, Bound::EXACT)?;
     let halves: Vec<half::bf16> = data.iter().map(|&x| half::bf16::from_f32(x)).collect();
@@ -86,40 +86,48 @@ fn copies<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) ->
     let got = backend.upload(Elements::Bf16(&halves), rows, cols)?;
     suite.require("bf16 stays bf16", got.dtype() == Dtype::Bf16);
     suite.check(&format!("{what}, bf16"), &got, &rounded, Bound::EXACT)?;
-    // Converted on the way, in both directions.
+    // With conversion, in both directions.
     let mut narrow = backend.zeros(rows, cols, Dtype::Bf16)?;
     backend.copy(inner(&from), narrow.view_mut())?;
     suite.case("copy").check(&format!("{what}, to bf16"), &narrow, &rounded, Bound::EXACT)?;
-    let mut wide = suite.surrounded(&Matrix::zeros(rows, cols))?;
+    let mut wide = suite.padded(&Matrix::zeros(rows, cols))?;
     backend.copy(narrow.view(), inner_mut(&mut wide))?;
     suite.check_inner(&format!("{what}, to f32"), &wide, &rounded, Bound::EXACT)
 }
 
-fn picking<B: Backend>(
+fn gather_and_scatter<B: Backend>(
     suite: &mut Suite<'_, B>,
-    (table, cols, picked): (usize, usize, usize),
+    (table, cols, gathered): (usize, usize, usize),
 ) -> Result<()> {
-    let what = format!("{picked} rows of [{table}, {cols}]");
+    let what = format!("{gathered} rows of [{table}, {cols}]");
     let x = suite.random(table, cols);
-    let rows = suite.indices(picked, table);
+    let rows = suite.indices(gathered, table);
     let rows_on = suite.index(&rows)?;
     let y = suite.backend.gather_rows(&suite.tensor(&x)?, &rows_on)?;
-    suite.case("gather_rows").check(&what, &y, &plain::gather_rows(&x, &rows), Bound::EXACT)?;
+    suite.case("gather_rows").check(&what, &y, &reference::gather_rows(&x, &rows), Bound::EXACT)?;
 
-    let dy = suite.random(picked, cols);
+    let dy = suite.random(gathered, cols);
     let before = suite.random(table, cols);
     let mut dx = suite.tensor(&before)?;
     let plan = ScatterPlan::upload(&ScatterRows::new(&rows), suite.backend)?;
     suite.backend.scatter_add_rows(&suite.tensor(&dy)?, &plan, &mut dx)?;
-    let want = plain::scatter_add_rows(&dy, &rows, before.clone());
-    let bound = Bound::sum(1 + picked / table);
+    let want = reference::scatter_add_rows(&dy, &rows, before.clone());
+    let bound = Bound::sum(1 + gathered / table);
     suite.case("scatter_add_rows").check(&what, &dx, &want, bound)?;
-    suite.case("scatter_add_rows by differences").check_gradient(&what, &dx, &x, bound, |x| {
-        dy.dot(&plain::gather_rows(x, &rows)) + before.dot(x)
-    })
+    suite.case("scatter_add_rows by finite differences").check_gradient(
+        &what,
+        &dx,
+        &x,
+        bound,
+        |x| dy.dot(&reference::gather_rows(x, &rows)) + before.dot(x),
+    )
 }
 
-fn means<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize], cols: usize) -> Result<()> {
+fn segment_means<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    lengths: &[usize],
+    cols: usize,
+) -> Result<()> {
     let offsets: Vec<u32> = std::iter::once(0)
         .chain(lengths.iter().scan(0, |end, &length| {
             *end += length as u32;
@@ -134,7 +142,7 @@ fn means<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize], cols: usize) -
     let y = suite.backend.segment_mean(&suite.tensor(&x)?, &offsets_on)?;
     let root = (longest as f64).sqrt();
     let bound = Bound::roundings(8.0 + root).at_least(1.0 / root);
-    suite.case("segment_mean").check(&what, &y, &plain::segment_mean(&x, &offsets), bound)?;
+    suite.case("segment_mean").check(&what, &y, &reference::segment_mean(&x, &offsets), bound)?;
 
     let dy = suite.random(lengths.len(), cols);
     let dx = suite.backend.segment_mean_backward(&suite.tensor(&dy)?, &offsets_on, rows)?;
@@ -144,11 +152,11 @@ fn means<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize], cols: usize) -
     });
     let bound = Bound::roundings(3.0).by_row();
     suite.case("segment_mean_backward").check(&what, &dx, &want, bound)?;
-    suite.case("segment_mean_backward by differences").check_gradient(
+    suite.case("segment_mean_backward by finite differences").check_gradient(
         &what,
         &dx,
         &x,
         Bound::roundings(4.0),
-        |x| dy.dot(&plain::segment_mean(x, &offsets)),
+        |x| dy.dot(&reference::segment_mean(x, &offsets)),
     )
 }

@@ -1,25 +1,26 @@
-//! The machinery of a family of checks: draws inputs, compares results, keeps the cases.
+//! What all checks share: drawing inputs, comparing results, collecting the cases.
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 use super::case::Case;
-use super::plain::Matrix;
+use super::reference::Matrix;
 use crate::Result;
 use crate::backend::{Backend, Dtype, Shape, View, ViewMut, WeightUse};
 
-/// How far f32 rounds at most, relative to the number rounded.
+/// The largest relative rounding error of f32.
 const ROUNDING: f64 = f32::EPSILON as f64 / 2.0;
 
-/// Step of a finite difference. In f64 the error by curvature (h²) and the error by rounding
-/// (1e-16 / h) are then both below 1e-9, far below what f32 can tell.
+/// Step of a finite difference. In f64 the truncation error (h²) and the rounding error (1e-16 / h) are then
+/// both below 1e-9, far below the precision of f32.
 const STEP: f64 = 1e-5;
 
-/// Coordinates of a gradient that are differenced: all of a small one; of a large one these many at
-/// either end, where tails of loops are, and twice as many between.
+/// A gradient of at most this many elements is compared with finite differences in all elements. Of a larger
+/// gradient, this many elements are compared at either end, where the tails of loops are, and twice as many
+/// at random.
 const ALL_UP_TO: usize = 150;
 const SAMPLED_AT_ENDS: usize = 4;
 
-/// How far a result may be from the plain one, relative to the largest element of the plain one.
+/// The allowed error of a result, relative to the largest element of the reference.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bound {
     relative: f64,
@@ -28,39 +29,39 @@ pub(super) struct Bound {
 }
 
 impl Bound {
-    /// Not at all.
+    /// No error.
     pub(super) const EXACT: Bound = Bound { relative: 0.0, floor: 0.0, by_row: false };
 
-    /// As far as this many roundings.
+    /// The error of this many roundings.
     pub(super) fn roundings(count: f64) -> Self {
         Bound { relative: count * ROUNDING, ..Self::EXACT }
     }
 
-    /// A sum of `terms` products of numbers of order one: rounding errors of either sign grow with
-    /// the root of their number, and so does the sum itself, save where it happens to cancel.
+    /// A sum of `terms` products of numbers of order one. Rounding errors have either sign and grow with the
+    /// square root of their number, and so does the sum itself, unless its terms cancel.
     pub(super) fn sum(terms: usize) -> Self {
         let root = (terms as f64).sqrt();
         Self::roundings(8.0 + 2.0 * root).at_least(root)
     }
 
-    /// Errors are relative to `magnitude` where the result is smaller, because the terms that cancel
-    /// in it are that large.
+    /// If the result is smaller than `magnitude`, errors are relative to `magnitude`: the size of the terms
+    /// that cancel in it.
     pub(super) fn at_least(self, magnitude: f64) -> Self {
         Bound { floor: self.floor.max(magnitude), ..self }
     }
 
-    /// Each row is measured by its own largest element.
+    /// Errors of each row are relative to the largest element of that row.
     pub(super) fn by_row(self) -> Self {
         Bound { by_row: true, ..self }
     }
 }
 
-/// A family of checks on its way.
+/// The state of a family of checks.
 pub(super) struct Suite<'b, B: Backend> {
-    /// The backend under examination.
+    /// The backend under test.
     pub(super) backend: &'b B,
     generator: ChaCha8Rng,
-    /// Draws coordinates to difference: apart, so that inputs do not depend on how many those are.
+    /// Draws coordinates for finite differences. Separate, so that inputs do not depend on their number.
     sampler: ChaCha8Rng,
     cases: Vec<Case>,
     current: usize,
@@ -76,7 +77,7 @@ impl<'b, B: Backend> Suite<'b, B> {
         self.cases
     }
 
-    /// Makes `name` the case that the next checks belong to.
+    /// Makes `name` the current case: the next checks belong to it.
     pub(super) fn case(&mut self, name: &'static str) -> &mut Self {
         let known = self.cases.iter().position(|case| case.name == name);
         self.current = known.unwrap_or_else(|| {
@@ -109,8 +110,8 @@ impl<'b, B: Backend> Suite<'b, B> {
 
     /// `x` on the device; it must be [`rounded`](Matrix::rounded).
     ///
-    /// Leaves a matrix of NaN of the same shape behind for the backend to recycle, so that a kernel
-    /// that does not write all of its result is found out.
+    /// Also allocates and frees a matrix of NaN of the same shape. The backend may reuse its memory, so a
+    /// kernel that does not write all of its result fails the check.
     pub(super) fn tensor(&self, x: &Matrix) -> Result<B::Tensor> {
         let data: Vec<f32> = x.data.iter().map(|&x| x as f32).collect();
         let tensor = self.backend.upload(&data, x.rows, x.cols)?;
@@ -118,8 +119,8 @@ impl<'b, B: Backend> Suite<'b, B> {
         Ok(tensor)
     }
 
-    /// As [`tensor`](Suite::tensor), where there is one.
-    pub(super) fn maybe(&self, x: Option<&Matrix>) -> Result<Option<B::Tensor>> {
+    /// [`tensor`](Suite::tensor) of an optional matrix.
+    pub(super) fn optional_tensor(&self, x: Option<&Matrix>) -> Result<Option<B::Tensor>> {
         x.map(|x| self.tensor(x)).transpose()
     }
 
@@ -128,8 +129,8 @@ impl<'b, B: Backend> Suite<'b, B> {
         self.backend.prepare(self.tensor(x)?, WeightUse::Frozen(Dtype::F32))
     }
 
-    /// `x` on the device, inside a larger matrix of NaN: see [`inner`].
-    pub(super) fn surrounded(&self, x: &Matrix) -> Result<B::Tensor> {
+    /// `x` on the device, as a block of a larger matrix of NaN: see [`inner`].
+    pub(super) fn padded(&self, x: &Matrix) -> Result<B::Tensor> {
         let around = Matrix::from_fn(x.rows + 3, x.cols + 5, |i, j| {
             let inside = (1..=x.rows).contains(&i) && (2..2 + x.cols).contains(&j);
             if inside { x.row(i - 1)[j - 2] } else { f64::NAN }
@@ -168,8 +169,8 @@ impl<'b, B: Backend> Suite<'b, B> {
         Ok(())
     }
 
-    /// The inside of `got` must be `want`, and what is around it untouched: see
-    /// [`surrounded`](Suite::surrounded).
+    /// The inner block of `got` must be `want`, and the NaN around it unchanged: see
+    /// [`padded`](Suite::padded).
     pub(super) fn check_inner(
         &mut self,
         what: &str,
@@ -205,15 +206,15 @@ impl<'b, B: Backend> Suite<'b, B> {
         }
         let all = self.read(got)?;
         let coordinates = self.coordinates(all.len());
-        let mut moved = x.clone();
+        let mut perturbed = x.clone();
         let mut want = Vec::with_capacity(coordinates.len());
         for &at in &coordinates {
             let (above, below) = (x.data[at] + STEP, x.data[at] - STEP);
-            moved.data[at] = above;
-            let rise = objective(&moved);
-            moved.data[at] = below;
-            want.push((rise - objective(&moved)) / (above - below));
-            moved.data[at] = x.data[at];
+            perturbed.data[at] = above;
+            let rise = objective(&perturbed);
+            perturbed.data[at] = below;
+            want.push((rise - objective(&perturbed)) / (above - below));
+            perturbed.data[at] = x.data[at];
         }
         let got: Vec<f32> = coordinates.iter().map(|&at| all[at]).collect();
         let worst = deviation(&got, &want, bound, 0);
@@ -222,12 +223,12 @@ impl<'b, B: Backend> Suite<'b, B> {
             format!("({}, {})", at / x.cols, at % x.cols)
         };
         self.record(what, worst, bound, place);
-        // What was not sampled must at least be a number.
+        // All elements must be finite, also those that were not sampled.
         self.require(what, all.iter().all(|x| x.is_finite()));
         Ok(())
     }
 
-    /// A property that either holds or does not.
+    /// Checks that a property holds.
     pub(super) fn require(&mut self, what: &str, holds: bool) {
         if holds {
             self.cases[self.current].checks += 1;
@@ -236,7 +237,7 @@ impl<'b, B: Backend> Suite<'b, B> {
         }
     }
 
-    /// Copies `x` to the host and counts its bits into the case.
+    /// Copies `x` to the host and adds its bits to the hash of the case.
     pub(super) fn read(&mut self, x: &B::Tensor) -> Result<Vec<f32>> {
         let data = self.backend.download(x)?;
         let bits = &mut self.cases[self.current].bits;
@@ -263,7 +264,7 @@ impl<'b, B: Backend> Suite<'b, B> {
         }
     }
 
-    /// Counts a check, and makes it the one that the case tells of if none came closer to its bound.
+    /// Counts a check, and reports it in the case if no earlier check was closer to its bound.
     fn record(
         &mut self,
         what: &str,
@@ -273,7 +274,7 @@ impl<'b, B: Backend> Suite<'b, B> {
     ) {
         let case = &mut self.cases[self.current];
         case.checks += 1;
-        // Cross-multiplied, for the bound may be 0; a case that has failed keeps its first failure.
+        // Cross-multiplied, because the bound may be 0. A case that has failed keeps its first failure.
         let closer = worst.error * case.allowed > case.worst * bound.relative || case.worst == 0.0;
         if worst.error > 0.0 && closer && case.passed() {
             (case.worst, case.allowed) = (worst.error, bound.relative);
@@ -283,12 +284,12 @@ impl<'b, B: Backend> Suite<'b, B> {
     }
 }
 
-/// The inside of a matrix from [`Suite::surrounded`].
+/// The inner block of a matrix from [`Suite::padded`].
 pub(super) fn inner<T: Shape>(x: &T) -> View<'_, T> {
     x.view().with_rows(1..x.rows() - 2).with_cols(2..x.cols() - 3)
 }
 
-/// The same, to be written.
+/// The same, mutable.
 pub(super) fn inner_mut<T: Shape>(x: &mut T) -> ViewMut<'_, T> {
     let (rows, cols) = x.shape();
     x.view_mut().with_rows(1..rows - 2).with_cols(2..cols - 3)
@@ -309,7 +310,7 @@ impl Deviation {
     }
 }
 
-/// Compares elements that share a magnitude; the first of them stands at `start`.
+/// Compares a group of elements that share a magnitude; the index of the first is `start`.
 fn deviation(got: &[f32], want: &[f64], bound: Bound, start: usize) -> Deviation {
     let magnitude = want.iter().fold(bound.floor, |largest, want| largest.max(want.abs()));
     let mut worst = Deviation::default();
@@ -351,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_case_fails_beyond_its_bound_and_not_before() {
+    fn a_case_fails_only_beyond_its_bound() {
         let bound = Bound::roundings(4.0);
         assert!(compared(&[1.0, 8.0], &[1.0 + 16.0 * ROUNDING, 8.0], bound).passed());
         let failed = compared(&[1.0, 8.0], &[1.0 + 40.0 * ROUNDING, 8.0], bound);
@@ -360,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_or_has_another_shape_fails() {
+    fn a_result_that_is_not_finite_or_has_another_shape_fails() {
         for wrong in [f64::NAN, f64::INFINITY] {
             assert!(!compared(&[wrong, 1.0], &[1.0, 1.0], Bound::roundings(1e30)).passed());
         }
@@ -370,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_outlasts_the_checks_after_it() {
+    fn a_failed_case_stays_failed_after_passing_checks() {
         let case = case_of(|suite| {
             suite.require("first", false);
             suite.require("second", true);
@@ -383,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gradient_is_told_from_its_neighbour() {
+    fn a_gradient_with_a_relative_error_of_3e_6_fails() {
         let gradient_of_cube = |factor: f64| {
             case_of(|suite| {
                 let x = suite.random(3, 5);

@@ -1,4 +1,4 @@
-//! Checks of the backend that counts: shapes as the CPU has them, operations and memory.
+//! Checks of the counting backend: the shapes of the CPU backend, the counts of operations and of memory.
 
 use super::*;
 use crate::backend::{AttentionShape, Cpu, Layout, ScatterPlan, ScatterRows};
@@ -7,7 +7,7 @@ fn counting() -> CountingBackend {
     CountingBackend::new(Cpu::new().memory())
 }
 
-/// A batch of sequences, each with the positions from some on.
+/// A batch of sequences; each range gives the positions of one sequence.
 fn layout<B: Backend>(backend: &B, sequences: &[Range<u32>]) -> Layout<B> {
     let positions: Vec<u32> = sequences.iter().cloned().flatten().collect();
     let ends = sequences.iter().scan(0, |end, sequence| {
@@ -19,29 +19,29 @@ fn layout<B: Backend>(backend: &B, sequences: &[Range<u32>]) -> Layout<B> {
     Layout { bounds, offsets, positions, longest: 4 }
 }
 
-/// Shapes of everything that a few operations return, in order.
+/// The shapes and dtypes of the results of several operations, in order.
 fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
-    let mut seen = Vec::new();
-    let mut see = |x: &B::Tensor| seen.push((x.rows(), x.cols(), x.dtype()));
+    let mut shapes = Vec::new();
+    let mut record = |x: &B::Tensor| shapes.push((x.rows(), x.cols(), x.dtype()));
     let x = backend.upload(&[0.5; 6 * 8], 6, 8).unwrap();
     let w = backend.upload(&[0.5; 4 * 8], 4, 8).unwrap();
     let weight = backend.prepare(w, WeightUse::Trainable(Dtype::F32)).unwrap();
     let y = backend.linear(x.view(), weight.view(), 1.0, Epilogue::default()).unwrap();
-    see(&y);
-    see(&backend.linear_input_grad(y.view(), weight.view(), 1.0, None).unwrap());
+    record(&y);
+    record(&backend.linear_input_grad(y.view(), weight.view(), 1.0, None).unwrap());
     let gain = backend.upload(&[1.0; 4], 1, 4).unwrap();
     let (normed, inv_rms) = backend.rms_norm(x.view(), &gain, 1e-5, Dtype::F32).unwrap();
-    see(&normed);
-    see(&inv_rms);
-    see(&backend.rms_norm_backward(&x, &x, &gain, &inv_rms, None, None).unwrap());
+    record(&normed);
+    record(&inv_rms);
+    record(&backend.rms_norm_backward(&x, &x, &gain, &inv_rms, None, None).unwrap());
     let (unit, inv_norm) = backend.normalize(&x).unwrap();
-    see(&unit);
-    see(&inv_norm);
-    see(&backend.normalize_backward(x.view(), &unit, &inv_norm).unwrap());
+    record(&unit);
+    record(&inv_norm);
+    record(&backend.normalize_backward(x.view(), &unit, &inv_norm).unwrap());
     let index = |data: &[u32]| backend.upload_indices([data]).unwrap().map(Some)[0].take().unwrap();
-    see(&backend.gather_rows(&x, &index(&[1, 1, 5])).unwrap());
-    see(&backend.segment_mean(&x, &index(&[0, 2, 6])).unwrap());
-    see(&backend.segment_mean_backward(weight.values(), &index(&[0, 2, 5, 6, 9]), 9).unwrap());
+    record(&backend.gather_rows(&x, &index(&[1, 1, 5])).unwrap());
+    record(&backend.segment_mean(&x, &index(&[0, 2, 6])).unwrap());
+    record(&backend.segment_mean_backward(weight.values(), &index(&[0, 2, 5, 6, 9]), 9).unwrap());
     let mut table = backend.zeros(6, 8, Dtype::F32).unwrap();
     let plan = ScatterPlan::upload(&ScatterRows::new(&[1, 0, 1, 5, 5, 2]), backend).unwrap();
     backend.scatter_add_rows(&x, &plan, &mut table).unwrap();
@@ -59,37 +59,37 @@ fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
             shape: &shape,
         };
         let output = backend.attention(&input).unwrap();
-        see(&output.out);
+        record(&output.out);
         match backend.attention_backward(&q, &input, &output).unwrap() {
-            AttentionGradients::Fused(dqkv) => see(&dqkv),
-            AttentionGradients::Separate { dq, dkv } => [dq, dkv].iter().for_each(&mut see),
+            AttentionGradients::Fused(dqkv) => record(&dqkv),
+            AttentionGradients::Separate { dq, dkv } => [dq, dkv].iter().for_each(&mut record),
         }
     }
     let gate_up = backend.upload(&[0.5; 6 * 8], 6, 8).unwrap();
     let hidden = backend.swiglu(&gate_up).unwrap();
-    see(&hidden);
+    record(&hidden);
     let (dgate_up, hidden) = backend.swiglu_backward(hidden, gate_up).unwrap();
-    [dgate_up, hidden].iter().for_each(&mut see);
+    [dgate_up, hidden].iter().for_each(&mut record);
     let scores = backend.scores(&x, &unit, 2.0).unwrap();
-    see(&scores);
+    record(&scores);
     let (loss, dscores) = backend.cross_entropy(&scores, &index(&[0; 6])).unwrap();
-    see(&loss);
-    see(&dscores);
+    record(&loss);
+    record(&dscores);
     let (dq, dp) = backend.scores_backward(&dscores, &x, &unit, 2.0).unwrap();
-    [dq, dp].iter().for_each(&mut see);
-    see(&backend.clip_factor(&loss, None).unwrap());
-    seen
+    [dq, dp].iter().for_each(&mut record);
+    record(&backend.clip_factor(&loss, None).unwrap());
+    shapes
 }
 
 #[test]
-fn results_are_shaped_as_the_cpu_shapes_them() {
+fn results_have_the_shapes_of_the_cpu_backend() {
     let counting = counting();
     assert_eq!(shapes(&counting), shapes(&Cpu::new()));
-    assert_eq!(counting.taken(), 0, "a tensor kept its place");
+    assert_eq!(counting.allocated(), 0, "a tensor was not freed");
 }
 
 #[test]
-fn attention_counts_the_pairs_that_see_each_other() {
+fn attention_counts_only_the_keys_that_queries_attend_to() {
     let counting = counting();
     let all = layout(&counting, &[0..5, 0..2]);
     let shape = AttentionShape { heads: 3, kv_heads: 1, head_dim: 4, window: None, scale: 1.0 };
@@ -114,7 +114,7 @@ fn attention_counts_the_pairs_that_see_each_other() {
 }
 
 #[test]
-fn mixed_precision_takes_half() {
+fn bf16_takes_half_the_memory() {
     let counting = counting();
     let zeros = |rows, dtype| counting.zeros(rows, 32, dtype).unwrap();
     let (x, residual) = (zeros(64, Dtype::Bf16), zeros(64, Dtype::F32));
@@ -127,18 +127,18 @@ fn mixed_precision_takes_half() {
     ];
     assert_eq!(dtypes, [Dtype::Bf16, Dtype::F32, Dtype::Bf16]);
     drop((w, residual));
-    assert_eq!(counting.taken(), 64 * 32 * 2);
-    assert!(counting.peak() > counting.taken());
+    assert_eq!(counting.allocated(), 64 * 32 * 2);
+    assert!(counting.peak() > counting.allocated());
 }
 
 #[test]
-fn a_copy_that_a_device_multiplies_by_is_counted() {
+fn bf16_copies_of_trainable_weights_are_counted() {
     let memory = DeviceMemory { has_working_copies: true, ..Cpu::new().memory() };
     let counting = CountingBackend::new(memory);
     let prepare = |purpose| {
         let values = counting.zeros(8, 16, Dtype::F32).unwrap();
         let _weight = counting.prepare(values, purpose).unwrap();
-        counting.taken()
+        counting.allocated()
     };
     assert_eq!(prepare(WeightUse::Elementwise), 4 * 128);
     assert_eq!(prepare(WeightUse::Trainable(Dtype::F32)), 4 * 128);

@@ -1,4 +1,4 @@
-//! SwiGLU and its backward, on gate and up side by side.
+//! SwiGLU and its backward pass; gate and up are concatenated by columns.
 
 use rayon::prelude::*;
 
@@ -28,15 +28,15 @@ vectorised! {
         for (y, gate_up) in y.chunks_exact_mut(cols).zip(gate_up.chunks_exact(2 * cols)) {
             let (gate, up) = gate_up.split_at(cols);
             for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                let gate = gate.single();
-                *y = T::rounded(gate * sigmoid(gate) * up.single());
+                let gate = gate.to_f32();
+                *y = T::from_f32(gate * sigmoid(gate) * up.to_f32());
             }
         }
     }
 }
 
 /// With `σ = sigmoid(gate)`: `dgate = dy ∘ up ∘ σ ∘ (1 + gate ∘ (1 − σ))`, `dup = dy ∘ gate ∘ σ`,
-/// both over gate and up; `y = gate ∘ σ ∘ up` over dy. Each element is read before it is written.
+/// which overwrite gate and up; `y = gate ∘ σ ∘ up` overwrites dy. Each element is read before it is written.
 pub(super) fn swiglu_backward(mut dy: CpuTensor, mut gate_up: CpuTensor) -> (CpuTensor, CpuTensor) {
     let (rows, cols) = dy.shape();
     assert_eq!(gate_up.shape(), (rows, 2 * cols), "swiglu_backward: gate and up");
@@ -55,11 +55,11 @@ vectorised! {
         for (dy, gate_up) in dy.chunks_exact_mut(cols).zip(gate_up.chunks_exact_mut(2 * cols)) {
             let (gate, up) = gate_up.split_at_mut(cols);
             for ((dy_y, gate_dgate), up_dup) in dy.iter_mut().zip(gate).zip(up) {
-                let (dy, gate, up) = (dy_y.single(), gate_dgate.single(), up_dup.single());
+                let (dy, gate, up) = (dy_y.to_f32(), gate_dgate.to_f32(), up_dup.to_f32());
                 let s = sigmoid(gate);
-                *dy_y = T::rounded(gate * s * up);
-                *gate_dgate = T::rounded(dy * up * s * (1.0 + gate * (1.0 - s)));
-                *up_dup = T::rounded(dy * gate * s);
+                *dy_y = T::from_f32(gate * s * up);
+                *gate_dgate = T::from_f32(dy * up * s * (1.0 + gate * (1.0 - s)));
+                *up_dup = T::from_f32(dy * gate * s);
             }
         }
     }

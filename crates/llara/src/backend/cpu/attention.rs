@@ -1,9 +1,9 @@
 //! Causal attention over packed sequences, in tiles of queries.
 //!
-//! A task is one sequence and one key head with the query heads that share it, so no two tasks write
-//! the same element and nothing depends on what else is in the batch. Within a task a tile of
-//! queries meets only the keys it can see; the scores of one tile are all that is ever held. The
-//! backward pass computes them again from the saved log-sum-exp (Dao et al. 2022, section 3.1).
+//! A task is one sequence and one key head with the query heads that share it, so no two tasks write the
+//! same element, and results do not depend on the other sequences of the batch. A task computes one tile of
+//! queries at a time, with only the keys that these queries attend to, and stores only the scores of that
+//! tile. The backward pass recomputes them from the saved log-sum-exp (Dao et al. 2022, section 3.1).
 
 use std::ops::Range;
 
@@ -18,21 +18,21 @@ use super::vector::{dot, exp_scaled_sum, max, vectorised};
 use crate::Result;
 use crate::backend::{AttentionGradients, AttentionInput, AttentionOutput, Shape, View};
 
-/// Rows of a tile, over all heads that share keys: enough to make a product worth its packing, few
-/// enough that little is computed which no query sees. A multiple of a kernel's six rows.
+/// Rows of a tile, over all heads that share keys: enough that packing is a small part of a product, and few
+/// enough that only a small part of the scores is masked. A multiple of the six rows of a kernel.
 pub(super) const TILE_ROWS: usize = 72;
 
-/// A tile of queries of one sequence and the keys that any of them sees.
+/// A tile of queries of one sequence and the keys that any of them attends to.
 struct Tile {
     /// Rows of q, global.
     queries: Range<usize>,
     /// Rows of k and v, global.
     keys: Range<usize>,
-    /// For each query, the columns of the tile that it sees.
+    /// For each query, the columns of the tile that it attends to.
     visible: Vec<Range<usize>>,
 }
 
-/// Where the heads of a matrix lie: head `h` of row `r` begins at `r · stride + column + h · hd`.
+/// The layout of the heads of a matrix: head `h` of row `r` starts at `r · stride + column + h · hd`.
 #[derive(Clone, Copy)]
 struct Heads {
     stride: usize,
@@ -72,7 +72,7 @@ impl<'x, T: Element + Output> HeadsOf<'x, T> {
     }
 }
 
-/// What the tasks of one call have in common.
+/// The input that all tasks of one call share.
 struct Plan<'a> {
     input: &'a AttentionInput<'a, Cpu>,
 }
@@ -113,8 +113,8 @@ impl Plan<'_> {
         })
     }
 
-    /// The tile's rows of a query-side matrix, head under head: `[group · queries, hd]`. What shares keys
-    /// then takes one product, and a larger one.
+    /// The rows of a tile of q, out or dout, with the heads stacked vertically: `[group · queries, hd]`. All
+    /// heads that share keys are then computed by one larger product.
     fn stack<T: Element>(
         &self,
         tile: &Tile,
@@ -130,10 +130,10 @@ impl Plan<'_> {
         }
     }
 
-    /// The opposite of [`stack`](Self::stack).
+    /// The inverse of [`stack`](Self::stack).
     ///
     /// # Safety
-    /// Nobody else may have these rows of these heads.
+    /// No other task may access these rows of these heads.
     unsafe fn unstack<T: Element>(
         &self,
         tile: &Tile,
@@ -145,7 +145,7 @@ impl Plan<'_> {
         for head in self.query_heads(kv_head) {
             for (row, from) in tile.queries.clone().zip(&mut rows) {
                 let span = heads.span(row, head);
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 unsafe { x.slice_mut(span.start, span.len()) }.copy_from_slice(from);
             }
         }
@@ -156,18 +156,18 @@ impl Plan<'_> {
     }
 }
 
-/// `out = a · b` within a task, which has one thread.
+/// `out = a · b` on the thread of the task.
 fn multiply<T: Output, O: Element + Output>(
     out: &mut Vec<O>,
     (m, n): (usize, usize),
     a: Operand<'_>,
     b: Operand<'_>,
 ) {
-    out.resize(m * n, O::rounded(0.0));
+    out.resize(m * n, O::from_f32(0.0));
     Gemm::new(T::PRECISION).serial().multiply(gemm::ViewMut::new(out, m, n), a, b);
 }
 
-/// All of a buffer as a row-major operand.
+/// A whole buffer as a row-major operand.
 fn matrix<T: Output>(x: &[T], cols: usize) -> Operand<'_> {
     T::operand(gemm::View::new(x, x.len() / cols.max(1), cols))
 }
@@ -186,7 +186,7 @@ pub(super) fn attention(
     Ok(AttentionOutput { out, state })
 }
 
-/// Writes the weighted values and the log-sum-exp of each query's scaled scores. `[rows, H]`
+/// Writes the output and the log-sum-exp of each query's scaled scores. `[rows, H]`
 fn attend<T: Element + Output>(plan: &Plan<'_>, out: &mut CpuTensor, log_sum_exp: &mut CpuTensor) {
     let AttentionInput { q, k, v, shape, .. } = *plan.input;
     let (heads, hd) = (shape.heads, shape.head_dim);
@@ -202,12 +202,12 @@ fn attend<T: Element + Output>(plan: &Plan<'_>, out: &mut CpuTensor, log_sum_exp
             plan.stack(&tile, kv_head, q, &mut tile_q);
             let keys = k.rows(&tile.keys, kv_head);
             multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
-            p.resize(m * n, T::rounded(0.0));
+            p.resize(m * n, T::from_f32(0.0));
             lse.resize(m, 0.0);
             softmax(&mut p, &mut lse, &mut scores, &tile.visible, shape.scale);
             let values = v.rows(&tile.keys, kv_head);
             multiply::<T, T>(&mut tile_out, (m, hd), matrix(&p, n), values);
-            // SAFETY: this task alone has the rows of its sequence in its heads.
+            // SAFETY: only this task accesses the rows of its sequence in its heads.
             unsafe { plan.unstack(&tile, kv_head, &tile_out, (&shared_out, out_heads)) };
             let mut lse = lse.iter();
             for head in plan.query_heads(kv_head) {
@@ -221,8 +221,8 @@ fn attend<T: Element + Output>(plan: &Plan<'_>, out: &mut CpuTensor, log_sum_exp
 }
 
 vectorised! {
-    /// Softmax of each row's visible scores, which are used up, and zero elsewhere; and their
-    /// log-sum-exp.
+    /// Softmax of the visible scores of each row, and zero elsewhere; also their log-sum-exp. Overwrites the
+    /// scores.
     fn softmax<T: Element>(
         p: &mut [T],
         log_sum_exp: &mut [f32],
@@ -240,7 +240,7 @@ vectorised! {
             let sum = exp_scaled_sum(scores, scale, largest);
             let share = 1.0 / sum;
             let p = p[visible.clone()].iter_mut();
-            p.zip(scores).for_each(|(p, e)| *p = T::rounded(*e * share));
+            p.zip(scores).for_each(|(p, e)| *p = T::from_f32(*e * share));
             *lse = largest + sum.ln();
         }
     }
@@ -248,8 +248,8 @@ vectorised! {
 
 #[inline(always)]
 fn clear_outside<T: Element>(row: &mut [T], visible: &Range<usize>) {
-    row[..visible.start].fill(T::rounded(0.0));
-    row[visible.end..].fill(T::rounded(0.0));
+    row[..visible.start].fill(T::from_f32(0.0));
+    row[visible.end..].fill(T::from_f32(0.0));
 }
 
 /// With `P` the softmax, `dP = dout · vᵀ` and `D = Σ dout∘out` per query:
@@ -304,7 +304,7 @@ fn attend_backward<T: Element + Output>(
     let log_sum_exp = output.state.as_slice();
     plan.tasks().for_each(|(sequence, kv_head)| {
         let key_rows = plan.key_rows(sequence);
-        // Summed over tiles in f32.
+        // Accumulated over tiles in f32.
         let mut task_dk = vec![0.0f32; key_rows.len() * hd];
         let mut task_dv = vec![0.0f32; key_rows.len() * hd];
         let [mut tile_q, mut tile_out, mut tile_dout, mut tile_dq] = [(); 4].map(|()| Vec::new());
@@ -323,8 +323,8 @@ fn attend_backward<T: Element + Output>(
             let values = v.rows(&tile.keys, kv_head);
             multiply::<T, f32>(&mut scores, (m, n), matrix(&tile_q, hd), keys.t());
             multiply::<T, f32>(&mut dp, (m, n), matrix(&tile_dout, hd), values.t());
-            p.resize(m * n, T::rounded(0.0));
-            ds.resize(m * n, T::rounded(0.0));
+            p.resize(m * n, T::from_f32(0.0));
+            ds.resize(m * n, T::from_f32(0.0));
             let saved = SavedSoftmax {
                 scale: shape.scale,
                 log_sum_exp: &lse,
@@ -334,7 +334,7 @@ fn attend_backward<T: Element + Output>(
             };
             softmax_backward((&mut p, &mut ds), (&mut scores, &dp), &saved);
             multiply::<T, T>(&mut tile_dq, (m, hd), matrix(&ds, n), keys);
-            // SAFETY: this task alone has the rows of its sequence in its heads.
+            // SAFETY: only this task accesses the rows of its sequence in its heads.
             unsafe { plan.unstack(&tile, kv_head, &tile_dq, (shared_dq, dq_heads)) };
             let at = (tile.keys.start - key_rows.start) * hd;
             for (weights, rows, grad) in
@@ -349,15 +349,15 @@ fn attend_backward<T: Element + Output>(
             [(&task_dk, shared_dk, dk_heads), (&task_dv, shared_dv, dv_heads)]
         {
             for (row, from) in key_rows.clone().zip(grad.chunks_exact(hd)) {
-                // SAFETY: this task alone has the keys of its sequence in its head.
+                // SAFETY: only this task accesses the keys of its sequence in its head.
                 let to = unsafe { shared.slice_mut(heads.span(row, kv_head).start, hd) };
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = T::rounded(*from));
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = T::from_f32(*from));
             }
         }
     });
 }
 
-/// What the softmax of a tile's stacked queries was.
+/// The results of the forward pass for the stacked queries of a tile.
 struct SavedSoftmax<'a, T> {
     scale: f32,
     log_sum_exp: &'a [f32],
@@ -368,7 +368,7 @@ struct SavedSoftmax<'a, T> {
 }
 
 vectorised! {
-    /// From raw scores, which are used up, and `dP`: probabilities p and `dS`, zero where not visible.
+    /// Probabilities p and `dS` from raw scores and `dP`; zero where not visible. Overwrites the scores.
     fn softmax_backward<T: Element>(
         results: (&mut [T], &mut [T]),
         inputs: (&mut [f32], &[f32]),
@@ -389,8 +389,8 @@ vectorised! {
             exp_scaled_sum(scores, saved.scale, saved.log_sum_exp[row]);
             let results = p[visible.clone()].iter_mut().zip(&mut ds[visible]);
             for ((p, ds), (e, dp)) in results.zip(scores.iter().zip(dp)) {
-                *p = T::rounded(*e);
-                *ds = T::rounded(*e * (dp - delta) * saved.scale);
+                *p = T::from_f32(*e);
+                *ds = T::from_f32(*e * (dp - delta) * saved.scale);
             }
         }
     }

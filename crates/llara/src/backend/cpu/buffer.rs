@@ -1,4 +1,4 @@
-//! Matrices in main memory, all in one arena, so that a step after the first allocates nothing.
+//! Matrices in main memory, allocated from one arena, so that only the first step requests memory of the system.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,11 +9,12 @@ use crate::{Error, ErrorKind, Result};
 
 use reserved::Reserved;
 
-/// Main memory for tensors: a large range of addresses, of which the system backs what is touched.
+/// Main memory for tensors: a large range of virtual addresses. The operating system assigns physical memory to
+/// a page when it is first accessed.
 ///
-/// Fresh memory costs a page fault for every page, and a training step would touch gigabytes of it
-/// anew each time; a place that was used before costs nothing. One range for all sizes wastes less
-/// than lists of free buffers by size would, for batches differ in length.
+/// The first access to a page is a page fault, and a training step uses gigabytes; pages that were used before
+/// have no such cost. One range for all sizes wastes less memory than lists of free buffers by size, because
+/// the lengths of batches differ.
 #[derive(Default)]
 pub(super) struct Arena {
     ranges: Mutex<Vec<AddressRange>>,
@@ -21,23 +22,23 @@ pub(super) struct Arena {
 
 struct AddressRange {
     memory: Reserved,
-    space: OffsetAllocator,
+    offsets: OffsetAllocator,
 }
 
-/// Addresses reserved at a time. Only as many as are used cost memory.
+/// Bytes of addresses reserved at a time. Only pages that are accessed use memory.
 const RESERVED: usize = if cfg!(miri) { 1 << 20 } else { 1 << 38 };
 
 /// Bytes by which an allocator may round a request up.
 const SLACK: usize = 64;
 
 impl AddressRange {
-    /// A range for at least `bytes`; a smaller one where the system grants no more.
+    /// Reserves a range of at least `bytes`; smaller than `RESERVED` if the system refuses that.
     fn reserve(bytes: usize) -> std::io::Result<Self> {
         let mut length = bytes.checked_next_power_of_two().unwrap_or(bytes).max(RESERVED);
         loop {
             match Reserved::new(length) {
                 Ok(memory) => {
-                    return Ok(AddressRange { memory, space: OffsetAllocator::default() });
+                    return Ok(AddressRange { memory, offsets: OffsetAllocator::default() });
                 }
                 Err(_) if length / 2 >= bytes => length /= 2,
                 Err(error) => return Err(error),
@@ -46,14 +47,14 @@ impl AddressRange {
     }
 
     fn fits(&self, bytes: usize) -> bool {
-        // The worst case, at the end.
-        let end = self.space.end().checked_add(bytes).and_then(|end| end.checked_add(SLACK));
+        // The worst case: allocation at the end.
+        let end = self.offsets.end().checked_add(bytes).and_then(|end| end.checked_add(SLACK));
         end.is_some_and(|end| end <= self.memory.len())
     }
 }
 
-/// One range of addresses. Its pieces are handed out as raw pointers, and no reference to the whole
-/// range is ever made: it would alias the pieces.
+/// One range of addresses. Blocks of it are raw pointers. No reference to the whole range is created, because
+/// it would alias the blocks.
 #[cfg(not(miri))]
 mod reserved {
     use memmap2::{MmapOptions, MmapRaw};
@@ -66,7 +67,7 @@ mod reserved {
                 return Err(std::io::ErrorKind::OutOfMemory.into());
             }
             let memory = MmapOptions::new().len(length).no_reserve_swap().map_anon()?;
-            // Fewer, larger pages where the system has them; it may decline.
+            // Requests huge pages; the system may ignore this.
             #[cfg(target_os = "linux")]
             let _ = memory.advise(memmap2::Advice::HugePage);
             Ok(Reserved(MmapRaw::from(memory)))
@@ -82,7 +83,7 @@ mod reserved {
     }
 }
 
-/// The same from the heap, for Miri, which cannot map memory.
+/// The same on the heap, for Miri, which does not support memory mapping.
 #[cfg(miri)]
 mod reserved {
     use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -92,7 +93,7 @@ mod reserved {
         layout: Layout,
     }
 
-    // SAFETY: the memory belongs to this value alone, and its pointer is only copied.
+    // SAFETY: this value is the only owner of the memory, and its pointer is only copied.
     unsafe impl Send for Reserved {}
 
     impl Reserved {
@@ -102,7 +103,7 @@ mod reserved {
             if length > 1 << 30 {
                 return Err(none());
             }
-            // SAFETY: the length is at least that of RESERVED, hence not zero.
+            // SAFETY: the length is at least RESERVED, so it is not zero.
             let start = unsafe { alloc_zeroed(layout) };
             if start.is_null() { Err(none()) } else { Ok(Reserved { start, layout }) }
         }
@@ -126,9 +127,9 @@ mod reserved {
 
 impl Arena {
     /// # Errors
-    /// If the system grants no such range of addresses, or `LLARA_CPU` is invalid: no tensor exists
-    /// then for a kernel to run on.
-    fn take(self: &Arc<Self>, bytes: usize) -> Result<Block> {
+    /// If the system refuses the range of addresses, or if `LLARA_CPU` is invalid. In the latter case no tensor
+    /// can be created, so no kernel runs.
+    fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Block> {
         Unit::selected()?;
         let mut ranges = self.lock();
         let range = match ranges.iter().position(|range| range.fits(bytes)) {
@@ -140,15 +141,15 @@ impl Arena {
                 ranges.len() - 1
             }
         };
-        let AddressRange { memory, space } = &mut ranges[range];
-        let offset = space.take(bytes);
+        let AddressRange { memory, offsets } = &mut ranges[range];
+        let offset = offsets.allocate(bytes);
         // SAFETY: `fits` and `reserve` checked that the range has `offset + bytes` bytes.
         let start = unsafe { memory.start().add(offset) };
         Ok(Block { start, bytes, range, offset, arena: Arc::clone(self) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<AddressRange>> {
-        // A panic elsewhere cannot leave the list half-changed.
+        // A panic in another thread cannot leave the list partially updated.
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -179,7 +180,7 @@ pub(super) fn copied<T: Copy>(data: &[T]) -> Result<Vec<T>> {
     Ok(vector)
 }
 
-/// A part of an arena that nobody else has.
+/// A block of an arena, with a single owner.
 struct Block {
     start: *mut u8,
     bytes: usize,
@@ -188,14 +189,14 @@ struct Block {
     arena: Arc<Arena>,
 }
 
-// SAFETY: a block owns its bytes as a Vec would; the pointer is what keeps this from being derived.
+// SAFETY: a block owns its bytes like a Vec; it is not Send automatically because of the raw pointer.
 unsafe impl Send for Block {}
 // SAFETY: as above; shared references only read.
 unsafe impl Sync for Block {}
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.arena.lock()[self.range].space.put(self.offset, self.bytes);
+        self.arena.lock()[self.range].offsets.free(self.offset, self.bytes);
     }
 }
 
@@ -208,7 +209,7 @@ pub struct CpuTensor {
 }
 
 impl CpuTensor {
-    /// A matrix with unspecified (but initialised) contents, for kernels that write every element.
+    /// A matrix with unspecified (but initialized) contents, for kernels that write every element.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -223,26 +224,26 @@ impl CpuTensor {
                 .expected("fewer elements")
                 .got(format!("{rows} x {cols}")));
         };
-        Ok(CpuTensor { block: arena.take(bytes)?, rows, cols, dtype })
+        Ok(CpuTensor { block: arena.allocate(bytes)?, rows, cols, dtype })
     }
 
-    /// The elements, row by row.
+    /// The elements, in row-major order.
     ///
     /// # Panics
-    /// If they are of another type.
+    /// If the elements have another dtype.
     pub(super) fn elements<T: Element>(&self) -> &[T] {
-        assert_eq!(self.dtype, T::DTYPE, "a matrix of another type");
-        // SAFETY: the block has these bytes for this tensor alone, aligned to a cache line; it was
-        // zeros when mapped and has been written as f32 or bf16 since, of which all bits are valid.
+        assert_eq!(self.dtype, T::DTYPE, "a matrix of another dtype");
+        // SAFETY: this tensor owns the bytes of the block, which are aligned to a cache line. They are zeros
+        // from the mapping or elements written later; every bit pattern is a valid f32 or bf16.
         unsafe { std::slice::from_raw_parts(self.block.start.cast(), self.rows * self.cols) }
     }
 
-    /// The elements, to be written.
+    /// The elements, mutable.
     ///
     /// # Panics
-    /// If they are of another type.
+    /// If the elements have another dtype.
     pub(super) fn elements_mut<T: Element>(&mut self) -> &mut [T] {
-        assert_eq!(self.dtype, T::DTYPE, "a matrix of another type");
+        assert_eq!(self.dtype, T::DTYPE, "a matrix of another dtype");
         // SAFETY: as in `elements`, borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.block.start.cast(), self.rows * self.cols) }
     }
@@ -257,7 +258,7 @@ impl CpuTensor {
         self.elements_mut()
     }
 
-    /// All bytes, of either type, to be written.
+    /// All bytes, for either dtype, mutable.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `elements`, borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.block.start, self.block.bytes) }
@@ -278,8 +279,8 @@ impl Shape for CpuTensor {
     }
 }
 
-/// The CPU multiplies by the values themselves: packing them is a small part of a product, and a copy
-/// would take as much memory as the weights.
+/// The CPU keeps no copies of weights: packing the values is a small part of a product, and a copy would need
+/// as much memory as the weights.
 impl PreparedWeight<CpuTensor> for CpuTensor {
     fn values(&self) -> &CpuTensor {
         self
@@ -294,7 +295,7 @@ impl<'t> View<'t, CpuTensor> {
     /// The elements of its rows, with the columns outside the view.
     ///
     /// # Panics
-    /// If they are of another type.
+    /// If the elements have another dtype.
     pub(super) fn rows_of<T: Element>(self) -> &'t [T] {
         let cols = self.tensor.cols;
         &self.tensor.elements()[self.row * cols..(self.row + self.rows) * cols]
@@ -302,10 +303,10 @@ impl<'t> View<'t, CpuTensor> {
 }
 
 impl<'t> ViewMut<'t, CpuTensor> {
-    /// The elements of its rows, with the columns outside the view, to be written.
+    /// The elements of its rows, with the columns outside the view, mutable.
     ///
     /// # Panics
-    /// If they are of another type.
+    /// If the elements have another dtype.
     pub(super) fn rows_of<T: Element>(self) -> &'t mut [T] {
         let cols = self.tensor.cols;
         &mut self.tensor.elements_mut()[self.row * cols..(self.row + self.rows) * cols]
@@ -321,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_matrix_makes_room_for_the_next() {
+    fn the_memory_of_a_dropped_matrix_is_reused() {
         let arena = Arc::default();
         let first = matrix(&arena, 10, 100);
         let address = first.as_slice().as_ptr();
@@ -337,7 +338,7 @@ mod tests {
 
     /// Under Miri: a new matrix must not invalidate borrows of those before it.
     #[test]
-    fn a_matrix_is_made_while_others_are_borrowed() {
+    fn a_matrix_can_be_created_while_others_are_borrowed() {
         let arena = Arc::default();
         let (mut first, second) = (matrix(&arena, 3, 7), matrix(&arena, 2, 2));
         let (written, read) = (first.as_mut_slice(), second.as_slice());
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_does_not_exist_is_an_error() {
+    fn running_out_of_memory_is_an_error() {
         let arena = Arc::default();
         let kept = matrix(&arena, 2, 3);
         let huge = [1 << 50, (isize::MAX as usize - 100) / 4, usize::MAX / 4, usize::MAX];
@@ -368,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_a_matrix_too() {
+    fn a_matrix_may_be_empty() {
         let arena = Arc::default();
         let (a, b) = (matrix(&arena, 0, 9), matrix(&arena, 4, 0));
         assert!(a.as_slice().is_empty() && b.as_slice().is_empty());

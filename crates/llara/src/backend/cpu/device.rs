@@ -1,4 +1,4 @@
-//! The device itself: its memory, and what the processor can do.
+//! The CPU device: its memory and its capabilities.
 
 use std::sync::Arc;
 
@@ -20,8 +20,8 @@ impl Cpu {
         Self::default()
     }
 
-    /// Checks what the environment asks for, so that a program can refuse it before it starts. Where
-    /// this fails, so does every operation that allocates.
+    /// Checks the environment variable `LLARA_CPU`, so that a program can report an error before it starts
+    /// work. If this fails, every operation that allocates fails too.
     ///
     /// # Errors
     /// If `LLARA_CPU` names vector instructions that do not exist or that this processor lacks.
@@ -33,19 +33,19 @@ impl Cpu {
     /// milliseconds, where it has `vdpbf16ps`; `LLARA_CPU` overrides the measurement: with
     /// `avx512bf16` this is true, with every other value false.
     ///
-    /// Products of bf16 operands use the faster kernel. Both multiply exactly and add in f32, but in a
-    /// different order, and `vdpbf16ps` treats denormal operands as zero, so that results differ by
+    /// Products of bf16 operands use the faster kernel. Both kernels multiply exactly and accumulate in f32,
+    /// but in a different order, and `vdpbf16ps` treats denormal operands as zero, so results differ in
     /// rounding. [`description`](crate::backend::Backend::description) names the kernel.
     pub fn multiplies_bf16_faster() -> bool {
         multiplies_bf16_faster()
     }
 
-    /// An f32 matrix whose contents the caller is about to write in full.
+    /// An f32 matrix with unspecified contents; the caller must write every element.
     pub(super) fn unspecified(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
         self.unspecified_of(rows, cols, Dtype::F32)
     }
 
-    /// The same of any type.
+    /// The same for any dtype.
     pub(super) fn unspecified_of(
         &self,
         rows: usize,

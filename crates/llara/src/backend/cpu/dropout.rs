@@ -1,4 +1,4 @@
-//! Dropout from a counter-based generator: no state, so a replay repeats it bit for bit.
+//! Dropout with a counter-based generator. It has no state, so a recomputation gives the same bits.
 
 use rayon::prelude::*;
 
@@ -42,18 +42,18 @@ pub(super) fn dropout(
     Ok(y)
 }
 
-/// What is dropped, and what becomes of the rest.
+/// Which elements are dropped, and the factor on the others.
 struct Rule {
     key: DropoutKey,
     /// Draws below it are dropped.
     threshold: u32,
     /// `1 / (1 − p)`
     keep: f32,
-    /// Whether the result is added to.
+    /// Whether the result is added to y.
     accumulate: bool,
 }
 
-/// Counters that are drawn at together; with four words each, a block of 64 columns.
+/// Counters evaluated together; with four words each, they cover a block of 64 columns.
 const COUNTERS: usize = 16;
 const BLOCK: usize = 4 * COUNTERS;
 
@@ -80,15 +80,15 @@ vectorised! {
 impl Rule {
     #[inline(always)]
     fn apply<T: Element>(&self, draw: u32, x: T, y: T) -> T {
-        let x = x.single() * if draw >= self.threshold { self.keep } else { 0.0 };
-        T::rounded(if self.accumulate { y.single() + x } else { x })
+        let x = x.to_f32() * if draw >= self.threshold { self.keep } else { 0.0 };
+        T::from_f32(if self.accumulate { y.to_f32() + x } else { x })
     }
 }
 
-/// Philox4x32-10 for [`COUNTERS`] consecutive counters: the first words of all, then the second, ...
+/// Philox4x32-10 for [`COUNTERS`] consecutive counters: the first words of all counters, then the second words, ...
 ///
-/// Words are kept in 64 bits, for that is what a vector multiplies 32 by 32 bits to; their upper halves
-/// hold what is left over and are never read.
+/// Words are stored in 64 bits, because vector instructions multiply 32 by 32 bits to 64 bits. The upper halves
+/// are never read.
 #[inline(always)]
 fn philox_block(key: &DropoutKey, first: u32, (sequence, position): (u32, u32)) -> [u32; BLOCK] {
     const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
@@ -127,7 +127,7 @@ mod tests {
         std::array::from_fn(|word| block[word * COUNTERS])
     }
 
-    /// Known answers of Random123, the authors' own implementation.
+    /// Known answers of Random123, the implementation by the authors of the paper.
     #[test]
     fn philox_gives_the_published_numbers() {
         let zeros = DropoutKey { seed: 0, step: 0, module: 0, probability: 0.1 };

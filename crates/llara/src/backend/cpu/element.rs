@@ -1,26 +1,25 @@
-//! Elements of matrices: f32, and bf16, which is widened where it is read and rounded where it is
-//! written.
+//! Elements of matrices: f32, and bf16, which is converted to f32 when read and rounded when written.
 
 use half::bf16;
 
 use crate::backend::Dtype;
 
-/// The type of a matrix's elements, for kernels that are compiled once for each.
+/// The type of the elements of a matrix. Kernels are generic over it.
 pub(super) trait Element: Copy + Send + Sync + 'static {
     const DTYPE: Dtype;
-    /// The number itself.
-    fn single(self) -> f32;
+    /// The value as f32.
+    fn to_f32(self) -> f32;
     /// The nearest bf16, ties to even, in the low half.
     fn bf16_bits(self) -> u32;
     /// The nearest element, ties to even.
-    fn rounded(x: f32) -> Self;
+    fn from_f32(x: f32) -> Self;
 }
 
 impl Element for f32 {
     const DTYPE: Dtype = Dtype::F32;
 
     #[inline(always)]
-    fn single(self) -> f32 {
+    fn to_f32(self) -> f32 {
         self
     }
 
@@ -28,12 +27,12 @@ impl Element for f32 {
     fn bf16_bits(self) -> u32 {
         let bits = self.to_bits();
         let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        // Rounding could carry a NaN into an infinity; keep its sign and make it quiet.
+        // Rounding could turn a NaN into an infinity; keep the sign and make it quiet.
         if self.is_nan() { bits >> 16 | 0x40 } else { rounded }
     }
 
     #[inline(always)]
-    fn rounded(x: f32) -> f32 {
+    fn from_f32(x: f32) -> f32 {
         x
     }
 }
@@ -42,7 +41,7 @@ impl Element for bf16 {
     const DTYPE: Dtype = Dtype::Bf16;
 
     #[inline(always)]
-    fn single(self) -> f32 {
+    fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
@@ -52,7 +51,7 @@ impl Element for bf16 {
     }
 
     #[inline(always)]
-    fn rounded(x: f32) -> bf16 {
+    fn from_f32(x: f32) -> bf16 {
         bf16::from_bits(x.bf16_bits() as u16)
     }
 }

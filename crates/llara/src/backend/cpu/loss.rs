@@ -39,7 +39,7 @@ vectorised! {
         let share = 1.0 / (sum * rows as f32);
         grad.iter_mut().for_each(|g| *g *= share);
         grad[target] -= 1.0 / rows as f32;
-        // In f64: near convergence the loss is the small difference of large terms.
+        // In f64, because near convergence the loss is a small difference of large terms.
         let above = f64::from(largest) - f64::from(scores[target]);
         above + f64::from(sum).ln()
     }

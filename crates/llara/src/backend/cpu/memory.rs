@@ -1,10 +1,10 @@
-//! What a prediction of memory needs to know of this backend.
+//! How this backend uses memory, for the memory prediction.
 
 use super::attention::TILE_ROWS;
 use super::vector::TASK_ELEMENTS;
 use crate::backend::{DeviceMemory, OffsetAllocator};
 
-/// Packed panels of three operands that each thread keeps.
+/// Bytes of the packed panels of three operands that each thread keeps.
 const PACKED_BYTES: usize = 5 << 19;
 
 pub(super) fn device_memory(threads: usize) -> DeviceMemory {
@@ -14,7 +14,7 @@ pub(super) fn device_memory(threads: usize) -> DeviceMemory {
         attention_state: 1,
         norm_task_elements: TASK_ELEMENTS,
         has_working_copies: false,
-        // In attention each thread has a tile's scores and gradients and one head's keys and values.
+        // In attention, each thread stores the scores and gradients of a tile, and dk and dv of one head.
         scratch_bytes: |longest, head_dim| {
             let tile = 4 * TILE_ROWS * (longest + head_dim);
             4 * (tile + 2 * longest * head_dim)

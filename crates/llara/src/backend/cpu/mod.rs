@@ -1,8 +1,8 @@
-//! The processor as a device: f32 and bf16, products by kernels of our own, everything else vectorised
-//! and spread over the current rayon pool.
+//! The CPU backend: f32 and bf16, matrix products by the kernels of [`gemm`], all other operations as
+//! vectorized loops, in parallel on the current rayon pool.
 //!
-//! Work is split into pieces whose size does not depend on the number of threads, and partial sums
-//! are added in order, so a result has the same bits on any number of threads.
+//! Work is split into tasks whose size does not depend on the number of threads, and partial sums are added
+//! in order, so a result has the same bits on any number of threads.
 
 mod activation;
 mod attention;
@@ -37,7 +37,7 @@ use super::{
 };
 use crate::Result;
 
-/// End of the name of the kernels that multiply bf16 with bf16 instructions.
+/// Suffix of [`Backend::kernels`] if bf16 products use `vdpbf16ps`.
 const BF16_PRODUCTS: &str = ", bf16 products by vdpbf16ps";
 
 impl Backend for Cpu {
@@ -108,7 +108,7 @@ impl Backend for Cpu {
     }
 
     fn clear(&self, x: &mut CpuTensor) -> Result<()> {
-        // Zero in either type.
+        // All bits zero is the number zero in both dtypes.
         x.bytes_mut().par_chunks_mut(1 << 20).for_each(|bytes| bytes.fill(0));
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! RMS norm and L2 normalisation, each with its backward.
+//! RMS norm and L2 normalization, and their backward passes.
 
 use rayon::prelude::*;
 
@@ -49,14 +49,14 @@ vectorised! {
             let inv = 1.0 / (dot(x, x) / group as f32 + eps).sqrt();
             *inv_rms = inv;
             for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                *y = Y::rounded(x.single() * inv * w);
+                *y = Y::from_f32(x.to_f32() * inv * w);
             }
         }
     }
 }
 
-/// `dw` is summed within each task's rows, then over tasks in order: the same bits on any number of
-/// threads.
+/// `dw` is summed over the rows of each task, then over tasks in order, so it has the same bits on any number
+/// of threads.
 pub(super) fn rms_norm_backward(
     cpu: &Cpu,
     dy: &CpuTensor,
@@ -87,7 +87,7 @@ pub(super) fn rms_norm_backward(
     Ok(dx)
 }
 
-/// With dx written over dy.
+/// The same; dx overwrites dy.
 pub(super) fn rms_norm_backward_in_place(
     cpu: &Cpu,
     dy: ViewMut<'_, CpuTensor>,
@@ -133,7 +133,7 @@ impl Partial {
         Ok(Partial { task, sums: cpu.zeros_tensor(rows.div_ceil(task), group)? })
     }
 
-    /// Adds them up, in order.
+    /// Adds the sums to `dw`, in order.
     fn add_to(self, dw: Option<&mut CpuTensor>) {
         let Some(dw) = dw else { return };
         assert_eq!(dw.shape(), (1, self.sums.cols()), "rms_norm_backward: weight gradient");
@@ -157,9 +157,9 @@ vectorised! {
         for ((dx, dy), (x, &inv)) in grads.zip(x.chunks_exact(group).zip(inv_rms)) {
             let mean = mean_product(dy, (x, w, inv));
             for ((((dx, dy), x), w), dw) in dx.iter_mut().zip(dy).zip(x).zip(w).zip(&mut *dw) {
-                let (dy, x) = (dy.single(), x.single());
+                let (dy, x) = (dy.to_f32(), x.to_f32());
                 let grad = (dy * w - x * mean) * inv;
-                *dx = X::rounded(if accumulate { dx.single() + grad } else { grad });
+                *dx = X::from_f32(if accumulate { dx.to_f32() + grad } else { grad });
                 *dw += dy * x * inv;
             }
         }
@@ -177,8 +177,8 @@ vectorised! {
         for (dy, (x, &inv)) in dy.chunks_exact_mut(group).zip(x.chunks_exact(group).zip(inv_rms)) {
             let mean = mean_product(dy, (x, w, inv));
             for (((dy, x), w), dw) in dy.iter_mut().zip(x).zip(w).zip(&mut *dw) {
-                let (grad, x) = (dy.single(), x.single());
-                *dy = G::rounded((grad * w - x * mean) * inv);
+                let (grad, x) = (dy.to_f32(), x.to_f32());
+                *dy = G::from_f32((grad * w - x * mean) * inv);
                 *dw += grad * x * inv;
             }
         }
@@ -192,7 +192,7 @@ fn mean_product<X: Element, G: Element>(dy: &[G], (x, w, inv): (&[X], &[f32], f3
     const BLOCK: usize = 16;
     for ((dy, x), w) in dy.chunks(BLOCK).zip(x.chunks(BLOCK)).zip(w.chunks(BLOCK)) {
         let mut weighted = [0.0f32; BLOCK];
-        weighted.iter_mut().zip(dy.iter().zip(w)).for_each(|(g, (dy, w))| *g = dy.single() * w);
+        weighted.iter_mut().zip(dy.iter().zip(w)).for_each(|(g, (dy, w))| *g = dy.to_f32() * w);
         product += sum_pairs(&weighted[..x.len()], x, |g, x| g * x);
     }
     product * inv * inv / x.len() as f32

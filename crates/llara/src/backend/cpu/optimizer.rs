@@ -1,4 +1,4 @@
-//! Norms, clipping and AdamW: one pass over the parameters each.
+//! Gradient norm, clipping and AdamW, each in one pass over the parameters.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use super::buffer::CpuTensor;
 use super::vector::{dot, rows_per_task, vectorised};
 use crate::backend::{AdamWStep, Shape};
 
-/// Tasks' sums are added in order and in f64.
+/// The sums of tasks are added in order, in f64.
 pub(super) fn add_sum_of_squares(x: &CpuTensor, range: Range<usize>, sum: &mut CpuTensor) {
     let tasks = x.as_slice()[range].par_chunks(rows_per_task(1));
     let partial: Vec<f32> = tasks.map(sum_of_squares).collect();
@@ -58,17 +58,17 @@ pub(super) fn adamw(
         });
 }
 
-/// The numbers of one update, rounded once.
+/// The coefficients of one update, computed in f64 and rounded once.
 struct Update {
     factor: f32,
     decay: f32,
     beta1: f32,
-    one_less_beta1: f32,
+    one_minus_beta1: f32,
     beta2: f32,
-    one_less_beta2: f32,
-    /// Learning rate over the first moment's bias.
+    one_minus_beta2: f32,
+    /// Learning rate divided by the bias correction of the first moment.
     rate: f32,
-    /// Reciprocal root of the second moment's bias.
+    /// Reciprocal square root of the bias correction of the second moment.
     inv_root_bias: f32,
     epsilon: f32,
 }
@@ -80,9 +80,9 @@ impl Update {
             factor,
             decay: (1.0 - step.learning_rate * step.weight_decay) as f32,
             beta1: step.beta1 as f32,
-            one_less_beta1: (1.0 - step.beta1) as f32,
+            one_minus_beta1: (1.0 - step.beta1) as f32,
             beta2: step.beta2 as f32,
-            one_less_beta2: (1.0 - step.beta2) as f32,
+            one_minus_beta2: (1.0 - step.beta2) as f32,
             rate: (step.learning_rate / (1.0 - step.beta1.powf(t))) as f32,
             inv_root_bias: (1.0 / (1.0 - step.beta2.powf(t)).sqrt()) as f32,
             epsilon: step.epsilon as f32,
@@ -101,8 +101,8 @@ vectorised! {
         let moments = first.iter_mut().zip(second);
         for ((param, grad), (m, v)) in param.iter_mut().zip(grad).zip(moments) {
             let g = grad * u.factor;
-            *m = u.beta1 * *m + u.one_less_beta1 * g;
-            *v = u.beta2 * *v + u.one_less_beta2 * g * g;
+            *m = u.beta1 * *m + u.one_minus_beta1 * g;
+            *v = u.beta2 * *v + u.one_minus_beta2 * g * g;
             let root = v.sqrt() * u.inv_root_bias + u.epsilon;
             *param = *param * u.decay - u.rate * *m / root;
         }

@@ -1,4 +1,4 @@
-//! The products of a linear layer, and those of scores. Their precision is that of the left operand.
+//! Matrix products of linear layers and of scores. The precision is that of the left operand.
 
 use std::ops::Range;
 
@@ -107,7 +107,7 @@ vectorised! {
     /// `sum[j] += Σ_rows x[row, columns.start + j]`
     fn add_columns<T: Element>(x: &[T], cols: usize, columns: Range<usize>, sum: &mut [f32]) {
         for row in x.chunks_exact(cols) {
-            sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x.single());
+            sum.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, x)| *sum += x.to_f32());
         }
     }
 }
@@ -152,7 +152,7 @@ fn matrix_mut<T: Element>(x: ViewMut<'_, CpuTensor>) -> gemm::ViewMut<'_, T> {
     gemm::ViewMut::strided(&mut x.rows_of()[first(rows, col)..], (rows, cols), stride)
 }
 
-/// Where the first row begins among the elements; there are none without rows.
+/// Offset of the first element of a block in its rows; 0 if there are no rows.
 fn first(rows: usize, col: usize) -> usize {
     if rows == 0 { 0 } else { col }
 }

@@ -41,9 +41,9 @@ vectorised! {
         for head in row.chunks_exact_mut(2 * half) {
             let (first, second) = head.split_at_mut(half);
             for ((x, y), (c, s)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
-                let (a, b, s) = (x.single(), y.single(), s * sign);
-                *x = T::rounded(a * c - b * s);
-                *y = T::rounded(b * c + a * s);
+                let (a, b, s) = (x.to_f32(), y.to_f32(), s * sign);
+                *x = T::from_f32(a * c - b * s);
+                *y = T::from_f32(b * c + a * s);
             }
         }
     }

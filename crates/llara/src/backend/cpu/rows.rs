@@ -37,7 +37,7 @@ pub(super) fn scatter_add_rows(dy: &CpuTensor, plan: &ScatterPlan<Cpu>, dx: &mut
         let dy = dy.elements::<G>();
         let shared = SharedSlice::new(dx.elements_mut::<X>());
         bounds.with_min_len(rows_per_task(cols)).for_each(|(bounds, &target)| {
-            // SAFETY: a plan names each target once, so this task alone has the row.
+            // SAFETY: a plan contains each target once, so only this task accesses the row.
             let dx = unsafe { shared.slice_mut(target as usize * cols, cols) };
             for &source in &plan.sources[bounds[0] as usize..bounds[1] as usize] {
                 let start = source as usize * cols;
@@ -49,7 +49,7 @@ pub(super) fn scatter_add_rows(dy: &CpuTensor, plan: &ScatterPlan<Cpu>, dx: &mut
 
 vectorised! {
     fn add<X: Element, G: Element>(x: &mut [X], more: &[G]) {
-        x.iter_mut().zip(more).for_each(|(x, more)| *x = X::rounded(x.single() + more.single()));
+        x.iter_mut().zip(more).for_each(|(x, more)| *x = X::from_f32(x.to_f32() + more.to_f32()));
     }
 }
 
@@ -77,7 +77,7 @@ pub(super) fn copy(x: View<'_, CpuTensor>, to: ViewMut<'_, CpuTensor>) {
     }));
 }
 
-/// Copies elements from the host, row by row.
+/// Copies row-major elements from the host.
 pub(super) fn write<T: Element>(data: &[T], to: ViewMut<'_, CpuTensor>) {
     let (cols, stride, columns) = (to.cols, to.tensor.cols(), to.col..to.col + to.cols);
     if cols == 0 {
@@ -89,11 +89,11 @@ pub(super) fn write<T: Element>(data: &[T], to: ViewMut<'_, CpuTensor>) {
 
 vectorised! {
     fn convert<Y: Element, X: Element>(y: &mut [Y], x: &[X]) {
-        y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::rounded(x.single()));
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = Y::from_f32(x.to_f32()));
     }
 }
 
-/// Widens to f32 in host memory.
+/// A copy in host memory, converted to f32.
 pub(super) fn widen(x: &CpuTensor) -> Result<Vec<f32>> {
     match x.dtype() {
         Dtype::F32 => copied(x.as_slice()),

@@ -1,8 +1,8 @@
-//! Which vector instructions compute: the one place where the processor is examined.
+//! Selection of the vector instructions. Only this file queries the features of the processor.
 //!
 //! [`Unit::selected`] is the best unit of this processor, or the one that the environment variable
 //! `LLARA_CPU` names: `avx512bf16`, `avx512`, `avx2` or `portable`. Matrix products and all other
-//! loops follow it.
+//! loops use it.
 
 use std::sync::OnceLock;
 
@@ -11,7 +11,7 @@ use crate::{Error, ErrorKind, Result};
 /// The environment variable that selects a [`Unit`].
 pub(super) const VARIABLE: &str = "LLARA_CPU";
 
-/// A set of vector instructions with kernels of its own, best first.
+/// A set of vector instructions for which kernels are compiled, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// AVX-512 with products of bf16 pairs (`vdpbf16ps`).
@@ -30,7 +30,7 @@ impl Unit {
 
     /// The best unit of this processor.
     pub fn best() -> Unit {
-        // The standard library caches what it detected.
+        // The standard library caches the detected features.
         Self::ALL.into_iter().find(|unit| unit.is_available()).unwrap_or(Unit::Portable)
     }
 
@@ -45,8 +45,8 @@ impl Unit {
         }
     }
 
-    /// [`selected`](Unit::selected) for kernels, which cannot fail; the best where the variable is
-    /// invalid, in which case no tensor can be allocated to run them on.
+    /// [`selected`](Unit::selected) for kernels, which cannot fail; the best unit if the variable is
+    /// invalid, in which case no tensor can be allocated and no kernel runs.
     pub(super) fn active() -> Unit {
         match selection() {
             Ok(selection) => selection.unit,
@@ -71,7 +71,7 @@ impl Unit {
 
     /// Whether this processor has the instructions.
     pub fn is_available(self) -> bool {
-        // Miri interprets no AVX-512, and is there to check the portable kernels.
+        // Miri does not support AVX-512; it is used to check the portable kernels.
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         {
             use std::arch::is_x86_feature_detected as has;
@@ -97,7 +97,7 @@ struct Selection {
     forced: bool,
 }
 
-/// A value of the variable that selects nothing.
+/// An invalid value of the variable.
 #[derive(Debug, Clone, PartialEq)]
 struct Rejected {
     value: String,

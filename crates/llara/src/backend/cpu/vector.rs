@@ -1,15 +1,15 @@
 //! Loops over slices, compiled for the vector unit found at run time.
 //!
-//! Everything here is `#[inline(always)]` so that it is compiled again inside a [`vectorised`]
-//! function, where the compiler may use AVX2 or AVX-512. Sums keep sixteen partial sums: that is what
-//! makes them vectorise, and it fixes the order of additions whatever the vector width.
+//! All functions are `#[inline(always)]`, so that they are compiled again inside a [`vectorised`] function,
+//! where the compiler may use AVX2 or AVX-512. Sums use sixteen partial sums: this allows vectorization and
+//! makes the order of additions independent of the vector width.
 
 use super::element::Element;
 
-/// Compiles a function for each vector unit, and calls the best that this processor has.
+/// Compiles a function for each vector unit, and calls the version for the active [`Unit`](super::unit::Unit).
 ///
-/// A macro and not a function that takes a closure: the compiler declines to inline large closures,
-/// and they are then left behind in the instructions that every processor has.
+/// A macro and not a function that takes a closure: the compiler does not inline large closures, and would
+/// then compile them for the baseline instructions of the target.
 macro_rules! vectorised {
     (
         $(#[$meta:meta])*
@@ -33,7 +33,7 @@ macro_rules! vectorised {
                 }
                 use $crate::backend::cpu::unit::Unit;
                 match Unit::active() {
-                    // SAFETY: a unit is active only where this processor has its instructions.
+                    // SAFETY: a unit is active only if this processor has its instructions.
                     Unit::Avx512Bf16 | Unit::Avx512 => return unsafe { avx512 $(::<$($type),+>)? ($($arg),*) },
                     // SAFETY: as above.
                     Unit::Avx2 => return unsafe { avx2 $(::<$($type),+>)? ($($arg),*) },
@@ -68,10 +68,10 @@ pub(super) fn sum_pairs<A: Element, B: Element>(
     let (b_chunks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_chunks.iter().zip(b_chunks) {
         for lane in 0..LANES {
-            lanes[lane] += f(a[lane].single(), b[lane].single());
+            lanes[lane] += f(a[lane].to_f32(), b[lane].to_f32());
         }
     }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(a.single(), b.single())).sum();
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(a.to_f32(), b.to_f32())).sum();
     fold(lanes, |a, b| a + b) + rest
 }
 
@@ -81,7 +81,7 @@ pub(super) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
     sum_pairs(a, b, |a, b| a * b)
 }
 
-/// The largest element; `-∞` of none.
+/// The largest element; `-∞` for an empty slice.
 #[inline(always)]
 pub(super) fn max(a: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -129,15 +129,15 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 /// `e^x` to about one unit in the last place. Exactly 0 where the result would be below the smallest
 /// normal f32, as for a masked score of -∞; `e^88` for everything above 88; NaN for NaN.
 ///
-/// Cody and Waite's range reduction with the Cephes polynomial: branch-free, so that it vectorises,
-/// which the C library's does not.
+/// Range reduction of Cody and Waite with the Cephes polynomial: without branches, so that it can be
+/// vectorized, unlike the function of the C library.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    /// Adding this rounds to an integer, which then stands in the low bits.
+    /// Adding this rounds to an integer, which is then in the low bits.
     const ROUND: f32 = 12_582_912.0;
     /// `ln(2^-126)`, rounded up: the smallest argument with a normal result.
     const LOWEST: f32 = -87.336_54;
-    let vanishes = x < LOWEST;
+    let underflows = x < LOWEST;
     let x = x.clamp(LOWEST, 88.0);
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
@@ -151,7 +151,7 @@ pub(super) fn exp(x: f32) -> f32 {
     let e_r = p * r * r + r + 1.0;
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
     let result = e_r * f32::from_bits(exponent);
-    if vanishes { 0.0 } else { result }
+    if underflows { 0.0 } else { result }
 }
 
 /// `1 / (1 + e^-x)`
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn reductions_agree_with_plain_sums_at_every_length() {
+    fn reductions_equal_sequential_sums_at_every_length() {
         for len in 0..70 {
             let a: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin()).collect();
             let plain: f64 = a.iter().map(|&x| f64::from(x) * f64::from(x)).sum();

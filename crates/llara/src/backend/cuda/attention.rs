@@ -1,5 +1,5 @@
-//! Causal attention over packed sequences: bf16 with heads of 64, 96 or 128 features by tensor cores,
-//! anything else by plain kernels.
+//! Causal attention over packed sequences: bf16 with heads of 64, 96 or 128 features with tensor cores,
+//! all other cases with plain kernels, which do not use tensor cores.
 
 use super::device::{Cuda, Device, kernel_args};
 use super::driver::error;
@@ -38,32 +38,32 @@ kernel_args!(AttentionArgs {
     scale: f32,
 });
 
-/// f32 elements of the state for each query and head: its log-sum-exp.
+/// f32 elements of the state per query and head: the log-sum-exp.
 pub(super) const STATE_PER_HEAD: usize = 1;
 
 /// The largest head of the plain kernels.
 const LARGEST_HEAD: usize = 256;
 /// Threads of a block, in every kernel.
 const THREADS: u32 = 128;
-/// Rows of a block of the plain kernels: one a warp.
+/// Rows of a block of the plain kernels: one per warp.
 const PLAIN_ROWS: usize = 4;
 /// Queries of a block of the tensor-core kernels.
 const QUERIES: usize = 128;
 
-/// Which kernels compute an attention.
+/// The kernels that compute attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernels {
-    /// By tensor cores, for heads of so many features.
+    /// With tensor cores, for heads of this many features.
     Tiled(usize),
-    /// For any head, in a dtype.
+    /// For any head size, in a dtype.
     Plain(Dtype),
 }
 
 impl Kernels {
-    /// Tensor cores where the head has a kernel and every row can be loaded 16 bytes at a time.
+    /// Tensor cores if there is a kernel for the head size and every row can be loaded 16 bytes at a time.
     fn select(head_dim: usize, blocks: &[Block]) -> Result<Self> {
         if head_dim > LARGEST_HEAD {
-            return Err(error("CUDA: heads of attention are too large")
+            return Err(error("CUDA: the attention heads are too large")
                 .expected(format!("at most {LARGEST_HEAD} features"))
                 .got(head_dim)
                 .hint("compute on the CPU"));
@@ -175,7 +175,7 @@ impl Device {
     }
 }
 
-/// What all passes need.
+/// The arguments that all passes share.
 fn arguments(input: &AttentionInput<'_, Cuda>) -> AttentionArgs {
     let AttentionInput { q, k, v, queries, keys, shape } = input;
     let [q, k, v] = [*q, *k, *v].map(Block::from);

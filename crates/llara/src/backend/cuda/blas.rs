@@ -12,11 +12,11 @@ use super::tensor::Block;
 use crate::Result;
 use crate::backend::Dtype;
 
-/// Scratch memory that an algorithm may use. One for all products, which run one after another.
+/// Scratch memory that an algorithm may use. Shared by all products, which run one after another.
 pub(super) const WORKSPACE_BYTES: usize = 64 << 20;
 
-/// `out = alpha · left · right (+ onto)`; operands that are marked so are transposed first. Left and right
-/// have one dtype, onto and out have one.
+/// `out = alpha · left · right (+ onto)`; operands that are marked as transposed are transposed first. Left and right
+/// have the same dtype, and so have onto and out.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Product {
     pub(super) left: Block,
@@ -36,7 +36,7 @@ impl Product {
     }
 
     /// # Panics
-    /// If the shapes or dtypes do not fit.
+    /// If the shapes or dtypes do not match.
     pub(super) fn check(&self) {
         let shape = |x: &Block, transposed| match transposed {
             true => (x.cols, x.rows),
@@ -57,7 +57,7 @@ impl Product {
 struct Key {
     dtypes: [Dtype; 2],
     transposed: [bool; 2],
-    /// Shapes of left and right as they are stored, rows of left perhaps rounded up.
+    /// Shapes of left and right in memory; the rows of left may be rounded up.
     shape: [usize; 4],
     strides: [usize; 4],
     alignments: [u32; 4],
@@ -81,13 +81,13 @@ unsafe impl Sync for Blas {}
 
 impl Blas {
     pub(super) fn new(memory: &Arc<Memory>) -> Result<Self> {
-        // SAFETY: loads the library and drops it again.
+        // SAFETY: loads the library and unloads it.
         if !unsafe { lts::is_culib_present() } {
-            return Err(error("CUDA: the library of matrix products cuBLASLt was not found")
+            return Err(error("CUDA: the library cuBLASLt, for matrix products, was not found")
                 .expected("libcublasLt.so.12 or .13")
                 .hint("install cuBLAS (Debian and Ubuntu: `libcublas-12-x`; pip: `nvidia-cublas`) and add its folder to LD_LIBRARY_PATH"));
         }
-        let workspace = memory.take(WORKSPACE_BYTES)?;
+        let workspace = memory.allocate(WORKSPACE_BYTES)?;
         let handle = lt::create_handle().map_err(|e| failed("open cuBLASLt", e))?;
         // SAFETY: takes nothing and returns a number.
         let version = unsafe { lts::cublasLtGetVersion() };
@@ -96,12 +96,12 @@ impl Blas {
         Ok(Blas { handle, workspace, algorithms: Mutex::default(), version })
     }
 
-    /// Computes a product whose sides are all positive. False where cuBLASLt has no algorithm for it, and
-    /// then nothing was done.
+    /// Computes a product whose dimensions are all positive. Returns false, and computes nothing, if cuBLASLt has
+    /// no algorithm for it.
     pub(super) fn multiply(&self, context: &Context, product: &Product) -> Result<bool> {
         context.enter()?;
         let call = Call::new(product)?;
-        // The number of tokens changes from step to step; what is best for a little more is good.
+        // The number of tokens changes from step to step; the algorithm for a slightly larger number is reused.
         let rounded = self.algorithm(product, key(product, rounded_rows(product.left.rows)))?;
         if let Some(algorithm) = rounded
             && self.run(context, product, &call, &algorithm).is_ok()
@@ -118,7 +118,7 @@ impl Blas {
     }
 
     fn algorithm(&self, product: &Product, key: Key) -> Result<Option<lts::cublasLtMatmulAlgo_t>> {
-        // A panic elsewhere cannot leave the map half-changed.
+        // A panic in another thread cannot leave the map partially updated.
         let mut known = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = known.get(&key) {
             return Ok(*found);
@@ -182,7 +182,7 @@ impl Blas {
         let onto = product.onto.unwrap_or(product.out);
         let address = |x: Block| x.pointer as *mut c_void;
         // SAFETY: the descriptors describe the blocks, which are inside their buffers; alpha and beta
-        // are read before the call returns; the workspace has the size that it is said to have.
+        // are read before the call returns; the workspace has the given size.
         unsafe {
             lt::matmul(
                 self.handle,
@@ -208,7 +208,7 @@ impl Blas {
 
 impl Drop for Blas {
     fn drop(&mut self) {
-        // SAFETY: created once, and nobody else has it.
+        // SAFETY: created once; this value is the only owner.
         let _ = unsafe { lt::destroy_handle(self.handle) };
     }
 }
@@ -242,8 +242,8 @@ fn failed(doing: &str, e: lt::CublasError) -> crate::Error {
     error(format!("CUDA: cannot {doing}: {:?}", e.0))
 }
 
-/// Descriptors of a product. cuBLASLt's matrices are column-major, so it sees every matrix transposed, and
-/// `outᵀ = rightᵀ · leftᵀ`: its A is our right operand, its B our left one.
+/// Descriptors of a product. cuBLASLt's matrices are column-major, so every matrix is transposed for it, and
+/// `outᵀ = rightᵀ · leftᵀ`: its A is the right operand of the product, its B the left one.
 struct Call {
     description: Description,
     a: Layout,
@@ -289,7 +289,7 @@ impl Layout {
 
 impl Drop for Layout {
     fn drop(&mut self) {
-        // SAFETY: created once, and nobody else has it.
+        // SAFETY: created once; this value is the only owner.
         let _ = unsafe { lt::destroy_matrix_layout(self.0) };
     }
 }
@@ -318,7 +318,7 @@ impl Description {
 
 impl Drop for Description {
     fn drop(&mut self) {
-        // SAFETY: created once, and nobody else has it.
+        // SAFETY: created once; this value is the only owner.
         let _ = unsafe { lt::destroy_matmul_desc(self.0) };
     }
 }
@@ -350,7 +350,7 @@ impl Preference {
 
 impl Drop for Preference {
     fn drop(&mut self) {
-        // SAFETY: created once, and nobody else has it.
+        // SAFETY: created once; this value is the only owner.
         let _ = unsafe { lt::destroy_matmul_pref(self.0) };
     }
 }

@@ -1,4 +1,4 @@
-//! Kernels: their source text, compiled by NVRTC for the GPU found, and kept on disk.
+//! Kernels: their source text, compiled by NVRTC for the GPU, with a cache on disk.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -25,7 +25,7 @@ macro_rules! source {
     };
 }
 
-/// What is compiled, each to a module of its own.
+/// The files that are compiled, each to a separate module.
 const UNITS: &[Unit] = &[
     source!("rows.cu"),
     source!("norms.cu"),
@@ -37,7 +37,7 @@ const UNITS: &[Unit] = &[
     source!("attention_backward.cu"),
 ];
 
-/// What they include.
+/// The files that they include.
 const HEADERS: &[Unit] =
     &[source!("prelude.cuh"), source!("elements.cuh"), source!("attention.cuh")];
 
@@ -50,10 +50,10 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles what the disk cache does not have, all files at the same time.
+    /// Compiles the files that are not in the disk cache, in parallel.
     ///
     /// # Errors
-    /// If NVRTC is missing or does not know the GPU.
+    /// If NVRTC is missing or does not support the GPU.
     pub(super) fn new(context: &Context) -> Result<Self> {
         let version = compiler_version()?;
         let (major, minor) = context.capability;
@@ -69,7 +69,7 @@ impl Kernels {
                 scope.spawn(move || image(unit, options, version, folder))
             };
             let tasks: Vec<_> = UNITS.iter().map(compile).collect();
-            let failed = || Err(error("CUDA: compiling the kernels ended in a panic"));
+            let failed = || Err(error("CUDA: compiling the kernels panicked"));
             tasks.into_iter().map(|task| task.join().unwrap_or_else(|_| failed())).collect()
         });
         let mut modules = Vec::new();
@@ -80,9 +80,9 @@ impl Kernels {
         Ok(Kernels { modules, functions: Mutex::default(), compiler })
     }
 
-    /// A kernel by its name, with the most dynamic shared memory that it is launched with.
+    /// A kernel by its name. `shared_bytes` is the largest dynamic shared memory that it is launched with.
     pub(super) fn get(&self, name: &str, shared_bytes: usize) -> Result<Function> {
-        // A panic elsewhere cannot leave the map half-changed.
+        // A panic in another thread cannot leave the map partially updated.
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&function) = functions.get(name) {
             return Ok(function);
@@ -103,10 +103,10 @@ impl Kernels {
 
 /// Major and minor version of NVRTC.
 fn compiler_version() -> Result<(i32, i32)> {
-    // SAFETY: loads the library and drops it again.
+    // SAFETY: loads the library and unloads it.
     if !unsafe { nvrtc::is_culib_present() } {
         return Err(error("CUDA: the kernel compiler NVRTC was not found")
-            .expected("libnvrtc.so.12 or .13, with libnvrtc-builtins beside it")
+            .expected("libnvrtc.so.12 or .13, with libnvrtc-builtins in the same folder")
             .hint("install NVRTC (Debian and Ubuntu: `cuda-nvrtc-12-x`; pip: `nvidia-cuda-nvrtc`) and add its folder to LD_LIBRARY_PATH"));
     }
     let (mut major, mut minor) = (0, 0);
@@ -119,7 +119,7 @@ fn check(result: nvrtc::nvrtcResult, doing: &str) -> Result<()> {
     if result == nvrtc::nvrtcResult::NVRTC_SUCCESS {
         return Ok(());
     }
-    // SAFETY: returns a static string that ends in zero.
+    // SAFETY: returns a static string that ends with a zero byte.
     let text = unsafe { CStr::from_ptr(nvrtc::nvrtcGetErrorString(result)) };
     Err(error(format!("CUDA: cannot {doing}: {}", text.to_string_lossy())))
 }
@@ -137,13 +137,13 @@ fn image(
     }
     let image = compile(unit, options)?;
     if let Some(path) = cached {
-        // Without a cache the next start compiles again, and nothing else is lost.
+        // If the cache cannot be written, the next start compiles again.
         let _ = write_cached(&path, &image);
     }
     Ok(image)
 }
 
-/// Where compiled kernels are kept: `LLARA_CUDA_CACHE`, else a folder in the user's cache.
+/// The folder of compiled kernels: `LLARA_CUDA_CACHE`, else a folder in the user's cache.
 fn cache_folder() -> Option<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let folder = set("LLARA_CUDA_CACHE")
@@ -152,7 +152,7 @@ fn cache_folder() -> Option<PathBuf> {
     fs::create_dir_all(&folder).ok().map(|()| folder)
 }
 
-/// Differs whenever the compiler could give something else.
+/// A name that differs whenever the output of the compiler may differ.
 fn cache_name(unit: &Unit, options: &[String], version: (i32, i32)) -> String {
     let mut hash = blake3::Hasher::new();
     let mut add = |part: &str| {
@@ -168,7 +168,7 @@ fn cache_name(unit: &Unit, options: &[String], version: (i32, i32)) -> String {
     format!("{}.cubin", hash.finalize().to_hex())
 }
 
-/// An image whose hash, which precedes it, is right; none where the file is missing or damaged.
+/// The image, whose hash precedes it in the file; `None` if the file is missing or damaged.
 fn read_cached(path: &Path) -> Option<Vec<u8>> {
     let mut bytes = fs::read(path).ok()?;
     let hash: [u8; 32] = bytes.get(..32)?.try_into().ok()?;
@@ -185,12 +185,12 @@ fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A program of NVRTC, which is destroyed with it.
+/// A program of NVRTC; destroyed on drop.
 struct Program(nvrtc::nvrtcProgram);
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: created once, and nobody else has it.
+        // SAFETY: created once; this value is the only owner.
         let _ = unsafe { nvrtc::nvrtcDestroyProgram(&mut self.0) };
     }
 }
@@ -207,7 +207,7 @@ fn compile(unit: &Unit, options: &[String]) -> Result<Vec<u8>> {
     let (headers_at, names_at) = (pointers(&headers), pointers(&names));
     let options_at = pointers(&options);
     let mut program = Program(std::ptr::null_mut());
-    // SAFETY: all texts end in zero and outlive the call, and there are as many headers as names.
+    // SAFETY: all texts end with a zero byte and outlive the call, and there are as many headers as names.
     let result = unsafe {
         nvrtc::nvrtcCreateProgram(
             &mut program.0,
@@ -219,12 +219,12 @@ fn compile(unit: &Unit, options: &[String]) -> Result<Vec<u8>> {
         )
     };
     check(result, "create a program")?;
-    // SAFETY: the program is alive, the options end in zero.
+    // SAFETY: the program is alive, the options end with a zero byte.
     let result = unsafe {
         nvrtc::nvrtcCompileProgram(program.0, options.len() as i32, options_at.as_ptr().cast())
     };
     check(result, &format!("compile the kernels in {}", unit.name)).map_err(|e| {
-        e.got(log(&program)).hint("an older NVRTC may not know this GPU: update it")
+        e.got(log(&program)).hint("an older NVRTC may not support this GPU: update it")
     })?;
     let mut bytes = 0;
     // SAFETY: writes one number.
@@ -236,7 +236,7 @@ fn compile(unit: &Unit, options: &[String]) -> Result<Vec<u8>> {
     Ok(image)
 }
 
-/// What the compiler said.
+/// The log of the compiler.
 fn log(program: &Program) -> String {
     let mut bytes = 0;
     // SAFETY: writes one number.
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn cache_names_differ_by_everything_that_matters() {
+    fn cache_names_depend_on_all_inputs_of_the_compiler() {
         let options = |arch: &str| vec![format!("--gpu-architecture={arch}")];
         let name = |unit: &Unit, arch: &str, version| cache_name(unit, &options(arch), version);
         let names = [

@@ -1,4 +1,4 @@
-//! What all operations share: the device's context, memory, kernels and products.
+//! The state that all operations share: the device's context, memory, kernels and cuBLASLt handle.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use crate::backend::Dtype;
 /// A kernel's only parameter: a struct that a file in `kernels/` declares with the same fields.
 ///
 /// # Safety
-/// The layout must be that of the struct of the same name there; a test compares the fields.
+/// The layout must be that of the struct of the same name in the kernel file; a test compares the fields.
 pub(super) unsafe trait KernelArgs: Copy {
     /// Name of the struct.
     #[cfg(test)]
@@ -35,7 +35,7 @@ macro_rules! kernel_args {
             $(pub(super) $field: $type),*
         }
 
-        // SAFETY: declared with the same fields in `kernels/`, as a test makes sure.
+        // SAFETY: declared with the same fields in `kernels/`; a test checks this.
         unsafe impl $crate::backend::cuda::device::KernelArgs for $name {
             #[cfg(test)]
             const NAME: &str = stringify!($name);
@@ -46,7 +46,7 @@ macro_rules! kernel_args {
 }
 pub(super) use kernel_args;
 
-/// Threads of a block, where the kernel does not say otherwise.
+/// Threads of a block, unless the kernel specifies another number.
 pub(super) const BLOCK: u32 = 256;
 
 /// The CUDA backend. Clones share one device.
@@ -55,15 +55,15 @@ pub struct Cuda {
     pub(super) device: Arc<Device>,
 }
 
-/// A device with everything that operations need. Fields are dropped in this order: what uses the
-/// context before the context.
+/// A device with the state that operations need. Fields are dropped in this order: those that use the context
+/// before the context.
 pub(super) struct Device {
     pub(super) staging: Staging,
     pub(super) blas: Blas,
     pub(super) kernels: Kernels,
     pub(super) memory: Arc<Memory>,
     pub(super) context: Arc<Context>,
-    /// Products that a kernel of our own computed.
+    /// Number of products that were computed by `kernels/gemm.cu` instead of cuBLASLt.
     pub(super) fallback_products: AtomicU64,
     pub(super) profile: Profile,
 }
@@ -95,13 +95,13 @@ impl Device {
         self.fallback_products.load(Ordering::Relaxed)
     }
 
-    /// A matrix whose contents the caller is about to write in full.
+    /// A matrix with unspecified contents; the caller must write every element.
     pub(super) fn unspecified(&self, rows: usize, cols: usize, dtype: Dtype) -> Result<CudaTensor> {
-        let buffer = self.memory.take(rows * cols * dtype.bytes())?;
+        let buffer = self.memory.allocate(rows * cols * dtype.bytes())?;
         Ok(CudaTensor { buffer, rows, cols, dtype })
     }
 
-    /// One thread an item, in blocks of [`BLOCK`]; nothing without items.
+    /// Launches one thread per item, in blocks of [`BLOCK`] threads; no launch if there are no items.
     pub(super) fn launch_items<A: KernelArgs>(
         &self,
         kernel: &str,
@@ -111,7 +111,7 @@ impl Device {
         self.launch(kernel, [items.div_ceil(BLOCK as usize), 1], BLOCK, args)
     }
 
-    /// Blocks in x and y; nothing where there are none.
+    /// Launches a grid of blocks in x and y; no launch if it is empty.
     pub(super) fn launch<A: KernelArgs>(
         &self,
         kernel: &str,
@@ -138,8 +138,8 @@ impl Device {
         assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{kernel}: a grid of {grid:?}");
         let function = self.kernels.get(kernel, shared_bytes)?;
         let launch = || {
-            // SAFETY: the layout is that of `KernelArgs`; whoever made the arguments took pointers and
-            // sizes from the same tensors and asserted their shapes.
+            // SAFETY: the layout is that of `KernelArgs`; pointers and sizes in the arguments come from the
+            // same tensors, whose shapes have been asserted.
             unsafe { self.context.launch(function.0, [x, y, z], block, shared_bytes as u32, &args) }
         };
         self.profile.measure(&self.context, || kernel.to_owned(), launch)
@@ -151,7 +151,7 @@ mod tests {
     use super::super::{attention, norms, objective, pointwise, products, rows};
     use super::KernelArgs;
 
-    /// All files of kernels.
+    /// All kernel files.
     const SOURCES: [&str; 6] = [
         include_str!("kernels/rows.cu"),
         include_str!("kernels/norms.cu"),
@@ -161,7 +161,7 @@ mod tests {
         include_str!("kernels/attention.cuh"),
     ];
 
-    /// Names and types of the fields of a struct, types in the words of Rust.
+    /// Names and Rust types of the fields of a struct in the kernel files.
     fn declared(name: &str) -> Vec<(String, String)> {
         let start = format!("struct {name} {{");
         let text = SOURCES.iter().find_map(|text| text.split_once(&start)).unwrap().1;
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_declared_alike_on_both_sides() {
+    fn kernel_arguments_match_their_rust_declarations() {
         agrees::<rows::CopyArgs>();
         agrees::<rows::GatherArgs>();
         agrees::<rows::ScatterArgs>();

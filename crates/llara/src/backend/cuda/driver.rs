@@ -1,7 +1,7 @@
 //! The CUDA driver: one device with its context and one stream, events, modules and pinned memory.
 //!
-//! Everything here is a thin, safe layer over the driver's C functions. All work of a [`Context`] goes to
-//! one stream, so it runs in the order in which it was asked for.
+//! This is a thin, safe layer over the C functions of the driver. All work of a [`Context`] goes to
+//! one stream, so it runs in the order of the calls.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_void};
@@ -21,7 +21,7 @@ pub(super) fn error(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::Backend, what)
 }
 
-/// Turns the driver's result into one of ours; `doing` completes "cannot ...".
+/// Converts a result of the driver; `doing` completes the message "cannot ...".
 pub(super) fn check(result: cu::CUresult, doing: &str) -> Result<()> {
     use cu::cudaError_enum as E;
     if result == E::CUDA_SUCCESS {
@@ -31,10 +31,10 @@ pub(super) fn check(result: cu::CUresult, doing: &str) -> Result<()> {
     let failure = error(format!("CUDA: cannot {doing}: {}", error_name(result)));
     Err(match result {
         E::CUDA_ERROR_OUT_OF_MEMORY => failure.hint(
-            "the GPU has no memory left: compute in smaller chunks (--chunk-tokens), or in bf16",
+            "the GPU is out of memory: compute in smaller chunks (--chunk-tokens), or in bf16",
         ),
         E::CUDA_ERROR_NO_BINARY_FOR_GPU | E::CUDA_ERROR_INVALID_IMAGE => failure
-            .hint("the driver does not load what this NVRTC compiles: update the driver or use an NVRTC of its CUDA version"),
+            .hint("the driver cannot load kernels compiled by this NVRTC: update the driver or use an NVRTC of its CUDA version"),
         _ if code >= 700 => failure.hint(
             "an earlier operation on the GPU failed and its context is lost: restart the program; `dmesg` may name the fault",
         ),
@@ -49,11 +49,11 @@ fn error_name(result: cu::CUresult) -> String {
     if !known || name.is_null() {
         return format!("error {}", result as u32);
     }
-    // SAFETY: the driver's names are static and end in zero.
+    // SAFETY: the driver's names are static and end with a zero byte.
     unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
 }
 
-/// A device, its primary context and a stream of our own.
+/// A device, its primary context and one stream.
 pub(super) struct Context {
     device: cu::CUdevice,
     context: cu::CUcontext,
@@ -64,7 +64,7 @@ pub(super) struct Context {
     pub(super) capability: (i32, i32),
     /// Version of CUDA that the driver supports, `1000 · major + 10 · minor`.
     pub(super) driver_version: i32,
-    /// Bytes of memory, whoever uses them.
+    /// Total memory of the device in bytes.
     pub(super) total_memory: usize,
 }
 
@@ -75,7 +75,7 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 thread_local! {
-    /// The context that this thread made current last.
+    /// The context that this thread made current most recently.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -85,15 +85,15 @@ impl Context {
     /// # Errors
     /// If there is no driver or no such device, or either is too old.
     pub(super) fn new(ordinal: usize) -> Result<Arc<Self>> {
-        // SAFETY: loads the library and drops it again.
+        // SAFETY: loads the library and unloads it.
         if !unsafe { cu::is_culib_present() } {
             return Err(error("CUDA: no NVIDIA driver found")
                 .expected("the library libcuda.so.1, which the driver's package installs")
                 .hint("install the NVIDIA driver, or compute on the CPU"));
         }
         // SAFETY: called before any other function of the driver.
-        check(unsafe { cu::cuInit(0) }, "initialise the driver")
-            .map_err(|e| e.hint("`nvidia-smi` tells whether the driver sees a GPU"))?;
+        check(unsafe { cu::cuInit(0) }, "initialize the driver")
+            .map_err(|e| e.hint("run `nvidia-smi` to check whether the driver finds a GPU"))?;
         let mut driver_version = 0;
         // SAFETY: writes one number.
         check(unsafe { cu::cuDriverGetVersion(&mut driver_version) }, "read the driver's version")?;
@@ -140,7 +140,7 @@ impl Context {
                 .hint("compute on the CPU, or choose another GPU with cuda:N"));
         }
         let mut context = std::ptr::null_mut();
-        // SAFETY: writes a handle that `drop` gives back.
+        // SAFETY: writes a handle that `drop` releases.
         check(unsafe { cu::cuDevicePrimaryCtxRetain(&mut context, device) }, "open the device")?;
         let mut this = Context {
             device,
@@ -153,7 +153,7 @@ impl Context {
         };
         this.enter()?;
         const NON_BLOCKING: u32 = 1;
-        // SAFETY: writes a handle that `drop` gives back.
+        // SAFETY: writes a handle that `drop` releases.
         check(unsafe { cu::cuStreamCreate(&mut this.stream, NON_BLOCKING) }, "make a stream")?;
         this.total_memory = this.memory_info()?.1;
         Ok(this)
@@ -174,7 +174,7 @@ impl Context {
         self.device
     }
 
-    /// For the libraries that put work on the same stream.
+    /// The stream, for libraries that enqueue work on it.
     pub(super) fn stream(&self) -> cu::CUstream {
         self.stream
     }
@@ -188,30 +188,30 @@ impl Context {
         Ok((free, total))
     }
 
-    /// Whether the device has an ability that the driver describes by a flag.
+    /// Whether the device has a capability that the driver reports as a flag.
     pub(super) fn has(&self, ability: cu::CUdevice_attribute) -> bool {
         attribute(self.device, ability).is_ok_and(|value| value != 0)
     }
 
-    /// Waits for all work asked for so far.
+    /// Waits for all work enqueued so far.
     pub(super) fn synchronize(&self) -> Result<()> {
         self.enter()?;
         // SAFETY: the stream lives as long as `self`.
         check(unsafe { cu::cuStreamSynchronize(self.stream) }, "finish the work on the GPU")
     }
 
-    /// An event after all work asked for so far.
+    /// Records an event after all work enqueued so far.
     pub(super) fn record(&self, event: &Event) -> Result<()> {
         self.enter()?;
         // SAFETY: event and stream are alive and of one context.
         check(unsafe { cu::cuEventRecord(event.event, self.stream) }, "record an event")
     }
 
-    /// A kernel's launch; `args` is its only parameter.
+    /// Launches a kernel; `args` is its only parameter.
     ///
     /// # Safety
-    /// The kernel's parameter must have the layout of `A`, and every pointer in it must lead to as many
-    /// elements as the kernel touches.
+    /// The parameter of the kernel must have the layout of `A`, and every pointer in it must be valid for the
+    /// elements that the kernel accesses.
     pub(super) unsafe fn launch<A: Copy>(
         &self,
         function: cu::CUfunction,
@@ -223,7 +223,7 @@ impl Context {
         self.enter()?;
         let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
         let [x, y, z] = grid;
-        // SAFETY: the driver copies the parameter before it returns; the rest is the caller's promise.
+        // SAFETY: the driver copies the parameter before it returns; the rest is guaranteed by the caller.
         let result = unsafe {
             cu::cuLaunchKernel(
                 function,
@@ -245,9 +245,9 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // Failures cannot be reported here, and the process is about to forget the device.
+        // Failures cannot be reported here, and the device is no longer used.
         let _ = self.enter();
-        // SAFETY: nobody else has the stream; the context was retained once.
+        // SAFETY: this value is the only owner of the stream; the context was retained once.
         unsafe {
             if !self.stream.is_null() {
                 let _ = cu::cuStreamSynchronize(self.stream);
@@ -287,25 +287,25 @@ impl Event {
         context.enter()?;
         const DISABLE_TIMING: u32 = 2;
         let mut event = std::ptr::null_mut();
-        // SAFETY: writes a handle that `drop` gives back.
+        // SAFETY: writes a handle that `drop` releases.
         check(unsafe { cu::cuEventCreate(&mut event, DISABLE_TIMING) }, "make an event")?;
         Ok(Event { event, context: context.clone() })
     }
 
-    /// Waits until the device has reached it.
+    /// Waits until the device has reached the event.
     pub(super) fn wait(&self) -> Result<()> {
         self.context.enter()?;
         // SAFETY: the event is alive.
         check(unsafe { cu::cuEventSynchronize(self.event) }, "finish the work on the GPU")
     }
 
-    /// Whether the device has reached it.
+    /// Whether the device has reached the event.
     pub(super) fn is_reached(&self) -> Result<bool> {
         self.context.enter()?;
         // SAFETY: the event is alive.
         match unsafe { cu::cuEventQuery(self.event) } {
             cu::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            result => check(result, "ask for the progress of the GPU").map(|()| true),
+            result => check(result, "query the progress of the GPU").map(|()| true),
         }
     }
 }
@@ -313,12 +313,12 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         let _ = self.context.enter();
-        // SAFETY: nobody else has it; the driver keeps it until the device has passed it.
+        // SAFETY: this value is the only owner; the driver keeps the event until the device has reached it.
         let _ = unsafe { cu::cuEventDestroy_v2(self.event) };
     }
 }
 
-/// Host memory that the device copies from and to without the host.
+/// Page-locked host memory, which the device copies from and to asynchronously.
 pub(super) struct Pinned {
     start: *mut u8,
     bytes: usize,
@@ -336,12 +336,10 @@ impl Pinned {
         context.enter()?;
         let bytes = bytes.max(1);
         let mut start = std::ptr::null_mut();
-        // SAFETY: writes a pointer to `bytes` bytes that `drop` gives back.
-        check(unsafe { cu::cuMemHostAlloc(&mut start, bytes, 0) }, "take pinned host memory")
-            .map_err(|e| {
-                e.hint("the host has too little memory left, or `ulimit -l` is too low")
-            })?;
-        // SAFETY: that is what was taken.
+        // SAFETY: writes a pointer to `bytes` bytes that `drop` releases.
+        check(unsafe { cu::cuMemHostAlloc(&mut start, bytes, 0) }, "allocate pinned host memory")
+            .map_err(|e| e.hint("the host is out of memory, or `ulimit -l` is too low"))?;
+        // SAFETY: the allocation has this size.
         unsafe { start.cast::<u8>().write_bytes(0, bytes) };
         Ok(Pinned { start: start.cast(), bytes, context: context.clone() })
     }
@@ -351,7 +349,7 @@ impl Pinned {
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {
-        // SAFETY: these bytes are ours and initialised. Callers wait for the device before they read.
+        // SAFETY: this value owns these bytes, which are initialized. Callers wait for the device before they read.
         unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
     }
 
@@ -368,7 +366,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let _ = self.context.enter();
-        // SAFETY: nobody else has it; whoever drops it has waited for the device.
+        // SAFETY: this value is the only owner; callers wait for the device before they drop it.
         let _ = unsafe { cu::cuMemFreeHost(self.start.cast()) };
     }
 }
@@ -395,17 +393,17 @@ impl Module {
     pub(super) fn load(context: &Context, image: &[u8]) -> Result<Self> {
         context.enter()?;
         let mut module = std::ptr::null_mut();
-        // SAFETY: a cubin names its own length; the driver copies it.
+        // SAFETY: a cubin contains its length; the driver copies it.
         let result = unsafe { cu::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
         check(result, "load the kernels")?;
         Ok(Module(module))
     }
 
-    /// A kernel that may use so many bytes of dynamic shared memory.
+    /// A kernel that may use `shared_bytes` bytes of dynamic shared memory.
     pub(super) fn function(&self, name: &str, shared_bytes: usize) -> Result<Function> {
         let text = CString::new(name).map_err(|e| error("CUDA: a kernel's name").because(e))?;
         let mut function = std::ptr::null_mut();
-        // SAFETY: the module is alive, the name ends in zero.
+        // SAFETY: the module is alive, the name ends with a zero byte.
         let result = unsafe { cu::cuModuleGetFunction(&mut function, self.0, text.as_ptr()) };
         check(result, &format!("find the kernel {name}"))?;
         if shared_bytes > 48 << 10 {

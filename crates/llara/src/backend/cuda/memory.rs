@@ -1,9 +1,9 @@
-//! Memory of the device: one growing range of addresses, in which buffers are placed by
-//! [`OffsetAllocator`], the same that predicts a run's memory.
+//! Memory of the device: one growing range of addresses. [`OffsetAllocator`] computes the offsets of buffers,
+//! both here and in the memory prediction.
 //!
-//! A buffer that is dropped is free for the next one at once, although the device may not have reached
-//! its last use: all work goes to one stream, so whatever uses the memory next runs after it. Nothing
-//! is given back to the driver before the backend is dropped, and no operation waits for the device.
+//! The memory of a dropped buffer can be reused at once, although the device may not have reached its last use:
+//! all work is on one stream, so the next use of the memory runs after the last one. No memory is released to
+//! the driver before the backend is dropped, and no operation waits for the device.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,9 +13,9 @@ use super::driver::{Context, check, error};
 use crate::Result;
 use crate::backend::OffsetAllocator;
 
-/// Alignment of every buffer: what the matrix products of cuBLASLt are fastest with.
+/// Alignment of every buffer in bytes: matrix products of cuBLASLt are fastest with it.
 pub(super) const ALIGNMENT: usize = 256;
-/// Bytes that one unit of the offset allocator stands for, which aligns to 64 of its units.
+/// Bytes per unit of the offset allocator, which aligns offsets to 64 units.
 const UNIT: usize = ALIGNMENT / 64;
 /// The range grows by multiples of this many bytes.
 const GROWTH: usize = 64 << 20;
@@ -27,9 +27,9 @@ pub(super) struct Memory {
 }
 
 enum State {
-    /// One range of addresses, with memory behind its beginning.
+    /// One range of addresses; memory is mapped from its start.
     Range(MappedRange),
-    /// The driver's own stream-ordered pool, where memory cannot be mapped.
+    /// The stream-ordered pool of the driver, if memory cannot be mapped.
     Pool,
 }
 
@@ -37,14 +37,14 @@ struct MappedRange {
     base: u64,
     reserved: usize,
     mapped: usize,
-    /// What each growth mapped: handle and bytes, one after another from `base`.
+    /// Handle and bytes of each mapped part, contiguous from `base`.
     parts: Vec<(cu::CUmemGenericAllocationHandle, usize)>,
     granularity: usize,
     offsets: OffsetAllocator,
 }
 
 impl Memory {
-    /// Nothing taken yet. `LLARA_CUDA_ALLOCATOR=pool` selects the driver's pool.
+    /// Memory without allocations. `LLARA_CUDA_ALLOCATOR=pool` selects the driver's pool.
     pub(super) fn new(context: Arc<Context>) -> Result<Arc<Self>> {
         use cu::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED as MAPS;
         let wants_pool = std::env::var_os("LLARA_CUDA_ALLOCATOR").is_some_and(|v| v == "pool");
@@ -61,37 +61,37 @@ impl Memory {
     }
 
     /// Memory with unspecified contents.
-    pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
+    pub(super) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
         self.context.enter()?;
         let pointer = match &mut *self.lock() {
-            State::Range(range) => range.take(&self.context, bytes)?,
+            State::Range(range) => range.allocate(&self.context, bytes)?,
             State::Pool => {
                 let mut pointer = 0;
-                // SAFETY: writes a pointer that `put` gives back.
+                // SAFETY: writes a pointer that `free` releases.
                 let result = unsafe {
                     cu::cuMemAllocAsync(&mut pointer, bytes.max(1), self.context.stream())
                 };
-                check(result, &format!("take {bytes} bytes of GPU memory"))?;
+                check(result, &format!("allocate {bytes} bytes of GPU memory"))?;
                 pointer
             }
         };
         Ok(Buffer { memory: self.clone(), pointer, bytes })
     }
 
-    fn put(&self, pointer: u64, bytes: usize) {
+    fn free(&self, pointer: u64, bytes: usize) {
         match &mut *self.lock() {
-            State::Range(range) => range.put(pointer, bytes),
+            State::Range(range) => range.free(pointer, bytes),
             State::Pool => {
-                // A failure cannot be reported here; the memory is then lost to this process.
+                // A failure cannot be reported here; the memory is then leaked.
                 let _ = self.context.enter();
-                // SAFETY: taken from the same pool, and given back once.
+                // SAFETY: allocated from the same pool, and freed once.
                 let _ = unsafe { cu::cuMemFreeAsync(pointer, self.context.stream()) };
             }
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic elsewhere cannot leave the state half-changed.
+        // A panic in another thread cannot leave the state partially updated.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -106,7 +106,7 @@ impl Drop for Memory {
 }
 
 impl MappedRange {
-    /// Addresses for all memory of the device and some holes; none where the driver refuses to.
+    /// Reserves addresses for all memory of the device and for fragmentation; `None` if the driver refuses.
     fn reserve(context: &Context) -> Result<Option<Self>> {
         context.enter()?;
         let mut granularity = 0;
@@ -120,7 +120,7 @@ impl MappedRange {
         }
         let reserved = (2 * context.total_memory).next_multiple_of(granularity);
         let mut base = 0;
-        // SAFETY: writes the address of a range that `release` gives back.
+        // SAFETY: writes the address of a range that `release` releases.
         let result = unsafe { cu::cuMemAddressReserve(&mut base, reserved, 0, 0, 0) };
         if check(result, "reserve addresses").is_err() {
             return Ok(None);
@@ -141,19 +141,19 @@ impl MappedRange {
         Ok(Some(range))
     }
 
-    fn take(&mut self, context: &Context, bytes: usize) -> Result<u64> {
+    fn allocate(&mut self, context: &Context, bytes: usize) -> Result<u64> {
         let units = bytes.div_ceil(UNIT);
-        let offset = self.offsets.take(units);
+        let offset = self.offsets.allocate(units);
         let end = self.offsets.end() * UNIT;
         if end > self.mapped
             && let Err(cause) = self.grow(context, end)
         {
-            self.offsets.put(offset, units);
-            let taken = self.offsets.taken() * UNIT;
+            self.offsets.free(offset, units);
+            let allocated = self.offsets.allocated() * UNIT;
             let (free, total) = context.memory_info()?;
             return Err(cause.expected(format!("{} free", mebibytes(bytes))).got(format!(
-                "{} in use here, {} free of {}",
-                mebibytes(taken),
+                "{} in use by this process, {} free of {}",
+                mebibytes(allocated),
                 mebibytes(free),
                 mebibytes(total)
             )));
@@ -161,14 +161,14 @@ impl MappedRange {
         Ok(self.base + (offset * UNIT) as u64)
     }
 
-    fn put(&mut self, pointer: u64, bytes: usize) {
-        self.offsets.put((pointer - self.base) as usize / UNIT, bytes.div_ceil(UNIT));
+    fn free(&mut self, pointer: u64, bytes: usize) {
+        self.offsets.free((pointer - self.base) as usize / UNIT, bytes.div_ceil(UNIT));
     }
 
     /// Maps memory up to `end` at least.
     fn grow(&mut self, context: &Context, end: usize) -> Result<()> {
         let step = GROWTH.max(self.granularity);
-        // Less than a whole step where the device has no more.
+        // Less than a whole step if the device has less memory left.
         let result = self.map(context, (end - self.mapped).next_multiple_of(step));
         if result.is_ok() {
             return result;
@@ -179,11 +179,13 @@ impl MappedRange {
     fn map(&mut self, context: &Context, bytes: usize) -> Result<()> {
         let bytes = bytes.next_multiple_of(self.granularity);
         if self.mapped + bytes > self.reserved {
-            return Err(error("CUDA: cannot take GPU memory: the range of addresses is used up"));
+            return Err(error(
+                "CUDA: cannot allocate GPU memory: the range of addresses is used up",
+            ));
         }
         let properties = properties(context);
         let mut handle = 0;
-        // SAFETY: writes a handle that `release` or the lines below give back.
+        // SAFETY: writes a handle that `release` or the code below releases.
         let result = unsafe { cu::cuMemCreate(&mut handle, bytes, &properties, 0) };
         check(result, &format!("take {} of GPU memory", mebibytes(bytes)))?;
         let at = self.base + self.mapped as u64;
@@ -197,7 +199,7 @@ impl MappedRange {
             // SAFETY: just mapped.
             let result = unsafe { cu::cuMemSetAccess(at, bytes, &access, 1) };
             check(result, "get access to GPU memory").inspect_err(|_| {
-                // SAFETY: just mapped, and nobody knows of it.
+                // SAFETY: just mapped, and not used yet.
                 let _ = unsafe { cu::cuMemUnmap(at, bytes) };
             })
         });
@@ -227,7 +229,7 @@ impl MappedRange {
     }
 }
 
-/// Plain memory of the device.
+/// Properties of ordinary device memory.
 fn properties(context: &Context) -> cu::CUmemAllocationProp {
     // SAFETY: a struct of numbers and pointers, for which all zeros is a value.
     let mut properties: cu::CUmemAllocationProp = unsafe { std::mem::zeroed() };
@@ -237,7 +239,7 @@ fn properties(context: &Context) -> cu::CUmemAllocationProp {
     properties
 }
 
-/// Freed memory stays in the driver's pool, so that taking it again costs nothing.
+/// Freed memory stays in the pool of the driver, so that it can be allocated again without cost.
 fn keep_pooled_memory(context: &Context) -> Result<()> {
     context.enter()?;
     let mut pool = std::ptr::null_mut();
@@ -277,6 +279,6 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.memory.put(self.pointer, self.bytes);
+        self.memory.free(self.pointer, self.bytes);
     }
 }

@@ -1,11 +1,12 @@
-//! An NVIDIA GPU as a device: f32 and bf16, products by cuBLASLt, everything else by kernels of our own.
+//! The CUDA backend for NVIDIA GPUs: f32 and bf16, matrix products by cuBLASLt, all other operations by the
+//! kernels in `kernels/`.
 //!
-//! The libraries are loaded when a [`Cuda`] is made, so the program builds and runs without them. The
-//! kernels are text (`kernels/`), compiled by NVRTC for the GPU found and kept on disk. Every call puts work
-//! on one stream and returns; only [`finish_download`](Backend::finish_download) waits, and only for its
-//! own copy. Sums are added in a fixed order, without atomic operations: the same inputs give the same bits
+//! The libraries are loaded when a [`Cuda`] is created, so the program builds and runs without them. The
+//! kernels are embedded as source text, compiled by NVRTC for the GPU, and cached on disk. Every call enqueues
+//! work on one stream and returns; only [`finish_download`](Backend::finish_download) waits, and only for its
+//! copy. Sums are added in a fixed order, without atomic operations: the same inputs give the same bits
 //! on the same GPU and libraries. cuBLASLt may choose another algorithm for another number of rows, so an
-//! embedding depends on its batch within rounding.
+//! embedding depends on its batch within rounding error.
 
 mod attention;
 mod blas;
@@ -40,11 +41,11 @@ use super::{
 };
 use crate::Result;
 
-/// Bytes that the driver's context and the libraries' kernels take on a GPU.
+/// Bytes of GPU memory used by the driver's context and by the kernels of the libraries.
 const CONTEXT_BYTES: usize = 600 << 20;
 
 impl Cuda {
-    /// Opens GPU number `ordinal`, as `nvidia-smi -L` counts those that CUDA_VISIBLE_DEVICES leaves.
+    /// Opens the GPU with index `ordinal` among those listed in CUDA_VISIBLE_DEVICES.
     ///
     /// # Errors
     /// If there is no driver or no such GPU, if either is too old, or if NVRTC or cuBLASLt is missing.
@@ -52,7 +53,7 @@ impl Cuda {
         Ok(Cuda { device: Arc::new(Device::new(ordinal)?) })
     }
 
-    /// Waits until the GPU has finished everything that was asked for.
+    /// Waits until the GPU has finished all enqueued operations.
     ///
     /// # Errors
     /// If an operation failed on the GPU.
@@ -60,7 +61,7 @@ impl Cuda {
         self.device.context.synchronize()
     }
 
-    /// Bytes of GPU memory that are free and that there are in all, whoever uses them.
+    /// Free and total bytes of GPU memory.
     ///
     /// # Errors
     /// If the GPU is lost.
@@ -68,7 +69,7 @@ impl Cuda {
         self.device.context.memory_info()
     }
 
-    /// How many products were computed by a kernel of our own because cuBLASLt had no algorithm.
+    /// Number of products computed by `kernels/gemm.cu` because cuBLASLt has no algorithm for them.
     pub fn fallback_products(&self) -> u64 {
         self.device.fallback_products()
     }
@@ -79,7 +80,7 @@ impl Cuda {
         self.device.profile.take()
     }
 
-    /// What a prediction of memory needs to know of this backend, where no GPU is present.
+    /// The memory use of this backend for the memory prediction; needs no GPU.
     pub fn device_memory() -> DeviceMemory {
         DeviceMemory {
             alignment: memory::ALIGNMENT,
@@ -429,13 +430,13 @@ impl Backend for Cuda {
 mod tests {
     use super::*;
 
-    /// What a machine without a GPU answers, or one with fewer than a thousand.
+    /// On a machine without a GPU, or with fewer than a thousand.
     #[test]
-    fn a_gpu_that_is_not_there_is_an_error() {
+    fn opening_a_missing_gpu_is_an_error() {
         let Err(error) = Cuda::new(1000) else { panic!("there are not that many") };
         let text = error.to_string();
-        let said = ["no NVIDIA driver", "no GPU 1000", "too old", "initialise the driver"];
-        assert!(said.iter().any(|said| text.contains(said)), "{text}");
+        let causes = ["no NVIDIA driver", "no GPU 1000", "too old", "initialize the driver"];
+        assert!(causes.iter().any(|said| text.contains(said)), "{text}");
         assert!(text.contains("hint: "), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! RMS norm and L2 normalisation, each with its backward.
+//! RMS norm and L2 normalization, and their backward passes.
 
 use super::device::{BLOCK, Device, kernel_args};
 use super::rows::{octets, sum_task_rows};
@@ -58,12 +58,12 @@ kernel_args!(NormalizeBackwardArgs {
     wide: u32,
 });
 
-/// Columns of a group up to which half a warp has it: one octet a lane.
+/// Groups of up to this many columns are processed by half a warp: one octet per lane.
 const HALF_WARP_GROUP: usize = 128;
-/// Columns of a group up to which one warp has it: at most four octets a lane.
+/// Groups of up to this many columns are processed by one warp: at most four octets per lane.
 const WARP_GROUP: usize = 1024;
 
-/// How the groups of a norm lie: groups a row, columns a group.
+/// The groups of a norm: groups per row, columns per group.
 struct Groups {
     heads: usize,
     group: usize,
@@ -79,7 +79,7 @@ impl Groups {
         Groups { heads, group, count: rows * heads }
     }
 
-    /// Whether octets of all these can be loaded 16 bytes at a time.
+    /// Whether octets of all blocks can be loaded 16 bytes at a time.
     fn is_wide(&self, blocks: &[Block]) -> u32 {
         let whole = self.heads == 1 || self.group.is_multiple_of(Block::OCTET);
         u32::from(whole && blocks.iter().all(Block::is_aligned))
@@ -127,7 +127,7 @@ impl Device {
         Ok((y, inv))
     }
 
-    /// Writes dx, or adds to it; it may be dy. Adds to dw before.
+    /// Writes dx, or adds to it; dx may be dy. Adds to dw first.
     pub(super) fn rms_norm_backward(
         &self,
         (dy, x, dx): (Block, Block, Block),

@@ -39,7 +39,7 @@ kernel_args!(AdamWArgs {
     wide: u32,
 });
 
-/// Elements whose squares one block sums, as `kernels/objective.cu` has it.
+/// Number of elements whose squares one block sums, as in `kernels/objective.cu`.
 const SQUARES_TASK: usize = 16_384;
 
 impl Device {
@@ -53,7 +53,7 @@ impl Device {
         assert_eq!(scores.dtype(), Dtype::F32, "cross_entropy: dtype");
         let grad = self.unspecified(rows, cols, Dtype::F32)?;
         let loss = self.unspecified(1, 1, Dtype::F32)?;
-        // f64, so two elements each.
+        // Losses are f64: two f32 elements each.
         let losses = self.unspecified(rows, 2, Dtype::F32)?;
         let args = CrossEntropyArgs {
             scores: scores.pointer(),

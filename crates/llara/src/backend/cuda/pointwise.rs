@@ -36,7 +36,7 @@ kernel_args!(DropoutArgs {
     wide: u32,
 });
 
-/// Columns whose draws come from the same sixteen counters.
+/// Columns whose random numbers come from the same sixteen counters.
 const DROPOUT_BLOCK: usize = 64;
 
 impl Device {
@@ -76,7 +76,7 @@ impl Device {
         Ok(y)
     }
 
-    /// Writes the gradients by gate and up over `gate_up` and the forward's result over `dy`.
+    /// Overwrites `gate_up` with the gradients of gate and up, and `dy` with the result of the forward pass.
     pub(super) fn swiglu_backward(
         &self,
         dy: &mut CudaTensor,

@@ -1,4 +1,4 @@
-//! The products of a linear layer, and those of scores. Their precision is that of the left operand.
+//! Matrix products of linear layers and of scores. The precision is that of the left operand.
 
 use std::sync::atomic::Ordering;
 
@@ -36,14 +36,14 @@ kernel_args!(FinishArgs {
     wide: u32,
 });
 
-/// An operand in the dtype of a product, with the copy that it lies in, if it had to be converted.
+/// An operand in the dtype of a product, with the converted copy if one was made.
 struct Operand {
     block: Block,
     _copy: Option<CudaTensor>,
 }
 
 impl Device {
-    /// A block in a dtype; converted where it has another.
+    /// A block in a dtype; converted if it has another.
     fn operand(&self, x: Block, dtype: Dtype) -> Result<Operand> {
         if x.dtype == dtype {
             return Ok(Operand { block: x, _copy: None });

@@ -1,4 +1,4 @@
-//! Times of kernels, for a person who tunes them.
+//! Times of kernels, for profiling.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use super::driver::Context;
 use crate::Result;
 
-/// Switches the measurement on.
+/// The environment variable that enables the measurement.
 const VARIABLE: &str = "LLARA_CUDA_PROFILE";
 
-/// Time of each kernel, if `LLARA_CUDA_PROFILE` is set: the host then waits for every one, so that a step
+/// Time of each kernel, if `LLARA_CUDA_PROFILE` is set: the host then waits for every kernel, so that a step
 /// takes longer than without.
 pub(super) struct Profile {
     times: Option<Mutex<BTreeMap<String, KernelTime>>>,
@@ -21,7 +21,7 @@ pub(super) struct Profile {
 pub struct KernelTime {
     /// Number of launches.
     pub launches: u64,
-    /// Their time, some microseconds of waiting each included.
+    /// Total time; includes some microseconds of waiting per launch.
     pub total: Duration,
 }
 
@@ -30,7 +30,7 @@ impl Profile {
         Profile { times: std::env::var_os(VARIABLE).map(|_| Mutex::default()) }
     }
 
-    /// Runs a kernel, and measures it where that was asked for.
+    /// Runs a kernel, and measures it if the measurement is enabled.
     pub(super) fn measure<T>(
         &self,
         context: &Context,

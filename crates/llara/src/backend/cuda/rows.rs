@@ -39,7 +39,7 @@ kernel_args!(ColumnSumArgs {
 });
 kernel_args!(ColumnFinishArgs { partial: u64, sum: u64, tasks: u64, cols: u64, add: u32 });
 
-/// Octets of a row that one block has, in the kernels with a block for a row and some columns.
+/// Octets of a row per block, in kernels whose blocks process a part of one row.
 const ROW_BLOCK: u32 = 128;
 
 impl Device {
@@ -61,15 +61,15 @@ impl Device {
         Ok(x)
     }
 
-    /// `y = x`, rounded or widened.
+    /// `y = x`, converted.
     pub(super) fn copy(&self, x: Block, y: Block) -> Result<()> {
         assert_eq!(x.shape(), y.shape(), "copy: shapes");
         if x.is_empty() {
             return Ok(());
         }
-        // One long row where both are: then only its end is an incomplete octet.
+        // If both are contiguous, they are copied as one long row, of which only the last octet is incomplete.
         let whole = x.rows * x.cols;
-        let (x, y) = match (x.regrouped(whole), y.regrouped(whole)) {
+        let (x, y) = match (x.reshaped(whole), y.reshaped(whole)) {
             (Some(x), Some(y)) => (x, y),
             _ => (x, y),
         };
@@ -86,7 +86,7 @@ impl Device {
         self.launch_items(&kernel, x.rows * octets(x.cols), args)
     }
 
-    /// The same elements as a matrix of their own, in a dtype.
+    /// A copy of the elements as a new matrix, in a dtype.
     pub(super) fn converted(&self, x: Block, dtype: Dtype) -> Result<CudaTensor> {
         let y = self.unspecified(x.rows, x.cols, dtype)?;
         self.copy(x, Block::from(&y))?;
@@ -221,12 +221,12 @@ pub(super) fn sum_task_rows(cols: usize) -> usize {
     (SUM_TASK_ELEMENTS / cols.max(1)).max(1)
 }
 
-/// Octets of a row, the last one perhaps incomplete.
+/// Octets of a row; the last one may be incomplete.
 pub(super) fn octets(cols: usize) -> usize {
     cols.div_ceil(Block::OCTET)
 }
 
-/// Grid and block for one row a block in x, its columns in y.
+/// Grid and block size for one row per block in x and its columns in y.
 fn row_grid(rows: usize, cols: usize) -> ([usize; 2], u32) {
     let octets = octets(cols);
     let block = (octets.next_multiple_of(32) as u32).min(ROW_BLOCK);

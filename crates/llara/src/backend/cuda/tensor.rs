@@ -1,4 +1,4 @@
-//! What the operations of this backend work on: matrices, prepared weights, lists of indices.
+//! The buffers of this backend: matrices, prepared weights, lists of indices.
 
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ impl Shape for CudaTensor {
 /// A parameter on the device.
 pub struct CudaWeight {
     pub(super) values: CudaTensor,
-    /// The values rounded to bf16, where they are f32 and multiplied by bf16 activations.
+    /// The values rounded to bf16, if they are f32 and multiplied by bf16 activations.
     pub(super) working: Option<CudaTensor>,
 }
 
@@ -87,7 +87,7 @@ impl CudaIndex {
     }
 }
 
-/// Rows of equal length at equal distances: a matrix or a block of one, as a kernel sees it.
+/// Rows of equal length at equal distances: the kernel's view of a matrix or of a block of one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Block {
     /// Address of the first element.
@@ -123,8 +123,8 @@ impl Block {
             && (self.rows <= 1 || self.stride.is_multiple_of(Self::OCTET))
     }
 
-    /// The same elements as rows of `cols` columns, where they are one row after another.
-    pub(super) fn regrouped(self, cols: usize) -> Option<Block> {
+    /// The same elements as rows of `cols` columns, if they are contiguous.
+    pub(super) fn reshaped(self, cols: usize) -> Option<Block> {
         let whole = self.stride == self.cols || self.rows <= 1;
         if !whole || cols == 0 || !(self.rows * self.cols).is_multiple_of(cols) {
             return None;
@@ -158,7 +158,7 @@ impl From<&ViewMut<'_, CudaTensor>> for Block {
     }
 }
 
-/// Some rows and columns: first and count of each.
+/// A block of rows and columns: first and count of each.
 pub(super) fn block(
     x: &CudaTensor,
     (row, rows): (usize, usize),
@@ -170,7 +170,7 @@ pub(super) fn block(
     Block { pointer, rows, cols, stride: x.cols, dtype: x.dtype }
 }
 
-/// Some elements, counted row by row, as one row.
+/// A range of elements, in row-major order, as one row.
 pub(super) fn elements(x: &CudaTensor, range: std::ops::Range<usize>) -> Block {
     assert!(range.start <= range.end && range.end <= x.len(), "elements beyond their matrix");
     let pointer = x.pointer() + (range.start * x.dtype.bytes()) as u64;
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn octets_are_loaded_at_once_only_where_every_row_allows_it() {
+    fn octets_are_loaded_at_once_only_if_every_row_is_aligned() {
         assert!(block(256, 3, 16, 24).is_wide());
         assert!(!block(256, 3, 15, 24).is_wide(), "an incomplete octet");
         assert!(block(256, 3, 15, 24).is_aligned());
@@ -198,12 +198,12 @@ mod tests {
     }
 
     #[test]
-    fn only_rows_that_follow_each_other_are_regrouped() {
-        let whole = block(256, 6, 4, 4).regrouped(8).unwrap();
+    fn only_contiguous_rows_are_reshaped() {
+        let whole = block(256, 6, 4, 4).reshaped(8).unwrap();
         assert_eq!((whole.rows, whole.cols, whole.stride, whole.pointer), (3, 8, 8, 256));
-        assert_eq!(block(256, 1, 24, 99).regrouped(24).unwrap().rows, 1);
-        assert!(block(256, 6, 4, 5).regrouped(8).is_none());
-        assert!(block(256, 6, 4, 4).regrouped(7).is_none());
-        assert!(block(256, 6, 0, 0).regrouped(0).is_none());
+        assert_eq!(block(256, 1, 24, 99).reshaped(24).unwrap().rows, 1);
+        assert!(block(256, 6, 4, 5).reshaped(8).is_none());
+        assert!(block(256, 6, 4, 4).reshaped(7).is_none());
+        assert!(block(256, 6, 0, 0).reshaped(0).is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! Copies between the host and the device, through pinned memory where the host must not wait.
+//! Copies between the host and the device, through pinned memory if the host must not wait.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,7 +11,7 @@ use super::tensor::{Block, CudaIndex};
 use crate::Result;
 use crate::backend::{Dtype, Elements};
 
-/// Pinned memory that is kept for later transfers, in bytes; larger pieces are given back.
+/// Pinned memory that is kept for later transfers, in bytes; memory beyond this is released.
 const KEPT_BYTES: usize = 256 << 20;
 /// Lists of indices start at multiples of this many elements, which are 256 bytes.
 const INDEX_ALIGNMENT: usize = 64;
@@ -34,7 +34,7 @@ impl Staging {
         Staging { context, state: Mutex::default() }
     }
 
-    /// A buffer that nobody reads.
+    /// A buffer that the device does not read.
     fn take(&self, bytes: usize) -> Result<Pinned> {
         let mut state = self.lock();
         while let Some((_, event)) = state.in_flight.first() {
@@ -50,7 +50,7 @@ impl Staging {
             .min_by_key(|&i| state.free[i].capacity());
         match smallest {
             Some(i) => Ok(state.free.swap_remove(i)),
-            // A power of two, so that steps of changing length need few sizes.
+            // A power of two, so that steps of different lengths need few sizes.
             None => Pinned::new(&self.context, bytes.next_power_of_two().max(4096)),
         }
     }
@@ -68,7 +68,7 @@ impl Staging {
     }
 
     fn lock(&self) -> MutexGuard<'_, StagingState> {
-        // A panic elsewhere cannot leave the lists half-changed.
+        // A panic in another thread cannot leave the lists partially updated.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -89,7 +89,7 @@ impl Drop for Staging {
     }
 }
 
-/// A matrix on its way to the host.
+/// A pending copy of a matrix to the host.
 pub struct CudaDownload {
     /// Taken when the download is finished.
     pinned: Option<Pinned>,
@@ -107,7 +107,7 @@ impl Drop for CudaDownload {
     }
 }
 
-/// All lists with one copy, without waiting for it.
+/// Uploads all lists in one copy, without waiting for it.
 pub(super) fn upload_indices<const N: usize>(
     context: &Context,
     memory: &Arc<Memory>,
@@ -121,7 +121,7 @@ pub(super) fn upload_indices<const N: usize>(
         end += list.len().next_multiple_of(INDEX_ALIGNMENT);
     }
     let bytes = 4 * end;
-    let buffer = Arc::new(memory.take(bytes)?);
+    let buffer = Arc::new(memory.allocate(bytes)?);
     if bytes > 0 {
         let mut pinned = staging.take(bytes)?;
         for (&offset, list) in offsets.iter().zip(lists) {
@@ -182,13 +182,13 @@ pub(super) fn start_download(
     staging: &Staging,
     x: Block,
 ) -> Result<CudaDownload> {
-    assert!(x.rows <= 1 || x.stride == x.cols, "download: rows must follow each other");
+    assert!(x.rows <= 1 || x.stride == x.cols, "download: rows must be contiguous");
     let len = x.rows * x.cols;
     let bytes = len * x.dtype.bytes();
     let mut pinned = staging.take(bytes)?;
     if bytes > 0 {
         context.enter()?;
-        // SAFETY: the tensor has that many bytes, and so has the pinned buffer, which nobody reads
+        // SAFETY: the tensor has that many bytes, and so has the pinned buffer, which is not read
         // before the event.
         let result = unsafe {
             cu::cuMemcpyDtoHAsync_v2(pinned.as_mut_ptr(), x.pointer, bytes, context.stream())
@@ -207,7 +207,7 @@ pub(super) fn finish_download(staging: &Staging, mut download: CudaDownload) -> 
     let bytes = &pinned.as_slice()[..len * dtype.bytes()];
     let mut elements = Vec::new();
     elements.try_reserve_exact(len).map_err(|e| {
-        super::driver::error(format!("cannot take host memory for {len} elements")).because(e)
+        super::driver::error(format!("cannot allocate host memory for {len} elements")).because(e)
     })?;
     match dtype {
         Dtype::F32 => {

@@ -14,7 +14,7 @@ const QUOTED_CHARS: usize = 80;
 #[derive(Clone, Copy)]
 pub(super) struct Fields<'j> {
     object: Option<&'j Map<String, Value>>,
-    /// Where the fields are, for errors; such as ` of rope_scaling`.
+    /// The location of the fields, for errors; such as ` of rope_scaling`.
     place: &'static str,
 }
 
@@ -23,7 +23,7 @@ impl<'j> Fields<'j> {
         Fields { object: Some(object), place: "" }
     }
 
-    /// The object in field `name`; one without fields if there is none.
+    /// The object in field `name`; an empty object if the field is missing.
     pub(super) fn object(&self, name: &str, place: &'static str) -> Result<Fields<'j>> {
         match self.value(name) {
             None => Ok(Fields { object: None, place }),
@@ -64,7 +64,7 @@ impl<'j> Fields<'j> {
         self.whole(name, range)?.ok_or_else(|| self.missing(name, expected))
     }
 
-    /// A number in `range`. NaN and infinity are in no range.
+    /// A number in `range`.
     pub(super) fn real(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
         let Some(value) = self.value(name) else { return Ok(None) };
         match value.as_f64().filter(|x| range.contains(x)) {
@@ -121,7 +121,7 @@ pub(super) fn quote_text(text: &str) -> String {
 }
 
 fn shorten(text: &str) -> String {
-    // JSON leaves the control characters beyond ASCII as they are.
+    // JSON does not escape the control characters outside ASCII.
     let mut shown: String = text
         .chars()
         .take(QUOTED_CHARS)

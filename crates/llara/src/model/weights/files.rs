@@ -28,7 +28,7 @@ impl WeightFiles {
     /// Opens the weight files of `dir` and reads their headers.
     ///
     /// # Errors
-    /// When there are none, when a file is damaged, or when the index and the shards disagree.
+    /// If there are none, a file is damaged, or the index and the shards disagree.
     pub fn open(dir: &Path) -> Result<Self> {
         let single = dir.join(WEIGHTS_FILE);
         if single.exists() {
@@ -54,7 +54,7 @@ impl WeightFiles {
         for (at, file) in files.iter().enumerate() {
             for name in file.names() {
                 if let Some(earlier) = place.insert(name.clone(), at) {
-                    return Err(Error::new(ErrorKind::Weights, "a tensor stands in two files")
+                    return Err(Error::new(ErrorKind::Weights, "a tensor is in two files")
                         .tensor(file.path(), name)
                         .got(format!("also in {}", files[earlier].path().display())));
                 }
@@ -76,7 +76,7 @@ impl WeightFiles {
         if wrong.is_empty() {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Weights, "the index names tensors that its shards lack")
+        Err(Error::new(ErrorKind::Weights, "tensors of the index are missing in its shards")
             .file(path)
             .got(wrong.join(", "))
             .hint("index and shards come from different exports: fetch the folder again"))
@@ -87,12 +87,12 @@ impl WeightFiles {
         self.place.keys().map(String::as_str)
     }
 
-    /// Type and shape of a tensor.
+    /// Dtype and shape of a tensor.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.files[*self.place.get(name)?].info(name)
     }
 
-    /// The file that holds a tensor.
+    /// The file that contains a tensor.
     pub(super) fn file_of(&self, name: &str) -> Option<&SafetensorsFile> {
         Some(&self.files[*self.place.get(name)?])
     }
@@ -100,7 +100,7 @@ impl WeightFiles {
     /// A tensor as f32, row-major.
     ///
     /// # Errors
-    /// When there is no such tensor, its type is not f32, f16 or bf16, or a value is not finite.
+    /// If there is no such tensor, its dtype is not f32, f16 or bf16, or a value is not finite.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         match self.file_of(name) {
             Some(file) => file.read_f32(name),
@@ -158,9 +158,9 @@ fn read_index(path: &Path) -> Result<Index> {
         if !plain || !shard.ends_with(".safetensors") {
             return Err(Error::new(ErrorKind::Weights, "a shard outside the model folder")
                 .tensor(path, name)
-                .expected("the plain name of a .safetensors file in the same folder")
+                .expected("the name of a .safetensors file in the same folder, without a path")
                 .got(format!("{shard:?}"))
-                .hint("do not load this folder unless you trust where it came from"));
+                .hint("do not load this folder unless you trust its source"));
         }
     }
     Ok(index)

@@ -1,4 +1,4 @@
-//! Saving a model folder: the files that were read, with the trained tensors in place of the old ones.
+//! Saving a model folder: the files that were loaded, with the trained tensors in place of the original ones.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -16,8 +16,8 @@ use crate::storage::{
 };
 use crate::{Error, ErrorKind, Result};
 
-/// Files of a model folder that training does not change; the tokenizer writes its own.
-const CARRIED: [&str; 14] = [
+/// Files of a model folder that are copied unchanged; the tokenizer writes its own files.
+const COPIED: [&str; 14] = [
     "generation_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,14 +37,14 @@ const CARRIED: [&str; 14] = [
 /// The number format in which weights are saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SaveDtype {
-    /// Each tensor in the type it was read in; f32 for a new model.
+    /// Each tensor in the dtype in which it was loaded; f32 for a new model.
     #[default]
     AsLoaded,
-    /// Everything in f32.
+    /// All tensors in f32.
     F32,
-    /// Everything in bf16.
+    /// All tensors in bf16.
     Bf16,
-    /// Everything in f16.
+    /// All tensors in f16.
     F16,
 }
 
@@ -59,23 +59,23 @@ impl SaveDtype {
     }
 }
 
-/// The layout of a model folder: which tensors are in which files, and the files beside them.
+/// The layout of a model folder: the tensors of each file, and the other files.
 #[derive(Debug)]
 pub struct ModelFolder {
     /// `None` for a new model.
     source: Option<(PathBuf, WeightFiles)>,
-    /// `config.json` as it was read, keys in order.
+    /// `config.json` as it was read, with the order of its keys.
     config: Value,
     /// Prefix of the decoder's tensors in the files.
     prefix: &'static str,
-    /// Files of a new model to be written beside its weights: name and contents.
-    beside: Vec<(&'static str, Vec<u8>)>,
+    /// Other files of a new model: name and contents.
+    other_files: Vec<(&'static str, Vec<u8>)>,
 }
 
 /// A tensor of a file to be written.
 struct Planned {
     declaration: Declaration,
-    /// Name within the decoder; `None`: carried over from the source.
+    /// Name within the decoder; `None`: copied from the source.
     parameter: Option<String>,
 }
 
@@ -100,26 +100,26 @@ impl ModelFolder {
         let decoder = load_decoder(backend, &config, &files, matrices)?;
         let prefix = prefix_of(&files);
         let source = Some((dir.to_owned(), files));
-        Ok((ModelFolder { source, config: json, prefix, beside: Vec::new() }, decoder))
+        Ok((ModelFolder { source, config: json, prefix, other_files: Vec::new() }, decoder))
     }
 
     /// The layout of a new causal language model with this `config.json`.
     pub fn new(config: Value) -> Self {
-        ModelFolder { source: None, config, prefix: "model.", beside: Vec::new() }
+        ModelFolder { source: None, config, prefix: "model.", other_files: Vec::new() }
     }
 
-    /// The same with one more JSON file beside the weights, such as `generation_config.json`.
+    /// The same with one more JSON file, such as `generation_config.json`.
     pub(crate) fn with_json(mut self, name: &'static str, value: &Value) -> Self {
-        self.beside.push((name, pretty(value).into_bytes()));
+        self.other_files.push((name, pretty(value).into_bytes()));
         self
     }
 
-    /// Where the model was read from.
+    /// The folder that the model was loaded from.
     pub fn source(&self) -> Option<&Path> {
         self.source.as_ref().map(|(dir, _)| dir.as_path())
     }
 
-    /// Whether saving with `dtype` keeps every trained bit.
+    /// Whether saving with `dtype` keeps all bits of the trained weights.
     pub(crate) fn keeps_f32(&self, dtype: SaveDtype) -> bool {
         match (dtype, &self.source) {
             (SaveDtype::AsLoaded, Some((_, files))) => {
@@ -131,12 +131,12 @@ impl ModelFolder {
         }
     }
 
-    /// A decoder's name of a tensor as the weight files spell it.
+    /// The name in the weight files of a tensor of the decoder.
     pub(crate) fn name_in_files(&self, parameter: &str) -> String {
         format!("{}{parameter}", self.prefix)
     }
 
-    /// Bytes of the files that [`write`](Self::write) makes, without the tokenizer's.
+    /// Bytes of the files that [`write`](Self::write) writes, without those of the tokenizer.
     pub(crate) fn saved_bytes<B: Backend>(&self, decoder: &Decoder<B>, dtype: SaveDtype) -> u64 {
         let tensors = named(decoder);
         let plan = self.plan(decoder, &tensors, dtype);
@@ -147,14 +147,14 @@ impl ModelFolder {
                 shape.iter().product::<usize>() as u64 * dtype.bitsize() as u64 / 8 + header
             })
             .sum();
-        let carried = self.source.iter().flat_map(|(dir, _)| CARRIED.map(|name| dir.join(name)));
-        weights + carried.filter_map(|path| Some(std::fs::metadata(path).ok()?.len())).sum::<u64>()
+        let copied = self.source.iter().flat_map(|(dir, _)| COPIED.map(|name| dir.join(name)));
+        weights + copied.filter_map(|path| Some(std::fs::metadata(path).ok()?.len())).sum::<u64>()
     }
 
-    /// The values of a weight before any rounding in memory: those of the file that it was read from,
-    /// where rounding them gives the bf16 values in memory.
+    /// The values of a weight before it was rounded in memory: those of the file that it was loaded from, if
+    /// rounding them gives the bf16 values in memory.
     ///
-    /// The second value is false where the weight is bf16 in memory and no such file exists.
+    /// The second value is false if the weight is bf16 in memory and there is no such file.
     pub(crate) fn exact_values<B: Backend>(
         &self,
         backend: &B,
@@ -176,8 +176,8 @@ impl ModelFolder {
         Ok(if same { (exact, true) } else { (values, false) })
     }
 
-    /// Writes weights, configuration and carried files of `decoder` into `staging`. What was written
-    /// to each weight file is returned.
+    /// Writes weights, configuration and copied files of `decoder` into `staging`. Returns a description
+    /// of what was written to each weight file.
     pub(crate) fn write<B: Backend>(
         &self,
         backend: &B,
@@ -196,7 +196,7 @@ impl ModelFolder {
             for Planned { declaration: (name, dtype, shape), parameter } in tensors {
                 match parameter.as_deref().and_then(|p| in_memory.get(p)) {
                     Some(t) => writer.write_f32(name, &self.exact_values(backend, t)?.0)?,
-                    None => self.carry_tensor(name, *dtype, shape, &mut writer)?,
+                    None => self.copy_tensor(name, *dtype, shape, &mut writer)?,
                 }
                 weight_map.insert(name.clone(), file.clone());
                 total_size += shape.iter().product::<usize>() * dtype.bitsize() / 8;
@@ -210,14 +210,14 @@ impl ModelFolder {
         if let Some((dir, _)) = &self.source {
             carry_files(dir, staging)?;
         }
-        for (name, contents) in &self.beside {
+        for (name, contents) in &self.other_files {
             staging.write(name, contents)?;
         }
         staging.write("config.json", pretty(&self.config_for(decoder, dtype)).as_bytes())?;
         Ok(written)
     }
 
-    /// What goes into each file: the source's layout, or everything in one file.
+    /// The tensors of each file: the layout of the source, or all tensors in one file.
     fn plan<B: Backend>(
         &self,
         decoder: &Decoder<B>,
@@ -246,7 +246,7 @@ impl ModelFolder {
                         let parameter = Some(bare.to_owned());
                         tensors.push(planned(name, info.dtype, p.shape().to_vec(), parameter));
                     }
-                    // A tied head is the embedding table itself; the old copy would be stale.
+                    // A tied head is the embedding table; the copy in the source is not up to date.
                     None if name == "lm_head.weight" && config.tie_word_embeddings => {}
                     None => {
                         let mut shape = info.shape.clone();
@@ -269,8 +269,8 @@ impl ModelFolder {
             .collect()
     }
 
-    /// A tensor that training does not touch: its bytes, unless type or size change.
-    fn carry_tensor(
+    /// Copies a tensor that training does not change: its bytes, unless dtype or size change.
+    fn copy_tensor(
         &self,
         name: &str,
         dtype: Dtype,
@@ -279,7 +279,12 @@ impl ModelFolder {
     ) -> Result<()> {
         let source = self.source.as_ref().and_then(|(_, files)| files.file_of(name));
         let (Some(file), Some(info)) = (source, source.and_then(|f| f.info(name))) else {
-            return Err(Error::new(ErrorKind::Weights, format!("`{name}` has no source")));
+            return Err(Error::new(
+                ErrorKind::Weights,
+                format!(
+                    "`{name}` is neither in the model nor in the files that it was loaded from"
+                ),
+            ));
         };
         if info.dtype == dtype && info.shape == shape {
             return writer.write_bytes(name, &file.read_bytes(name)?);
@@ -307,7 +312,7 @@ impl ModelFolder {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Gives the embedding table rows for a vocabulary of `vocab_size`, if it has fewer.
+    /// Adds rows to the embedding table if it has fewer than `vocab_size`.
     pub(crate) fn grow_vocabulary(&mut self, backend: &B, vocab_size: usize) -> Result<()> {
         let rows = self.embeddings().rows();
         if vocab_size <= rows {
@@ -324,8 +329,8 @@ fn named<B: Backend>(decoder: &Decoder<B>) -> HashMap<String, NamedTensor<'_, B>
     decoder.tensors().map(|tensor| (tensor.name().to_owned(), tensor)).collect()
 }
 
-/// Rows for new tokens: the mean of the old rows, which is where the model expects an unknown token,
-/// plus noise a tenth as wide as the old rows spread, so that no two are equal.
+/// Rows for new tokens: the mean of the existing rows, plus noise of a tenth of their standard deviation, so
+/// that no two are equal.
 fn new_rows(table: &[f32], rows: usize, count: usize) -> Vec<f32> {
     let cols = table.len() / rows.max(1);
     let mut mean = vec![0.0f64; cols];
@@ -346,7 +351,7 @@ fn new_rows(table: &[f32], rows: usize, count: usize) -> Vec<f32> {
 }
 
 fn carry_files(from: &Path, staging: &Staging) -> Result<()> {
-    for name in CARRIED {
+    for name in COPIED {
         let path = from.join(name);
         if path.is_file() {
             let contents = read_file(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -356,7 +361,7 @@ fn carry_files(from: &Path, staging: &Staging) -> Result<()> {
     Ok(())
 }
 
-/// JSON as people and `save_pretrained` write it.
+/// Indented JSON, as `save_pretrained` writes it.
 fn pretty(value: &Value) -> String {
     format!("{value:#}\n")
 }

@@ -1,4 +1,4 @@
-//! Builds a decoder from weight files: every mismatch with the configuration is found before any weight
+//! Builds a decoder from weight files. Every mismatch with the configuration is found before any weight
 //! is read, and all are reported together.
 
 use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
@@ -13,25 +13,25 @@ use crate::{Error, ErrorKind, Result};
 /// Prefix of the decoder's names in the files of a causal language model.
 const CAUSAL_LM_PREFIX: &str = "model.";
 
-/// Tensors that a folder may have besides the decoder: the language-model head, and buffers that old
-/// exports wrote.
-fn may_stand_beside(name: &str) -> bool {
+/// Whether a folder may have this tensor in addition to those of the decoder: the language-model head, and
+/// buffers in old exports.
+fn is_ignored(name: &str) -> bool {
     name == "lm_head.weight"
         || name == "lm_head.bias"
         || name.ends_with(".rotary_emb.inv_freq")
         || name == "rotary_emb.inv_freq"
 }
 
-/// The prefix that this folder's files use: `model.`, or none where a bare decoder was saved.
+/// The prefix of names in this folder's files: `model.`, or none if a bare decoder was saved.
 pub(super) fn prefix_of(files: &WeightFiles) -> &'static str {
     if files.info("embed_tokens.weight").is_some() { "" } else { CAUSAL_LM_PREFIX }
 }
 
-/// Builds the decoder of `config` from `files`, its matrices stored as `matrices`, all else as f32.
+/// Builds the decoder of `config` from `files`, its matrices stored as `matrices`, all other tensors as f32.
 ///
 /// # Errors
-/// When tensors are missing, unknown, of another shape or of an unsupported type (all listed in one
-/// error), or when one holds NaN or infinity.
+/// If tensors are missing, unknown, of another shape or of an unsupported dtype (all listed in one
+/// error), or one contains NaN or infinity.
 pub fn load_decoder<B: Backend>(
     backend: &B,
     config: &DecoderConfig,
@@ -47,7 +47,7 @@ pub fn load_decoder<B: Backend>(
     })
 }
 
-/// A decoder with weights as a new model of Hugging Face has them: matrices from a normal
+/// A decoder initialized as a new model of Hugging Face: matrices from a normal
 /// distribution, norms one, biases zero. The same seed gives the same weights.
 pub fn random_decoder<B: Backend>(
     backend: &B,
@@ -69,7 +69,7 @@ pub fn random_decoder<B: Backend>(
     })
 }
 
-/// One draw of the standard normal distribution (Box and Muller 1958).
+/// One sample of the standard normal distribution (Box and Muller 1958).
 pub(crate) fn standard_normal(generator: &mut impl Rng) -> f32 {
     let radius: f64 = 1.0 - generator.random::<f64>();
     let angle: f64 = generator.random::<f64>() * 2.0 * std::f64::consts::PI;
@@ -96,7 +96,7 @@ fn compare(files: &WeightFiles, prefix: &str, expected: &[NamedShape]) -> Result
     }
     let known: std::collections::HashSet<String> =
         expected.iter().map(|(name, _)| format!("{prefix}{name}")).collect();
-    let extra = files.names().filter(|name| !known.contains(*name) && !may_stand_beside(name));
+    let extra = files.names().filter(|name| !known.contains(*name) && !is_ignored(name));
     faults.extend(extra.map(|name| format!("unknown: {name}")));
     if faults.is_empty() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The model folder: weights read from and written to the files that Hugging Face tools use.
+//! The model folder: reading and writing weights in the file formats of Hugging Face.
 
 mod files;
 mod folder;

@@ -13,21 +13,21 @@ use crate::{Error, Result};
 
 /// Name of the file with the run's state.
 pub(super) const STATE_FILE: &str = "trainer_state.json";
-/// No such file is larger; it lists the data files.
+/// Maximum size of the file, which lists the data files, in bytes.
 pub(super) const MAX_STATE_BYTES: u64 = 64 << 20;
 /// Version of the format.
 pub(super) const FORMAT: u32 = 1;
-/// Files of which a checkpoint has at least one, even a damaged one or one of an earlier version; a folder
-/// without any is somebody's own.
+/// Files of which a checkpoint has at least one, even if it is damaged or of an earlier version. A folder without
+/// any of them is not a checkpoint and may belong to the user.
 pub(super) const MARKS: [&str; 4] =
     ["manifest.json", STATE_FILE, "config.json", "adapter_config.json"];
-/// What a checkpoint's name begins with; the number of steps follows.
+/// Prefix of the name of a checkpoint; the number of steps follows.
 pub(super) const PREFIX: &str = "checkpoint-";
 
-/// How far a run has come.
+/// The progress of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct RunProgress {
-    /// Steps made.
+    /// Number of steps so far.
     pub step: u64,
     /// Epoch, with its fraction.
     pub epoch: f64,
@@ -44,11 +44,11 @@ pub struct RunProgress {
 pub(super) struct State {
     pub(super) format: u32,
     pub(super) progress: RunProgress,
-    /// Processes, each with its file of moments.
+    /// Number of processes; each has a file of moments.
     pub(super) ranks: usize,
-    /// Whether the optimizer's files have the weights, because the folder has them rounded.
+    /// Whether the optimizer's files also contain the weights, because those of the folder are rounded.
     pub(super) weights_in_optimizer: bool,
-    /// As the run was planned; a resumed run takes the same unless told otherwise.
+    /// The chunking of the run; a resumed run uses the same unless another is given.
     pub(super) chunking: SavedChunking,
     pub(super) dtype: Dtype,
     pub(super) identity: Identity,
@@ -84,13 +84,13 @@ impl From<SavedChunking> for Chunking {
     }
 }
 
-/// The checkpoints in an output folder by their steps, ascending: folders named `checkpoint-N` that hold a
+/// The checkpoints in an output folder by their steps, ascending: folders named `checkpoint-N` that contain a
 /// checkpoint's files. They may be damaged.
 ///
 /// # Errors
 /// When the folder exists and cannot be read.
 pub(super) fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let io = |e| Error::io("look for checkpoints in", output_dir, e);
+    let io = |e| Error::io("search for checkpoints in", output_dir, e);
     let entries = match fs::read_dir(output_dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(io)?,
@@ -109,13 +109,13 @@ pub(super) fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Whether a folder has a file of a checkpoint. A link is somebody's own; it is neither read nor removed.
+/// Whether a folder has a file of a checkpoint. A symbolic link is not a checkpoint; it is neither read nor removed.
 pub(super) fn is_checkpoint(folder: &Path) -> bool {
     let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
     is_folder && MARKS.iter().any(|file| folder.join(file).is_file())
 }
 
-/// The steps of a checkpoint's name, written as this program writes it.
+/// The number of steps in the name of a checkpoint, if it is in the exact form that this program writes.
 pub(super) fn step_of(name: &str) -> Option<u64> {
     let digits = name.strip_prefix(PREFIX)?;
     let step: u64 = digits.parse().ok()?;

@@ -1,5 +1,5 @@
-//! What a run is, as far as its results depend on it: settings, data and model. A run may be resumed only as
-//! the same run.
+//! The identity of a run: the settings, the data and the model on which its results depend. A checkpoint can be
+//! resumed only by a run with the same identity.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -16,16 +16,16 @@ use crate::storage::Fingerprint;
 use crate::train::config::TrainConfig;
 use crate::{Error, ErrorKind, Result};
 
-/// What the results of a run depend on.
+/// The inputs on which the results of a run depend.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(in crate::train) struct Identity {
-    /// Steps of the run. More are allowed when it is resumed: the schedule then follows the new number.
+    /// Number of steps of the run. A resumed run may have more; the schedule then uses the new number.
     pub(super) total_steps: u64,
     /// Must be equal.
     pub(super) settings: Map<String, Value>,
-    /// Must be equal, whatever their paths are.
+    /// Must be equal, except for the paths.
     pub(super) data: Vec<DataFile>,
-    /// What decides how results are rounded; a note if it differs.
+    /// Settings that affect rounding; a difference gives a note.
     pub(super) rounding: Map<String, Value>,
 }
 
@@ -137,7 +137,7 @@ fn differences(before: &Map<String, Value>, now: &Map<String, Value>) -> Vec<Str
         .collect()
 }
 
-/// Whether two settings are equal. A fraction that was written and read again may differ in its last bit.
+/// Whether two settings are equal. A fraction that was written to JSON and read may differ in its last bit.
 fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
     match (a, b) {
         (Some(Value::Number(a)), Some(Value::Number(b))) if a != b => {
@@ -152,7 +152,7 @@ fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
 
 /// The settings that results depend on, by the names of the command line's options where there are any.
 ///
-/// The structures are taken apart, so that a new field has to be put here or left out on purpose.
+/// The structures are destructured, so that a new field must be added here or explicitly omitted.
 fn settings<B: Backend>(
     model: &BiEncoderModel<B>,
     config: &TrainConfig,
@@ -229,16 +229,16 @@ fn settings<B: Backend>(
     }
 }
 
-/// 0.1 and not the nearest f32's sixteen digits.
+/// The decimal number that the user wrote, such as 0.1, instead of the digits of the nearest f32.
 fn decimal(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(f64::from(x))
 }
 
-/// Bytes at either end of a weight file that are looked at.
+/// Bytes at the start and at the end of a weight file that are hashed.
 const ENDS: u64 = 1 << 20;
 
-/// A number that changes when a model folder is another one: configuration and tokenizer in full, and of each
-/// weight file its length and both ends, for weights are gigabytes.
+/// A hash of a model folder: of its configuration and tokenizer, and of the length and both ends of each weight
+/// file; not of all weights, because they are gigabytes.
 fn fingerprint(dir: &Path) -> Result<String> {
     let io = |e| Error::io("read the model", dir, e);
     let mut names: Vec<_> = std::fs::read_dir(dir)
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn differences_are_listed_and_the_last_bit_is_none() {
+    fn differences_are_listed_except_in_the_last_bit() {
         let before = map(json!({"a": 0.1, "b": 1, "c": "x", "gone": true, "seed": u64::MAX}));
         let after = map(json!({
             "a": 0.1 + f64::EPSILON / 16.0, "b": 2, "c": "x", "new": null, "seed": u64::MAX - 1,
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fingerprint_of_a_folder_sees_both_ends_of_a_weight_file() {
+    fn the_fingerprint_depends_on_both_ends_of_a_weight_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.safetensors");
         let mut bytes = vec![7u8; 3 << 20];

@@ -1,5 +1,5 @@
-//! The manifest of a checkpoint: each file's length and hash. It is written last, so a folder without one
-//! is incomplete, and a file that changed since is found.
+//! The manifest of a checkpoint: length and hash of each file. It is written last, so a folder without a manifest
+//! is incomplete. Files that have changed since are detected.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,12 +14,12 @@ use crate::{Error, ErrorKind, Result};
 
 /// Name of the manifest in a checkpoint.
 pub(super) const MANIFEST_FILE: &str = "manifest.json";
-/// No manifest is larger.
+/// Maximum size of a manifest in bytes.
 const MAX_BYTES: u64 = 16 << 20;
 /// Version of the format.
 const FORMAT: u32 = 1;
 
-/// What [`write`] wrote and [`verify`] checks.
+/// The contents of the manifest: written by [`write`], checked by [`verify`].
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Manifest {
@@ -61,7 +61,7 @@ pub(crate) fn write(folder: &Path) -> Result<()> {
 /// Checks that `folder` is complete and that every file is the one that was written.
 ///
 /// # Errors
-/// What is missing or differs, with the file's name.
+/// If a file is missing or differs; the error has the name of the file.
 pub(super) fn verify(folder: &Path) -> Result<()> {
     let path = folder.join(MANIFEST_FILE);
     let damaged = |what: &str, path: &Path| Error::new(ErrorKind::Io, what).file(path);
@@ -78,7 +78,7 @@ pub(super) fn verify(folder: &Path) -> Result<()> {
             .got(manifest.format));
     }
     for (name, expected) in &manifest.files {
-        // The manifest is input: its names must not lead out of the folder.
+        // The manifest is untrusted input: its names must not be paths out of the folder.
         if Path::new(name).file_name() != Some(name.as_ref()) {
             return Err(damaged("the manifest names a file outside of the checkpoint", &path)
                 .expected("names without a folder")
@@ -93,12 +93,12 @@ pub(super) fn verify(folder: &Path) -> Result<()> {
                 .got(show(&got)));
         }
     }
-    // A file that the manifest leaves out would be read without a check.
+    // A file that is not in the manifest would be read without a check.
     for name in names(folder)? {
         let text = name.to_string_lossy();
         if is_read(&text) && !manifest.files.contains_key(&*text) {
             return Err(damaged(
-                "the manifest of the checkpoint leaves out a file",
+                "a file is missing in the manifest of the checkpoint",
                 &folder.join(&name),
             )
             .expected("every .json and .safetensors file with its length and hash"));
@@ -112,7 +112,7 @@ fn is_read(name: &str) -> bool {
     matches!(extension, Some("json" | "safetensors"))
 }
 
-/// The files of a folder but the manifest, in the order of their names.
+/// The files of a folder except the manifest, sorted by name.
 fn names(folder: &Path) -> Result<Vec<OsString>> {
     let io = |e| Error::io("read the checkpoint", folder, e);
     let mut names = Vec::new();
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_damage_is_found_and_its_file_named() {
+    fn every_kind_of_damage_is_detected_and_the_file_is_named() {
         let change = |name: &str, text: &str| {
             let dir = checkpoint();
             fs::write(dir.path().join(name), text).unwrap();
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_the_user_is_left_alone() {
+    fn other_files_of_the_user_are_ignored() {
         let dir = checkpoint();
         fs::write(dir.path().join("remarks.md"), "good run").unwrap();
         verify(dir.path()).unwrap();

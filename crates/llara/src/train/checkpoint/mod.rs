@@ -1,14 +1,14 @@
-//! Checkpoints: folders from which an interrupted run goes on to the same bytes.
+//! Checkpoints: folders from which an interrupted run is resumed with bit-identical results.
 //!
-//! `checkpoint-N` in the output folder, N being the steps made, is a model or adapter folder that loads in
+//! `checkpoint-N` in the output folder, where N is the number of steps, is a model or adapter folder that loads in
 //! transformers or PEFT, with three more kinds of files:
 //!
-//! - `optimizer.safetensors` (one for each rank): moments by parameter name, and the weights in f32 where
-//!   the folder has them rounded;
-//! - `trainer_state.json`: the step, and what the run is ([`identity`]);
+//! - `optimizer.safetensors` (one for each rank): moments by parameter name, and the weights in f32 if
+//!   those of the folder are rounded;
+//! - `trainer_state.json`: the step, and the identity of the run ([`identity`]);
 //! - `manifest.json`: each file's length and hash, written last.
 //!
-//! No random state and no position in the data are needed besides the step; see
+//! No generator state and no position in the data are needed in addition to the step; see
 //! [`TrainState`](super::TrainState).
 
 mod format;
@@ -44,7 +44,7 @@ pub struct Checkpoint {
     state: State,
 }
 
-/// What [`Checkpoint::latest`] found.
+/// The result of [`Checkpoint::latest`].
 #[derive(Debug)]
 pub struct Latest {
     /// The newest checkpoint that is complete and undamaged.
@@ -57,7 +57,7 @@ impl Checkpoint {
     /// Opens a checkpoint and compares every file with the manifest.
     ///
     /// # Errors
-    /// When it is incomplete or a file is damaged, with the file's name.
+    /// If it is incomplete or a file is damaged; the error has the name of the file.
     pub fn open(dir: &Path) -> Result<Self> {
         if !dir.is_dir() {
             return Err(Error::new(ErrorKind::Io, "there is no such checkpoint folder")
@@ -103,27 +103,27 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// How far the run had come.
+    /// The progress of the run.
     pub fn progress(&self) -> &RunProgress {
         &self.state.progress
     }
 
-    /// How the run's batches were split into chunks. Another division gives other roundings.
+    /// How the run's batches were split into chunks. Another division changes results by rounding errors.
     pub fn chunking(&self) -> Chunking {
         self.state.chunking.into()
     }
 
-    /// What the run's activations were computed in.
+    /// The dtype of the run's activations.
     pub fn dtype(&self) -> Dtype {
         self.state.dtype
     }
 
-    /// What was used to compute; compare [`Backend::kernels`].
+    /// The kernels of the run; compare with [`Backend::kernels`].
     pub fn kernels(&self) -> &str {
         self.state.identity.rounding.get("kernels").and_then(|text| text.as_str()).unwrap_or("")
     }
 
-    /// Checks that training data is that of the run.
+    /// Checks that the training data is that of the run.
     ///
     /// # Errors
     /// The first file that is not.
@@ -131,7 +131,7 @@ impl Checkpoint {
         self.state.identity.check_data(&dataset.files())
     }
 
-    /// Checks that a run continues the checkpoint's; returns notes about differences that are allowed.
+    /// Checks that a run has the identity of the checkpoint's run; returns notes about allowed differences.
     ///
     /// # Errors
     /// The settings that differ, or the first data file that does.
@@ -142,7 +142,7 @@ impl Checkpoint {
     /// Sets the model's trainable weights to those of the checkpoint.
     ///
     /// # Errors
-    /// When they do not fit the model.
+    /// If they do not have the shapes of the model.
     pub(super) fn restore_weights<B: Backend>(&self, model: &mut BiEncoderModel<B>) -> Result<()> {
         if !self.state.weights_in_optimizer {
             return model.read_trained_weights(&self.dir);
@@ -155,7 +155,7 @@ impl Checkpoint {
     /// Sets the optimizer's moments and number of updates to those of the checkpoint.
     ///
     /// # Errors
-    /// When they do not fit the model.
+    /// If they do not have the shapes of the model.
     pub(super) fn restore_moments<B: Backend>(
         &self,
         model: &BiEncoderModel<B>,
@@ -168,7 +168,7 @@ impl Checkpoint {
     }
 }
 
-/// Bytes that a checkpoint has besides the model or adapter folder, within some kilobytes.
+/// Bytes of a checkpoint without those of the model or adapter folder, within some kilobytes.
 pub fn state_bytes<B: Backend>(model: &BiEncoderModel<B>, dtype: SaveDtype) -> u64 {
     tensors::bytes(model.decoder(), !model.saves_exactly(dtype))
 }

@@ -1,7 +1,7 @@
-//! The optimizer's files of a checkpoint: moments, and f32 weights where the model folder has them rounded.
+//! The optimizer's files of a checkpoint: moments, and f32 weights if those of the model folder are rounded.
 //!
 //! Each rank writes the elements that it owns. The moments of a model's tensor are named `KIND.TENSOR`, or
-//! `KIND.TENSOR[START..END]` where they are a part of it, with elements counted row by row. A parameter of
+//! `KIND.TENSOR[START..END]` where they are a part of it, with elements in row-major order. A parameter of
 //! several tensors (q, k and v) is written as these, so that the file does not depend on which are stored as one.
 
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use safetensors::Dtype;
 use crate::backend::{Backend, Shape};
 use crate::model::{Decoder, Parameter};
 use crate::storage::{SafetensorsFile, SafetensorsWriter};
-use crate::train::flat_layout::Piece;
+use crate::train::flat_layout::ParameterSlice;
 use crate::train::optimizer::AdamW;
 use crate::{Error, ErrorKind, Result};
 
@@ -41,7 +41,7 @@ pub(super) fn bytes<B: Backend>(decoder: &Decoder<B>, with_weights: bool) -> u64
         .sum()
 }
 
-/// Writes the moments that this rank owns and, if asked for, the weights in f32.
+/// Writes the moments that this rank owns and, with `with_weights`, the weights in f32.
 pub(super) fn write<B: Backend>(
     folder: &Path,
     file: &str,
@@ -55,7 +55,7 @@ pub(super) fn write<B: Backend>(
     let mut declared = Vec::new();
     for owned in optimizer.owned() {
         for kind in kinds {
-            for part in parts(parameters[owned.piece.parameter], &owned.piece.elements) {
+            for part in parts(parameters[owned.slice.parameter], &owned.slice.elements) {
                 declared.push((part.file_name(kind), Dtype::F32, vec![part.elements.len()]));
             }
         }
@@ -67,17 +67,17 @@ pub(super) fn write<B: Backend>(
                 FIRST => backend.download(&owned.first)?,
                 SECOND => backend.download(&owned.second)?,
                 _ => {
-                    let value = parameters[owned.piece.parameter].values();
-                    backend.read_elements(value, owned.piece.elements.clone())?
+                    let value = parameters[owned.slice.parameter].values();
+                    backend.read_elements(value, owned.slice.elements.clone())?
                 }
             };
-            let parameter = parameters[owned.piece.parameter];
-            for part in parts(parameter, &owned.piece.elements) {
+            let parameter = parameters[owned.slice.parameter];
+            for part in parts(parameter, &owned.slice.elements) {
                 writer.write_f32(&part.file_name(kind), &values[part.of_range])?;
             }
         }
     }
-    // The manifest will have its hash.
+    // The manifest will contain its hash.
     drop(writer.finish()?);
     Ok(())
 }
@@ -200,12 +200,12 @@ impl SavedTensors {
         for parameter in decoder.trainable_parameters_mut() {
             let (rows, cols) = parameter.values().shape();
             let values = self.read(MASTER, parameter, &(0..rows * cols))?;
-            parameter.put_values(backend, backend.upload(&values, rows, cols)?)?;
+            parameter.set_values(backend, backend.upload(&values, rows, cols)?)?;
         }
         Ok(())
     }
 
-    /// The moments of the pieces that a rank owns, in the order of the pieces.
+    /// The moments of the slices that a rank owns, in the order of the slices.
     pub(super) fn restore_moments<B: Backend>(
         &self,
         backend: &B,
@@ -214,7 +214,7 @@ impl SavedTensors {
     ) -> Result<()> {
         let parameters: Vec<_> = decoder.trainable_parameters().collect();
         for owned in optimizer.owned_mut() {
-            let Piece { parameter, elements, .. } = &owned.piece;
+            let ParameterSlice { parameter, elements, .. } = &owned.slice;
             for (kind, moment) in [(FIRST, &mut owned.first), (SECOND, &mut owned.second)] {
                 let values = self.read(kind, parameters[*parameter], elements)?;
                 backend.write_elements(moment, 0, &values)?;

@@ -1,4 +1,4 @@
-//! Writing a checkpoint: complete in a hidden folder, then renamed into place; older ones are removed after
+//! Writing a checkpoint: it is written in a hidden folder, then renamed into place; older ones are removed after
 //! that.
 
 use std::fs::{self, File};
@@ -17,12 +17,12 @@ use crate::train::config::{Saving, TrainConfig};
 use crate::train::state::TrainState;
 use crate::{Error, Result};
 
-/// Begins the name of the folder that a checkpoint is written in.
+/// Prefix of the name of the folder in which a checkpoint is written.
 const WRITING: &str = ".writing-";
-/// Begins the name of a checkpoint that is being removed.
+/// Prefix of the name of a checkpoint that is being removed.
 const REMOVED: &str = ".removed-";
 
-/// What is saved.
+/// The contents of a checkpoint.
 pub(in crate::train) struct Saved<'s, B: Backend> {
     pub(in crate::train) model: &'s BiEncoderModel<B>,
     pub(in crate::train) state: &'s TrainState<B>,
@@ -31,11 +31,11 @@ pub(in crate::train) struct Saved<'s, B: Backend> {
     pub(in crate::train) progress: RunProgress,
 }
 
-/// Writes `checkpoint-N` and then removes the oldest checkpoints beyond the number that is kept. Every rank
-/// writes its own moments, rank 0 everything else. Returns the folder.
+/// Writes `checkpoint-N` and then removes the oldest checkpoints beyond the number that is kept. Each rank
+/// writes its moments, rank 0 all other files. Returns the folder.
 ///
 /// # Errors
-/// When a file cannot be written. Earlier checkpoints are as they were then.
+/// If a file cannot be written. Earlier checkpoints are then unchanged.
 pub(in crate::train) fn write<B: Backend>(
     saved: &Saved<'_, B>,
     collective: &dyn Collective<B>,
@@ -47,7 +47,7 @@ pub(in crate::train) fn write<B: Backend>(
     let first = collective.rank() == 0;
     let written = write_hidden(saved, collective, &hidden);
     if written.is_err() && first {
-        // What went wrong is the error to report.
+        // The original error is reported.
         let _ = fs::remove_dir_all(&hidden);
     }
     written?;
@@ -60,7 +60,7 @@ pub(in crate::train) fn write<B: Backend>(
     Ok(folder)
 }
 
-/// All files, with the manifest, flushed to the disk.
+/// Writes all files and the manifest, and flushes them to the disk.
 fn write_hidden<B: Backend>(
     saved: &Saved<'_, B>,
     collective: &dyn Collective<B>,
@@ -92,8 +92,8 @@ fn write_hidden<B: Backend>(
     collective.agree(if first { rest() } else { Ok(()) })
 }
 
-/// Removes what a killed process left of checkpoints that it was writing or removing in an output folder;
-/// returns the names. No other process may be writing there.
+/// Removes the remains of checkpoints that a killed process was writing or removing in an output folder; returns
+/// their names. No other process may be writing there.
 ///
 /// # Errors
 /// When the folder cannot be read or something cannot be removed.
@@ -135,8 +135,8 @@ fn write_state<B: Backend>(saved: &Saved<'_, B>, ranks: usize, hidden: &Path) ->
     fs::write(&path, json).map_err(io)
 }
 
-/// Gives a complete hidden folder its name. Something else that has the name is moved aside. A checkpoint of the same step (a damaged one, or the same one of
-/// an earlier attempt) is exchanged with it in one operation and then removed.
+/// Renames a complete hidden folder to its final name. A checkpoint with that name (a damaged one, or one of an
+/// earlier attempt) is exchanged with it in one operation and then removed; anything else with that name is renamed.
 fn put_in_place(hidden: &Path, folder: &Path) -> Result<()> {
     let io = |e| Error::io("move the checkpoint into place", folder, e);
     if fs::symlink_metadata(folder).is_ok() && !is_checkpoint(folder) {
@@ -150,22 +150,22 @@ fn put_in_place(hidden: &Path, folder: &Path) -> Result<()> {
         sync_parent(folder)?;
         return fs::remove_dir_all(hidden).map_err(io);
     }
-    // A file system that cannot exchange. Interrupted in between, an older checkpoint is the newest.
+    // The file system does not support exchange. If interrupted in between, an older checkpoint is the newest.
     let old = hidden_name(folder);
     fs::rename(folder, &old).and_then(|()| fs::rename(hidden, folder)).map_err(io)?;
     sync_parent(folder)?;
     fs::remove_dir_all(&old).map_err(io)
 }
 
-/// Removes the oldest checkpoints beyond the number that is kept, the one of `step` being the newest. Those
-/// of later steps are of an attempt that this run repeats: it will put its own in their place.
+/// Removes the oldest checkpoints beyond the number that is kept; that of `step` is the newest. Checkpoints of
+/// later steps are from an earlier attempt of this run, which will replace them.
 fn remove_old(output_dir: &Path, saving: &Saving, step: u64) -> Result<()> {
     let Some(keep) = saving.keep else { return Ok(()) };
     let mut older = list(output_dir)?;
     older.retain(|(of, _)| *of < step);
     let surplus = older.len().saturating_sub(keep.saturating_sub(1));
     for (_, folder) in &older[..surplus] {
-        // Renamed first: interrupted half-way, no incomplete checkpoint keeps its name.
+        // Renamed first, so that after an interruption no incomplete checkpoint has this name.
         let old = hidden_name(folder);
         fs::rename(folder, &old)
             .and_then(|()| fs::remove_dir_all(&old))
@@ -174,8 +174,8 @@ fn remove_old(output_dir: &Path, saving: &Saving, step: u64) -> Result<()> {
     Ok(())
 }
 
-/// Renames what is in a checkpoint's place and is none to the first free one of `NAME.earlier-1`,
-/// `NAME.earlier-2`, ….
+/// Renames a file or folder that has the name of a checkpoint but is none, to the first unused name of
+/// `NAME.earlier-1`, `NAME.earlier-2`, ….
 fn move_aside(path: &Path) -> std::io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let free = (1u32..)
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn old_checkpoints_are_removed_and_nothing_else() {
+    fn only_old_checkpoints_are_removed() {
         for (keep, left) in [
             (1, &["checkpoint-20"][..]),
             (2, &["checkpoint-10", "checkpoint-20"]),
@@ -227,7 +227,7 @@ mod tests {
             for step in [5, 9, 10, 20, 30] {
                 folder(root.path(), &format!("checkpoint-{step}"), &["manifest.json"]);
             }
-            // Of the user, or of another program.
+            // Not checkpoints: folders of the user, or of another program.
             let own = ["checkpoint-7", "checkpoint-x", "checkpoint-007", "checkpoint-best"];
             own.iter().for_each(|name| drop(folder(root.path(), name, &["notes.txt"])));
             remove_old(root.path(), &Saving { keep: Some(keep), ..Saving::default() }, 20).unwrap();
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_takes_the_place_of_one_of_the_same_step() {
+    fn a_checkpoint_replaces_one_of_the_same_step() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("checkpoint-3");
         for new in ["first", "second"] {
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_checkpoint_is_moved_aside() {
+    fn a_folder_that_is_no_checkpoint_is_renamed() {
         let root = tempfile::tempdir().unwrap();
         let elsewhere = folder(root.path(), "elsewhere", &["manifest.json"]);
         for number in 1..=2 {
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unfinished_is_removed_and_nothing_else() {
+    fn only_unfinished_checkpoints_are_removed() {
         let root = tempfile::tempdir().unwrap();
         for name in
             [".writing-checkpoint-3", ".removed-checkpoint-1", ".writing-notes", "checkpoint-2"]

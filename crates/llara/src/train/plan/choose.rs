@@ -11,7 +11,7 @@ pub enum ChunkPolicy {
     Auto,
     /// The number of chunks whose activations are kept; the size is given.
     FixedSize(Chunking),
-    /// Nothing.
+    /// None: the chunks are given.
     Fixed(Chunking),
 }
 

@@ -94,10 +94,10 @@ impl DryRun {
         };
         let counting = CountingBackend::new(shape.memory);
         let mut model = load(&counting, &shape)?;
-        let (weights, loading) = (counting.taken(), counting.peak());
+        let (weights, loading) = (counting.allocated(), counting.peak());
         let optimizer = AdamW::new(&counting, model.decoder_mut(), AdamWConfig::default())?;
-        let moments = (counting.taken() - weights) / 3 * 2;
-        let gradients = counting.taken() - weights - moments;
+        let moments = (counting.allocated() - weights) / 3 * 2;
+        let gradients = counting.allocated() - weights - moments;
         Ok(DryRun {
             shape,
             counting,
@@ -173,7 +173,7 @@ impl DryRun {
     pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
         let objective = self.model.objective(Arc::new(Solo))?;
-        self.counting.forget_peak();
+        self.counting.reset_peak();
         let before = self.counting.flops();
         drop(accumulate_gradients(&mut self.model, &objective, &input, chunking)?);
         drop(self.optimizer.step(&self.counting, self.model.decoder_mut(), 0.0)?);

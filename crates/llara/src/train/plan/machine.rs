@@ -12,7 +12,7 @@ const RESERVED: f64 = 0.1;
 /// Memory of this process before it reads weights, if the system does not report it.
 const PROCESS_BYTES: u64 = 64 << 20;
 
-/// Additional memory of this process during training, besides tensors and workspace: program pages that
+/// Additional memory of this process during training, in addition to tensors and workspace: program pages that
 /// are used for the first time, threads, the next batch, the log. Measured on Linux: 10 to 12 MiB.
 const GROWTH_BYTES: u64 = 12 << 20;
 
@@ -28,7 +28,7 @@ pub struct MachineMemory {
 }
 
 impl MachineMemory {
-    /// Reads the present values. On Linux, from `/proc` and the limits of control groups.
+    /// Reads the current values. On Linux, from `/proc` and the limits of control groups.
     pub fn read() -> Self {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -43,17 +43,17 @@ impl MachineMemory {
         }
     }
 
-    /// The memory in which `backend` puts tensors: its own, or the machine's.
+    /// The memory in which `backend` stores tensors: that of the device, or of the machine.
     ///
     /// # Errors
-    /// When the device is lost.
+    /// If the device is lost.
     pub fn of<B: Backend>(backend: &B) -> Result<Self> {
         Ok(match backend.free_and_total_bytes()? {
             None => Self::read(),
             Some((free, total)) => MachineMemory {
                 total: Some(total as u64),
                 available: Some(free as u64),
-                // What it has already is not free; the plan counts it as workspace.
+                // Memory that is already in use is not free; the plan counts it as workspace.
                 process: backend.memory().fixed_bytes as u64,
             },
         })

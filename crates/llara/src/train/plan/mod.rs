@@ -1,7 +1,7 @@
 //! Estimates of a training run before it starts: memory by category, the chunks of a batch, the work of a
 //! step.
 //!
-//! A [`DryRun`] runs the training step itself on the [`CountingBackend`](crate::backend::CountingBackend),
+//! A [`DryRun`] runs the training step on the [`CountingBackend`](crate::backend::CountingBackend),
 //! which computes nothing and counts the allocations and operations of the CPU, on a batch drawn from the
 //! data.
 

@@ -9,7 +9,7 @@ use crate::model::{DecoderConfig, LoraConfig};
 /// Per token, a matrix of P weights needs 2·P operations in the forward pass, 2·P for the gradient of its
 /// input and 2·P for its own gradient. A frozen matrix does not need the last, an adapter needs all three.
 /// Per pair of positions, attention needs 4 operations per head feature in the forward pass and 8 in the
-/// backward pass. The last block is counted only where the last `pooled` positions of a sequence depend on
+/// backward pass. The last block is counted only as far as the last `pooled` positions of a sequence depend on
 /// it. With adapters, the gradient of the first block's input is not counted.
 pub(super) fn needed_flops(
     config: &DecoderConfig,
@@ -81,7 +81,7 @@ impl Matrix {
     }
 }
 
-/// The matrices of one layer, as the decoder itself names and shapes them.
+/// The matrices of one layer, with the names and shapes of the decoder.
 fn matrices(config: &DecoderConfig) -> Result<Vec<Matrix>> {
     let shapes = config.parameter_shapes()?.into_iter();
     let matrix = |(name, shape): (String, Vec<usize>)| {

@@ -25,7 +25,7 @@ pub(super) unsafe fn single(steps: usize, left: Left, panel: *const u32, tile: &
             }
         }
     }
-    // SAFETY: the caller vouches for the tile.
+    // SAFETY: the caller guarantees a valid tile.
     unsafe { tile.write(&sums) };
 }
 
@@ -36,7 +36,7 @@ pub(super) unsafe fn single(steps: usize, left: Left, panel: *const u32, tile: &
 unsafe fn pass(steps: usize, left: Left, panel: *const f32) -> [[__m256; 2]; MR] {
     let mut sums = [[_mm256_setzero_ps(); 2]; MR];
     for step in 0..steps {
-        // SAFETY: step < steps, so the caller vouches for these cells.
+        // SAFETY: step < steps, so the caller guarantees that these cells are readable.
         unsafe {
             let column = panel.add(step * NR);
             let columns = [_mm256_loadu_ps(column), _mm256_loadu_ps(column.add(8))];

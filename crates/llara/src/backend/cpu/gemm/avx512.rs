@@ -1,8 +1,8 @@
 //! The AVX-512 kernels: 6 x 64 sums in 24 registers.
 //!
 //! Each step loads four vectors of the packed panel and broadcasts six cells of the left operand for
-//! 24 multiplications, so that the arithmetic units and not the loads set the pace: on Zen 4 a
-//! 512-bit product starts every cycle and takes 4 (f32) or 6 (bf16) to finish.
+//! 24 multiplications, so that the kernel is limited by arithmetic and not by loads: on Zen 4 a 512-bit
+//! multiplication can start every cycle and has a latency of 4 (f32) or 6 (bf16) cycles.
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
@@ -18,7 +18,7 @@ const LANES: usize = 16;
 /// As for [`Kernel`](super::tile::Kernel), with AVX-512 F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) unsafe fn single(steps: usize, left: Left, panel: *const u32, tile: &Tile) {
-    // SAFETY: the caller's promises are those of the functions called.
+    // SAFETY: the callees have the same safety requirements as this function.
     unsafe {
         prefetch(tile);
         match tile.cols.div_ceil(LANES) {
@@ -36,7 +36,7 @@ pub(super) unsafe fn single(steps: usize, left: Left, panel: *const u32, tile: &
 /// As for [`Kernel`](super::tile::Kernel), with AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn pairs(steps: usize, left: Left, panel: *const u32, tile: &Tile) {
-    // SAFETY: the caller's promises are those of the functions called.
+    // SAFETY: the callees have the same safety requirements as this function.
     unsafe {
         prefetch(tile);
         match tile.cols.div_ceil(LANES) {
@@ -48,7 +48,7 @@ pub(super) unsafe fn pairs(steps: usize, left: Left, panel: *const u32, tile: &T
     }
 }
 
-/// Asks for what [`write`] will read and write while there are products to compute.
+/// Prefetches the memory that [`write`] will read and write, during the computation of the products.
 #[inline]
 fn prefetch(tile: &Tile) {
     const LINE: usize = 64;
@@ -60,7 +60,7 @@ fn prefetch(tile: &Tile) {
         };
         for at in (0..tile.rows).flat_map(|i| (0..row).step_by(LINE).map(move |at| i * stride + at))
         {
-            // SAFETY: a prefetch reads nothing, wherever it points.
+            // SAFETY: a prefetch is valid for any address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at)) };
         }
     }
@@ -93,11 +93,11 @@ macro_rules! sums {
             left: Left,
             panel: *const u32,
         ) -> [[__m512; VECTORS]; MR] {
-            // Counted loops are unrolled and the sums stay in registers; iterators and closures are
-            // not, at a tenth of the speed.
+            // Counted loops are unrolled and keep the sums in registers; iterators and closures are
+            // not unrolled, and ten times slower.
             let mut sums = [[_mm512_setzero_ps(); VECTORS]; MR];
             for step in 0..steps {
-                // SAFETY: step < steps, so the caller vouches for these cells of the left operand
+                // SAFETY: step < steps, so the caller guarantees that these cells are readable of the left operand
                 // and of the panel.
                 unsafe {
                     let column = panel.add(step * NR);
@@ -139,8 +139,8 @@ unsafe fn write<const VECTORS: usize>(sums: [[__m512; VECTORS]; MR], tile: &Tile
             let col = v * LANES;
             let lanes = (tile.cols - col).min(LANES);
             let mask = (u32::MAX >> (32 - lanes)) as u16;
-            // SAFETY: the mask keeps to the tile's columns and `row` to its rows, for which the
-            // caller vouches.
+            // SAFETY: the mask selects only columns of the tile, and `row` is one of its rows, whose
+            // validity the caller guarantees.
             unsafe {
                 if !tile.bias.is_null() {
                     x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, tile.bias.add(col)));

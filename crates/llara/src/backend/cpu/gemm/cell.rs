@@ -5,12 +5,12 @@
 //! multiplies and adds at once. As both are 32 bits wide, packing, loops and tiles are the same for
 //! both.
 //!
-//! The loops count instead of zipping iterators: those are not always inlined into code compiled for a
-//! vector unit, and packing then takes twice the time.
+//! The loops use counters instead of zipped iterators, which are not always inlined into code compiled for a
+//! vector unit; packing would then take twice the time.
 
 pub(super) use crate::backend::cpu::element::Element;
 
-/// What the packed operands of a product hold.
+/// The contents of the cells of a product's packed operands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     /// f32.
@@ -31,7 +31,7 @@ impl Format {
 /// A [`Format`] as a type, so that packing loops are compiled for each.
 pub(super) trait Cells {
     const GROUP: usize;
-    /// `second` is the next element along the inner dimension, or zero; only pairs look at it.
+    /// `second` is the next element along the inner dimension, or zero; only pairs use it.
     fn cell<T: Element>(first: T, second: Option<T>) -> u32;
 }
 
@@ -43,7 +43,7 @@ impl Cells for Single {
     const GROUP: usize = 1;
     #[inline(always)]
     fn cell<T: Element>(first: T, _: Option<T>) -> u32 {
-        first.single().to_bits()
+        first.to_f32().to_bits()
     }
 }
 
@@ -63,7 +63,7 @@ impl Cells for Pairs {
     }
 }
 
-/// Cells of a line that runs along the inner dimension.
+/// Cells of a line along the inner dimension.
 #[inline(always)]
 pub(super) fn cells_along<T: Element, C: Cells>(line: &[T], cells: &mut [u32]) {
     let whole = line.len() / C::GROUP;
@@ -78,7 +78,7 @@ pub(super) fn cells_along<T: Element, C: Cells>(line: &[T], cells: &mut [u32]) {
     }
 }
 
-/// As [`cells_along`] for as many cells as an AVX-512 vector has; the fixed number makes it vectors.
+/// [`cells_along`] for the number of cells of an AVX-512 vector. The fixed number allows vectorization.
 #[inline(always)]
 pub(super) fn sixteen_cells<T: Element, C: Cells>(line: &[T], cells: &mut [u32; 16]) {
     let line = &line[..16 * C::GROUP];
@@ -88,7 +88,7 @@ pub(super) fn sixteen_cells<T: Element, C: Cells>(line: &[T], cells: &mut [u32; 
     }
 }
 
-/// Cells of one step from lines that run across the inner dimension; `second` is absent past its end.
+/// Cells of one step from lines across the inner dimension; `second` is absent past the end.
 #[inline(always)]
 pub(super) fn cells_across<T: Element, C: Cells>(
     first: &[T],

@@ -3,7 +3,7 @@
 //! ```text
 //! for columns of the task, 640 at a time
 //!   for blocks of the inner dimension                pack B: 640 columns, in L2 or L3
-//!     for rows of the task, 12 or 96 at a time       pack A where it must be: 96 rows, in L2
+//!     for rows of the task, 12 or 96 at a time       pack A if needed: 96 rows, in L2
 //!       for panels of 64 columns                     one stream from L2 or L3
 //!         for groups of 6 rows                       in L1
 //!           kernel: 6 x 64 sums in registers
@@ -35,29 +35,29 @@ pub(super) struct Job<'a> {
     pub(super) out: Place,
 }
 
-// SAFETY: the pointers are those of `onto` and `out`, valid for `[m, n]` while the job lives; tasks
-// write disjoint parts of `out`, and read `onto` only where they write or where nobody does.
+// SAFETY: the pointers are those of `onto` and `out`, valid for `[m, n]` during the lifetime of the job. Tasks
+// write disjoint parts of `out`; they read only elements of `onto` that no other task writes.
 unsafe impl Sync for Job<'_> {}
 
 impl Job<'_> {
     /// Multiplies on `threads` threads of the current rayon pool.
     ///
     /// # Safety
-    /// `out` must be writable and `onto` readable for `[m, n]`, and nothing else may touch `out`.
+    /// `out` must be writable and `onto` readable for `[m, n]`, and no other code may access `out`.
     pub(super) unsafe fn run(&self, threads: usize) {
-        // Packing moves memory: an element takes as long as this many products.
+        // Packing one element takes as long as this many multiplications.
         const PACKED: usize = 24;
         const READ: usize = 8;
         let in_place = self.in_place(0).is_some();
         let left = if in_place { READ } else { PACKED };
-        // Half panels balance better, but only rows make tasks that need none.
+        // Half panels balance the load better, but without whole panels every operand would be packed.
         let unit = if in_place { NR } else { NR / 2 };
         let costs = Costs { left, right: PACKED };
         let grid = Grid::new((self.m, self.n, self.k), unit, costs, threads);
         let run = |task| {
             let (rows, columns) = grid.task(task);
             if !rows.is_empty() && !columns.is_empty() {
-                // SAFETY: the caller's promise; the tasks of a grid do not overlap.
+                // SAFETY: guaranteed by the caller; the tasks of a grid do not overlap.
                 with_scratch(|scratch| unsafe { self.task(scratch, rows, columns) });
             }
         };
@@ -67,8 +67,7 @@ impl Job<'_> {
         }
     }
 
-    /// The left operand from element `k` of the inner dimension on, where kernels can read it as it
-    /// lies.
+    /// The left operand from element `k` of the inner dimension on, if kernels can read it without packing.
     fn in_place(&self, k: usize) -> Option<Left> {
         match (&self.left, self.engine.format) {
             (Operand::F32(x), Format::Single) if !x.is_transposed() => Some(Left {
@@ -76,7 +75,7 @@ impl Job<'_> {
                 row: 4 * x.stride(),
                 step: 4,
             }),
-            // The last of an odd number has no partner.
+            // With an odd inner dimension, the last element has no second element of a pair.
             (Operand::Bf16(x), Format::Pairs) if !x.is_transposed() && self.k.is_multiple_of(2) => {
                 Some(Left {
                     start: x.as_ptr().wrapping_add(k).cast(),
@@ -89,7 +88,7 @@ impl Job<'_> {
     }
 
     /// # Safety
-    /// As for [`run`](Job::run), with the rows and columns of this task in place of all.
+    /// As for [`run`](Job::run), for the rows and columns of this task.
     unsafe fn task(&self, scratch: &mut Scratch, rows: Range<usize>, columns: Range<usize>) {
         let group = self.engine.format.group();
         let steps = self.k.div_ceil(group);
@@ -124,7 +123,7 @@ impl Job<'_> {
                 let at_once = rows_at_once(pass.block.len() * pass.columns.len(), in_place);
                 for row in rows.clone().step_by(at_once) {
                     let rows = row..(row + at_once).min(rows.end);
-                    // SAFETY: the caller's promise, for a part of its rows and columns.
+                    // SAFETY: guaranteed by the caller, for a part of its rows and columns.
                     unsafe { self.rows(scratch, &pass, rows) };
                 }
             }
@@ -134,11 +133,11 @@ impl Job<'_> {
     /// Multiplies some rows with the columns and the block of a pass.
     ///
     /// # Safety
-    /// As for [`task`](Job::task), and `scratch` must hold the panels of the pass.
+    /// As for [`task`](Job::task), and `scratch` must contain the panels of the pass.
     unsafe fn rows(&self, scratch: &mut Scratch, pass: &Pass, rows: Range<usize>) {
         let steps = pass.block.len();
         let in_place = self.in_place(pass.inner.start);
-        // A group of less than six rows is packed even so: the kernel reads six.
+        // A group of less than six rows is always packed, because the kernel reads six rows.
         let whole = if in_place.is_some() { rows.len() / MR * MR } else { 0 };
         let rest = rows.start + whole..rows.end;
         let cells = scratch.left.cells(rest.len().div_ceil(MR) * group_cells(steps));
@@ -157,8 +156,8 @@ impl Job<'_> {
                         Left { start: packed.start.wrapping_add(4 * group), ..packed }
                     }
                 };
-                // SAFETY: row and column are inside the task, for which the caller vouches; the
-                // kernel suits the processor (`Engine::new`); the panel was packed for this block,
+                // SAFETY: row and column are inside the task, as guaranteed by the caller; the
+                // processor supports the kernel (`Engine::new`); the panel was packed for this block,
                 // and so was the left operand unless six whole rows of it are read in place.
                 unsafe {
                     let onto = Region { place: self.onto, row: 0, column: 0 };
@@ -192,9 +191,9 @@ struct Pass {
     to: Region,
 }
 
-/// A matrix in memory that holds the product from a row and a column on: all of it, or the part of a
-/// task. A pointer to where row 0 would be is outside the allocation, which is undefined even if it is
-/// never read.
+/// A matrix in memory that contains the product from a row and a column on: the whole product, or the part of
+/// a task. It does not store a pointer to row 0, which would be outside the allocation and therefore undefined
+/// behavior, even if it is never read.
 #[derive(Clone, Copy)]
 struct Region {
     place: Place,
@@ -206,9 +205,9 @@ impl Region {
     /// The matrix from `(row, column)` of the product on.
     ///
     /// # Safety
-    /// The region must hold that element.
+    /// The region must contain that element.
     unsafe fn at(self, row: usize, column: usize) -> Place {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.place.at(row - self.row, column - self.column) }
     }
 }

@@ -1,4 +1,4 @@
-//! Which kernel multiplies: the vector unit of this processor and the precision asked for.
+//! Selects the kernel for a vector unit and a precision.
 
 use super::cell::Format;
 use super::portable;
@@ -7,16 +7,16 @@ use super::tile::Kernel;
 use super::{avx2, avx512};
 use crate::backend::cpu::unit::Unit;
 
-/// How operands are rounded before they are multiplied. Sums are always f32.
+/// How operands are rounded before the multiplication. Sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// Not at all.
+    /// No rounding.
     F32,
-    /// To bf16, ties to even; operands that are bf16 already stay as they are.
+    /// Rounded to bf16, ties to even; bf16 operands are not changed.
     Bf16,
 }
 
-/// A kernel, what its packed operands hold, and the transposition that packing them needs.
+/// A kernel, the format of its packed operands, and the transposition that packing uses.
 #[derive(Clone, Copy)]
 pub(super) struct Engine {
     pub(super) format: Format,
@@ -26,7 +26,7 @@ pub(super) struct Engine {
 
 impl Engine {
     /// # Panics
-    /// If this processor does not have the unit: running its kernel would be undefined.
+    /// If this processor does not have the unit: running its kernel would be undefined behavior.
     pub(super) fn new(precision: Precision, unit: Unit) -> Self {
         assert!(unit.is_available(), "{unit:?} is not a unit of this processor");
         let format = match (precision, unit) {
@@ -55,7 +55,7 @@ impl Engine {
     }
 }
 
-/// The plain transposition.
+/// The portable transposition.
 fn transpose(from: &[[u32; 16]; 16], to: &mut [u32], stride: usize) {
     for (r, row) in from.iter().enumerate() {
         row.iter().enumerate().for_each(|(c, &cell)| to[c * stride + r] = cell);
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_transposition_transposes() {
+    fn all_transpositions_agree() {
         let from: [[u32; 16]; 16] =
             std::array::from_fn(|r| std::array::from_fn(|c| (r * 16 + c) as u32));
         for unit in Unit::ALL.into_iter().filter(|unit| unit.is_available()) {

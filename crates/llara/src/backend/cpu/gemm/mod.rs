@@ -1,13 +1,12 @@
-//! Products of matrices on the processor: f32, or bf16 with f32 sums.
+//! Matrix products on the CPU: f32, or bf16 with f32 accumulation.
 //!
-//! `out = alpha · a · b (+ bias) (+ out or residual)`, each operand row-major or transposed, f32 or bf16. An
-//! element of the result has the same bits on any number of
-//! threads and whatever other rows and columns are computed with it: the inner dimension is summed in
-//! an order that depends on its length alone.
+//! `out = alpha · a · b (+ bias) (+ out or residual)`, each operand row-major or transposed, f32 or bf16. The
+//! bits of an element of the result depend neither on the number of threads nor on the other rows and columns
+//! of the product: the inner dimension is summed in an order that depends only on its length.
 //!
 //! Kernels multiply packed panels (Goto and van de Geijn 2008). Reading order: `view`, then `cell`
-//! and `tile` for what a kernel sees, `avx512` for a kernel, `pack`, and `drive` for the loops around
-//! them; `engine` picks the kernel, `split` the blocks and the tasks.
+//! and `tile` for the inputs and outputs of a kernel, `avx512` for a kernel, `pack`, and `drive` for the
+//! loops around them; `engine` selects the kernel, `split` the blocks and the tasks.
 //!
 //! With bf16, processors with `vdpbf16ps` treat denormal operands as zero.
 
@@ -61,15 +60,15 @@ impl Output for bf16 {
     }
 }
 
-/// What is added to a product before it is rounded to the type of the result.
+/// What is added to a product before it is rounded to the dtype of the result.
 #[derive(Debug, Clone, Copy, Default)]
 pub enum Onto<'a, O> {
-    /// Nothing.
+    /// Nothing is added.
     #[default]
     Nothing,
-    /// What the result held before.
+    /// The previous contents of the result.
     Result,
-    /// Another matrix of the result's shape; not transposed.
+    /// Another matrix with the shape of the result; not transposed.
     Residual(View<'a, O>),
 }
 
@@ -91,12 +90,12 @@ impl<'a, O: Output> Gemm<'a, O> {
         Gemm { precision, unit, parallel: true, alpha: 1.0, bias: None, onto: Onto::Nothing }
     }
 
-    /// On this thread alone.
+    /// Computes on the current thread only.
     pub fn serial(self) -> Self {
         Gemm { parallel: false, ..self }
     }
 
-    /// By the kernels of a given unit instead of the selected one.
+    /// Uses the kernels of the given unit instead of the selected one.
     pub fn unit(self, unit: Unit) -> Self {
         Gemm { unit, ..self }
     }
@@ -111,7 +110,7 @@ impl<'a, O: Output> Gemm<'a, O> {
         Gemm { bias: Some(bias), ..self }
     }
 
-    /// Adds what the result held before.
+    /// Adds the previous contents of the result.
     pub fn accumulate(self) -> Self {
         Gemm { onto: Onto::Result, ..self }
     }
@@ -121,10 +120,10 @@ impl<'a, O: Output> Gemm<'a, O> {
         Gemm { onto, ..self }
     }
 
-    /// `out = a · b`, with what was asked to be added: a `[m, k]`, b `[k, n]`, out `[m, n]`.
+    /// `out = a · b`, with the selected scale and additions: a `[m, k]`, b `[k, n]`, out `[m, n]`.
     ///
     /// # Panics
-    /// If shapes do not fit, or the unit is not one of this processor.
+    /// If shapes do not match, or this processor does not have the unit.
     pub fn multiply<'b>(
         &self,
         out: ViewMut<'_, O>,
@@ -155,7 +154,7 @@ impl<'a, O: Output> Gemm<'a, O> {
         let job = Job { engine, m, n, k, left, right, alpha, bias, onto, out: place };
         let threads = if self.parallel { rayon::current_num_threads() } else { 1 };
         // SAFETY: the views own or borrow every element of their shapes, `out` mutably, so that
-        // nothing else touches it; `onto` is only read.
+        // no other code accesses it; `onto` is only read.
         unsafe { job.run(threads) };
     }
 }

@@ -1,7 +1,7 @@
 //! Packing: operands copied into the order in which kernels read them.
 //!
 //! The right operand becomes panels of 64 columns, `[step][column]`, so that a kernel reads it as one
-//! stream. The left operand is read in place where its rows lie along the inner dimension; otherwise
+//! stream. The left operand is read in place if its rows are contiguous along the inner dimension; otherwise
 //! it becomes groups of six rows, `[step][row]`.
 
 use std::ops::Range;
@@ -14,14 +14,14 @@ use super::tile::{Left, MR, NR};
 use super::view::{Operand, View};
 use crate::backend::cpu::vector::vectorised;
 
-/// Calls `$pack::<T, C>(view, ...)` for the types that an operand and a format stand for.
+/// Calls `$pack::<T, C>(view, ...)` for the element type of an operand and the cell type of a format.
 macro_rules! with_types {
     ($operand:expr, $format:expr, $pack:ident($($arg:expr),*)) => {
         match ($operand, $format) {
             (&Operand::F32(view), Format::Single) => $pack::<f32, Single>(view, $($arg),*),
             (&Operand::F32(view), Format::Rounded) => $pack::<f32, Rounded>(view, $($arg),*),
             (&Operand::F32(view), Format::Pairs) => $pack::<f32, Pairs>(view, $($arg),*),
-            // bf16 has nothing left to round.
+            // bf16 needs no rounding.
             (&Operand::Bf16(view), Format::Single | Format::Rounded) => {
                 $pack::<half::bf16, Single>(view, $($arg),*)
             }
@@ -55,8 +55,8 @@ fn panel_columns(panel: usize, columns: &Range<usize>) -> Range<usize> {
 }
 
 vectorised! {
-    /// From lines across the inner dimension: one line, or two, become one step. A few steps of all
-    /// panels before the next: a line is then read to its end while it is in the cache.
+    /// From lines across the inner dimension: one or two lines become one step. A few steps are packed for all
+    /// panels before the next steps, so that a line is read completely while it is in the cache.
     fn panels_across<T: Element, C: Cells>(
         view: View<'_, T>,
         inner: Range<usize>,
@@ -139,7 +139,7 @@ fn panel_along<T: Element, C: Cells>(
     }
 }
 
-/// The lines of one step; the second is absent past the end, and where a cell is not a pair.
+/// The lines of one step; the second is absent past the end, and if a cell is not a pair.
 struct Pair<'a, T> {
     first: &'a [T],
     second: Option<&'a [T]>,
@@ -158,13 +158,13 @@ impl<'a, T: Element> Pair<'a, T> {
     }
 }
 
-/// Cells of a packed group of six rows. The two at the end are not read: groups are written eight cells
-/// at a time, each write over the end of the one before.
+/// Cells of a packed group of six rows. The last two are not read: groups are written eight cells at a time,
+/// and each write overwrites the last two cells of the previous one.
 pub(super) fn group_cells(steps: usize) -> usize {
     MR * steps + WRITE - MR
 }
 
-/// Cells that are written at once, a vector of every unit.
+/// Cells that are written at once: one vector of AVX2, half a vector of AVX-512.
 const WRITE: usize = 8;
 
 /// Packs rows of a left operand `[m, k]` for the elements `inner` of its inner dimension, padded with
@@ -184,7 +184,7 @@ pub(super) fn pack_rows(
             false => with_types!(left, engine.format, rows_along(rows, inner, cells)),
         }
     }
-    // Taken after the last write: a write through the slice would invalidate an earlier pointer.
+    // After the last write: a write through the slice would invalidate an earlier pointer.
     let start = cells.as_ptr().cast();
     match across {
         true => Left { start, row: 4, step: 4 * MR },
@@ -193,7 +193,7 @@ pub(super) fn pack_rows(
 }
 
 vectorised! {
-    /// From lines along the inner dimension, which stay lines.
+    /// From lines along the inner dimension; the order within a line is kept.
     fn rows_along<T: Element, C: Cells>(
         view: View<'_, T>,
         rows: Range<usize>,
@@ -215,8 +215,8 @@ vectorised! {
 }
 
 vectorised! {
-    /// From lines across the inner dimension: 16 steps of 96 rows are converted, then dealt out to
-    /// their groups.
+    /// From lines across the inner dimension: 16 steps of 96 rows are converted, then distributed to their
+    /// groups.
     fn rows_across<T: Element, C: Cells>(
         view: View<'_, T>,
         rows: Range<usize>,
@@ -228,7 +228,7 @@ vectorised! {
         const STEPS: usize = 16;
         let steps = inner.len().div_ceil(C::GROUP);
         let group_len = group_cells(steps);
-        // The last write of a line reaches two cells further.
+        // The last write of a line extends two cells beyond it.
         let mut lines = [[0; ROWS + 16]; STEPS];
         for (part, cells) in cells.chunks_mut(ROWS / MR * group_len).enumerate() {
             let from = rows.start + part * ROWS;

@@ -1,10 +1,10 @@
-//! Which kernel multiplies bf16, decided by a measurement of a few milliseconds.
+//! Selects the kernel for bf16 products by a measurement of a few milliseconds.
 //!
 //! `vdpbf16ps` multiplies two pairs at once, but on some processors it runs at a quarter of the rate
-//! of an f32 multiply-add, and the product then takes twice as long as in f32. There bf16 operands are
-//! widened while they are packed, which is exact, and multiplied by the f32 kernel; operands that are
-//! f32 are still rounded to bf16 first. The two kernels add in another order and treat denormal
-//! operands differently, so their results differ by rounding. Where the rates are nearly equal, two
+//! of an f32 multiply-add, and the product then takes twice as long as in f32. On these, bf16 operands are
+//! converted to f32 while they are packed, which is exact, and multiplied by the f32 kernel; operands that are
+//! f32 are still rounded to bf16 first. The two kernels add in a different order and treat denormal
+//! operands differently, so their results differ in rounding. If the rates are nearly equal, two
 //! processes may decide differently; `LLARA_CPU=avx512bf16` or `LLARA_CPU=avx512` fixes the decision.
 
 use std::sync::OnceLock;
@@ -15,7 +15,7 @@ use super::scratch::CellBuffer;
 use super::tile::{Left, MR, NR, Place, Tile};
 use crate::backend::cpu::unit::Unit;
 
-/// The unit whose kernels multiply in a precision, unless a product asks for another.
+/// The unit whose kernels are used for a precision, unless a product selects another.
 pub(super) fn unit_for(precision: Precision) -> Unit {
     match (precision, Unit::active()) {
         (Precision::Bf16, Unit::Avx512Bf16) if !multiplies_bf16_faster() => Unit::Avx512,
@@ -25,29 +25,29 @@ pub(super) fn unit_for(precision: Precision) -> Unit {
 
 static FASTER: OnceLock<bool> = OnceLock::new();
 
-/// Makes the decision without a measurement, if it is not made yet. `LLARA_CPU` has the last word.
+/// Makes the decision without a measurement, if it has not been made yet. `LLARA_CPU` takes precedence.
 pub(in crate::backend::cpu) fn decide(faster: bool) {
     if Unit::active() == Unit::Avx512Bf16 && !Unit::is_forced() {
         let _ = FASTER.set(faster);
     }
 }
 
-/// Whether products of bf16 run on bf16 instructions because those are faster than the f32 kernel
-/// here, or because `LLARA_CPU` asks for them. Measured once per process.
+/// Whether bf16 products use bf16 instructions, because those are faster than the f32 kernel
+/// on this processor, or because `LLARA_CPU` selects them. Measured once per process.
 pub(in crate::backend::cpu) fn multiplies_bf16_faster() -> bool {
     *FASTER.get_or_init(|| {
-        Unit::active() == Unit::Avx512Bf16 && (Unit::is_forced() || pairs_win(&measure()))
+        Unit::active() == Unit::Avx512Bf16 && (Unit::is_forced() || pairs_are_faster(&measure()))
     })
 }
 
-/// The shortest times of the same product.
+/// The shortest time of the same product with each kernel.
 #[derive(Debug)]
 struct Times {
     single: Duration,
     pairs: Duration,
 }
 
-fn pairs_win(times: &Times) -> bool {
+fn pairs_are_faster(times: &Times) -> bool {
     times.pairs < times.single
 }
 
@@ -56,10 +56,10 @@ const INNER: usize = 64;
 /// Kernel calls that are timed together, some 10 microseconds.
 const CALLS: usize = 64;
 const ROUNDS: usize = 60;
-/// Rounds before the first that counts: a processor may change its clock for wide vectors.
+/// Rounds before the measurement: a processor may change its clock rate for wide vectors.
 const WARM_UP: usize = 20;
 
-/// Times both kernels in turns, on operands that are packed already.
+/// Measures both kernels alternately, on packed operands.
 fn measure() -> Times {
     let mut operands = [CellBuffer::default(), CellBuffer::default()];
     let [left, panel] = &mut operands;
@@ -102,8 +102,8 @@ mod tests {
     #[test]
     fn the_shorter_time_decides() {
         let [short, long] = [Duration::from_micros(5), Duration::from_micros(9)];
-        assert!(pairs_win(&Times { single: long, pairs: short }));
-        assert!(!pairs_win(&Times { single: short, pairs: long }));
+        assert!(pairs_are_faster(&Times { single: long, pairs: short }));
+        assert!(!pairs_are_faster(&Times { single: short, pairs: long }));
     }
 
     #[test]
@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn the_measurement_takes_milliseconds() {
         if Unit::Avx512Bf16.is_available() {
-            // The shortest of a few: other work on the machine must not fail the test.
+            // The shortest of five: other load on the machine must not make the test fail.
             let shortest = (0..5).map(|_| {
                 let start = Instant::now();
                 let times = measure();

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-/// A cache line of cells, so that no vector of a panel straddles two.
+/// A cache line of cells, so that no vector of a panel crosses a cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Line([u32; LINE]);
@@ -15,7 +15,7 @@ const LINE: usize = 16;
 pub(super) struct CellBuffer(Vec<Line>);
 
 impl CellBuffer {
-    /// `len` cells with leftover contents.
+    /// `len` cells with unspecified contents.
     pub(super) fn cells(&mut self, len: usize) -> &mut [u32] {
         let lines = len.div_ceil(LINE);
         if self.0.len() < lines {
@@ -25,13 +25,13 @@ impl CellBuffer {
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
     }
 
-    /// The cells from the first on, as many as were asked for.
+    /// A pointer to the first cell; valid for the requested number of cells.
     pub(super) fn as_ptr(&self) -> *const u32 {
         self.0.as_ptr().cast()
     }
 }
 
-/// What a task needs.
+/// The buffers of a task.
 #[derive(Default)]
 pub(super) struct Scratch {
     /// Packed rows of the left operand.

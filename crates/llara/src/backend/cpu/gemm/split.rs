@@ -1,8 +1,8 @@
-//! How a product is shared among threads, and how it is cut into blocks that fit the caches.
+//! How a product is divided among threads, and into blocks that fit the caches.
 //!
-//! Threads share rows and columns, never the inner dimension, and the blocks of the inner dimension
-//! depend on its length alone. So an element of the result has the same bits on any number of
-//! threads, and also whatever other rows and columns there are.
+//! Rows and columns are divided among threads, but not the inner dimension, whose blocks depend only on its
+//! length. The bits of an element of the result therefore depend neither on the number of threads nor on the
+//! other rows and columns.
 
 use std::ops::Range;
 
@@ -10,13 +10,13 @@ use super::tile::{MR, NR};
 
 /// Most steps between two passes over the result. A panel of 64 columns is then 192 KiB.
 const STEPS: usize = 768;
-/// Rows of the left operand that meet all columns of a block before the next rows do, where the
-/// packed columns have so many cells.
+/// Number of rows of the left operand that are multiplied with all columns of a block before the next rows.
+/// `cells` is the number of packed cells of the block.
 ///
-/// 96 rows take 288 KiB at most, and use a panel 16 times before the next comes from the L3 cache.
-/// Where all panels stay in the L2 cache there is no need to, and with fewer rows the result is
-/// written in longer runs, which is what a short inner dimension waits for. Not where the left
-/// operand is packed: twelve of its elements side by side are less than a cache line.
+/// 96 rows take 288 KiB at most, and use a panel 16 times before the next panel is loaded from the L3 cache.
+/// If all panels fit the L2 cache, twelve rows are better: the result is then written in longer contiguous
+/// ranges, which limits the speed with a short inner dimension. This does not apply if the left operand is
+/// packed, because twelve adjacent elements are less than a cache line.
 pub(super) fn rows_at_once(cells: usize, in_place: bool) -> usize {
     const IN_L2: usize = 96 << 10;
     if in_place && cells <= IN_L2 { 2 * MR } else { 16 * MR }
@@ -25,7 +25,7 @@ pub(super) fn rows_at_once(cells: usize, in_place: bool) -> usize {
 /// Columns of the right operand that are packed at once: 1.8 MiB, in the L3 cache.
 pub(super) const COLUMNS: usize = 10 * NR;
 
-/// The blocks of an inner dimension of so many steps, at least one.
+/// The blocks of an inner dimension of `steps` steps; at least one block.
 pub(super) fn blocks(steps: usize) -> impl Iterator<Item = Range<usize>> {
     let count = steps.div_ceil(STEPS).max(1);
     let length = steps.div_ceil(count);
@@ -39,24 +39,24 @@ pub(super) struct Grid {
     columns: usize,
     m: usize,
     n: usize,
-    /// Columns that a task does not divide.
+    /// Tasks have a multiple of this many columns.
     unit: usize,
 }
 
-/// What an operand costs besides the products, in products an element.
+/// The cost of packing per element of an operand, in multiplications.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Costs {
-    /// An element of the left operand, again for every column of tasks.
+    /// Of the left operand, for every column of tasks.
     pub(super) left: usize,
-    /// An element of the right operand, again for every row of tasks.
+    /// Of the right operand, for every row of tasks.
     pub(super) right: usize,
 }
 
-/// Products below which threads cost more than they bring: some 10 microseconds.
-const WORTH_SHARING: usize = 1 << 19;
+/// With fewer multiplications (about 10 microseconds), several threads are slower than one.
+const MIN_PARALLEL: usize = 1 << 19;
 
 impl Grid {
-    /// The grid for a product of `[m, k]` and `[k, n]`; `unit` columns stay together.
+    /// The grid for a product of `[m, k]` and `[k, n]`; tasks have multiples of `unit` columns.
     pub(super) fn new(
         (m, n, k): (usize, usize, usize),
         unit: usize,
@@ -64,11 +64,11 @@ impl Grid {
         threads: usize,
     ) -> Grid {
         let grid = |rows, columns| Grid { rows, columns, m, n, unit };
-        if threads <= 1 || m * n * k < WORTH_SHARING {
+        if threads <= 1 || m * n * k < MIN_PARALLEL {
             return grid(1, 1);
         }
-        // A multiple of the threads, so that none waits; several for each are better against threads
-        // that are interrupted, few against operands that are packed more than once.
+        // A multiple of the number of threads, so that none waits. Several tasks per thread balance threads
+        // that are interrupted; fewer tasks pack operands fewer times.
         let cost = |grid: &Grid| {
             let (rows, columns) = (grid.row_range(0).len(), grid.column_range(0).len());
             let work = rows.next_multiple_of(MR) * columns.next_multiple_of(16)
@@ -104,7 +104,7 @@ impl Grid {
     }
 }
 
-/// Share `index` of `len` elements in units that are not divided; the first shares are the largest.
+/// Share `index` of `len` elements, in multiples of `unit` elements; the first shares are the largest.
 fn share(len: usize, unit: usize, shares: usize, index: usize) -> Range<usize> {
     let units = len.div_ceil(unit);
     let bound = |i: usize| (units / shares * i + i.min(units % shares)) * unit;
@@ -127,7 +127,7 @@ mod tests {
                         seen[row * n..][columns.clone()].iter_mut().for_each(|seen| *seen += 1);
                     }
                 }
-                assert!(seen.iter().all(|&seen| seen == 1), "{grid:?}");
+                assert!(seen.iter().all(|&count| count == 1), "{grid:?}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Products against plain f64 loops, by every kernel that this processor has.
+//! Products compared with plain f64 loops, for every kernel that this processor supports.
 
 use super::*;
 
@@ -37,7 +37,7 @@ fn rounded(x: &[f32]) -> Vec<bf16> {
     x.iter().map(|&x| bf16::from_f32(x)).collect()
 }
 
-/// A matrix in memory, with gaps between rows, transposed or not, in both types.
+/// A matrix in memory, with gaps between rows, transposed or not, in both dtypes.
 struct Stored {
     single: Vec<f32>,
     half: Vec<bf16>,
@@ -49,7 +49,7 @@ struct Stored {
 impl Stored {
     fn new(rows: usize, cols: usize, transposed: bool, seed: u32) -> Self {
         let (lines, length) = if transposed { (cols, rows) } else { (rows, cols) };
-        // NaN in the gaps: whoever reads one is found out.
+        // NaN in the gaps: a kernel that reads one fails the test.
         let mut single = vec![f32::NAN; lines * (length + 3)];
         let values = random(lines * length, seed);
         for (i, x) in values.into_iter().enumerate() {
@@ -102,7 +102,7 @@ fn every_form_and_kernel_agrees_with_plain_loops() {
     }
 }
 
-/// f32 and bf16 operands, on several threads and on one, against what they should give.
+/// Compares products of f32 and bf16 operands, on several threads and on one, with `want`.
 fn check(a: &Stored, b: &Stored, (precision, unit): (Precision, Unit), want: &[f64]) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let mut lefts = vec![Operand::F32(a.view(&a.single))];
@@ -130,10 +130,10 @@ fn check(a: &Stored, b: &Stored, (precision, unit): (Precision, Unit), want: &[f
     }
 }
 
-/// What Miri runs: every way to pack, an odd inner dimension, and a bf16 result with two blocks of the
-/// inner dimension, whose sums lie in scratch memory.
+/// The test for Miri: every way to pack, an odd inner dimension, and a bf16 result with two blocks of the
+/// inner dimension, whose sums are in scratch memory.
 #[test]
-fn small_products_touch_only_their_own_memory() {
+fn small_products_access_only_their_own_memory() {
     for (case, &(m, n, k)) in [(1, 1, 1), (7, 18, 3), (8, 70, 2)].iter().enumerate() {
         for (a_transposed, b_transposed) in [(false, true), (true, false)] {
             let a = Stored::new(m, k, a_transposed, 2 * case as u32);
@@ -156,7 +156,7 @@ fn small_products_touch_only_their_own_memory() {
 }
 
 #[test]
-fn what_is_added_is_added_once() {
+fn bias_and_residual_are_added_once() {
     // The last has several blocks of the inner dimension for every kernel.
     for (m, n, k) in [(1, 1, 1), (7, 33, 17), (65, 130, 64), (9, 700, 1700)] {
         let a = Stored::new(m, k, false, 3);
@@ -176,7 +176,7 @@ fn what_is_added_is_added_once() {
                 if with_bias {
                     gemm = gemm.bias(&bias);
                 }
-                // Rows apart: the gaps must stay as they are.
+                // With gaps between rows, which must not change.
                 let stride = n + 2;
                 let mut got = vec![7.5; m * stride];
                 for (row, before) in got.chunks_mut(stride).zip(before.chunks(n)) {
@@ -222,7 +222,7 @@ fn a_bf16_result_is_the_f32_result_rounded_once() {
 }
 
 #[test]
-fn the_bits_depend_on_neither_threads_nor_neighbours() {
+fn bits_do_not_depend_on_threads_or_on_other_rows() {
     let (m, n, k) = (301, 200, 1000);
     for (a_transposed, precision) in
         [(false, Precision::F32), (true, Precision::F32), (false, Precision::Bf16)]
@@ -253,7 +253,7 @@ fn the_bits_depend_on_neither_threads_nor_neighbours() {
 }
 
 #[test]
-fn what_is_not_finite_stays_in_its_row() {
+fn non_finite_values_affect_only_their_row() {
     let (m, n, k) = (8, 70, 35);
     for (unit, precision) in units().flat_map(|u| [(u, Precision::F32), (u, Precision::Bf16)]) {
         for bad in [f32::NAN, f32::INFINITY] {
@@ -279,7 +279,7 @@ fn a_view_past_the_end_is_refused() {
 
 #[test]
 #[should_panic(expected = "inner dimension")]
-fn shapes_that_do_not_fit_are_refused() {
+fn shapes_that_do_not_match_are_refused() {
     let (a, mut out) = ([0.0f32; 12], [0.0f32; 9]);
     let a = View::new(&a, 3, 4);
     Gemm::new(Precision::F32).multiply(ViewMut::new(&mut out, 3, 3), a, a);

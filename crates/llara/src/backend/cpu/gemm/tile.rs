@@ -1,10 +1,10 @@
-//! The tile: what one call of a kernel computes, and where it goes.
+//! The tile: the part of the result that one call of a kernel computes.
 
 use half::bf16;
 
 use super::cell::Element;
 
-/// Rows of a tile. Six rows of four AVX-512 vectors are 24 sums; with four columns and a row they
+/// Rows of a tile. Six rows of four AVX-512 vectors are 24 sums; with four vectors of columns and one of a row they
 /// fill 29 of the 32 registers.
 pub(super) const MR: usize = 6;
 /// Columns of a tile, and of a packed panel of the right operand.
@@ -31,10 +31,10 @@ impl Place {
     /// The same matrix from `(row, col)` on.
     ///
     /// # Safety
-    /// The matrix must have that element, or end there.
+    /// The matrix must contain that element, or end there.
     #[inline(always)]
     pub(super) unsafe fn at(self, row: usize, col: usize) -> Place {
-        // SAFETY: inside the matrix by the caller's promise.
+        // SAFETY: inside the matrix, as guaranteed by the caller.
         unsafe {
             match self {
                 Place::Nowhere => Place::Nowhere,
@@ -69,7 +69,7 @@ impl Tile {
         for (row, sums) in sums.iter().enumerate().take(self.rows) {
             for (col, &sum) in sums.iter().enumerate().take(self.cols) {
                 let mut x = self.alpha * sum;
-                // SAFETY: `row` and `col` are inside the tile, for which the caller vouches.
+                // SAFETY: `row` and `col` are inside the tile, as guaranteed by the caller.
                 unsafe {
                     if !self.bias.is_null() {
                         x += *self.bias.add(col);
@@ -77,7 +77,7 @@ impl Tile {
                     match self.onto.at(row, col) {
                         Place::Nowhere => {}
                         Place::Single(onto, _) => x += *onto,
-                        Place::Bf16(onto, _) => x += (*onto).single(),
+                        Place::Bf16(onto, _) => x += (*onto).to_f32(),
                     }
                     match self.to.at(row, col) {
                         Place::Nowhere => {}

@@ -1,4 +1,4 @@
-//! Operands and results where they lie in memory.
+//! Views of operands and results in memory.
 
 use half::bf16;
 
@@ -21,7 +21,7 @@ impl<'a, T: Copy> View<'a, T> {
         Self::strided(data, (rows, cols), cols)
     }
 
-    /// A row-major matrix whose rows stand `stride` elements apart.
+    /// A row-major matrix whose rows start `stride` elements apart.
     ///
     /// # Panics
     /// If `data` is too short, or rows overlap.
@@ -30,7 +30,7 @@ impl<'a, T: Copy> View<'a, T> {
         View { data, lines: rows, length: cols, stride, transposed: false }
     }
 
-    /// The transpose, without moving anything.
+    /// The transpose, without copying.
     pub fn t(self) -> Self {
         View { transposed: !self.transposed, ..self }
     }
@@ -50,7 +50,7 @@ impl<'a, T: Copy> View<'a, T> {
         self.transposed
     }
 
-    /// Elements `from..to` of a row, or of a column where transposed.
+    /// Elements `from..to` of a row, or of a column if transposed.
     #[inline(always)]
     pub(super) fn line(&self, line: usize, from: usize, to: usize) -> &'a [T] {
         &self.data[line * self.stride + from..line * self.stride + to]
@@ -83,7 +83,7 @@ impl<'a, T> ViewMut<'a, T> {
         Self::strided(data, (rows, cols), cols)
     }
 
-    /// A row-major matrix whose rows stand `stride` elements apart.
+    /// A row-major matrix whose rows start `stride` elements apart.
     ///
     /// # Panics
     /// If `data` is too short, or rows overlap.
@@ -93,7 +93,7 @@ impl<'a, T> ViewMut<'a, T> {
     }
 }
 
-/// Everything that reads or writes through a pointer later relies on this.
+/// Checks the length and the stride. All later accesses through pointers rely on this.
 fn check(len: usize, (rows, cols): (usize, usize), stride: usize) {
     assert!(cols <= stride || rows <= 1, "rows of {cols} overlap at stride {stride}");
     let end = match (rows, cols) {
@@ -113,7 +113,7 @@ pub enum Operand<'a> {
 }
 
 impl Operand<'_> {
-    /// The transpose, without moving anything.
+    /// The transpose, without copying.
     pub fn t(self) -> Self {
         match self {
             Operand::F32(x) => Operand::F32(x.t()),

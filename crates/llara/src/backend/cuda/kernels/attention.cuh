@@ -1,9 +1,9 @@
-// What the attention kernels share: their arguments, which rows a block works on, tiles in shared memory, and
+// Shared code of the attention kernels: arguments, the rows of a block, tiles in shared memory, and
 // products of a warp with a tile.
 //
 // Attention is causal, over sequences packed one after another. The rows of q (and out, dout, dq) are the
 // last rows of each sequence of k and v: row i of the n queries of a sequence with m keys is at position
-// m - n + i. A query at position p sees keys j with p - window < j <= p. Query head h reads key head
+// m - n + i. A query at position p attends to keys j with p - window < j <= p. Query head h uses key head
 // h / (heads / kv_heads).
 #pragma once
 #include "prelude.cuh"
@@ -57,7 +57,7 @@ DEVICE Sequence sequence_at(const AttentionArgs& a, u32 s) {
 }
 
 /// The largest s with offsets[s] / divisor + s · slope <= value, where offsets[0] = 0 and offsets ascend. The
-/// lanes of a warp search together, 32 candidates a round.
+/// lanes of a warp search together, 32 candidates per round.
 DEVICE u32 find_sequence(const u32* offsets, u32 sequences, u32 value, u32 divisor, u32 slope) {
     const u32 lane = threadIdx.x % 32;
     u32 first = 0, count = sequences; // the answer is in first..first + count
@@ -72,9 +72,9 @@ DEVICE u32 find_sequence(const u32* offsets, u32 sequences, u32 value, u32 divis
     return first;
 }
 
-/// Tiles of ROWS rows, none of which has rows of two sequences, without a list of them: sequence s owns the
-/// numbers offsets[s] / ROWS + s up to those of s + 1, which are as many as it has tiles, or one more. So
-/// rows / ROWS + sequences numbers cover all of a batch, and a block whose number has no rows ends at once.
+/// Tiles of ROWS rows, each within one sequence. A list of tiles is not needed: sequence s owns the tile numbers
+/// from offsets[s] / ROWS + s up to those of s + 1, which are as many as its tiles, or one more. The whole batch
+/// therefore has rows / ROWS + sequences tile numbers; a block whose number has no rows ends at once.
 struct BlockTile {
     u32 sequence;
     u32 first; // first row of the tile, within the sequence
@@ -89,12 +89,12 @@ template <u32 ROWS> DEVICE BlockTile block_tile(const u32* offsets, u32 sequence
 
 // ---- Tiles ----------------------------------------------------------------------------------------
 
-/// Rows of HD bf16 in shared memory, in chunks of 16 bytes. Chunk c of row r is stored at another place of
-/// its row, so that the same chunk of eight adjacent rows lies in all 32 banks: ldmatrix has no conflicts.
+/// Rows of HD bf16 in shared memory, in chunks of 16 bytes. Chunk c of row r is stored at a permuted position in
+/// its row, so that the same chunk of eight adjacent rows covers all 32 banks: ldmatrix has no bank conflicts.
 /// `data` is a multiple of 256 bytes.
 template <int HD> struct Tile {
     static constexpr int CHUNKS = HD / 8;
-    static_assert(HD == 64 || HD == 96 || HD == 128, "the swizzle is made for these");
+    static_assert(HD == 64 || HD == 96 || HD == 128, "the swizzle supports only these sizes");
     bf16* data;
     DEVICE bf16* chunk(int row, int c) const {
         // A row of 96 elements is 1.5 times the banks: the parity of the row selects one half already.
@@ -120,12 +120,12 @@ template <int HD> struct Tile {
     }
 };
 
-/// Where a lane reads the left operand of a product: 16 rows of `tile` from `row` on.
+/// The address from which a lane reads the left operand of a product: 16 rows of `tile` from `row` on.
 template <int HD> DEVICE SharedAddress left_address(Tile<HD> tile, int row) {
     const int lane = threadIdx.x % 32;
     return shared_address(tile.chunk(row + lane % 16, lane / 16));
 }
-/// Where a lane reads the right operand of a product by the transposed tile.
+/// The address from which a lane reads the right operand of a product with the transposed tile.
 template <int HD> DEVICE SharedAddress transposed_address(Tile<HD> tile) {
     const int lane = threadIdx.x % 32;
     return shared_address(tile.chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2));

@@ -1,5 +1,5 @@
-// Attention, backward, by tensor cores: two passes without atomic additions, each of which computes the
-// probabilities again from the saved log-sum-exp. Seven products instead of five, and the same bits in every
+// Attention, backward, with tensor cores: two passes without atomic additions, each of which recomputes the
+// probabilities from the saved log-sum-exp. Seven products instead of five, but the same bits in every
 // run. Run attention_delta (attention_plain.cu) first.
 //
 // attention_backward_queries_HD, HD in 64, 96, 128: dq.
@@ -10,7 +10,7 @@
 //   query_rows, heads, kv_heads, window, scale.
 //
 // attention_backward_keys_HD, HD in 64, 96, 128: dk and dv, summed over the query heads of a group in
-// ascending order. Rows of keys that no query sees become zeros.
+// ascending order. The rows of keys that no query attends to become zeros.
 //   grid  (key_rows / KEYS + sequences, kv_heads), integer division; KEYS is 128 for HD 64, else 64
 //   block 128 threads
 //   dynamic shared memory 4 · (KEYS + 64) · HD + 512 bytes (keys, values, twice q and dout of 32 queries,
@@ -66,7 +66,7 @@ template <int HD, int M, int KEYS> DEVICE void attention_backward_queries(const 
     const SharedAddress left = left_address(queries, row), left_dout = left_address(douts, row);
     const SharedAddress right = transposed_address(keys), right_values = transposed_address(values);
     const SharedAddress right_keys = left_address(keys, 0);
-    // The positions of this warp's queries; without any, no key is below the end.
+    // The positions of the queries of this warp; if it has none, no key is below the end.
     const u32 warp_first = lowest + row;
     const u32 warp_end = first + row < s.queries ? warp_first + 16 * M : 0;
     u32 buffer = 0;
@@ -78,9 +78,9 @@ template <int HD, int M, int KEYS> DEVICE void attention_backward_queries(const 
         }
         cp_async_commit();
         cp_async_wait<1>();
-        __syncthreads(); // this round's keys and values are there
+        __syncthreads(); // the keys and values of this round have been loaded
 
-        // A warp none of whose queries sees a key of this round only helps to load.
+        // A warp whose queries attend to no key of this round only takes part in loading.
         const bool active = base < warp_end && !(a.window && base + KEYS - 1 + a.window <= warp_first);
         if (active) {
             const u32 offset = buffer * KEYS * HD * 2;
@@ -118,7 +118,7 @@ template <int HD, int M, int KEYS> DEVICE void attention_backward_queries(const 
 /// accumulators of Pᵀ and dSᵀ are the left operands of the products that follow.
 template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const AttentionArgs& a) {
     constexpr int ROWS = 16 * M * WARPS; // keys of a block
-    // With 16 rows a warp, registers hold keys and values as left operands; with 32, they are loaded each round.
+    // With 16 rows per warp, registers hold keys and values as left operands; with 32, they are loaded each round.
     constexpr bool KEEP = M == 1;
     DYNAMIC_SHARED(shared);
     const Tile<HD> keys{(bf16*)shared}, values{keys.data + ROWS * HD};
@@ -129,7 +129,7 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
     const BlockTile tile = block_tile<ROWS>(a.k_offsets, a.sequences, blockIdx.x);
     if (!tile.exists) return;
     const Sequence s = sequence_at(a, tile.sequence);
-    const u32 first = tile.first; // ascending: the first keys are seen by the most queries
+    const u32 first = tile.first; // ascending: the most queries attend to the first keys
     const int lane = threadIdx.x % 32, row = (int)threadIdx.x / 32 * 16 * M;
     const u32 kv_head = blockIdx.y, group = a.heads / a.kv_heads;
 
@@ -139,12 +139,12 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
                                          s.keys, a.v_stride);
     cp_async_commit();
 
-    // The queries that see any key of this block.
+    // The queries that attend to any key of this block.
     const u32 last = (first + ROWS < s.keys ? first + ROWS : s.keys) - 1;
     const u32 start = first > s.first_position() ? first - s.first_position() : 0;
     u32 end = s.queries;
     if (a.window) {
-        const u32 beyond = last + a.window; // the first position that does not see the last key
+        const u32 beyond = last + a.window; // the first position that does not attend to the last key
         const u32 seeing = beyond > s.first_position() ? beyond - s.first_position() : 0;
         end = seeing < end ? seeing : end;
     }
@@ -175,7 +175,7 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
     if (rounds) prefetch(head, query, 0);
     cp_async_commit();
     cp_async_wait<1>();
-    __syncthreads(); // the keys and values are there
+    __syncthreads(); // the keys and values have been loaded
     u32 kept[KEEP ? HD / 16 : 1][M][4], kept_values[KEEP ? HD / 16 : 1][M][4];
     if (KEEP)
 #pragma unroll
@@ -191,9 +191,9 @@ template <int HD, int M, int QUERIES> DEVICE void attention_backward_keys(const 
         if (round + 1 < rounds) prefetch(head, query, buffer ^ 1);
         cp_async_commit();
         cp_async_wait<1>();
-        __syncthreads(); // this round's queries are there
+        __syncthreads(); // the queries of this round have been loaded
 
-        // A warp none of whose keys is seen by a query of this round only helps to load.
+        // A warp to whose keys no query of this round attends only takes part in loading.
         const u32 lowest = s.first_position() + this_query, warp_first = first + row;
         const bool active = warp_first < s.keys && lowest + QUERIES > warp_first &&
                             !(a.window && warp_first + 16 * M - 1 + a.window <= lowest);

@@ -1,6 +1,5 @@
-// Attention, forward, by tensor cores: bf16 in and out, sums in f32, softmax computed as the keys pass
-// (Dao 2023). Each warp has 32 queries, so that each fragment of keys or values that it loads serves two
-// products.
+// Attention, forward, with tensor cores: bf16 in and out, sums in f32, online softmax (Dao 2023). Each warp has
+// 32 queries, so that each fragment of keys or values that it loads is used in two products.
 //
 // attention_forward_HD, HD in 64, 96, 128:
 //   grid  (query_rows / 128 + sequences, heads), integer division
@@ -18,13 +17,13 @@ constexpr int KEYS = 64;            // keys of a round
 template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
     DYNAMIC_SHARED(shared);
     const Tile<HD> queries{(bf16*)shared}, keys{queries.data + ROWS * HD}, values{keys.data + KEYS * HD};
-    // As the left operand, queries are loaded once, where the registers allow it, or again each round.
+    // The left operand, the queries, is loaded once if there are enough registers, else in each round.
     constexpr bool KEEP_QUERIES = HD == 64;
 
     const BlockTile tile = block_tile<ROWS>(a.q_offsets, a.sequences, blockIdx.x);
     if (!tile.exists) return;
     const Sequence s = sequence_at(a, tile.sequence);
-    // Within a sequence, the last tiles first: they see the most keys.
+    // Within a sequence, the last tiles first: they attend to the most keys.
     const u32 first = (s.queries - 1) / ROWS * ROWS - tile.first;
     const int lane = threadIdx.x % 32, row = (int)threadIdx.x / 32 * 16 * M; // of the tile, the warp's first
     const u32 head = blockIdx.y, kv_head = head / (a.heads / a.kv_heads);
@@ -32,7 +31,7 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
     const bf16* k = (const bf16*)a.k + (u64)s.k_begin * a.k_stride + kv_head * HD;
     const bf16* v = (const bf16*)a.v + (u64)s.k_begin * a.v_stride + kv_head * HD;
 
-    // Positions of the first and last query, and the keys that any of them sees, from a multiple of KEYS on.
+    // Positions of the first and last query, and the keys that any of them attends to, from a multiple of KEYS on.
     const u32 end = first + ROWS < s.queries ? first + ROWS : s.queries;
     const u32 lowest = s.first_position() + first, highest = s.first_position() + end - 1;
     const u32 start = a.window && lowest + 1 > a.window ? (lowest + 1 - a.window) / KEYS * KEYS : 0;
@@ -50,14 +49,14 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
 
     const SharedAddress left = left_address(queries, row);
     const SharedAddress right = transposed_address(keys), right_values = left_address(values, 0);
-    // The positions of this warp's queries; without any, no key is below the end.
+    // The positions of the queries of this warp; if it has none, no key is below the end.
     const u32 warp_first = lowest + row;
     const u32 warp_end = first + row < s.queries ? warp_first + 16 * M : 0;
     for (u32 base = start; base <= highest; base += KEYS) {
-        // A warp none of whose queries sees a key of this round only helps to load.
+        // A warp whose queries attend to no key of this round only takes part in loading.
         const bool active = base < warp_end && !(a.window && base + KEYS - 1 + a.window <= warp_first);
         cp_async_wait<0>();
-        __syncthreads(); // the keys are there, the values of the last round have been read
+        __syncthreads(); // the keys have been loaded, the values of the last round have been read
         values.template fetch<KEYS, THREADS>(v, base, s.keys, a.v_stride);
         cp_async_commit();
 
@@ -76,12 +75,12 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
         }
 
         cp_async_wait<0>();
-        __syncthreads(); // the values are there, the keys have been read
+        __syncthreads(); // the values have been loaded, the keys have been read
         if (base + KEYS <= highest) keys.template fetch<KEYS, THREADS>(k, base + KEYS, s.keys, a.k_stride);
         cp_async_commit();
         if (!active) continue;
 
-        // Only rounds at the edges have keys that some query does not see.
+        // Only the first and last rounds have keys that are masked for some query.
         if (base + KEYS > lowest + 1 || (a.window && base + a.window <= highest)) {
 #pragma unroll
             for (int m = 0; m < M; m++)
@@ -105,7 +104,7 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
                     larger = fmaxf(larger, fmaxf(score[m][n][2 * h], score[m][n][2 * h + 1]));
                 larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 1));
                 larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 2));
-                // With a window, a row may have seen nothing yet: -inf - -inf would be NaN.
+                // With a window, all keys of a row so far may be masked: -inf - -inf would be NaN.
                 const float shift = larger == -INFINITY ? 0.0f : larger * scale;
                 const float shrink = exp2_approx(top[m][h] * scale - shift);
                 float part = 0.0f;
@@ -137,7 +136,7 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
                 a.lse[(u64)head * a.query_rows + s.q_begin + at] = top[m][h] * a.scale + logf(total);
             sum[m][h] = 1.0f / total;
         }
-    // Each warp read its own rows of the queries alone, and may write over them.
+    // Each warp reads only its own rows of the queries, and may overwrite them.
     store_rows<HD, M>(o, sum, queries, row, (bf16*)a.out + (u64)s.q_begin * a.out_stride + head * HD, first,
                       s.queries, a.out_stride);
 }

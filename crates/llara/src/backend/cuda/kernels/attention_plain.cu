@@ -1,5 +1,5 @@
-// Attention for any head size up to 256, in f32 or bf16, with sums in f32 and without tensor cores. One warp
-// has one row of one head. Lanes first share 32 rows of the other side, then the columns of the result.
+// Attention for any head size up to 256, in f32 or bf16, with sums in f32 and without tensor cores. Each warp
+// computes one row of one head. Lanes first divide 32 rows of the other operand, then the columns of the result.
 //
 // attention_forward_plain_T, T in f32, bf16: out, lse.
 //   grid  (ceil(query_rows / 4), heads), block 128 threads, no dynamic shared memory
@@ -84,7 +84,7 @@ template <class T> DEVICE void attention_forward_plain(const AttentionArgs& a) {
     if (lane == 0) a.lse[(u64)head * a.query_rows + number] = top + logf(total);
 }
 
-/// Σ x∘y over the warp, two elements at a time where rows of bf16 are aligned to 4 bytes.
+/// Σ x∘y over the warp, two elements at a time if rows of bf16 are aligned to 4 bytes.
 DEVICE float warp_dot(const float* x, const float* y, u32 n) {
     float sum = 0.0f;
     for (u32 c = threadIdx.x % 32; c < n; c += 32) sum += x[c] * y[c];
@@ -157,7 +157,7 @@ template <class T> DEVICE void attention_backward_keys_plain(const AttentionArgs
     const T* v = (const T*)a.v + (u64)number * a.v_stride + kv_head * hd;
     for (u32 c = lane; c < hd; c += 32) rows[warp][0][c] = widen(k[c]), rows[warp][1][c] = widen(v[c]);
     __syncwarp();
-    // Queries start..end of the sequence see this key.
+    // Queries start..end of the sequence attend to this key.
     const u32 before = r.s.first_position(), start = key > before ? key - before : 0;
     u32 end = r.s.queries;
     if (a.window) {

@@ -1,7 +1,7 @@
 // Rows of f32 or bf16 elements, eight at a time, and sums over a warp or a block in a fixed order.
 //
 // Every kernel converts to f32 when it loads and rounds once when it stores. The order of its sums depends
-// on the number of columns alone: not on the element type, nor on whether rows are aligned.
+// only on the number of columns, not on the dtype or the alignment of rows.
 #pragma once
 #include "prelude.cuh"
 
@@ -56,10 +56,10 @@ DEVICE void store8(bf16* p, const float (&x)[OCTET], u64 count, bool wide) {
     for (u32 i = 0; i < OCTET; i++) if (i < count) p[i] = float_to_bf16(x[i]);
 }
 
-/// Octets of `columns`, the last one perhaps incomplete.
+/// Octets of `columns`; the last one may be incomplete.
 DEVICE u64 octets_of(u64 columns) { return (columns + OCTET - 1) / OCTET; }
 
-/// Quotient and remainder, by 32-bit division where that is enough: it is several times faster.
+/// Quotient and remainder, by 32-bit division if that is sufficient: it is several times faster.
 struct Split { u64 quotient, remainder; };
 DEVICE Split split(u64 x, u64 by) {
     if ((x | by) >> 32) return Split{x / by, x % by};
@@ -67,7 +67,7 @@ DEVICE Split split(u64 x, u64 by) {
     return Split{q, (u32)x - q * (u32)by};
 }
 
-/// Number of this thread in the grid.
+/// Index of this thread in the grid.
 DEVICE u64 thread_in_grid() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
 
 /// Sum over the block, the same in every thread: within warps, then over warps in order. All threads call.

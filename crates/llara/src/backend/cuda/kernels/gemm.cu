@@ -1,8 +1,8 @@
-// Matrix products for shapes and alignments that cuBLASLt does not take, and what follows a product.
+// Matrix products for shapes and alignments that cuBLASLt does not support; bias and residual after a product.
 #include "elements.cuh"
 
 /// d = alpha · a · b + beta · c: a [m, k] and b [k, n] with any strides, c and d [m, n] with adjacent
-/// columns. c may be d; it is not read where beta is 0. Block (x, y): 16 columns by 16 rows of d, one thread
+/// columns. c may be d; it is not read if beta is 0. Block (x, y): 16 columns by 16 rows of d, one thread
 /// an element.
 struct GemmArgs {
     const void* a;
@@ -45,7 +45,7 @@ KERNEL(256, 1) gemm_f32_bf16(GemmArgs a) { gemm<float, bf16>(a); }
 KERNEL(256, 1) gemm_bf16_f32(GemmArgs a) { gemm<bf16, float>(a); }
 KERNEL(256, 1) gemm_bf16_bf16(GemmArgs a) { gemm<bf16, bf16>(a); }
 
-/// y = product + bias (+ residual), rounded once; product and y may be the same matrix. One thread an octet.
+/// y = product + bias (+ residual), rounded once; product and y may be the same matrix. One thread per octet.
 struct FinishArgs {
     const float* product;
     const float* bias;

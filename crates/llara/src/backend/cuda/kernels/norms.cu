@@ -1,6 +1,6 @@
-// RMS norm and L2 normalisation, each with its backward.
+// RMS norm and L2 normalization, and their backward passes.
 //
-// A group is a whole row, or one head of it. It belongs to half a warp or a warp where it is short, else to a
+// A group is a whole row, or one head of it. It is processed by half a warp or a warp if it is short, else by a
 // block.
 #include "elements.cuh"
 
@@ -30,7 +30,7 @@ template <u32 LANES> DEVICE float group_total(float x) {
         return x;
     }
 }
-/// The group of this thread. Where there is none left for it, `exists` is false and `number` is the last
+/// The group of this thread. If there is none for it, `exists` is false and `number` is the last
 /// group: all lanes of a warp take part in its sums.
 struct Group {
     u64 number;
@@ -140,8 +140,8 @@ RMS_NORM_BACKWARD(bf16_bf16_bf16, bf16, bf16, bf16)
 RMS_NORM_BACKWARD(f32_bf16_f32, float, bf16, float)
 RMS_NORM_BACKWARD(bf16_f32_bf16, bf16, float, bf16)
 
-/// partial[t] = Σ dy∘x · inv over groups t · task_groups and the following task_groups: what the weight's
-/// gradient is summed from. Blocks and warps as in ColumnSumArgs.
+/// partial[t] = Σ dy∘x · inv over task_groups groups from t · task_groups on: the partial sums of the weight
+/// gradient. Blocks and warps as in ColumnSumArgs.
 struct NormWeightArgs {
     const void* dy;
     const void* x;
@@ -191,7 +191,7 @@ KERNEL(256, 1) rms_norm_weight_f32_bf16(NormWeightArgs a) { rms_norm_weight<floa
 KERNEL(256, 1) rms_norm_weight_bf16_f32(NormWeightArgs a) { rms_norm_weight<bf16, float>(a); }
 KERNEL(256, 1) rms_norm_weight_bf16_bf16(NormWeightArgs a) { rms_norm_weight<bf16, bf16>(a); }
 
-/// y = x · inv with inv = 1 / max(‖x‖, 1e-12). One block a row; y has `cols` columns.
+/// y = x · inv with inv = 1 / max(‖x‖, 1e-12). One block per row; y has `cols` columns.
 struct NormalizeArgs {
     const void* x;
     float* y;
@@ -222,7 +222,7 @@ template <class X> DEVICE void normalize(const NormalizeArgs& a) {
 KERNEL(256, 1) normalize_f32(NormalizeArgs a) { normalize<float>(a); }
 KERNEL(256, 1) normalize_bf16(NormalizeArgs a) { normalize<bf16>(a); }
 
-/// dx = (dy − y · (y·dy)) · inv. One block a row.
+/// dx = (dy − y · (y·dy)) · inv. One block per row.
 struct NormalizeBackwardArgs {
     const void* dy;
     const float* y;

@@ -1,7 +1,7 @@
 // Cross entropy, the gradient norm and AdamW.
 #include "elements.cuh"
 
-/// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block a
+/// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block per
 /// row.
 struct CrossEntropyArgs {
     const float* scores;
@@ -44,7 +44,7 @@ KERNEL(256, 1) cross_entropy(CrossEntropyArgs a) {
         }
         store8(grad + col, x, a.cols - col, a.wide);
     }
-    // In double: near convergence the loss is the small difference of large terms.
+    // In double, because near convergence the loss is a small difference of large terms.
     if (threadIdx.x == 0) a.losses[row] = (double)largest - (double)scores[target] + log((double)sum);
 }
 
@@ -60,7 +60,7 @@ KERNEL(256, 1) sum_of_squares(SquaresArgs a) {
     const u64 first = blockIdx.x * TASK;
     const u64 end = a.count - first < TASK ? a.count : first + TASK;
     double sum = 0.0;
-    // Loads of four rounds are under way at the same time.
+    // Unrolled, so that the loads of four rounds overlap.
 #pragma unroll 4
     for (u64 at = first + threadIdx.x * OCTET; at < end; at += blockDim.x * OCTET) {
         float x[OCTET];
@@ -101,14 +101,14 @@ KERNEL(32, 1) clip_factor(ClipArgs a) {
     float factor = 1.0f;
     if (a.limited) {
         factor = a.limit / (norm + 1e-6f);
-        // As the CPU's minimum: a NaN gives 1, and the update does nothing then.
+        // As on the CPU, a NaN gives the factor 1; the update is then skipped.
         factor = factor < 1.0f ? factor : 1.0f;
     }
     a.out[0] = norm;
     a.out[1] = factor;
 }
 
-/// One AdamW update (Loshchilov and Hutter 2019), and the bf16 copy of the values where there is one. One
+/// One AdamW update (Loshchilov and Hutter 2019), and the bf16 copy of the values if there is one. One
 /// thread an octet.
 struct AdamWArgs {
     float* value;

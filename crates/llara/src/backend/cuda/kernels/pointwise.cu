@@ -2,7 +2,7 @@
 #include "elements.cuh"
 
 /// Rotates features i and i + half of each head by the angle of the row's position, in place; `direction` is
-/// 1, or −1 for the inverse. One thread an octet of pairs.
+/// 1, or −1 for the inverse. One thread per octet of pairs.
 struct RopeArgs {
     void* x;
     const u32* positions;
@@ -41,8 +41,8 @@ KERNEL(256, 1) rope_bf16(RopeArgs a) { rope<bf16>(a); }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-/// y = silu(gate)∘up: gate and up side by side in gate_up [rows, 2 · cols]. Backward: y takes the place of
-/// dy, and the gradients by gate and up that of gate_up. One thread an octet.
+/// y = silu(gate)∘up: gate and up are concatenated by columns in gate_up [rows, 2 · cols]. Backward: y
+/// overwrites dy, and the gradients of gate and up overwrite gate_up. One thread per octet.
 struct SwigluArgs {
     void* gate_up;
     void* y;
@@ -83,9 +83,9 @@ KERNEL(256, 1) swiglu_bf16(SwigluArgs a) { swiglu<bf16>(a, false); }
 KERNEL(256, 1) swiglu_backward_f32(SwigluArgs a) { swiglu<float>(a, true); }
 KERNEL(256, 1) swiglu_backward_bf16(SwigluArgs a) { swiglu<bf16>(a, true); }
 
-/// y = x where a draw is at least `threshold`, times `keep`, else zero; or y += that. The generator is
-/// Philox4x32-10 (Salmon et al. 2011). One thread half a block of 64 columns: eight counters, whose words
-/// stand 16 columns apart.
+/// y = keep · x if the random number is at least `threshold`, else zero; or y += that. The generator is
+/// Philox4x32-10 (Salmon et al. 2011). One thread per half block of 64 columns: eight counters, whose words
+/// are 16 columns apart.
 struct DropoutArgs {
     const void* x;
     void* y;

@@ -1,4 +1,4 @@
-// What every kernel file includes first: fixed-width types, conversions, and the few PTX instructions that
+// Included first by every kernel file: fixed-width types, conversions, and the few PTX instructions that
 // the kernels use, each in one function.
 //
 // NVRTC and nvcc compile this file without any other header. Any other compiler includes `emu.h` of the
@@ -24,7 +24,7 @@ struct alignas(16) Bytes16 {
 
 /// A function of kernels, always inlined.
 #define DEVICE __device__ __forceinline__
-/// A kernel that the host finds by its name, launched with `threads` threads a block; `blocks` is the least
+/// A kernel that the host finds by its name, launched with `threads` threads per block; `blocks` is the smallest
 /// number of blocks that an SM must be able to hold, which limits the registers of a thread.
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 /// Declares `name` as a pointer to the dynamic shared memory of the block, a multiple of 1024 bytes.
@@ -84,7 +84,7 @@ DEVICE float rsqrt_approx(float x) {
 DEVICE Bytes16 load16(const void* p) { return *(const Bytes16*)p; }
 /// 16 bytes to an address that is a multiple of 16.
 DEVICE void store16(void* p, Bytes16 v) { *(Bytes16*)p = v; }
-/// An address in shared memory as a number: what the instructions below take. It is as wide as a pointer in
+/// An address in shared memory as an integer: the operand of the instructions below. It is as wide as a pointer in
 /// the emulator.
 typedef u32 SharedAddress;
 DEVICE SharedAddress shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -104,7 +104,7 @@ DEVICE void cp_async4(void* to, const void* from, bool valid) {
 }
 /// Ends a group of this thread's copies: those started since the last group ended.
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Waits until all but the last N groups of this thread have arrived. Other threads see them after a barrier.
+/// Waits until all but the last N groups of this thread are complete. They are visible to other threads after a barrier.
 template <int N> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // ---- Warps ----------------------------------------------------------------------------------------

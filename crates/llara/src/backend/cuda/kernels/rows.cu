@@ -1,7 +1,7 @@
 // Copying, gathering, scattering and averaging rows; sums of columns.
 #include "elements.cuh"
 
-/// y = x, rounded or widened. One thread an octet of a row.
+/// y = x, converted. One thread per octet of a row.
 struct CopyArgs {
     const void* x;
     void* y;
@@ -25,7 +25,7 @@ KERNEL(256, 1) copy_f32_bf16(CopyArgs a) { copy<float, bf16>(a); }
 KERNEL(256, 1) copy_bf16_f32(CopyArgs a) { copy<bf16, float>(a); }
 KERNEL(256, 1) copy_bf16_bf16(CopyArgs a) { copy<bf16, bf16>(a); }
 
-/// y[i] = x[rows[i]]: x and y have `cols` columns, y has n rows. One thread an octet.
+/// y[i] = x[rows[i]]: x and y have `cols` columns, y has n rows. One thread per octet.
 struct GatherArgs {
     const void* x;
     const u32* rows;
@@ -67,7 +67,7 @@ template <class G, class X> DEVICE void scatter(const ScatterArgs& a) {
     u32 at = a.starts[blockIdx.x];
     float sum[OCTET];
     load8(sum, dx, left, a.wide);
-    // Loads of several sources are under way at the same time; the order of the additions stays.
+    // The loads of several sources overlap; the order of the additions does not change.
     constexpr u32 BATCH = 4;
     for (; at + BATCH <= end; at += BATCH) {
         float more[BATCH][OCTET];
@@ -91,8 +91,8 @@ KERNEL(128, 1) scatter_f32_bf16(ScatterArgs a) { scatter<float, bf16>(a); }
 KERNEL(128, 1) scatter_bf16_f32(ScatterArgs a) { scatter<bf16, float>(a); }
 KERNEL(128, 1) scatter_bf16_bf16(ScatterArgs a) { scatter<bf16, bf16>(a); }
 
-/// Forward: y[s] = mean of rows offsets[s]..offsets[s + 1] of x, zeros where there are none. Backward: each
-/// of these rows of y becomes x[s] over their number. Block (s, b) as in ScatterArgs.
+/// Forward: y[s] = mean of rows offsets[s]..offsets[s + 1] of x, zeros if there are none. Backward: each
+/// of these rows of y becomes x[s] divided by their number. Block (s, b) as in ScatterArgs.
 struct SegmentArgs {
     const void* x;
     const u32* offsets;
@@ -137,7 +137,7 @@ KERNEL(128, 1) segment_mean_backward_f32(SegmentArgs a) { segment_mean_backward<
 KERNEL(128, 1) segment_mean_backward_bf16(SegmentArgs a) { segment_mean_backward<bf16>(a); }
 
 /// partial[t] = Σ x[row] over rows t · task_rows and the following task_rows, with x as f32. Block (t, b) has
-/// octets 32 · b and following; its eight warps take every eighth row each.
+/// octets 32 · b and following; each of its eight warps sums every eighth row.
 struct ColumnSumArgs {
     const void* x;
     float* partial;
@@ -177,8 +177,8 @@ template <class T> DEVICE void column_sum(const ColumnSumArgs& a) {
 KERNEL(256, 1) column_sum_f32(ColumnSumArgs a) { column_sum<float>(a); }
 KERNEL(256, 1) column_sum_bf16(ColumnSumArgs a) { column_sum<bf16>(a); }
 
-/// sum = Σ partial[t] over all tasks, or sum += that. One thread a column; eight sums of every eighth task,
-/// then their sum, so that loads do not wait for each other.
+/// sum = Σ partial[t] over all tasks, or sum += that. One thread per column; eight sums of every eighth task,
+/// then their sum, so that loads overlap.
 struct ColumnFinishArgs {
     const float* partial;
     float* sum;

@@ -1,4 +1,4 @@
-//! Attention over packed sequences, one query after the other.
+//! Attention over packed sequences, one query at a time.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ pub(in crate::backend::conformance) struct Packed {
 }
 
 impl Packed {
-    /// One list of positions a sequence.
+    /// Takes one list of positions per sequence.
     pub(in crate::backend::conformance) fn new(sequences: &[Vec<u32>]) -> Self {
         let mut offsets = vec![0];
         let mut positions = Vec::new();
@@ -50,7 +50,7 @@ impl Packed {
 /// q, k and v.
 type Inputs<'a> = (&'a Matrix, &'a Matrix, &'a Matrix);
 
-/// The weighted values.
+/// The output of attention.
 pub(in crate::backend::conformance) fn attention(
     (q, k, v): Inputs<'_>,
     queries: &Packed,
@@ -66,8 +66,8 @@ pub(in crate::backend::conformance) fn attention(
     out
 }
 
-/// Gradients by q, k and v: with `dp_j = dout · v_j`, the softmax gives
-/// `ds_j = p_j · (dp_j − Σ_l p_l dp_l)`, and the score `s_j = q · k_j · scale` the rest.
+/// Gradients with respect to q, k and v. With `dp_j = dout · v_j`, the gradient of the softmax is
+/// `ds_j = p_j · (dp_j − Σ_l p_l dp_l)`; dq and dk follow from `s_j = q · k_j · scale`.
 pub(in crate::backend::conformance) fn attention_backward(
     dout: &Matrix,
     (q, k, v): Inputs<'_>,
@@ -101,11 +101,11 @@ struct Query {
     row: usize,
     /// Columns of its head in q.
     of_q: Range<usize>,
-    /// Columns of the head of k and v that it reads.
+    /// Columns of the head of k and v that it uses.
     of_kv: Range<usize>,
 }
 
-/// Calls `visit` with each query and the rows of the keys that it sees with their probabilities.
+/// Calls `visit` with each query, and with the rows and probabilities of the keys that it attends to.
 fn for_each_query(
     (q, k): (&Matrix, &Matrix),
     queries: &Packed,
@@ -118,9 +118,9 @@ fn for_each_query(
     for (query_rows, key_rows) in queries.rows_of_each().zip(keys.rows_of_each()) {
         for row in query_rows {
             let i = queries.positions[row] as usize;
-            let sees = |j: usize| j <= i && shape.window.is_none_or(|window| j + window > i);
+            let attends_to = |j: usize| j <= i && shape.window.is_none_or(|window| j + window > i);
             let visible: Vec<usize> =
-                key_rows.clone().filter(|&row| sees(keys.positions[row] as usize)).collect();
+                key_rows.clone().filter(|&row| attends_to(keys.positions[row] as usize)).collect();
             for head in 0..shape.heads {
                 let kv_head = head / (shape.heads / shape.kv_heads);
                 let of_q = head * hd..(head + 1) * hd;

@@ -1,4 +1,4 @@
-//! The operations in f64, as their formulas read: loops, and nothing that could be got wrong.
+//! Reference implementations of the operations: the formulas in f64, as plain loops.
 
 mod attention;
 
@@ -57,7 +57,7 @@ impl Matrix {
     }
 
     /// The columns of this matrix, then those of the other.
-    pub(super) fn beside(&self, other: &Matrix) -> Self {
+    pub(super) fn concat_cols(&self, other: &Matrix) -> Self {
         assert_eq!(self.rows, other.rows);
         Matrix::from_fn(self.rows, self.cols + other.cols, |i, j| {
             if j < self.cols { self.row(i)[j] } else { other.row(i)[j - self.cols] }
@@ -76,8 +76,8 @@ impl Matrix {
         dot(&self.data, &other.data)
     }
 
-    /// The largest magnitude of an element.
-    pub(super) fn largest(&self) -> f64 {
+    /// The largest absolute value of an element.
+    pub(super) fn max_abs(&self) -> f64 {
         // Unlike f64::max, this keeps a NaN.
         self.data.iter().fold(0.0, |m, x| if x.abs() <= m { m } else { x.abs() })
     }
@@ -183,8 +183,8 @@ pub(super) fn normalize_backward(dy: &Matrix, x: &Matrix) -> Matrix {
     })
 }
 
-/// Feature `i < hd/2` of a head and its partner `i + hd/2`, as a complex number, times
-/// `cos + i·sin` of its angle.
+/// Features `i < hd/2` and `i + hd/2` of a head, as the real and imaginary part of a complex number, multiplied
+/// by `cos + i·sin` of the angle.
 pub(super) fn rope(x: &Matrix, positions: &[u32], cos: &Matrix, sin: &Matrix) -> Matrix {
     let half = cos.cols;
     Matrix::from_fn(x.rows, x.cols, |i, j| {
@@ -207,7 +207,7 @@ pub(super) fn swiglu(gate: &Matrix, up: &Matrix) -> Matrix {
     })
 }
 
-/// By gate and by up: `dy ∘ up ∘ σ ∘ (1 + gate ∘ (1 − σ))` and `dy ∘ gate ∘ σ`.
+/// Gradients with respect to gate and up: `dy ∘ up ∘ σ ∘ (1 + gate ∘ (1 − σ))` and `dy ∘ gate ∘ σ`.
 pub(super) fn swiglu_backward(dy: &Matrix, gate: &Matrix, up: &Matrix) -> (Matrix, Matrix) {
     let sigmoid = gate.clone().map(|gate| 1.0 / (1.0 + (-gate).exp()));
     let dgate = Matrix::from_fn(gate.rows, gate.cols, |i, j| {
@@ -244,7 +244,7 @@ pub(super) fn cross_entropy_grad(scores: &Matrix, targets: &[u32]) -> Matrix {
     })
 }
 
-/// Parameters under AdamW.
+/// A parameter with its AdamW moments.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct AdamW {
     pub(super) param: Matrix,
