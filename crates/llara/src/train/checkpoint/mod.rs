@@ -5,7 +5,7 @@
 //!
 //! - `optimizer.safetensors` (one for each rank): moments by parameter name, and the weights in f32 where
 //!   the folder has them rounded;
-//! - `trainer_state.json`: the step, and what the run is ([`identity`]);
+//! - `trainer_state.json`: the step, what the run is ([`identity`]), and the figures of its evaluations;
 //! - `manifest.json`: each file's length and hash, written last.
 //!
 //! No random state and no position in the data are needed besides the step; see
@@ -19,6 +19,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
+use super::evaluation::EvalHistory;
 use super::optimizer::AdamW;
 use super::step::Chunking;
 use crate::backend::{Backend, Dtype};
@@ -29,6 +30,7 @@ use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
 pub use format::RunProgress;
+pub(super) use format::checkpoint_name;
 use format::{FORMAT, MAX_STATE_BYTES, STATE_FILE, State, list};
 pub(super) use identity::Identity;
 use tensors::SavedTensors;
@@ -137,11 +139,16 @@ impl Checkpoint {
         self.state.identity.check(run, &self.dir)
     }
 
-    /// Sets the model's trainable weights to those of the checkpoint.
+    /// Figures of evaluations so far.
+    pub(super) fn evaluation(&self) -> Option<&EvalHistory> {
+        self.state.evaluation.as_ref()
+    }
+
+    /// Sets the model's trainable weights to those of the checkpoint. Needs the memory of a second model.
     ///
     /// # Errors
     /// When they do not fit the model.
-    pub(super) fn restore_weights<B: Backend>(&self, model: &mut BiEncoderModel<B>) -> Result<()> {
+    pub fn restore_weights<B: Backend>(&self, model: &mut BiEncoderModel<B>) -> Result<()> {
         if !self.state.weights_in_optimizer {
             return model.read_trained_weights(&self.dir);
         }
