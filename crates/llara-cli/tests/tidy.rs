@@ -23,9 +23,7 @@ const DEPENDENCIES: [(&str, &[&str]); 14] = [
     ("biencoder", &["backend", "data", "dist", "loss", "model", "storage", "text"]),
     (
         "train",
-        &[
-            "backend", "biencoder", "data", "dist", "loss", "model", "retrieval", "storage", "text",
-        ],
+        &["backend", "biencoder", "data", "dist", "loss", "model", "retrieval", "storage", "text"],
     ),
     ("retrieval", &["backend", "biencoder", "data", "storage", "text"]),
     ("hub", &["storage"]),

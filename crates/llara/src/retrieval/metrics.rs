@@ -42,7 +42,8 @@ pub fn evaluate(run: &Run, qrels: &Qrels) -> Metrics {
 
 /// The metrics of each ranking of a run, in order; `None` for a query without judgments.
 pub fn evaluate_each(run: &Run, qrels: &Qrels) -> Vec<Option<Metrics>> {
-    let metrics = |ranking: &Ranking| Some(evaluate_query(run, ranking, qrels.get(&ranking.query)?));
+    let metrics =
+        |ranking: &Ranking| Some(evaluate_query(run, ranking, qrels.get(&ranking.query)?));
     run.rankings().iter().map(metrics).collect()
 }
 

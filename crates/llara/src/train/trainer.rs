@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::batches::BatchSource;
 use super::checkpoint::{Checkpoint, Identity, RunProgress, Saved, checkpoint_name, write};
 use super::config::TrainConfig;
-use super::evaluation::{EvalHistory, Evaluation, evaluate};
+use super::evaluation::{EvalHistory, EvalState, Evaluation, evaluate};
 use super::observer::{EvalEvent, Observer, Progress, StepRecord, Summary};
 use super::schedule::Schedule;
 use super::state::TrainState;
@@ -37,9 +37,7 @@ pub struct Trainer<'r, B: Backend> {
     summary: Summary,
     /// The checkpoint that the run continues from.
     resumed_from: Option<PathBuf>,
-    evaluation: Option<&'r Evaluation>,
-    /// Those of a resumed run are kept even if it does not evaluate.
-    history: Option<EvalHistory>,
+    evaluation: EvalState<'r>,
 }
 
 /// How a run goes on.
@@ -168,8 +166,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
             identity,
             summary,
             resumed_from: checkpoint.map(|checkpoint| checkpoint.dir().to_owned()),
-            evaluation: None,
-            history: checkpoint.and_then(|checkpoint| checkpoint.evaluation().cloned()),
+            evaluation: EvalState::new(
+                checkpoint.and_then(|checkpoint| checkpoint.evaluation().cloned()),
+                total_steps,
+            ),
         };
         Ok((trainer, notes))
     }
@@ -181,10 +181,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// When a setting is out of its range; when the metric or a set differs from that of the interrupted run;
     /// when the best checkpoint so far is to be kept for the end and is missing or damaged.
     pub fn set_evaluation(&mut self, evaluation: &'r Evaluation) -> Result<()> {
-        evaluation.check()?;
-        if let Some(history) = &self.history {
-            history.check(evaluation)?;
-        }
+        self.evaluation.set(evaluation)?;
         if evaluation.save_best
             && let Some(best) = self.best_checkpoint()
         {
@@ -195,21 +192,23 @@ impl<'r, B: Backend> Trainer<'r, B> {
                 )
             })?;
         }
-        self.evaluation = Some(evaluation);
         Ok(())
     }
 
     /// The figures of all evaluations so far; `None`: there was none.
     pub fn history(&self) -> Option<&EvalHistory> {
-        self.history.as_ref()
+        self.evaluation.history()
     }
 
     /// The folder that the checkpoint of the best evaluated step has, if it was saved.
     pub fn best_checkpoint(&self) -> Option<PathBuf> {
-        let best = self.history.as_ref()?.best.as_ref()?.step;
-        // The best one of a resumed run is beside the checkpoint that the run continues from.
-        let before = self.resumed_from.as_ref().filter(|_| best <= self.summary.steps);
-        let folder = before.and_then(|folder| folder.parent()).unwrap_or(&self.config.output_dir);
+        let best = self.evaluation.best_step()?;
+        let folder = match &self.resumed_from {
+            // The best one of a resumed run is beside the checkpoint that the run continues from, or is that.
+            Some(folder) if best == self.summary.steps => return Some(folder.clone()),
+            Some(folder) if best < self.summary.steps => folder.parent()?,
+            _ => &self.config.output_dir,
+        };
         Some(folder.join(checkpoint_name(best)))
     }
 
@@ -234,9 +233,9 @@ impl<'r, B: Backend> Trainer<'r, B> {
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         let (step, mut summary) = (self.state.step(), self.summary);
         // The starting model, or an evaluation that was interrupted.
-        let next = match self.evaluation_is_due(step) {
+        let next = match self.evaluation.is_due(step) {
             true => self.after_step(step, &summary, observer)?,
-            false if self.is_exhausted() => Next::EarlyStopping,
+            false if self.evaluation.is_exhausted() => Next::EarlyStopping,
             false => Next::Step,
         };
         match next {
@@ -270,7 +269,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
             }
             // Nothing is saved or evaluated of a run that has diverged.
             let waits = self.save_is_due(step + 1)
-                || self.evaluation_is_due(step + 1)
+                || self.evaluation.is_due(step + 1)
                 || progress.summary.stopped;
             if (waits || !self.model.backend().is_asynchronous())
                 && let Some(last) = pending.take()
@@ -308,7 +307,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         summary: &Summary,
         observer: &mut dyn Observer,
     ) -> Result<Next> {
-        let evaluates = self.evaluation_is_due(step);
+        let evaluates = self.evaluation.is_due(step);
         let mut stopped = summary.stopped && (step < self.total_steps || evaluates);
         let mut saves = self.save_is_due(step);
         if evaluates && !stopped {
@@ -323,10 +322,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
                 }
             }
         }
-        let is_exhausted = self.is_exhausted();
+        let is_exhausted = self.evaluation.is_exhausted();
         // When the best weights are loaded at the end, the last ones are not lost.
         let is_last = step == self.total_steps || is_exhausted;
-        saves |= is_last && self.loads_other_weights(step);
+        saves |= is_last && self.evaluation.loads_other_weights(step);
         if step > 0 && (saves || stopped) {
             observer.on_save(&self.save(step, summary)?)?;
         }
@@ -342,30 +341,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
         step > 0 && self.config.saving.every.is_some_and(|every| step.is_multiple_of(every))
     }
 
-    /// Whether the model is to be evaluated after a step and was not yet.
-    fn evaluation_is_due(&self, step: u64) -> bool {
-        let last = self.history.as_ref().and_then(|history| history.last.as_ref());
-        self.evaluation.is_some_and(|evaluation| evaluation.is_due(step, self.total_steps))
-            && last.is_none_or(|last| last.step != step)
-    }
-
-    /// Whether early stopping ends the run.
-    fn is_exhausted(&self) -> bool {
-        let early_stopping = self.evaluation.and_then(|evaluation| evaluation.early_stopping);
-        self.history.as_ref().is_some_and(|history| history.is_exhausted(early_stopping))
-    }
-
-    /// Whether the weights that are loaded at the end are those of another step.
-    fn loads_other_weights(&self, step: u64) -> bool {
-        let best = self.history.as_ref().and_then(|history| history.best.as_ref());
-        self.evaluation.is_some_and(|evaluation| evaluation.save_best)
-            && best.is_some_and(|best| best.step != step)
-    }
-
     /// Evaluates the model and reports the figures; returns whether its checkpoint is to be kept for the end,
     /// and `None` if an observer stopped the evaluation.
     fn evaluate(&mut self, step: u64, observer: &mut dyn Observer) -> Result<Option<bool>> {
-        let Some(evaluation) = self.evaluation else { return Ok(Some(false)) };
+        let Some(evaluation) = self.evaluation.evaluation() else { return Ok(Some(false)) };
         let found = evaluate(
             evaluation,
             self.model,
@@ -377,15 +356,14 @@ impl<'r, B: Backend> Trainer<'r, B> {
             },
         )?;
         let Some((evaluated, reports)) = found else { return Ok(None) };
-        let history = self.history.get_or_insert_with(|| EvalHistory::new(evaluation));
-        let is_best = history.add(evaluated.clone(), evaluation.early_stopping);
+        let (is_kept, history) = self.evaluation.add(evaluation, evaluated.clone());
         observer.on_evaluate(&EvalEvent {
             evaluated: &evaluated,
             reports: &reports,
             history,
             total_steps: self.total_steps,
         })?;
-        Ok(Some(is_best && evaluation.save_best))
+        Ok(Some(is_kept))
     }
 
     /// The epoch after so many steps, with its fraction.
@@ -496,7 +474,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
             config: self.config,
             identity: &self.identity,
             progress,
-            evaluation: self.history.as_ref(),
+            evaluation: self.evaluation.history(),
         };
         write(&saved, self.collective.as_ref())
     }

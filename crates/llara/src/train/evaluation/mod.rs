@@ -12,9 +12,11 @@ mod history;
 mod metric;
 mod query_report;
 mod settings;
+mod state;
 
 pub(super) use evaluator::evaluate;
 pub use history::{EvalHistory, EvalRecord, Evaluated};
 pub use metric::{BestMetric, EvalMetric};
 pub use query_report::{FoundPassage, MissedPassage, QueryReport, SetReport};
 pub use settings::{EarlyStopping, EvalSet, Evaluation};
+pub(super) use state::EvalState;

@@ -80,8 +80,9 @@ impl SetReport {
     /// every model. Queries with the same nDCG are in the order of their ids.
     pub(super) fn new(set: &EvalSet, run: &Run, step: u64) -> Self {
         let BeirDataset { corpus, queries, qrels } = &set.dataset;
-        let has_relevant =
-            |query: &str| qrels.get(query).is_some_and(|judged| judged.values().any(|&grade| grade > 0));
+        let has_relevant = |query: &str| {
+            qrels.get(query).is_some_and(|judged| judged.values().any(|&grade| grade > 0))
+        };
         let mut scored: Vec<(f64, &Ranking)> = evaluate_each(run, qrels)
             .into_iter()
             .zip(run.rankings())
@@ -144,8 +145,8 @@ impl SetReport {
     ) -> Result<()> {
         let by_name: BTreeMap<&str, &SetReport> =
             records.iter().map(|record| record.dataset.as_str()).zip(reports).collect();
-        let mut json = serde_json::to_vec_pretty(&by_name)
-            .map_err(|e| Error::io("write", path, e.into()))?;
+        let mut json =
+            serde_json::to_vec_pretty(&by_name).map_err(|e| Error::io("write", path, e.into()))?;
         json.push(b'\n');
         let mut file = OutputFile::create(path)?;
         file.write(&json)?;
@@ -172,8 +173,7 @@ fn missed(
     ranking: &Ranking,
     texts: &HashMap<&str, &str>,
 ) -> Vec<MissedPassage> {
-    let ranks: HashMap<&str, usize> =
-        ranking.hits.iter().map(|hit| run.id(hit)).zip(1..).collect();
+    let ranks: HashMap<&str, usize> = ranking.hits.iter().map(|hit| run.id(hit)).zip(1..).collect();
     let judged = set.dataset.qrels.get(&ranking.query).into_iter().flatten();
     let mut relevant: Vec<(&String, &i32)> = judged.filter(|(_, grade)| **grade > 0).collect();
     relevant.sort_unstable_by(|(id, grade), (other, other_grade)| {
@@ -233,7 +233,8 @@ mod tests {
         assert_eq!((best.id.as_str(), best.text.as_str()), ("q0", "What about 0"));
         assert!(best.ndcg_at_10 > 0.0 && best.ndcg_at_10 < 1.0);
         let found: Vec<_> = best.found.iter().map(|p| (p.id.as_str(), p.relevance)).collect();
-        let expected = [("d0", Some(1)), ("d1", Some(-1)), ("d2", None), ("d3", None), ("d4", None)];
+        let expected =
+            [("d0", Some(1)), ("d1", Some(-1)), ("d2", None), ("d3", None), ("d4", None)];
         assert_eq!(found, expected);
         assert_eq!(best.found[0].text, "ß".repeat(300));
         assert_eq!(best.found[0].score, 1.0);

@@ -112,7 +112,9 @@ impl Evaluation {
     pub fn check(&self) -> Result<()> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
         if self.sets.is_empty() {
-            return Err(invalid("there is nothing to evaluate").expected("one test collection or more"));
+            return Err(
+                invalid("there is nothing to evaluate").expected("one test collection or more")
+            );
         }
         for (at, EvalSet { name, .. }) in self.sets.iter().enumerate() {
             if name.is_empty() || name.contains('/') || name.chars().any(char::is_control) {
@@ -157,7 +159,11 @@ pub(super) mod tests {
     use super::*;
 
     /// Passages `d0`, `d1`, … and a query for each of the first ones.
-    pub(in crate::train::evaluation) fn set(name: &str, passages: usize, queries: usize) -> EvalSet {
+    pub(in crate::train::evaluation) fn set(
+        name: &str,
+        passages: usize,
+        queries: usize,
+    ) -> EvalSet {
         let dir = tempfile::tempdir().unwrap();
         let lines = |count: usize, prefix: &str, word: &str| -> String {
             let line = |i| format!("{{\"_id\": \"{prefix}{i}\", \"text\": \"{word} {i}\"}}\n");
