@@ -101,7 +101,10 @@ fn encode(args: &Args, texts: &TextFile, backend: impl Backend) -> anyhow::Resul
     }
     let output = open_output(args, &embedder, texts)?;
     let progress = TextProgress::new(texts.len() - output.written());
-    let on_batch = |texts| progress.add(texts);
+    let on_batch = |texts| {
+        progress.add(texts);
+        Ok(())
+    };
     embedder.on_batch = Some(&on_batch);
     let (path, all, resumable) =
         (args.output.clone(), texts.len(), texts.len() > BLOCK_TEXTS.get());

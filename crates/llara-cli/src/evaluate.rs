@@ -121,7 +121,10 @@ fn rank(
     args.roles.apply(&mut embedder)?;
 
     let progress = TextProgress::new(dataset.queries.len() + dataset.corpus.len());
-    let on_batch = |texts| progress.add(texts);
+    let on_batch = |texts| {
+        progress.add(texts);
+        Ok(())
+    };
     embedder.on_batch = Some(&on_batch);
     let options =
         SearchOptions { top_k: args.top_k, ignore_identical_ids: args.ignore_identical_ids };

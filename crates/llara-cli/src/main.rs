@@ -6,6 +6,7 @@
 
 mod compute;
 mod encode;
+mod eval_report;
 mod evaluate;
 mod finetune;
 mod init;

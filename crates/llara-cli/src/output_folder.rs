@@ -58,7 +58,7 @@ pub(super) fn claim_with_contents(path: &Path) -> Result<FolderLock> {
     Ok(lock)
 }
 
-/// Refuses a folder without checkpoints that contains more than the log of an interrupted run, unless
+/// Refuses a folder without checkpoints that contains more than the logs of an interrupted run, unless
 /// `overwrite` is set.
 pub(super) fn check_resumable(path: &Path, overwrite: bool) -> Result<()> {
     check(path, overwrite, &[&["log.jsonl"], &RUN_FILES[..]].concat())

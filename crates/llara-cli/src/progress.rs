@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use llara::Result;
-use llara::train::{Observer, RunLog, StepRecord};
+use llara::train::{EvalEvent, Evaluation, Observer, RunLog, StepRecord};
 
-use super::interrupt;
 use super::report::OwnReport;
 use super::talk::{count, counted, say};
+use super::{eval_report, interrupt};
 
 /// Time between two lines if standard error is not a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -33,37 +33,38 @@ fn bar(
 }
 
 /// Writes the log of a training run and shows its progress.
-pub(super) struct TrainingProgress {
+pub(super) struct TrainingProgress<'e> {
     log: RunLog,
     report: OwnReport,
     bar: Option<ProgressBar>,
     /// The bar's text. It is not set through the bar, so that a step draws the bar only once.
     state: Arc<Mutex<String>>,
-    start: Instant,
-    /// Number of steps before this start of the run.
-    first: u64,
+    left: TimeLeft<'e>,
+    last_line: Instant,
     /// When the run stops.
     deadline: Option<Instant>,
 }
 
-impl TrainingProgress {
-    /// The progress of a run that continues after step `first` and stops at `deadline`.
+impl<'e> TrainingProgress<'e> {
+    /// The progress of a run that continues after step `first` and stops at `deadline`. `evaluation` is what is
+    /// evaluated, and the seconds that the last evaluation before this start took, if there was one.
     pub(super) fn new(
         log: RunLog,
         report: OwnReport,
         (first, total_steps): (u64, u64),
+        evaluation: Option<(&'e Evaluation, Option<f64>)>,
         deadline: Option<Instant>,
     ) -> Self {
         let state = Arc::new(Mutex::new(String::new()));
         let shown = state.clone();
-        let bar = bar(total_steps, "[{bar:30}] {pos}/{len}  {state}  {eta} left", move |_| {
+        let bar = bar(total_steps, "[{bar:30}] {pos}/{len}  {state}", move |_| {
             shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
         });
         if let Some(bar) = &bar {
             bar.set_position(first);
-            bar.reset_eta();
         }
-        TrainingProgress { log, report, bar, state, start: Instant::now(), first, deadline }
+        let left = TimeLeft::new((first, total_steps), evaluation);
+        TrainingProgress { log, report, bar, state, left, last_line: Instant::now(), deadline }
     }
 
     /// Removes the bar and writes the last version of the report.
@@ -73,16 +74,78 @@ impl TrainingProgress {
         }
         self.report.write();
     }
+
+    fn set_state(&self, state: String) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    /// Prints a line above the bar.
+    fn print(&self, line: &str) {
+        let print = || say!("{line}");
+        match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+}
+
+/// Estimates the remaining time of a run from its time so far. Steps and evaluations are counted apart.
+struct TimeLeft<'e> {
+    start: Instant,
+    /// Number of steps before this start of the run.
+    first: u64,
+    total_steps: u64,
+    evaluation: Option<&'e Evaluation>,
+    /// Seconds of the last evaluation.
+    last_evaluation: f64,
+    /// Seconds of all evaluations since the start.
+    evaluations: f64,
+}
+
+impl<'e> TimeLeft<'e> {
+    fn new(
+        (first, total_steps): (u64, u64),
+        evaluation: Option<(&'e Evaluation, Option<f64>)>,
+    ) -> Self {
+        TimeLeft {
+            start: Instant::now(),
+            first,
+            total_steps,
+            evaluation: evaluation.map(|(evaluation, _)| evaluation),
+            last_evaluation: evaluation.and_then(|(_, seconds)| seconds).unwrap_or(0.0),
+            evaluations: 0.0,
+        }
+    }
+
+    fn add_evaluation(&mut self, seconds: f64) {
+        self.last_evaluation = seconds;
+        self.evaluations += seconds;
+    }
+
+    /// Seconds from the end of `step` to the end of the run.
+    fn after(&self, step: u64) -> f64 {
+        self.after_time(step, self.start.elapsed().as_secs_f64())
+    }
+
+    /// [`after`](Self::after), so many seconds after the start.
+    fn after_time(&self, step: u64, elapsed: f64) -> f64 {
+        let made = step.saturating_sub(self.first).max(1);
+        let of_step = (elapsed - self.evaluations).max(0.0) / made as f64;
+        let total = self.total_steps;
+        let evaluations = self.evaluation.map_or(0, |evaluation| evaluation.remaining(step, total));
+        of_step * total.saturating_sub(step) as f64 + self.last_evaluation * evaluations as f64
+    }
 }
 
 fn state(record: &StepRecord) -> String {
     format!("loss {:.4}  {} tokens/s", record.loss, count(record.tokens_per_second() as usize))
 }
 
-impl Observer for TrainingProgress {
+impl Observer for TrainingProgress<'_> {
     fn on_step(&mut self, record: &StepRecord) -> Result<()> {
         if let Some(bar) = &self.bar {
-            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state(record);
+            let left = clock(self.left.after(record.step));
+            self.set_state(format!("{}  {left} left", state(record)));
             bar.update(|bar| bar.set_pos(record.step));
         }
         Ok(())
@@ -93,19 +156,36 @@ impl Observer for TrainingProgress {
         self.report.refresh();
         if self.bar.is_none() {
             let (step, total) = (record.step, record.total_steps);
-            let made = step.saturating_sub(self.first).max(1);
-            let left = self.start.elapsed().as_secs_f64() / made as f64 * (total - step) as f64;
-            say!("step {step}/{total}  {}  {} left", state(record), clock(left));
+            let left = clock(self.left.after(step));
+            say!("step {step}/{total}  {}  {left} left", state(record));
         }
         Ok(())
     }
 
-    fn on_save(&mut self, folder: &Path) -> Result<()> {
-        let report = || say!("saved {}", folder.display());
+    fn on_evaluation_progress(&mut self, done: usize, total: usize) {
+        let state = format!("evaluating {}/{} texts", count(done), count(total));
         match &self.bar {
-            Some(bar) => bar.suspend(report),
-            None => report(),
+            Some(bar) => {
+                self.set_state(state);
+                bar.tick();
+            }
+            None if self.last_line.elapsed() >= LINE_INTERVAL => {
+                self.last_line = Instant::now();
+                say!("{state}");
+            }
+            None => {}
         }
+    }
+
+    fn on_evaluate(&mut self, event: &EvalEvent<'_>) -> Result<()> {
+        self.log.write_evaluation(event)?;
+        self.left.add_evaluation(event.evaluated.seconds());
+        eval_report::lines(event).iter().for_each(|line| self.print(line));
+        Ok(())
+    }
+
+    fn on_save(&mut self, folder: &Path) -> Result<()> {
+        self.print(&format!("saved {}", folder.display()));
         Ok(())
     }
 
@@ -175,5 +255,19 @@ mod tests {
     #[test]
     fn clocks_carry() {
         assert_eq!([59.6, 61.0, 3723.0].map(clock), ["1:00", "1:01", "1:02:03"]);
+    }
+
+    #[test]
+    fn the_time_left_has_a_part_for_each_remaining_evaluation() {
+        let evaluation = Evaluation { every: Some(10), ..Evaluation::new(Vec::new()) };
+        let mut left = TimeLeft::new((0, 40), Some((&evaluation, None)));
+        assert_eq!(left.after_time(5, 10.0), 70.0);
+        left.add_evaluation(3.0);
+        // Of 33 seconds three were an evaluation; those after the steps 20, 30 and 40 remain.
+        assert_eq!(left.after_time(10, 33.0), 3.0 * 30.0 + 3.0 * 3.0);
+        assert_eq!(left.after_time(40, 120.0), 0.0);
+        let resumed = TimeLeft::new((30, 40), Some((&evaluation, Some(4.0))));
+        assert_eq!(resumed.after_time(35, 10.0), 2.0 * 5.0 + 4.0);
+        assert_eq!(TimeLeft::new((0, 40), None).after_time(10, 10.0), 30.0);
     }
 }

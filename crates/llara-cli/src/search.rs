@@ -67,7 +67,10 @@ fn find(args: &Args, corpus: &TextTable, backend: impl Backend) -> anyhow::Resul
     args.roles.apply(&mut embedder)?;
 
     let progress = TextProgress::new(args.query.len() + corpus.len());
-    let on_batch = |texts| progress.add(texts);
+    let on_batch = |texts| {
+        progress.add(texts);
+        Ok(())
+    };
     embedder.on_batch = Some(&on_batch);
     let queries = embed_texts(&embedder, Role::Query, &args.query)?;
     let passages = embed_texts(&embedder, Role::Passage, &corpus.texts)?;

@@ -21,7 +21,10 @@ const DEPENDENCIES: [(&str, &[&str]); 14] = [
     ("loss", &["backend", "dist"]),
     ("model", &["backend", "data", "storage"]),
     ("biencoder", &["backend", "data", "dist", "loss", "model", "storage", "text"]),
-    ("train", &["backend", "biencoder", "data", "dist", "loss", "model", "storage", "text"]),
+    (
+        "train",
+        &["backend", "biencoder", "data", "dist", "loss", "model", "retrieval", "storage", "text"],
+    ),
     ("retrieval", &["backend", "biencoder", "data", "storage", "text"]),
     ("hub", &["storage"]),
     ("fuzzing", &["biencoder", "data", "hub", "model", "retrieval", "storage", "text"]),

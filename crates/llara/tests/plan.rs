@@ -8,7 +8,7 @@ use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
-use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, Plan, RunShape};
+use llara::train::plan::{ChunkPolicy, DryRun, EvaluationShape, LargestBatch, Plan, RunShape};
 use llara::{BiEncoderOptions, Loader};
 
 /// The fixture's tokenizer with a model that is large enough for activations to be a relevant part of memory.
@@ -31,6 +31,7 @@ fn shape() -> RunShape {
         lora: None,
         precision: Dtype::F32,
         options: BiEncoderOptions::default(),
+        evaluation: None,
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }
@@ -188,4 +189,24 @@ fn if_nothing_fits_the_smallest_memory_is_reported() {
     let least = Chunking { max_tokens: 1, kept_tokens: 0, ..Chunking::default() };
     let fixed = dry_run.plan(&batch, least).unwrap();
     assert!(plan.training.total() <= fixed.training.total());
+}
+
+#[test]
+fn an_evaluation_is_counted_beside_gradients_and_moments() {
+    let batch = batch(2, 2);
+    let peak = |batch_tokens, passages| {
+        let evaluation = EvaluationShape { batch_tokens, longest: 64, queries: 10, passages };
+        one_pass(RunShape { evaluation: Some(evaluation), ..shape() }, &batch)
+    };
+    let without = one_pass(shape(), &batch);
+    assert_eq!(without.evaluation_bytes, 0);
+    let (small, large) = (peak(64, 1000), peak(16_384, 1000));
+    let fixed = without.training.without_activations();
+    assert!(small.evaluation_bytes > fixed, "{} {fixed}", small.evaluation_bytes);
+    assert_eq!((small.training, large.training), (without.training, without.training));
+    // An activation of every token, of the residual stream and of a block.
+    assert!(large.evaluation_bytes > small.evaluation_bytes + 16_000 * 4 * 128 * 2);
+    assert_eq!((large.peak_phase(), large.peak_bytes()), ("evaluating", large.evaluation_bytes));
+    // A batch has no more than all texts.
+    assert!(peak(16_384, 10).evaluation_bytes < large.evaluation_bytes / 2);
 }

@@ -10,6 +10,7 @@ use llara::data::{BadRows, Sampling};
 use llara::train::{Chunking, RunLength, TrainConfig};
 use llara::{BiEncoderOptions, Recipe, Shortcuts};
 
+use super::eval_args::EvalArgs;
 use super::lora_args::LoraArgs;
 use super::optimizer_args::OptimizerArgs;
 use super::output_args::OutputArgs;
@@ -36,6 +37,8 @@ Examples:
   llara finetune --model base --train-data train.jsonl --output-dir tuned --use-lora false
   llara finetune --model Qwen/Qwen3-0.6B --template qwen3-embedding --train-data data/ \\
       --output-dir tuned --max-steps 1000 --warmup-ratio 0.1 --save-steps 200 --save-total-limit 2
+  llara finetune --model base --train-data train.jsonl --output-dir tuned --eval-dataset beir/nfcorpus \
+      --eval-steps 200 --load-best-model-at-end --early-stopping-patience 5
   llara finetune --config run.toml --resume-from-checkpoint --max-time 3h50m
 
 run.toml contains options without the leading dashes; options of the command line override it:
@@ -45,7 +48,11 @@ run.toml contains options without the leading dashes; options of the command lin
   learning-rate = 1e-4
   use-lora = false
 
-Prints one JSON object: steps, loss, tokens, tokens_per_second, output_dir.")]
+With --eval-dataset the model is evaluated during training. Figures are written to log.jsonl, and the
+queries that the model answers best and worst to eval_queries.json.
+
+Prints one JSON object: steps, loss, tokens, tokens_per_second, output_dir; with --eval-dataset also
+eval: the figures of the starting model, the last and the best ones.")]
 pub(crate) struct Args {
     /// TOML file with any of these options; options of the command line override it
     #[arg(long, value_name = "FILE")]
@@ -63,6 +70,8 @@ pub(crate) struct Args {
     pub(super) optimizer: OptimizerArgs,
     #[command(flatten)]
     pub(super) output: OutputArgs,
+    #[command(flatten)]
+    pub(super) evaluation: EvalArgs,
     #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]

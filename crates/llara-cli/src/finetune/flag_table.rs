@@ -29,6 +29,8 @@ pub(super) struct OwnSettings<'a> {
     pub(super) model: &'a str,
     /// The run's seed.
     pub(super) seed: u64,
+    /// Whether the model is evaluated during the run.
+    pub(super) evaluates: bool,
 }
 
 const ONE_PROCESS: &str = "the run is one process on one device";
@@ -42,7 +44,10 @@ const DEVICE: &str = "--device chooses the device";
 const ROWS: &str = "rows are read directly from --train-data, without a cache";
 const WHOLE_STATE: &str =
     "checkpoints always contain the complete state of the run, and resuming restores it";
-const EVALUATION: &str = "there is no evaluation during training; run llara evaluate afterwards";
+const EVALUATION: &str = "an evaluation (--eval-dataset) searches all passages of a test collection and \
+                          computes nDCG@10, MRR@10 and Recall@100";
+const EVAL_BATCH: &str = "--eval-batch-tokens limits the batches of an evaluation";
+const EVAL_DTYPE: &str = "evaluation uses the number format of the training, --dtype";
 const NO_UPLOAD: &str = "the model is not uploaded";
 
 /// Name (with dashes) and treatment of every flag.
@@ -183,21 +188,19 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
     ("ignore-data-skip", NoEffect("a resumed run does not read the rows of earlier steps")),
     ("enable-jit-checkpoint", NoEffect("SIGTERM, SIGINT and SIGUSR1 always save a checkpoint")),
     ("full-determinism", NoEffect("runs are always deterministic")),
-    ("per-device-eval-batch-size", NoEffect(EVALUATION)),
-    ("per-gpu-eval-batch-size", NoEffect(EVALUATION)),
-    ("eval-steps", NoEffect(EVALUATION)),
-    ("eval-delay", NoEffect(EVALUATION)),
-    ("eval-accumulation-steps", NoEffect(EVALUATION)),
+    ("per-device-eval-batch-size", NoEffect(EVAL_BATCH)),
+    ("per-gpu-eval-batch-size", NoEffect(EVAL_BATCH)),
+    ("eval-steps", Supported),
+    ("eval-accumulation-steps", NoEffect(EVAL_BATCH)),
     ("eval-do-concat-batches", NoEffect(EVALUATION)),
     ("eval-use-gather-object", NoEffect(EVALUATION)),
     ("batch-eval-metrics", NoEffect(EVALUATION)),
     ("prediction-loss-only", NoEffect(EVALUATION)),
     ("include-inputs-for-metrics", NoEffect(EVALUATION)),
     ("include-for-metrics", NoEffect(EVALUATION)),
-    ("metric-for-best-model", NoEffect(EVALUATION)),
-    ("greater-is-better", NoEffect(EVALUATION)),
-    ("bf16-full-eval", NoEffect(EVALUATION)),
-    ("fp16-full-eval", NoEffect(EVALUATION)),
+    ("metric-for-best-model", Supported),
+    ("bf16-full-eval", NoEffect(EVAL_DTYPE)),
+    ("fp16-full-eval", NoEffect(EVAL_DTYPE)),
     ("use-legacy-prediction-loop", NoEffect(EVALUATION)),
     ("hub-model-id", NoEffect(NO_UPLOAD)),
     ("hub-strategy", NoEffect(NO_UPLOAD)),
@@ -231,20 +234,20 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
         "hidden states of earlier batches", "omit it")),
     ("logging-strategy", limited(is_steps,
         "logging at intervals that are not steps", "use --logging-steps")),
-    ("evaluation-strategy", limited(is_off,
-        "evaluation during training", "run llara evaluate afterwards")),
-    ("eval-strategy", limited(is_off,
-        "evaluation during training", "run llara evaluate afterwards")),
-    ("do-eval", limited(is_off,
-        "evaluation during training", "run llara evaluate afterwards")),
-    ("evaluate-during-training", limited(is_off,
-        "evaluation during training", "run llara evaluate afterwards")),
-    ("eval-on-start", limited(is_off,
-        "evaluation during training", "run llara evaluate afterwards")),
+    ("evaluation-strategy", Supported),
+    ("eval-strategy", Supported),
+    ("eval-on-start", Supported),
+    ("load-best-model-at-end", Supported),
+    ("do-eval", limited(is_off_or_evaluated,
+        "evaluation during training without a test collection", "give one with --eval-dataset")),
+    ("evaluate-during-training", limited(is_off_or_evaluated,
+        "evaluation during training without a test collection", "give one with --eval-dataset")),
+    ("eval-delay", limited(is_zero,
+        "a later first evaluation", "omit it; --eval-on-start false leaves out the starting model")),
+    ("greater-is-better", limited(is_on_or_none,
+        "a metric that is better when it is lower", "omit it: all metrics here are better when they are greater")),
     ("do-predict", limited(is_off,
         "prediction after training", "run llara encode afterwards")),
-    ("load-best-model-at-end", limited(is_off,
-        "evaluation during training", "keep models with --save-steps and run llara evaluate on them")),
     ("debug", limited(is_empty,
         "a debugger of PyTorch", "omit it")),
     ("train-sampling-strategy", limited(is_random,
@@ -281,6 +284,14 @@ const fn limited(
 
 fn is_off(value: &str, _: &OwnSettings<'_>) -> bool {
     ["false", "no", "off", "0", "none", ""].contains(&&*value.to_ascii_lowercase())
+}
+
+fn is_off_or_evaluated(value: &str, own: &OwnSettings<'_>) -> bool {
+    own.evaluates || is_off(value, own)
+}
+
+fn is_on_or_none(value: &str, _: &OwnSettings<'_>) -> bool {
+    ["true", "yes", "on", "1", "none", ""].contains(&&*value.to_ascii_lowercase())
 }
 
 fn is_empty(value: &str, _: &OwnSettings<'_>) -> bool {

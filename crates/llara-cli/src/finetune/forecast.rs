@@ -5,7 +5,9 @@ use std::fmt::Write;
 use llara::backend::{Backend, Dtype};
 use llara::model::LoraConfig;
 use llara::train::Chunking;
-use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, MachineMemory, Plan, RunShape};
+use llara::train::plan::{
+    ChunkPolicy, DryRun, EvaluationShape, LargestBatch, MachineMemory, Plan, RunShape,
+};
 use llara::{Error, ErrorKind, Result, Role};
 
 use super::{Args, Prepared, resume};
@@ -27,19 +29,26 @@ pub(crate) struct Forecast {
 /// Chunks of one sequence and no kept activations: the minimum of memory.
 const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_tokens: 0 };
 
+/// Tokens of a batch of an evaluation that needs little memory.
+const SMALL_BATCH_TOKENS: usize = 512;
+
 impl Forecast {
     /// Plans a step of the largest expected batch.
     pub(crate) fn new(args: &Args, prepared: &Prepared<impl Backend>) -> Result<Self> {
+        let Prepared { dataset, config, evaluation, .. } = prepared;
+        let prompts = &prepared.outline.prompts;
+        let evaluation =
+            evaluation.as_ref().map(|e| EvaluationShape::of(e, config, prompts)).transpose()?;
         let mut shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
-            prompts: prepared.outline.prompts.clone(),
+            prompts: prompts.clone(),
             lora: prepared.lora()?,
             precision: prepared.precision,
             options: args.model_options(&prepared.recipe),
+            evaluation,
             memory: prepared.backend.memory(),
             process_bytes: 0,
         };
-        let Prepared { dataset, config, .. } = prepared;
         let batch =
             LargestBatch::of_run(dataset, &shape.prompts, config, shape.dedups_sequences())?;
         // Read here, with tokenizer and data in memory.
@@ -170,6 +179,14 @@ impl Forecast {
         if let ChunkPolicy::Fixed(_) | ChunkPolicy::FixedSize(_) = self.policy {
             let option = "--chunk-tokens auto without --sub-batch-size";
             consider(option, &self.shape, &self.batch, ChunkPolicy::Auto)?;
+        }
+        if let Some(evaluation) = self.shape.evaluation
+            && evaluation.batch_tokens > SMALL_BATCH_TOKENS
+        {
+            let evaluation = EvaluationShape { batch_tokens: SMALL_BATCH_TOKENS, ..evaluation };
+            let shape = RunShape { evaluation: Some(evaluation), ..self.shape.clone() };
+            let option = format!("--eval-batch-tokens {SMALL_BATCH_TOKENS}");
+            consider(&option, &shape, &self.batch, self.policy)?;
         }
         if self.shape.lora.is_none() {
             let lora = Some(LoraConfig::default());

@@ -1,6 +1,7 @@
 //! `llara finetune`: train a model. All inputs are checked before files are written.
 
 mod args;
+mod eval_args;
 mod flag_table;
 mod forecast;
 mod lengths;
@@ -21,14 +22,17 @@ use std::time::Instant;
 
 use llara::backend::{Backend, Dtype};
 use llara::data::{Dataset, Sampling};
-use llara::train::{Checkpoint, RunLog, Summary, TrainConfig, Trainer, state_bytes};
+use llara::train::{
+    Checkpoint, EvalHistory, Evaluated, Evaluation, RunLog, Summary, TrainConfig, Trainer,
+    state_bytes,
+};
 use llara::{BiEncoderModel, Error, Loader, Role};
 
 use super::compute::on_device;
 use super::progress::TrainingProgress;
 use super::report::{OwnReport, RunFacts};
 use super::talk::{count, counted, print, say};
-use super::{interrupt, output_folder, trained_model};
+use super::{eval_report, interrupt, output_folder, trained_model};
 pub(super) use args::Args;
 pub(super) use forecast::Forecast;
 pub(super) use lengths::warnings as length_warnings;
@@ -64,16 +68,16 @@ fn finetune(
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
     let mut model = prepared.load(args)?;
-    let Prepared { config, dataset, checkpoint, .. } = &prepared;
-    check_space(config, dataset, &model, args.lora.save_merged_lora_model)?;
-    let run = (config, dataset, checkpoint.as_ref());
-    let trained = train(args, run, &mut model, facts, deadline).and_then(|summary| {
-        if summary.stopped {
+    check_space(&prepared, &model, args.lora.save_merged_lora_model)?;
+    let config = &prepared.config;
+    let trained = train(args, &prepared, &mut model, facts, deadline).and_then(|trained| {
+        if trained.summary.stopped {
             return Err(interrupt::Stopped::now().into());
         }
-        save(model, config, args.lora.save_merged_lora_model)
+        load_best(&mut model, &trained)
+            .and_then(|()| save(model, config, args.lora.save_merged_lora_model))
             .inspect_err(|_| output_folder::say_what_is_left(&config.output_dir))?;
-        Ok(summary)
+        Ok(trained)
     });
     if trained.is_err() && prepared.created_output_dir() {
         output_folder::discard_if_nothing_was_logged(&config.output_dir);
@@ -82,18 +86,22 @@ fn finetune(
 }
 
 /// Refuses a run whose model and checkpoints exceed the free disk space.
-fn check_space(
-    config: &TrainConfig,
-    dataset: &Dataset,
-    model: &BiEncoderModel<impl Backend>,
+fn check_space<B: Backend>(
+    prepared: &Prepared<B>,
+    model: &BiEncoderModel<B>,
     merged: bool,
 ) -> llara::Result<()> {
+    let Prepared { config, dataset, evaluation, .. } = prepared;
     let steps = config.length.steps(config.sampler(dataset.len(), 1)?.steps_per_epoch())?;
     let saving = &config.saving;
-    let made = saving.every.map_or(0, |every| steps / every.max(1));
+    let regular = saving.every.map_or(0, |every| steps / every.max(1));
+    // Each evaluation may be the best so far.
+    let best = evaluation.as_ref().filter(|evaluation| evaluation.save_best);
+    let made = steps.min(regular + best.map_or(0, |evaluation| evaluation.remaining(0, steps)));
     // The oldest checkpoint is removed after the next one is complete, hence limit + 1. Without a limit all
     // are kept, and a full disk would end the run after days.
-    let kept = saving.keep.map_or(made, |keep| made.min(keep as u64 + 1));
+    let least = if evaluation.is_some() { 2 } else { 1 };
+    let kept = saving.keep.map_or(made, |keep| made.min(keep.max(least) as u64 + 1));
     let whole = model.saved_bytes(saving.dtype)?;
     let (one, merged) = match model.adapter() {
         Some(_) => (model.saved_adapter_bytes(), if merged { whole } else { 0 }),
@@ -108,13 +116,21 @@ fn check_space(
     output_folder::check_space(&config.output_dir, needed, &largest)
 }
 
+/// Takes the weights of the best evaluated step, if that is wanted and it is not the last one.
+fn load_best<B: Backend>(model: &mut BiEncoderModel<B>, trained: &Trained) -> llara::Result<()> {
+    model.decoder_mut().drop_gradients();
+    let Some(best) = &trained.best_checkpoint else { return Ok(()) };
+    Checkpoint::open(best)?.restore_weights(model)?;
+    say!("loaded    the weights of the best evaluated step, from {}", best.display());
+    Ok(())
+}
+
 /// Saves the model, or its adapter and, if `merged` is set, the model with the merged adapter.
 fn save<B: Backend>(
     mut model: BiEncoderModel<B>,
     config: &TrainConfig,
     merged: bool,
 ) -> llara::Result<()> {
-    model.decoder_mut().drop_gradients();
     if model.adapter().is_none() {
         return model.save_as(&config.output_dir, config.saving.dtype);
     }
@@ -135,14 +151,25 @@ fn save<B: Backend>(
     Ok(())
 }
 
+/// The result of a run.
+struct Trained {
+    summary: Summary,
+    /// The figures of its evaluations.
+    history: Option<EvalHistory>,
+    /// The checkpoint whose weights are to be saved instead of those of the last step.
+    best_checkpoint: Option<PathBuf>,
+}
+
 /// Runs all steps. The optimizer state is freed when this returns, before the model is saved.
-fn train(
+fn train<B: Backend>(
     args: &Args,
-    (config, dataset, checkpoint): (&TrainConfig, &Dataset, Option<&Checkpoint>),
-    model: &mut BiEncoderModel<impl Backend>,
+    prepared: &Prepared<B>,
+    model: &mut BiEncoderModel<B>,
     facts: RunFacts,
     deadline: Option<Instant>,
-) -> anyhow::Result<Summary> {
+) -> anyhow::Result<Trained> {
+    let Prepared { config, dataset, checkpoint, evaluation, .. } = prepared;
+    let evaluation = evaluation.as_ref();
     let about_model = describe(model, args.model.model.as_deref().unwrap_or_default());
     for (role, max_len) in
         [(Role::Query, config.query_max_len), (Role::Passage, config.passage_max_len)]
@@ -155,9 +182,13 @@ fn train(
         Some(checkpoint) => Trainer::resumed(model, dataset, config, checkpoint)?,
         None => (Trainer::new(model, dataset, config)?, Vec::new()),
     };
+    if let Some(evaluation) = evaluation {
+        trainer.set_evaluation(evaluation)?;
+    }
     let (first, total) = (trainer.state().step(), trainer.total_steps());
     say!("{about_model}");
     announce(args, normalized, (config, dataset), total);
+    announce_evaluation(evaluation);
     for note in notes {
         say!("note: {note}");
     }
@@ -173,20 +204,62 @@ fn train(
     };
     interrupt::stop_after_step()?;
     let report = OwnReport::new(config.output_dir.clone(), facts, in_process);
-    let mut progress = TrainingProgress::new(log, report, (first, total), deadline);
+    let last = trainer.history().and_then(|history| history.last.as_ref());
+    let evaluations = evaluation.map(|evaluation| (evaluation, last.map(Evaluated::seconds)));
+    let mut progress = TrainingProgress::new(log, report, (first, total), evaluations, deadline);
     let result = trainer.run(&mut progress);
     progress.finish();
     let summary = result?;
-    if summary.stopped {
-        let (step, folder) = (summary.steps, config.output_dir.display());
-        let why = if interrupt::received() { "" } else { ", because --max-time has passed" };
-        say!("stopped after step {step} of {total}{why}");
+    match summary.stopped {
+        true => say_stopped(&summary, total, &config.output_dir),
+        false if summary.steps < total => {
+            say!("stopped early, after step {} of {total}", summary.steps);
+        }
+        false => {}
+    }
+    let history = trainer.history().filter(|_| evaluation.is_some()).cloned();
+    let best = history.as_ref().and_then(|history| history.best.as_ref());
+    let loads = evaluation.is_some_and(|evaluation| evaluation.save_best)
+        && best.is_some_and(|best| best.step != summary.steps);
+    let best_checkpoint = trainer.best_checkpoint().filter(|_| loads);
+    Ok(Trained { summary, history, best_checkpoint })
+}
+
+/// Prints why the run was stopped and how to continue it.
+fn say_stopped(summary: &Summary, total: u64, output_dir: &Path) {
+    let (step, folder) = (summary.steps, output_dir.display());
+    let why = if interrupt::received() { "" } else { ", because --max-time has passed" };
+    if step == 0 {
+        say!("stopped before the first step{why}; nothing was saved");
+        return;
+    }
+    say!("stopped after step {step} of {total}{why}");
+    say!(
+        "to continue the run from {folder}/checkpoint-{step}, repeat the command with \
+         --resume-from-checkpoint"
+    );
+}
+
+/// Prints what is evaluated and when.
+fn announce_evaluation(evaluation: Option<&Evaluation>) {
+    let Some(evaluation) = evaluation else { return };
+    let when = match evaluation.every {
+        Some(1) => "after every step".to_owned(),
+        Some(every) => format!("every {} and at the end", counted(every as usize, "step")),
+        None => "at the end".to_owned(),
+    };
+    for set in &evaluation.sets {
         say!(
-            "to continue the run from {folder}/checkpoint-{step}, repeat the command with \
-             --resume-from-checkpoint"
+            "evaluate  {} ({}), {when}: {}, {}",
+            set.name,
+            set.split,
+            match set.dataset.queries.len() {
+                1 => "1 query".to_owned(),
+                queries => format!("{} queries", count(queries)),
+            },
+            counted(set.dataset.corpus.len(), "passage")
         );
     }
-    Ok(summary)
 }
 
 /// Creates the output folder and opens the log.
@@ -275,7 +348,8 @@ pub(super) fn say_skipped(dataset: &Dataset) {
     }
 }
 
-fn report(output_dir: &Path, summary: &Summary) -> anyhow::Result<()> {
+fn report(output_dir: &Path, trained: &Trained) -> anyhow::Result<()> {
+    let Trained { summary, history, .. } = trained;
     let seconds = summary.elapsed.as_secs_f64();
     let tokens_per_second = summary.tokens as f64 / seconds.max(1e-9);
     say!(
@@ -285,11 +359,15 @@ fn report(output_dir: &Path, summary: &Summary) -> anyhow::Result<()> {
         summary.loss,
         count(tokens_per_second as usize)
     );
-    Ok(print(serde_json::json!({
+    let mut result = serde_json::json!({
         "steps": summary.steps,
         "loss": summary.loss,
         "tokens": summary.tokens,
         "tokens_per_second": tokens_per_second,
         "output_dir": output_dir.to_string_lossy(),
-    }))?)
+    });
+    if let Some(history) = history {
+        result["eval"] = eval_report::json(history);
+    }
+    Ok(print(result)?)
 }

@@ -31,8 +31,9 @@ pub(super) struct OutputArgs {
     save_strategy: SaveStrategy,
     /// Number of steps between two checkpoints; 0: only the final model is saved
     #[arg(long, value_name = "N", default_value_t = 500, value_parser = whole_steps)]
-    save_steps: u64,
-    /// Maximum number of checkpoints; older ones are deleted; 0: no limit
+    pub(super) save_steps: u64,
+    /// Maximum number of checkpoints; older ones are deleted, but not the one of the best evaluated step;
+    /// 0: no limit
     #[arg(long, value_name = "N", default_value_t = 0)]
     save_total_limit: usize,
     /// Continue an interrupted run: from the newest undamaged checkpoint in the output folder (latest;
@@ -77,6 +78,11 @@ fn resume_from(text: &str) -> Result<ResumeFrom, String> {
 }
 
 impl OutputArgs {
+    /// Whether a checkpoint is saved at the end of each epoch.
+    pub(super) fn saves_by_epoch(&self) -> bool {
+        self.save_strategy == SaveStrategy::Epoch
+    }
+
     /// When checkpoints are saved and how many are kept. An epoch has `steps_per_epoch` steps.
     pub(super) fn saving(&self, steps_per_epoch: u64) -> Saving {
         let every = match self.save_strategy {

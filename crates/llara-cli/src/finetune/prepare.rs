@@ -6,9 +6,10 @@ use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, Dataset};
 use llara::model::LoraConfig;
+use llara::retrieval::BLOCK_TEXTS;
 use llara::text::Template;
 use llara::train::plan::TextLengths;
-use llara::train::{Checkpoint, TrainConfig};
+use llara::train::{Checkpoint, Evaluation, TrainConfig};
 use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role};
 
 use super::Args;
@@ -32,6 +33,8 @@ pub(crate) struct Prepared<B: Backend> {
     pub(crate) config: TrainConfig,
     pub(super) adapter: Adapter,
     pub(crate) dataset: Dataset,
+    /// The evaluation during the run, if there is one.
+    pub(crate) evaluation: Option<Evaluation>,
     /// The model's folder.
     dir: PathBuf,
     /// The recipe of the trained model.
@@ -50,8 +53,14 @@ impl<B: Backend> Prepared<B> {
     /// Checks the options, then the data, then the model's configuration and tokenizer.
     pub(crate) fn new(args: &Args, purpose: Purpose, backend: B) -> anyhow::Result<Self> {
         let model_name = required(args)?;
-        let own = OwnSettings { model: &model_name, seed: args.training.seed };
-        for line in args.trainer_flags.check(&own)? {
+        let own = OwnSettings {
+            model: &model_name,
+            seed: args.training.seed,
+            evaluates: args.evaluation.evaluates(),
+        };
+        let mut notes = args.trainer_flags.check(&own)?;
+        notes.extend(args.evaluation.check()?);
+        for line in notes {
             say!("note: {line}");
         }
         ranges::check(args)?;
@@ -86,6 +95,7 @@ impl<B: Backend> Prepared<B> {
         // Errors of the sampler are reported before a large model is read.
         let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
         config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
+        let evaluation = args.evaluation.open(&args.output, steps_per_epoch)?;
         for (role, option, max_len) in [
             (Role::Query, "--query-max-len", config.query_max_len),
             (Role::Passage, "--passage-max-len", config.passage_max_len),
@@ -94,11 +104,13 @@ impl<B: Backend> Prepared<B> {
             checked.map_err(|e| e.got(format!("{option} {max_len}")))?;
         }
         check_vocabulary(&config, &dataset, &outline)?;
+        evaluation.iter().try_for_each(|e| check_evaluated_texts(&config, e, &outline))?;
         Ok(Prepared {
             model_name,
             config,
             adapter,
             dataset,
+            evaluation,
             dir,
             recipe,
             outline,
@@ -217,6 +229,7 @@ fn check_apart(
         inputs.push(("the adapter", dir));
     }
     inputs.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
+    inputs.extend(args.evaluation.folders().map(|path| ("the evaluation data", path)));
     paths::check_apart(output_dir, &inputs)
 }
 
@@ -246,5 +259,25 @@ fn check_vocabulary(
         };
         check(Role::Query, &query, config.query_max_len)?;
         check(Role::Passage, &passages, config.passage_max_len)
+    })
+}
+
+/// The same for the texts of an evaluation.
+fn check_evaluated_texts(
+    config: &TrainConfig,
+    evaluation: &Evaluation,
+    outline: &Outline,
+) -> llara::Result<()> {
+    let prompts = &outline.prompts;
+    if prompts.tokenizer().vocab_size() <= outline.decoder.vocab_size {
+        return Ok(());
+    }
+    let check = |role, texts: &[String], max_len| {
+        let mut blocks = texts.chunks(BLOCK_TEXTS.get());
+        blocks.try_for_each(|block| prompts.encode_all(role, block, max_len).map(drop))
+    };
+    evaluation.sets.iter().try_for_each(|set| {
+        check(Role::Query, &set.dataset.queries.texts, config.query_max_len)?;
+        check(Role::Passage, &set.dataset.corpus.texts, config.passage_max_len)
     })
 }

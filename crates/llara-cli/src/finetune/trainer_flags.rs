@@ -92,7 +92,7 @@ mod tests {
     use super::*;
     use clap::{Args as _, FromArgMatches as _};
 
-    const OWN: OwnSettings<'_> = OwnSettings { model: "org/name", seed: 42 };
+    const OWN: OwnSettings<'_> = OwnSettings { model: "org/name", seed: 42, evaluates: false };
 
     fn check(args: &[&str]) -> Result<Vec<String>> {
         let command = TrainerFlags::augment_args(Command::new("t").no_binary_name(true));
@@ -114,7 +114,8 @@ mod tests {
             &["--shuffle-ratio", "0.0", "--label-smoothing-factor", "0"][..],
             &["--max-example-num-per-dataset", "100000000", "--load-from-disk", "False"],
             &["--tokenizer-name", "org/name", "--data-seed", "42", "--optim-args="],
-            &["--sentence-pooling-method", "mean", "--load-best-model-at-end", "False"],
+            &["--sentence-pooling-method", "mean", "--do-eval", "False"],
+            &["--greater-is-better", "True", "--eval-delay", "0"],
         ] {
             assert_eq!(check(args).unwrap().len(), 0, "{args:?}");
         }
@@ -129,7 +130,9 @@ mod tests {
             &["--max-example-num-per-dataset", "1000"],
             &["--sentence-pooling-method", "last_token"],
             &["--label-smoothing-factor", "0.1"],
-            &["--load-best-model-at-end"],
+            &["--greater-is-better", "False"],
+            &["--eval-delay", "100"],
+            &["--do-eval"],
             &["--config-name", "org/other"],
             &["--data-seed", "7"],
             &["--exit-after-save", "True"],

@@ -25,6 +25,10 @@ pub(super) fn memory(plan: &Plan) -> Vec<String> {
     lines.push(row("loading", plan.loading_bytes, "peak while weights are read".into()));
     let saving = "peak while the trained model is saved and verified";
     lines.push(row("saving", plan.saving_bytes, saving.into()));
+    if plan.evaluation_bytes > 0 {
+        let evaluation = "peak while the model is evaluated during training";
+        lines.push(row("evaluation", plan.evaluation_bytes, evaluation.into()));
+    }
     lines
 }
 

@@ -42,7 +42,7 @@ pub(super) fn page(runs: &[RunData]) -> String {
                 (memory(runs))
                 (lengths(runs))
                 (settings(runs))
-                @for run in runs { @for set in &run.queries { (queries(run, set, runs.len() > 1)) } }
+                @for run in runs { @for (name, set) in &run.queries { (queries(run, (name, set), runs.len() > 1)) } }
             }
         }
     };
@@ -252,10 +252,10 @@ fn settings(runs: &[RunData]) -> Markup {
     }
 }
 
-fn queries(run: &RunData, set: &SetQueries, names_run: bool) -> Markup {
+fn queries(run: &RunData, (name, set): (&str, &SetQueries), names_run: bool) -> Markup {
     html! {
         h2 {
-            "Queries of " (set.dataset) " (" (set.split) ") at step " (set.step)
+            "Queries of " (name) " (" (set.split) ") at step " (set.step)
             @if names_run { ", " (run.name) }
         }
         @for (title, queries) in [("Lowest nDCG@10", &set.worst), ("Highest nDCG@10", &set.best)] {

@@ -27,8 +27,8 @@ pub(super) struct RunData {
     pub(super) eval_seconds: f64,
     /// Settings and predictions; `None` for a run of an earlier version.
     pub(super) facts: Option<RunFacts>,
-    /// Best and worst queries of the last evaluation of each set.
-    pub(super) queries: Vec<SetQueries>,
+    /// Best and worst queries of the last evaluation of each set, by its name.
+    pub(super) queries: BTreeMap<String, SetQueries>,
     /// Lines of the log that could not be read.
     pub(super) unreadable: usize,
 }
@@ -56,7 +56,6 @@ pub(super) struct StepLine {
 /// The queries of one evaluation set.
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct SetQueries {
-    pub(super) dataset: String,
     pub(super) split: String,
     pub(super) step: u64,
     #[serde(default)]
@@ -148,9 +147,9 @@ impl RunData {
     }
 }
 
-fn read_queries(path: &Path) -> Result<Vec<SetQueries>> {
+fn read_queries(path: &Path) -> Result<BTreeMap<String, SetQueries>> {
     if !path.is_file() {
-        return Ok(Vec::new());
+        return Ok(BTreeMap::new());
     }
     let text = read_text_file(path, "read the evaluation queries", MAX_QUERIES_BYTES)?;
     serde_json::from_str(&text).map_err(|e| {

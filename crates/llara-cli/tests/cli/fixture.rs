@@ -38,6 +38,17 @@ impl Outcome {
     }
 }
 
+/// The program with its kernels for bf16 fixed: those of a run that is not resumed are chosen by a measurement,
+/// and on a busy machine two runs may choose differently.
+pub(crate) fn with_fixed_kernels() -> Command {
+    let mut command = Command::new(LLARA);
+    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if std::env::var_os("LLARA_CPU").is_none() && processor.contains("avx512_bf16") {
+        command.env("LLARA_CPU", "avx512bf16");
+    }
+    command
+}
+
 /// Runs a prepared command.
 pub(crate) fn outcome(command: &mut Command) -> Outcome {
     let output = command.output().expect("the program starts");
@@ -106,6 +117,11 @@ impl Bench {
     /// A short training run of all weights from `base` to `out`. `rest` is appended and can override its
     /// options.
     pub(crate) fn finetune(&self, rest: &[&str]) -> Outcome {
+        self.finetune_by(Command::new(LLARA), rest)
+    }
+
+    /// The same with a prepared command.
+    pub(crate) fn finetune_by(&self, mut program: Command, rest: &[&str]) -> Outcome {
         let (model, data, out) = (self.path("base"), self.path("train.jsonl"), self.path("out"));
         let mut args = vec!["finetune", "--model", &model, "--train-data", &data];
         args.extend(["--output-dir", &out, "--max-steps", "3", "--sampling", "sequential"]);
@@ -113,7 +129,7 @@ impl Bench {
         args.extend(["--query-max-len", "64", "--learning-rate", "1e-3", "--logging-steps", "1"]);
         args.extend(["--use-lora", "false"]);
         args.extend(rest);
-        llara(&args)
+        outcome(program.args(args))
     }
 }
 
@@ -154,6 +170,19 @@ fn base_model() -> &'static Path {
         assert!(made["vocab_size"].as_u64().unwrap() <= 400);
         model
     })
+}
+
+/// Copies a folder with those in it.
+pub(crate) fn copy_folder_deep(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        match path.is_dir() {
+            true => copy_folder_deep(&path, &target),
+            false => drop(fs::copy(&path, target).unwrap()),
+        }
+    }
 }
 
 pub(crate) fn copy_folder(from: &Path, to: &Path) {

@@ -64,7 +64,7 @@ fn texts_of_the_data_are_no_markup() {
     let text = "<script>alert(1)</script> & \"quoted\"";
     let passage = serde_json::json!({"id": "d<1>", "text": text, "score": 0.5, "relevance": 1});
     let query = serde_json::json!({"id": "q1", "text": text, "ndcg@10": 0.5, "found": [passage], "missed": []});
-    let queries = serde_json::json!([{"dataset": "set", "split": "dev", "step": 1, "best": [], "worst": [query]}]);
+    let queries = serde_json::json!({"<b>set</b>": {"split": "dev", "step": 1, "best": [], "worst": [query]}});
     bench.write("run/eval_queries.json", queries.to_string());
     llara(&["report", &bench.path("run")]).json();
     let page = body(&bench, "run/report.html");

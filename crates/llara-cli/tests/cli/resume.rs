@@ -8,9 +8,10 @@ use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::fixture::{Bench, LLARA, Outcome, outcome};
+use crate::fixture::{Bench, LLARA, Outcome, outcome, with_fixed_kernels};
 
-/// Arguments of a run of 10 steps that saves after each one and keeps two checkpoints.
+/// Arguments of a run of 10 steps that saves after each one and keeps two checkpoints. In `rest`, `BEIR` is the
+/// test collection.
 fn arguments(bench: &Bench, out: &str, rest: &[&str]) -> Vec<String> {
     let (model, data) = (bench.path("base"), bench.path("train.jsonl"));
     let fixed = ["finetune", "--model", &model, "--train-data", &data, "--output-dir"];
@@ -20,27 +21,16 @@ fn arguments(bench: &Bench, out: &str, rest: &[&str]) -> Vec<String> {
         --query-max-len 64 --learning-rate 1e-3 --logging-steps 1 --save-steps 1 --save-total-limit 2 \
         --lora-rank 4 --threads 1 --chunk-tokens auto";
     args.extend(settings.split_whitespace().map(str::to_owned));
-    args.extend(rest.iter().map(|&arg| arg.to_owned()));
+    args.extend(rest.iter().map(|&arg| arg.replace("BEIR", &bench.path("beir"))));
     args
 }
 
-/// The program with its kernels for bf16 fixed: those of a run that is not resumed are chosen by a measurement,
-/// and on a busy machine two runs may choose differently.
-fn program() -> Command {
-    let mut command = Command::new(LLARA);
-    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    if std::env::var_os("LLARA_CPU").is_none() && processor.contains("avx512_bf16") {
-        command.env("LLARA_CPU", "avx512bf16");
-    }
-    command
-}
-
 fn run(bench: &Bench, out: &str, rest: &[&str]) -> Outcome {
-    outcome(program().args(arguments(bench, out, rest)))
+    outcome(with_fixed_kernels().args(arguments(bench, out, rest)))
 }
 
 fn start(bench: &Bench, out: &str, rest: &[&str]) -> Child {
-    let mut command = program();
+    let mut command = with_fixed_kernels();
     command.args(arguments(bench, out, rest)).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().unwrap()
 }
@@ -72,6 +62,15 @@ fn computed_with(bench: &Bench, out: &str) -> String {
     let state = fs::read_to_string(bench.at(out).join(name).join("trainer_state.json")).unwrap();
     let state: serde_json::Value = serde_json::from_str(&state).unwrap();
     format!("{} {}", state["identity"]["rounding"], state["chunking"])
+}
+
+/// The figures of all evaluations without the time that they took.
+fn evaluated(bench: &Bench, out: &str) -> Vec<serde_json::Value> {
+    let log = fs::read_to_string(bench.at(out).join("log.jsonl")).unwrap();
+    let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let mut figures: Vec<_> = lines.filter(|line| line.get("eval_dataset").is_some()).collect();
+    figures.iter_mut().for_each(|line| line["seconds"] = 0.into());
+    figures
 }
 
 /// Waits until the log has so many lines.
@@ -127,6 +126,7 @@ fn killed_and_resumed(rest: &[&str]) {
         assert!(!stderr.contains("damaged"), "{stderr}");
         assert_eq!(computed_with(&bench, "out"), computed_with(&bench, "whole"));
         assert_same_model(&bench, "out", "whole");
+        assert_eq!(evaluated(&bench, "out"), evaluated(&bench, "whole"));
         finished += 1;
         fs::remove_dir_all(bench.at("out")).unwrap();
     }
@@ -150,6 +150,15 @@ fn killed_at_any_moment_with_adapters() {
 #[test]
 fn killed_at_any_moment_with_adapters_in_bf16() {
     killed_and_resumed(&["--dtype", "bf16"]);
+}
+
+/// Most of the time is that of evaluations. The learning rate spoils the model, so that the last model is not the
+/// best one.
+#[test]
+fn killed_at_any_moment_with_evaluation() {
+    let eval = "--eval-dataset BEIR --eval-split test --eval-steps 1 --load-best-model-at-end \
+        --save-total-limit 2 --learning-rate 0.02 --use-lora false";
+    killed_and_resumed(&eval.split_whitespace().collect::<Vec<_>>());
 }
 
 #[test]

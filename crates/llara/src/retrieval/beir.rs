@@ -231,7 +231,7 @@ fn require_known<'a>(
         .got(format!("{} unknown: {list}", unknown.len()))
         .hint(
             "check that the judgments belong to this collection and that no file is truncated; \
-             `llara evaluate --on-unknown-id skip` ignores such judgments",
+             `--on-unknown-id skip` ignores such judgments",
         ))
 }
 

@@ -39,8 +39,8 @@ pub struct TextEmbedder<'m, B: Backend> {
     pub passage_instruction: String,
     /// Maximum number of tokens in a batch. A longer text is a separate batch.
     pub batch_tokens: usize,
-    /// Called after every batch with the number of its texts.
-    pub on_batch: Option<&'m dyn Fn(usize)>,
+    /// Called after every batch with the number of its texts. An error ends the embedding.
+    pub on_batch: Option<&'m dyn Fn(usize) -> Result<()>>,
 }
 
 impl<'m, B: Backend> TextEmbedder<'m, B> {
@@ -130,7 +130,7 @@ impl<B: Backend> Embedder for TextEmbedder<'_, B> {
                 embeddings.row_mut(index).assign(&embedding);
             }
             if let Some(on_batch) = self.on_batch {
-                on_batch(indices.len());
+                on_batch(indices.len())?;
             }
         }
         Ok(embeddings)

@@ -36,12 +36,15 @@ pub struct Metrics {
 /// Documents with a grade below 1 and documents without a judgment are not relevant; their gain is 0.
 pub fn evaluate(run: &Run, qrels: &Qrels) -> Metrics {
     let mut sum = Metrics::default();
-    for ranking in run.rankings() {
-        if let Some(judged) = qrels.get(&ranking.query) {
-            sum.add(evaluate_query(run, ranking, judged));
-        }
-    }
+    evaluate_each(run, qrels).into_iter().flatten().for_each(|metrics| sum.add(metrics));
     sum.mean()
+}
+
+/// The metrics of each ranking of a run, in order; `None` for a query without judgments.
+pub fn evaluate_each(run: &Run, qrels: &Qrels) -> Vec<Option<Metrics>> {
+    let metrics =
+        |ranking: &Ranking| Some(evaluate_query(run, ranking, qrels.get(&ranking.query)?));
+    run.rankings().iter().map(metrics).collect()
 }
 
 /// The metrics of one query.

@@ -19,7 +19,7 @@ pub use embedder::TextEmbedder;
 pub use embedding_writer::EmbeddingWriter;
 pub use embeddings::{begins_like_embeddings, read_embeddings};
 pub use encode::{BLOCK_TEXTS, Embedder, Progress, embed_texts, encode_stream, evaluate_dataset};
-pub use metrics::{Metrics, evaluate};
+pub use metrics::{Metrics, evaluate, evaluate_each};
 pub use origin::Origin;
 pub use qrels::Qrels;
 pub use run::{Hit, Ranking, Run, begins_like_trec_run, check_trec_run, write_trec_run};

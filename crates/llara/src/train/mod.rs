@@ -6,7 +6,9 @@
 mod batches;
 mod checkpoint;
 mod config;
+mod evaluation;
 mod flat_layout;
+mod observer;
 mod optimizer;
 pub mod plan;
 mod reduction;
@@ -22,7 +24,12 @@ mod trainer;
 pub(crate) use checkpoint::write_checkpoint_manifest;
 pub use checkpoint::{Checkpoint, Latest, RunProgress, remove_unfinished, state_bytes};
 pub use config::{RunLength, Saving, TrainConfig};
+pub use evaluation::{
+    BestMetric, EarlyStopping, EvalHistory, EvalMetric, EvalRecord, EvalSet, Evaluated, Evaluation,
+    FoundPassage, MissedPassage, QueryReport, SetReport,
+};
 pub use flat_layout::{FlatLayout, ParameterSlice};
+pub use observer::{EvalEvent, Observer, StepRecord, Summary};
 pub use optimizer::{AdamW, AdamWConfig, is_decayed};
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
@@ -30,4 +37,4 @@ pub use state::TrainState;
 pub use step::{Chunking, accumulate_gradients, accumulate_gradients_with};
 pub use step_input::StepInput;
 pub use tensorboard::EventWriter;
-pub use trainer::{Observer, StepRecord, Summary, Trainer};
+pub use trainer::Trainer;

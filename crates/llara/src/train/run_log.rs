@@ -1,4 +1,5 @@
-//! What stays of a run: `log.jsonl`, one object a logged step, and TensorBoard events beside it.
+//! What stays of a run: `log.jsonl`, one object a logged step and one an evaluated set, TensorBoard events
+//! beside it, and `eval_queries.json`, the best and the worst queries of the last evaluation.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -6,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::evaluation::{EvalMetric, SetReport};
+use super::observer::{EvalEvent, StepRecord};
 use super::tensorboard::EventWriter;
-use super::trainer::StepRecord;
 use crate::{Error, Result};
 
 /// Name of the log in the output folder.
@@ -17,9 +19,13 @@ const NEW_LOG_FILE: &str = ".log.jsonl.new";
 /// Folder of the TensorBoard events in the output folder.
 const EVENTS_DIR: &str = "runs";
 
+/// The reports of the last evaluation.
+const QUERIES_FILE: &str = "eval_queries.json";
+
 /// Both logs of a run; every record is on its way to the disk when [`write`](RunLog::write) returns.
 pub struct RunLog {
     path: PathBuf,
+    queries: PathBuf,
     lines: BufWriter<File>,
     events: EventWriter,
 }
@@ -44,8 +50,15 @@ struct Logged {
 }
 
 impl RunLog {
-    /// Begins new logs in `output_dir`.
+    /// Begins new logs in `output_dir`. Reports of an earlier run are removed.
     pub fn create(output_dir: &Path) -> Result<Self> {
+        let queries = output_dir.join(QUERIES_FILE);
+        match std::fs::remove_file(&queries) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &queries, e));
+            }
+            _ => {}
+        }
         let path = output_dir.join(LOG_FILE);
         let lines = File::create(&path).map_err(|e| Error::io("write the log", &path, e))?;
         Self::open(output_dir, path, lines)
@@ -87,7 +100,8 @@ impl RunLog {
         std::fs::create_dir_all(&events_dir)
             .map_err(|e| Error::io("create the folder", &events_dir, e))?;
         let events = EventWriter::create(&events_dir)?;
-        Ok(RunLog { path, lines: BufWriter::new(lines), events })
+        let queries = output_dir.join(QUERIES_FILE);
+        Ok(RunLog { path, queries, lines: BufWriter::new(lines), events })
     }
 
     /// Adds one record to both.
@@ -102,9 +116,7 @@ impl RunLog {
             tokens_per_second: record.tokens_per_second(),
             seconds: record.elapsed.as_secs_f64(),
         };
-        let io = |e: std::io::Error| Error::io("write the log", &self.path, e);
-        serde_json::to_writer(&mut self.lines, &line).map_err(|e| io(e.into()))?;
-        self.lines.write_all(b"\n").and_then(|()| self.lines.flush()).map_err(io)?;
+        self.write_line(&line)?;
         for (tag, value) in [
             ("train/loss", record.loss),
             ("train/grad_norm", record.grad_norm),
@@ -115,5 +127,25 @@ impl RunLog {
             self.events.scalar(record.step, tag, value)?;
         }
         self.events.flush()
+    }
+
+    /// Adds the figures of an evaluation to both and replaces the reports.
+    pub fn write_evaluation(&mut self, event: &EvalEvent<'_>) -> Result<()> {
+        let records = &event.evaluated.records;
+        for record in records {
+            self.write_line(record)?;
+            for metric in EvalMetric::ALL {
+                let tag = format!("eval/{}/{}", record.dataset, metric.name());
+                self.events.scalar(record.step, &tag, record.value(metric) as f32)?;
+            }
+        }
+        self.events.flush()?;
+        SetReport::write(event.reports, records, &self.queries)
+    }
+
+    fn write_line(&mut self, line: &impl Serialize) -> Result<()> {
+        let io = |e: std::io::Error| Error::io("write the log", &self.path, e);
+        serde_json::to_writer(&mut self.lines, line).map_err(|e| io(e.into()))?;
+        self.lines.write_all(b"\n").and_then(|()| self.lines.flush()).map_err(io)
     }
 }

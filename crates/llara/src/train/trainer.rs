@@ -1,12 +1,14 @@
 //! The loop.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batches::BatchSource;
-use super::checkpoint::{Checkpoint, Identity, RunProgress, Saved, write};
+use super::checkpoint::{Checkpoint, Identity, RunProgress, Saved, checkpoint_name, write};
 use super::config::TrainConfig;
+use super::evaluation::{EvalHistory, EvalState, Evaluation, evaluate};
+use super::observer::{EvalEvent, Observer, Progress, StepRecord, Summary};
 use super::schedule::Schedule;
 use super::state::TrainState;
 use super::step_input::StepInput;
@@ -17,63 +19,6 @@ use crate::dist::{Collective, Solo};
 use crate::loss::Objective;
 use crate::model::LoraConfig;
 use crate::{Error, ErrorKind, Result};
-
-/// The results of one step, or of several where not every step is logged.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct StepRecord {
-    /// Number of the last of these steps, from 1.
-    pub step: u64,
-    /// Steps of the whole run.
-    pub total_steps: u64,
-    /// Epoch, with its fraction.
-    pub epoch: f64,
-    /// Mean loss of these steps, before their updates.
-    pub loss: f32,
-    /// Global gradient norm of the last step, before clipping.
-    pub grad_norm: f32,
-    /// Learning rate of the last step.
-    pub learning_rate: f64,
-    /// Tokens of these steps, queries and passages.
-    pub tokens: u64,
-    /// Time that these steps took.
-    pub elapsed: Duration,
-}
-
-impl StepRecord {
-    /// Tokens per second through forward, backward and update.
-    pub fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.elapsed.as_secs_f64().max(1e-9)
-    }
-}
-
-/// Receives the events of a run.
-pub trait Observer {
-    /// After every step.
-    fn on_step(&mut self, record: &StepRecord) -> Result<()>;
-    /// When a record for the log is due: the steps since the last one.
-    fn on_log(&mut self, record: &StepRecord) -> Result<()>;
-    /// After a checkpoint was saved.
-    fn on_save(&mut self, folder: &Path) -> Result<()>;
-    /// Asked after every step: whether the run should save a checkpoint and stop.
-    fn stops(&mut self) -> bool {
-        false
-    }
-}
-
-/// How a run ended. A resumed run counts what was done before.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Summary {
-    /// Steps made.
-    pub steps: u64,
-    /// Loss of the last step, before its update.
-    pub loss: f32,
-    /// Tokens, queries and passages.
-    pub tokens: u64,
-    /// Wall time of the steps.
-    pub elapsed: Duration,
-    /// Whether an observer stopped the run before its last step; a checkpoint was saved then.
-    pub stopped: bool,
-}
 
 /// Trains one model on one dataset.
 pub struct Trainer<'r, B: Backend> {
@@ -90,6 +35,20 @@ pub struct Trainer<'r, B: Backend> {
     identity: Identity,
     /// Of the steps before a resumed run.
     summary: Summary,
+    /// The checkpoint that the run continues from.
+    resumed_from: Option<PathBuf>,
+    evaluation: EvalState<'r>,
+}
+
+/// How a run goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// With the next step, if there is one.
+    Step,
+    /// An observer stopped it, and a checkpoint was saved.
+    Stopped,
+    /// It ends before its last step, because the model has not improved.
+    EarlyStopping,
 }
 
 /// A step that was asked of the device and whose results were not read yet.
@@ -206,8 +165,51 @@ impl<'r, B: Backend> Trainer<'r, B> {
             total_steps,
             identity,
             summary,
+            resumed_from: checkpoint.map(|checkpoint| checkpoint.dir().to_owned()),
+            evaluation: EvalState::new(
+                checkpoint.and_then(|checkpoint| checkpoint.evaluation().cloned()),
+                total_steps,
+            ),
         };
         Ok((trainer, notes))
+    }
+
+    /// Evaluates the model during the run. A resumed run continues with the figures in its checkpoint; the
+    /// steps that it makes are the same with and without evaluation, unless early stopping ends it.
+    ///
+    /// # Errors
+    /// When a setting is out of its range; when the metric or a set differs from that of the interrupted run;
+    /// when the best checkpoint so far is to be kept for the end and is missing or damaged.
+    pub fn set_evaluation(&mut self, evaluation: &'r Evaluation) -> Result<()> {
+        self.evaluation.set(evaluation)?;
+        if evaluation.save_best
+            && let Some(best) = self.best_checkpoint()
+        {
+            Checkpoint::open(&best).map_err(|error| {
+                error.hint(
+                    "this is the best checkpoint of the run so far, whose weights are to be loaded at the \
+                     end: restore it, or resume with --load-best-model-at-end false",
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The figures of all evaluations so far; `None`: there was none.
+    pub fn history(&self) -> Option<&EvalHistory> {
+        self.evaluation.history()
+    }
+
+    /// The folder that the checkpoint of the best evaluated step has, if it was saved.
+    pub fn best_checkpoint(&self) -> Option<PathBuf> {
+        let best = self.evaluation.best_step()?;
+        let folder = match &self.resumed_from {
+            // The best one of a resumed run is beside the checkpoint that the run continues from, or is that.
+            Some(folder) if best == self.summary.steps => return Some(folder.clone()),
+            Some(folder) if best < self.summary.steps => folder.parent()?,
+            _ => &self.config.output_dir,
+        };
+        Some(folder.join(checkpoint_name(best)))
     }
 
     /// The state between two steps.
@@ -226,11 +228,25 @@ impl<'r, B: Backend> Trainer<'r, B> {
     ///
     /// # Errors
     /// When a loss or a gradient norm is not finite (with the step and its rows; that step changes no
-    /// weight, and nothing is saved after it), when the data changed under the run, or when saving fails.
+    /// weight, and nothing is saved after it), when the data changed under the run, when an evaluation fails
+    /// (a checkpoint is saved then), or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
-        let batches = Arc::clone(&self.batches);
-        let inputs = (self.state.step()..self.total_steps).map(|step| batches.input(step));
-        let summary = prefetch(inputs, |inputs| self.make_steps(inputs, observer))?;
+        let (step, mut summary) = (self.state.step(), self.summary);
+        // The starting model, or an evaluation that was interrupted.
+        let next = match self.evaluation.is_due(step) {
+            true => self.after_step(step, &summary, observer)?,
+            false if self.evaluation.is_exhausted() => Next::EarlyStopping,
+            false => Next::Step,
+        };
+        match next {
+            Next::Step => {
+                let batches = Arc::clone(&self.batches);
+                let inputs = (step..self.total_steps).map(|step| batches.input(step));
+                summary = prefetch(inputs, |inputs| self.make_steps(inputs, observer))?;
+            }
+            Next::Stopped => summary.stopped = true,
+            Next::EarlyStopping => {}
+        }
         self.model.eval();
         Ok(summary)
     }
@@ -251,25 +267,26 @@ impl<'r, B: Backend> Trainer<'r, B> {
             if let Some(previous) = pending.replace(next) {
                 self.finish_step(previous, &mut start, &mut progress, observer)?;
             }
-            let saves =
-                self.config.saving.every.is_some_and(|every| (step + 1).is_multiple_of(every));
-            // Nothing is saved of a run that has diverged.
-            let waits = saves || progress.summary.stopped;
+            // Nothing is saved or evaluated of a run that has diverged.
+            let waits = self.save_is_due(step + 1)
+                || self.evaluation.is_due(step + 1)
+                || progress.summary.stopped;
             if (waits || !self.model.backend().is_asynchronous())
                 && let Some(last) = pending.take()
             {
                 self.finish_step(last, &mut start, &mut progress, observer)?;
             }
-            // The last step's model is saved anyway. Found out while this step was being computed, a wish to
-            // stop is met after the next one.
-            let stops =
-                progress.summary.stopped && pending.is_none() && step + 1 < self.total_steps;
-            if saves || stops {
-                observer.on_save(&self.save(step + 1, &progress.summary)?)?;
-                start = Instant::now();
+            // Found out while this step was being computed, a wish to stop is met after the next one.
+            if pending.is_some() {
+                continue;
             }
-            if stops {
-                return Ok(progress.summary);
+            match self.after_step(step + 1, &progress.summary, observer)? {
+                Next::Step => start = Instant::now(),
+                Next::Stopped => return Ok(Summary { stopped: true, ..progress.summary }),
+                Next::EarlyStopping => {
+                    progress.log(observer)?;
+                    break;
+                }
             }
         }
         if let Some(last) = pending {
@@ -277,6 +294,81 @@ impl<'r, B: Backend> Trainer<'r, B> {
         }
         progress.summary.stopped = false;
         Ok(progress.summary)
+    }
+
+    /// Evaluates the model and saves a checkpoint after a step, as far as they are due; before the first step
+    /// nothing is saved.
+    ///
+    /// A wish to stop is met at once: the evaluation is then left to the resumed run. After the last step it is
+    /// ignored if only the model remains to be saved.
+    fn after_step(
+        &mut self,
+        step: u64,
+        summary: &Summary,
+        observer: &mut dyn Observer,
+    ) -> Result<Next> {
+        let evaluates = self.evaluation.is_due(step);
+        let mut stopped = summary.stopped && (step < self.total_steps || evaluates);
+        let mut saves = self.save_is_due(step);
+        if evaluates && !stopped {
+            match self.evaluate(step, observer) {
+                Ok(Some(keeps)) => saves |= keeps,
+                Ok(None) => stopped = true,
+                Err(error) => {
+                    if step > 0 {
+                        observer.on_save(&self.save(step, summary)?)?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let is_exhausted = self.evaluation.is_exhausted();
+        // When the best weights are loaded at the end, the last ones are not lost.
+        let is_last = step == self.total_steps || is_exhausted;
+        saves |= is_last && self.evaluation.loads_other_weights(step);
+        if step > 0 && (saves || stopped) {
+            observer.on_save(&self.save(step, summary)?)?;
+        }
+        Ok(match (stopped, is_exhausted) {
+            (true, _) => Next::Stopped,
+            (false, true) => Next::EarlyStopping,
+            (false, false) => Next::Step,
+        })
+    }
+
+    /// Whether a checkpoint is saved after a step, whatever an evaluation finds.
+    fn save_is_due(&self, step: u64) -> bool {
+        step > 0 && self.config.saving.every.is_some_and(|every| step.is_multiple_of(every))
+    }
+
+    /// Evaluates the model and reports the figures; returns whether its checkpoint is to be kept for the end,
+    /// and `None` if an observer stopped the evaluation.
+    fn evaluate(&mut self, step: u64, observer: &mut dyn Observer) -> Result<Option<bool>> {
+        let Some(evaluation) = self.evaluation.evaluation() else { return Ok(Some(false)) };
+        let found = evaluate(
+            evaluation,
+            self.model,
+            (step, self.epoch(step)),
+            self.collective.as_ref(),
+            &mut |done, total| {
+                observer.on_evaluation_progress(done, total);
+                observer.stops()
+            },
+        )?;
+        let Some((evaluated, reports)) = found else { return Ok(None) };
+        let (is_kept, history) = self.evaluation.add(evaluation, evaluated.clone());
+        observer.on_evaluate(&EvalEvent {
+            evaluated: &evaluated,
+            reports: &reports,
+            history,
+            total_steps: self.total_steps,
+        })?;
+        Ok(Some(is_kept))
+    }
+
+    /// The epoch after so many steps, with its fraction.
+    fn epoch(&self, step: u64) -> f64 {
+        step as f64 / self.batches.sampler.steps_per_epoch() as f64
     }
 
     /// The input of a step, if all processes have theirs.
@@ -304,7 +396,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let record = StepRecord {
             step: step + 1,
             total_steps: self.total_steps,
-            epoch: (step + 1) as f64 / self.batches.sampler.steps_per_epoch() as f64,
+            epoch: self.epoch(step + 1),
             loss: f32::NAN,
             grad_norm: f32::NAN,
             learning_rate,
@@ -371,7 +463,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
     fn save(&self, step: u64, summary: &Summary) -> Result<PathBuf> {
         let progress = RunProgress {
             step,
-            epoch: step as f64 / self.batches.sampler.steps_per_epoch() as f64,
+            epoch: self.epoch(step),
             loss: summary.loss,
             tokens: summary.tokens,
             elapsed: summary.elapsed,
@@ -382,49 +474,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
             config: self.config,
             identity: &self.identity,
             progress,
+            evaluation: self.evaluation.history(),
         };
         write(&saved, self.collective.as_ref())
-    }
-}
-
-/// What a run has done so far, and the steps that its log does not have yet.
-struct Progress {
-    logging_steps: u64,
-    total_steps: u64,
-    summary: Summary,
-    unlogged: Vec<StepRecord>,
-}
-
-impl Progress {
-    fn new(logging_steps: u64, total_steps: u64, summary: Summary) -> Self {
-        Progress { logging_steps, total_steps, summary, unlogged: Vec::new() }
-    }
-
-    fn report(&mut self, record: StepRecord, observer: &mut dyn Observer) -> Result<()> {
-        self.summary = Summary {
-            steps: record.step,
-            loss: record.loss,
-            tokens: self.summary.tokens.saturating_add(record.tokens),
-            elapsed: self.summary.elapsed.saturating_add(record.elapsed),
-            ..self.summary
-        };
-        observer.on_step(&record)?;
-        self.unlogged.push(record);
-        if record.step.is_multiple_of(self.logging_steps) || record.step == self.total_steps {
-            observer.on_log(&joined(&self.unlogged, record))?;
-            self.unlogged.clear();
-        }
-        Ok(())
-    }
-}
-
-/// One record for several steps: mean loss, sums of tokens and time, the rest of the last.
-fn joined(records: &[StepRecord], last: StepRecord) -> StepRecord {
-    let mean = records.iter().map(|r| f64::from(r.loss)).sum::<f64>() / records.len() as f64;
-    StepRecord {
-        loss: mean as f32,
-        tokens: records.iter().map(|r| r.tokens).sum(),
-        elapsed: records.iter().map(|r| r.elapsed).sum(),
-        ..last
     }
 }

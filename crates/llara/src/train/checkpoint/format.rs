@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
 use crate::backend::Dtype;
+use crate::train::evaluation::EvalHistory;
 use crate::train::step::Chunking;
 use crate::{Error, Result};
 
@@ -52,6 +53,9 @@ pub(super) struct State {
     pub(super) chunking: SavedChunking,
     pub(super) dtype: Dtype,
     pub(super) identity: Identity,
+    /// Figures of evaluations so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) evaluation: Option<EvalHistory>,
 }
 
 /// [`Chunking`] with `None` for no limit.
@@ -113,6 +117,11 @@ pub(super) fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 pub(super) fn is_checkpoint(folder: &Path) -> bool {
     let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
     is_folder && MARKS.iter().any(|file| folder.join(file).is_file())
+}
+
+/// The name of the checkpoint after `step` steps.
+pub(in crate::train) fn checkpoint_name(step: u64) -> String {
+    format!("{PREFIX}{step}")
 }
 
 /// The number of steps in the name of a checkpoint, if it is in the exact form that this program writes.

@@ -3,9 +3,10 @@
 //! `checkpoint-N` in the output folder, where N is the number of steps, is a model or adapter folder that loads in
 //! transformers or PEFT, with three more kinds of files:
 //!
-//! - `optimizer.safetensors` (one for each rank): moments by parameter name, and the weights in f32 if
+//! - `optimizer.safetensors` (one for each rank): moments by tensor name, and the weights in f32 if
 //!   those of the folder are rounded;
-//! - `trainer_state.json`: the step, and the identity of the run ([`identity`]);
+//! - `trainer_state.json`: the step, the identity of the run ([`identity`]), and the results of its
+//!   evaluations;
 //! - `manifest.json`: each file's length and hash, written last.
 //!
 //! No generator state and no position in the data are needed in addition to the step; see
@@ -21,6 +22,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
+use super::evaluation::EvalHistory;
 use super::optimizer::AdamW;
 use super::step::Chunking;
 use crate::backend::{Backend, Dtype};
@@ -31,6 +33,7 @@ use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
 pub use format::RunProgress;
+pub(super) use format::checkpoint_name;
 use format::{FORMAT, MAX_STATE_BYTES, STATE_FILE, State, list};
 pub(super) use identity::Identity;
 use tensors::SavedTensors;
@@ -139,11 +142,16 @@ impl Checkpoint {
         self.state.identity.check(run, &self.dir)
     }
 
-    /// Sets the model's trainable weights to those of the checkpoint.
+    /// Figures of evaluations so far.
+    pub(super) fn evaluation(&self) -> Option<&EvalHistory> {
+        self.state.evaluation.as_ref()
+    }
+
+    /// Sets the model's trainable weights to those of the checkpoint. Needs the memory of a second model.
     ///
     /// # Errors
     /// If they do not have the shapes of the model.
-    pub(super) fn restore_weights<B: Backend>(&self, model: &mut BiEncoderModel<B>) -> Result<()> {
+    pub fn restore_weights<B: Backend>(&self, model: &mut BiEncoderModel<B>) -> Result<()> {
         if !self.state.weights_in_optimizer {
             return model.read_trained_weights(&self.dir);
         }

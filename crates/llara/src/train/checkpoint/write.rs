@@ -7,13 +7,16 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::format::{FORMAT, PREFIX, RunProgress, STATE_FILE, State, is_checkpoint, list, step_of};
+use super::format::{
+    FORMAT, RunProgress, STATE_FILE, State, checkpoint_name, is_checkpoint, list, step_of,
+};
 use super::identity::Identity;
 use super::{manifest, tensors};
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::dist::Collective;
 use crate::train::config::{Saving, TrainConfig};
+use crate::train::evaluation::EvalHistory;
 use crate::train::state::TrainState;
 use crate::{Error, Result};
 
@@ -29,10 +32,11 @@ pub(in crate::train) struct Saved<'s, B: Backend> {
     pub(in crate::train) config: &'s TrainConfig,
     pub(in crate::train) identity: &'s Identity,
     pub(in crate::train) progress: RunProgress,
+    pub(in crate::train) evaluation: Option<&'s EvalHistory>,
 }
 
-/// Writes `checkpoint-N` and then removes the oldest checkpoints beyond the number that is kept. Each rank
-/// writes its moments, rank 0 all other files. Returns the folder.
+/// Writes `checkpoint-N` and then removes the oldest checkpoints beyond the number that is kept, except the
+/// best one. Each rank writes its moments, rank 0 all other files. Returns the folder.
 ///
 /// # Errors
 /// If a file cannot be written. Earlier checkpoints are then unchanged.
@@ -41,7 +45,7 @@ pub(in crate::train) fn write<B: Backend>(
     collective: &dyn Collective<B>,
 ) -> Result<PathBuf> {
     let output_dir = &saved.config.output_dir;
-    let name = format!("{PREFIX}{}", saved.progress.step);
+    let name = checkpoint_name(saved.progress.step);
     let hidden = output_dir.join(format!("{WRITING}{name}"));
     let folder = output_dir.join(&name);
     let first = collective.rank() == 0;
@@ -51,9 +55,10 @@ pub(in crate::train) fn write<B: Backend>(
         let _ = fs::remove_dir_all(&hidden);
     }
     written?;
+    let best = saved.evaluation.and_then(|history| history.best.as_ref()).map(|best| best.step);
     collective.agree(if first {
         put_in_place(&hidden, &folder)
-            .and_then(|()| remove_old(output_dir, &saved.config.saving, saved.progress.step))
+            .and_then(|()| remove_old(output_dir, &saved.config.saving, saved.progress.step, best))
     } else {
         Ok(())
     })?;
@@ -119,7 +124,7 @@ pub fn remove_unfinished(output_dir: &Path) -> Result<Vec<String>> {
 }
 
 fn write_state<B: Backend>(saved: &Saved<'_, B>, ranks: usize, hidden: &Path) -> Result<()> {
-    let Saved { model, config, identity, progress, .. } = saved;
+    let Saved { model, config, identity, progress, evaluation, .. } = saved;
     let state = State {
         format: FORMAT,
         progress: *progress,
@@ -128,6 +133,7 @@ fn write_state<B: Backend>(saved: &Saved<'_, B>, ranks: usize, hidden: &Path) ->
         chunking: config.chunking.into(),
         dtype: model.precision(),
         identity: (*identity).clone(),
+        evaluation: evaluation.cloned(),
     };
     let path = hidden.join(STATE_FILE);
     let io = |e| Error::io("write the state of the run", &path, e);
@@ -159,11 +165,17 @@ fn put_in_place(hidden: &Path, folder: &Path) -> Result<()> {
 
 /// Removes the oldest checkpoints beyond the number that is kept; that of `step` is the newest. Checkpoints of
 /// later steps are from an earlier attempt of this run, which will replace them.
-fn remove_old(output_dir: &Path, saving: &Saving, step: u64) -> Result<()> {
+///
+/// As in `transformers`, the checkpoint of the step `best` is kept and counts as one of the number; if only one
+/// is to be kept, the newest is kept as well.
+fn remove_old(output_dir: &Path, saving: &Saving, step: u64, best: Option<u64>) -> Result<()> {
     let Some(keep) = saving.keep else { return Ok(()) };
     let mut older = list(output_dir)?;
     older.retain(|(of, _)| *of < step);
-    let surplus = older.len().saturating_sub(keep.saturating_sub(1));
+    let before = older.len();
+    older.retain(|(of, _)| Some(*of) != best);
+    let stays = before - older.len();
+    let surplus = older.len().saturating_sub(keep.saturating_sub(1 + stays));
     for (_, folder) in &older[..surplus] {
         // Renamed first, so that after an interruption no incomplete checkpoint has this name.
         let old = hidden_name(folder);
@@ -230,7 +242,8 @@ mod tests {
             // Not checkpoints: folders of the user, or of another program.
             let own = ["checkpoint-7", "checkpoint-x", "checkpoint-007", "checkpoint-best"];
             own.iter().for_each(|name| drop(folder(root.path(), name, &["notes.txt"])));
-            remove_old(root.path(), &Saving { keep: Some(keep), ..Saving::default() }, 20).unwrap();
+            let saving = Saving { keep: Some(keep), ..Saving::default() };
+            remove_old(root.path(), &saving, 20, None).unwrap();
             let mut want: Vec<_> = left
                 .iter()
                 .chain(&own)
@@ -239,6 +252,26 @@ mod tests {
                 .collect();
             want.sort();
             assert_eq!(names(root.path()), want);
+        }
+    }
+
+    #[test]
+    fn the_best_checkpoint_is_kept_with_the_newest() {
+        for (keep, best, left) in [
+            (1, 5, &["checkpoint-20", "checkpoint-5"][..]),
+            (2, 5, &["checkpoint-20", "checkpoint-5"]),
+            (3, 5, &["checkpoint-10", "checkpoint-20", "checkpoint-5"]),
+            (1, 20, &["checkpoint-20"]),
+            (2, 20, &["checkpoint-10", "checkpoint-20"]),
+            (2, 9, &["checkpoint-20", "checkpoint-9"]),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            for step in [5, 9, 10, 20] {
+                folder(root.path(), &format!("checkpoint-{step}"), &["manifest.json"]);
+            }
+            let saving = Saving { keep: Some(keep), ..Saving::default() };
+            remove_old(root.path(), &saving, 20, Some(best)).unwrap();
+            assert_eq!(names(root.path()), left, "{keep} {best}");
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::batch::LargestBatch;
+use super::evaluation::EvaluationShape;
 use super::work::needed_flops;
 use super::{Chunks, Parts, Plan, Work};
 use crate::Result;
@@ -32,6 +33,8 @@ pub struct RunShape {
     pub precision: Dtype,
     /// Options of the model.
     pub options: BiEncoderOptions,
+    /// The evaluation during the run, if there is one.
+    pub evaluation: Option<EvaluationShape>,
     /// How the device of the run allocates memory.
     pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
@@ -62,6 +65,8 @@ pub struct DryRun {
     loading: usize,
     /// Peak memory of tensors while the trained model is saved and verified, in bytes.
     saving: usize,
+    /// Peak memory of tensors while the model is evaluated, in bytes.
+    evaluation: usize,
 }
 
 /// Memory and work of one step.
@@ -98,6 +103,10 @@ impl DryRun {
         let optimizer = AdamW::new(&counting, model.decoder_mut(), AdamWConfig::default())?;
         let moments = (counting.allocated() - weights) / 3 * 2;
         let gradients = counting.allocated() - weights - moments;
+        let evaluation = match &shape.evaluation {
+            Some(evaluation) => evaluation.tensor_bytes(&counting, &model)?,
+            None => 0,
+        };
         Ok(DryRun {
             shape,
             counting,
@@ -108,6 +117,7 @@ impl DryRun {
             moments,
             loading,
             saving,
+            evaluation,
         })
     }
 
@@ -149,6 +159,7 @@ impl DryRun {
             },
             loading_bytes: process + self.loading as u64 + host,
             saving_bytes: process + self.saving as u64 + host,
+            evaluation_bytes: self.evaluation_bytes(),
             chunks: Chunks {
                 chunking,
                 count: chunks.len(),
@@ -189,6 +200,15 @@ impl DryRun {
         let dropout = self.shape.has_dropout().then_some(Dropout { seed: 0, step: 0 });
         let deduplicate = self.shape.options.shortcuts.dedup_sequences;
         StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
+    }
+
+    /// Memory of the process while the model is evaluated, in bytes.
+    fn evaluation_bytes(&self) -> u64 {
+        let Some(evaluation) = &self.shape.evaluation else { return 0 };
+        let config = &self.shape.decoder;
+        let workspace = self.shape.memory.workspace(evaluation.longest, config.head_dim);
+        let host = evaluation.host_bytes(config.hidden_size);
+        self.shape.process_bytes + (self.evaluation + workspace + host) as u64
     }
 
     /// Host memory while a tensor is read or written: the bytes of the largest one in the file and as f32.

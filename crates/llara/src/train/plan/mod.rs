@@ -9,6 +9,7 @@ mod batch;
 mod budget;
 mod choose;
 mod dry_run;
+mod evaluation;
 mod lengths;
 mod machine;
 mod work;
@@ -19,6 +20,7 @@ pub use batch::LargestBatch;
 pub use budget::MemoryBudget;
 pub use choose::ChunkPolicy;
 pub use dry_run::{DryRun, RunShape};
+pub use evaluation::EvaluationShape;
 pub use lengths::{Histogram, LengthSummary, TextLengths};
 pub use machine::MachineMemory;
 
@@ -33,6 +35,8 @@ pub struct Plan {
     pub loading_bytes: u64,
     /// Peak memory of the process while the trained model is saved and verified, in bytes.
     pub saving_bytes: u64,
+    /// Peak memory of the process while the model is evaluated, in bytes; 0 without evaluation.
+    pub evaluation_bytes: u64,
     /// The division of the batch into chunks.
     pub chunks: Chunks,
     /// Work of a step.
@@ -110,13 +114,15 @@ pub struct Work {
 impl Plan {
     /// The peak memory of the process in bytes.
     pub fn peak_bytes(&self) -> u64 {
-        self.training.total().max(self.loading_bytes).max(self.saving_bytes)
+        let others = [self.loading_bytes, self.saving_bytes, self.evaluation_bytes];
+        others.into_iter().fold(self.training.total(), u64::max)
     }
 
-    /// The phase with the peak memory: training, saving or loading.
+    /// The phase with the peak memory: training, evaluating, saving or loading.
     pub fn peak_phase(&self) -> &'static str {
         match self.peak_bytes() {
             peak if peak == self.training.total() => "training",
+            peak if peak == self.evaluation_bytes => "evaluating",
             peak if peak == self.saving_bytes => "saving",
             _ => "loading",
         }
