@@ -63,7 +63,9 @@ impl Output for bf16 {
 }
 
 mod sealed {
-    use super::{bf16, tile};
+    use half::bf16;
+
+    use crate::backend::cpu::gemm::tile;
 
     pub trait Place: Sized {
         #[expect(private_interfaces, reason = "it cannot be named or called outside the crate")]
