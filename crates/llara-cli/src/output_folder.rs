@@ -11,7 +11,7 @@ use super::talk::{bytes, say};
 /// Maximum number of file names in an error.
 const SHOWN: usize = 5;
 /// Files that a run writes besides its log, models and checkpoints.
-const RUN_FILES: [&str; 7] = [
+const RUN_FILES: [&str; 8] = [
     "runs",
     "run.json",
     "report.html",
@@ -19,6 +19,7 @@ const RUN_FILES: [&str; 7] = [
     ".run.json.new",
     ".report.html.new",
     ".log.jsonl.new",
+    ".eval_queries.json.new",
 ];
 /// Prefix of folders with incomplete files.
 const PARTIAL: &str = ".partial-";

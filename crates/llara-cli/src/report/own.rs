@@ -1,11 +1,10 @@
 //! The report that a training run writes of itself while it goes on.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use llara::train::plan::MachineMemory;
-use llara::{Error, Result};
+use llara::{Result, refresh_file};
 
 use super::facts::{FACTS_FILE, RunFacts};
 use super::page::page;
@@ -57,18 +56,8 @@ impl OwnReport {
             self.facts.measured_peak = MachineMemory::peak_of_process();
         }
         check_is_own(&self.folder.join(REPORT_FILE))?;
-        replace(&self.folder, FACTS_FILE, &self.facts.to_json()?)?;
+        refresh_file(&self.folder.join(FACTS_FILE), &self.facts.to_json()?)?;
         let page = page(&[RunData::read(&self.folder)?]);
-        replace(&self.folder, REPORT_FILE, page.as_bytes())
+        refresh_file(&self.folder.join(REPORT_FILE), page.as_bytes())
     }
-}
-
-/// Replaces a file of the output folder. The new one has a fixed name while it is written, so that what a
-/// killed process leaves is overwritten by the next. It is not flushed to the disk: it can be made again.
-fn replace(folder: &Path, name: &str, contents: &[u8]) -> Result<()> {
-    let (path, new) = (folder.join(name), folder.join(format!(".{name}.new")));
-    fs::write(&new, contents).and_then(|()| fs::rename(&new, &path)).map_err(|e| {
-        let _ = fs::remove_file(&new);
-        Error::io("write", &path, e)
-    })
 }

@@ -391,8 +391,8 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(Encoding { embeddings, input, decoder, inv_norm })
     }
 
-    /// Accumulates the gradients of all trainable parameters, from the gradient with respect to the embeddings `[S, d]`; `ready` receives
-    /// parameters as in [`Decoder::backward`].
+    /// Accumulates the gradients of all trainable parameters, from the gradient with respect to the embeddings
+    /// `[S, d]`; `ready` receives parameters as in [`Decoder::backward`].
     pub(crate) fn backward(
         &mut self,
         encoding: Encoding<B>,

@@ -14,7 +14,8 @@ use crate::{Error, ErrorKind, Result};
 
 const PROBES_FILE: &str = "llara_probes.json";
 
-/// Tolerance for the same weights: largest difference of an element, relative to the largest element of the embedding.
+/// Tolerance for the same weights: largest difference of an element, relative to the largest element of the
+/// embedding.
 const SAME_WEIGHTS: f32 = 1e-5;
 /// Tolerance if one of the embeddings was computed with bf16 activations and the other was not.
 const ROUNDED_ACTIVATIONS: f32 = 0.1;

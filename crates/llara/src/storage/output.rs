@@ -78,6 +78,32 @@ pub fn replace_file(path: &Path, contents: &[u8]) -> Result<()> {
     file.commit()
 }
 
+/// Replaces a file in a folder that one process writes to. After a crash the earlier or the new file
+/// is complete, but it is not flushed to the disk: for what can be made again. The new file has the fixed name
+/// `.NAME.new` while it is written, so that the next run overwrites what a killed process leaves.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn refresh_file(path: &Path, contents: &[u8]) -> Result<()> {
+    let new = unfinished_name(path);
+    std::fs::write(&new, contents).and_then(|()| std::fs::rename(&new, path)).map_err(|e| {
+        // The error of writing is reported; this one would hide it.
+        let _ = std::fs::remove_file(&new);
+        write_failed("write", path, e)
+    })
+}
+
+/// Removes what a process leaves that was killed in [`refresh_file`].
+pub(crate) fn remove_unfinished_file(path: &Path) {
+    // If it cannot be removed, it is overwritten.
+    let _ = std::fs::remove_file(unfinished_name(path));
+}
+
+fn unfinished_name(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.new"))
+}
+
 /// Fails for a path at which no file can be written: something other than a regular file is there, the path
 /// has no file name, or the folder does not exist or is read-only. Leaves no file.
 pub(crate) fn check_output_path(path: &Path) -> Result<()> {

@@ -10,12 +10,11 @@ use serde::{Deserialize, Serialize};
 use super::evaluation::{EvalMetric, SetReport};
 use super::observer::{EvalEvent, StepRecord};
 use super::tensorboard::EventWriter;
+use crate::storage::{refresh_file, remove_unfinished_file};
 use crate::{Error, Result};
 
 /// Name of the log in the output folder.
 const LOG_FILE: &str = "log.jsonl";
-/// The log of a resumed run while it is written.
-const NEW_LOG_FILE: &str = ".log.jsonl.new";
 /// Folder of the TensorBoard events in the output folder.
 const EVENTS_DIR: &str = "runs";
 
@@ -80,11 +79,7 @@ impl RunLog {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(e) => return Err(Error::io("read the log", &path, e)),
         };
-        // Under one name, so that what a killed process leaves is overwritten by the next.
-        let new = output_dir.join(NEW_LOG_FILE);
-        std::fs::write(&new, kept)
-            .and_then(|()| std::fs::rename(&new, &path))
-            .map_err(|e| Error::io("write the log", &path, e))?;
+        refresh_file(&path, kept.as_bytes())?;
         let file = File::options().append(true).open(&path);
         Self::open(
             output_dir,
@@ -94,13 +89,12 @@ impl RunLog {
     }
 
     fn open(output_dir: &Path, path: PathBuf, lines: File) -> Result<Self> {
-        // Left by a killed process, if at all.
-        let _ = std::fs::remove_file(output_dir.join(NEW_LOG_FILE));
+        let queries = output_dir.join(QUERIES_FILE);
+        [&path, &queries].into_iter().for_each(|path| remove_unfinished_file(path));
         let events_dir = output_dir.join(EVENTS_DIR);
         std::fs::create_dir_all(&events_dir)
             .map_err(|e| Error::io("create the folder", &events_dir, e))?;
         let events = EventWriter::create(&events_dir)?;
-        let queries = output_dir.join(QUERIES_FILE);
         Ok(RunLog { path, queries, lines: BufWriter::new(lines), events })
     }
 

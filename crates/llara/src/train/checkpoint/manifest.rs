@@ -98,7 +98,7 @@ pub(super) fn verify(folder: &Path) -> Result<()> {
         let text = name.to_string_lossy();
         if is_read(&text) && !manifest.files.contains_key(&*text) {
             return Err(damaged(
-                "a file is missing in the manifest of the checkpoint",
+                "the manifest of the checkpoint does not list a file",
                 &folder.join(&name),
             )
             .expected("every .json and .safetensors file with its length and hash"));

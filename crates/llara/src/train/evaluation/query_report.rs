@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::history::EvalRecord;
 use super::settings::EvalSet;
 use crate::retrieval::{BeirDataset, Ranking, Run, evaluate_each};
-use crate::storage::OutputFile;
+use crate::storage::refresh_file;
 use crate::{Error, Result};
 
 /// Queries at either end.
@@ -148,9 +148,7 @@ impl SetReport {
         let mut json =
             serde_json::to_vec_pretty(&by_name).map_err(|e| Error::io("write", path, e.into()))?;
         json.push(b'\n');
-        let mut file = OutputFile::create(path)?;
-        file.write(&json)?;
-        file.commit()
+        refresh_file(path, &json)
     }
 }
 

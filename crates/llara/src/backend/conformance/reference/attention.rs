@@ -2,20 +2,20 @@
 
 use std::ops::Range;
 
-use super::{Matrix, dot, log_of_sum_of_exp};
+use super::matrix::{Matrix, dot, log_of_sum_of_exp};
 use crate::Result;
 use crate::backend::{AttentionShape, Backend, Layout};
 
 /// A [`Layout`] on the host.
 #[derive(Debug, Clone, PartialEq)]
-pub(in crate::backend::conformance) struct Packed {
+pub(crate) struct Packed {
     offsets: Vec<u32>,
     positions: Vec<u32>,
 }
 
 impl Packed {
     /// Takes one list of positions per sequence.
-    pub(in crate::backend::conformance) fn new(sequences: &[Vec<u32>]) -> Self {
+    pub(crate) fn new(sequences: &[Vec<u32>]) -> Self {
         let mut offsets = vec![0];
         let mut positions = Vec::new();
         for sequence in sequences {
@@ -25,14 +25,11 @@ impl Packed {
         Packed { offsets, positions }
     }
 
-    pub(in crate::backend::conformance) fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.positions.len()
     }
 
-    pub(in crate::backend::conformance) fn layout<B: Backend>(
-        &self,
-        backend: &B,
-    ) -> Result<Layout<B>> {
+    pub(crate) fn layout<B: Backend>(&self, backend: &B) -> Result<Layout<B>> {
         let [offsets, positions] = backend.upload_indices([&self.offsets, &self.positions])?;
         Ok(Layout {
             bounds: self.offsets.clone(),
@@ -51,7 +48,7 @@ impl Packed {
 type Inputs<'a> = (&'a Matrix, &'a Matrix, &'a Matrix);
 
 /// The output of attention.
-pub(in crate::backend::conformance) fn attention(
+pub(crate) fn attention(
     (q, k, v): Inputs<'_>,
     queries: &Packed,
     keys: &Packed,
@@ -68,7 +65,7 @@ pub(in crate::backend::conformance) fn attention(
 
 /// Gradients with respect to q, k and v. With `dp_j = dout · v_j`, the gradient of the softmax is
 /// `ds_j = p_j · (dp_j − Σ_l p_l dp_l)`; dq and dk follow from `s_j = q · k_j · scale`.
-pub(in crate::backend::conformance) fn attention_backward(
+pub(crate) fn attention_backward(
     dout: &Matrix,
     (q, k, v): Inputs<'_>,
     queries: &Packed,

@@ -1,91 +1,14 @@
 //! Reference implementations of the operations: the formulas in f64, as plain loops.
 
 mod attention;
+mod matrix;
 
 pub(super) use attention::{Packed, attention, attention_backward};
+pub(super) use matrix::Matrix;
+
+use matrix::{dot, log_of_sum_of_exp};
 
 use crate::backend::{AdamWStep, DropoutKey};
-
-/// A row-major matrix on the host.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Matrix {
-    pub(super) rows: usize,
-    pub(super) cols: usize,
-    /// `rows * cols` elements.
-    pub(super) data: Vec<f64>,
-}
-
-impl Matrix {
-    pub(super) fn zeros(rows: usize, cols: usize) -> Self {
-        Matrix { rows, cols, data: vec![0.0; rows * cols] }
-    }
-
-    /// Element `(i, j)` is `f(i, j)`.
-    pub(super) fn from_fn(
-        rows: usize,
-        cols: usize,
-        mut f: impl FnMut(usize, usize) -> f64,
-    ) -> Self {
-        let data = (0..rows * cols).map(|at| f(at / cols, at % cols)).collect();
-        Matrix { rows, cols, data }
-    }
-
-    pub(super) fn shape(&self) -> (usize, usize) {
-        (self.rows, self.cols)
-    }
-
-    pub(super) fn row(&self, i: usize) -> &[f64] {
-        &self.data[i * self.cols..(i + 1) * self.cols]
-    }
-
-    pub(super) fn row_mut(&mut self, i: usize) -> &mut [f64] {
-        &mut self.data[i * self.cols..(i + 1) * self.cols]
-    }
-
-    /// Each element as the nearest f32.
-    pub(super) fn rounded(self) -> Self {
-        self.map(|x| f64::from(x as f32))
-    }
-
-    pub(super) fn map(mut self, f: impl Fn(f64) -> f64) -> Self {
-        self.data.iter_mut().for_each(|x| *x = f(*x));
-        self
-    }
-
-    pub(super) fn transposed(&self) -> Self {
-        Matrix::from_fn(self.cols, self.rows, |i, j| self.row(j)[i])
-    }
-
-    /// The columns of this matrix, then those of the other.
-    pub(super) fn concat_cols(&self, other: &Matrix) -> Self {
-        assert_eq!(self.rows, other.rows);
-        Matrix::from_fn(self.rows, self.cols + other.cols, |i, j| {
-            if j < self.cols { self.row(i)[j] } else { other.row(i)[j - self.cols] }
-        })
-    }
-
-    pub(super) fn plus(mut self, other: &Matrix) -> Self {
-        assert_eq!(self.shape(), other.shape());
-        self.data.iter_mut().zip(&other.data).for_each(|(a, b)| *a += b);
-        self
-    }
-
-    /// Sum of the products of corresponding elements.
-    pub(super) fn dot(&self, other: &Matrix) -> f64 {
-        assert_eq!(self.shape(), other.shape());
-        dot(&self.data, &other.data)
-    }
-
-    /// The largest absolute value of an element.
-    pub(super) fn max_abs(&self) -> f64 {
-        // Unlike f64::max, this keeps a NaN.
-        self.data.iter().fold(0.0, |m, x| if x.abs() <= m { m } else { x.abs() })
-    }
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
 
 /// `a · b`
 pub(super) fn product(a: &Matrix, b: &Matrix) -> Matrix {
@@ -218,11 +141,6 @@ pub(super) fn swiglu_backward(dy: &Matrix, gate: &Matrix, up: &Matrix) -> (Matri
         dy.row(i)[j] * gate.row(i)[j] * sigmoid.row(i)[j]
     });
     (dgate, dup)
-}
-
-fn log_of_sum_of_exp(x: &[f64]) -> f64 {
-    let largest = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    largest + x.iter().map(|x| (x - largest).exp()).sum::<f64>().ln()
 }
 
 /// The mean loss.

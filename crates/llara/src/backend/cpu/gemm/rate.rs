@@ -26,7 +26,7 @@ pub(super) fn unit_for(precision: Precision) -> Unit {
 static FASTER: OnceLock<bool> = OnceLock::new();
 
 /// Makes the decision without a measurement, if it has not been made yet. `LLARA_CPU` takes precedence.
-pub(in crate::backend::cpu) fn decide(faster: bool) {
+pub(crate) fn decide(faster: bool) {
     if Unit::active() == Unit::Avx512Bf16 && !Unit::is_forced() {
         let _ = FASTER.set(faster);
     }
@@ -34,7 +34,7 @@ pub(in crate::backend::cpu) fn decide(faster: bool) {
 
 /// Whether bf16 products use bf16 instructions, because those are faster than the f32 kernel
 /// on this processor, or because `LLARA_CPU` selects them. Measured once per process.
-pub(in crate::backend::cpu) fn multiplies_bf16_faster() -> bool {
+pub(crate) fn multiplies_bf16_faster() -> bool {
     *FASTER.get_or_init(|| {
         Unit::active() == Unit::Avx512Bf16 && (Unit::is_forced() || pairs_are_faster(&measure()))
     })
