@@ -5,6 +5,7 @@
 mod adapters;
 mod bad_data;
 mod bad_models;
+mod check;
 mod files;
 mod fixture;
 mod full_disk;

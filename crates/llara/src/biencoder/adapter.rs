@@ -13,8 +13,8 @@ use crate::model::{LoraConfig, NamedTensor, PROJECTIONS, ParameterValues};
 use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
 use crate::{Error, ErrorKind, Result};
 
-const CONFIG_FILE: &str = "adapter_config.json";
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+pub(crate) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const ADAPTER_WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Prefix of the decoder's parameter names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
@@ -50,10 +50,9 @@ impl<B: Backend> BiEncoderModel<B> {
     /// its matrices do not fit the model (all listed).
     pub fn attach_adapter(&mut self, dir: &Path) -> Result<()> {
         self.refuse_second_adapter()?;
-        let config = read_config(&dir.join(CONFIG_FILE))?;
-        let file = SafetensorsFile::open(&dir.join(WEIGHTS_FILE))?;
-        let causal_lm = file.names().iter().any(|name| name.starts_with(CAUSAL_LM_PREFIX));
-        let prefix = if causal_lm { CAUSAL_LM_PREFIX } else { PREFIX };
+        let config = read_config(&dir.join(ADAPTER_CONFIG_FILE))?;
+        let file = SafetensorsFile::open(&dir.join(ADAPTER_WEIGHTS_FILE))?;
+        let prefix = prefix_in_adapter(&file.names());
         let mut faults = Vec::new();
         let mut used = std::collections::HashSet::new();
         let backend = self.backend.clone();
@@ -169,14 +168,14 @@ impl<B: Backend> BiEncoderModel<B> {
             .file(dir)
             .expected("another folder than the base model's"));
         }
-        let staging = Staging::new(dir, CONFIG_FILE)?;
+        let staging = Staging::new(dir, ADAPTER_CONFIG_FILE)?;
         let named = |t: &NamedTensor<'_, B>| format!("{PREFIX}{}", t.name());
         let declared = self
             .decoder
             .adapter_tensors()
             .map(|t| (named(&t), safetensors::Dtype::F32, t.shape().to_vec()))
             .collect();
-        let mut writer = SafetensorsWriter::create(&staging, WEIGHTS_FILE, declared)?;
+        let mut writer = SafetensorsWriter::create(&staging, ADAPTER_WEIGHTS_FILE, declared)?;
         for tensor in self.decoder.adapter_tensors() {
             writer.write_f32(&named(&tensor), &self.backend.download_view(tensor.values())?)?;
         }
@@ -184,7 +183,7 @@ impl<B: Backend> BiEncoderModel<B> {
         let base = self.folder.source().map(|dir| dir.display().to_string());
         let json = format!("{:#}\n", config_json(config, base));
         staging.write(RECIPE_FILE, &self.recipe.to_json()?)?;
-        staging.write(CONFIG_FILE, json.as_bytes())?;
+        staging.write(ADAPTER_CONFIG_FILE, json.as_bytes())?;
         Ok((staging, written))
     }
 
@@ -194,6 +193,14 @@ impl<B: Backend> BiEncoderModel<B> {
         }
         Err(Error::new(ErrorKind::Argument, "an adapter is attached already")
             .hint("merge it first"))
+    }
+}
+
+/// What precedes the decoder's parameter names in an adapter's file with these tensors.
+pub(crate) fn prefix_in_adapter(names: &[String]) -> &'static str {
+    match names.iter().any(|name| name.starts_with(CAUSAL_LM_PREFIX)) {
+        true => CAUSAL_LM_PREFIX,
+        false => PREFIX,
     }
 }
 
@@ -250,7 +257,7 @@ impl LoraConfig {
     /// # Errors
     /// When the file is missing or damaged, or the adapter is of a kind that computes something else.
     pub fn from_peft(dir: &Path) -> Result<Self> {
-        read_config(&dir.join(CONFIG_FILE))
+        read_config(&dir.join(ADAPTER_CONFIG_FILE))
     }
 }
 

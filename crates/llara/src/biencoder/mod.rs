@@ -6,15 +6,20 @@ mod output;
 mod probes;
 mod recipe;
 mod restore;
+mod sentence_transformers;
 
 use std::sync::Arc;
 
 use ndarray::Array2;
 
+pub(crate) use adapter::{ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, prefix_in_adapter};
 pub use folder::{Loader, Outline};
 pub use output::{EncoderOutput, Features, compute_similarity};
 pub use probes::Probes;
+pub(crate) use probes::{PROBES_FILE, SAME_WEIGHTS};
+pub(crate) use recipe::RECIPE_FILE;
 pub use recipe::Recipe;
+pub(crate) use sentence_transformers::StLayout;
 
 use crate::backend::{Backend, Cpu, Dtype, Shape, View};
 use crate::data::{Batch, BatchView, positives};

@@ -12,6 +12,7 @@ mod partial;
 mod replace;
 mod safetensors;
 mod staging;
+mod tensor_scan;
 
 pub use disk_space::free_disk_bytes;
 pub(crate) use fingerprint::Fingerprint;
@@ -22,7 +23,7 @@ pub use lock::{FolderLock, OutputLock};
 pub(crate) use number::{is_readable, rounded};
 pub(crate) use output::{OutputFile, check_output_path};
 pub(crate) use partial::PartialFile;
-pub(crate) use replace::{INDEX_FILE, WEIGHTS_FILE};
+pub(crate) use replace::{INDEX_FILE, WEIGHTS_FILE, is_leftover};
 pub use replace::{Recovered, finish_interrupted};
 pub(crate) use safetensors::{
     Declaration, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,

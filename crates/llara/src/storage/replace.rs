@@ -83,11 +83,13 @@ pub fn finish_interrupted(folder: &Path) -> Result<Recovered> {
     finish_locked(folder)
 }
 
+/// Whether a name is one of a folder of a save that is in progress or was interrupted.
+pub(crate) fn is_leftover(name: &str) -> bool {
+    [PARTIAL, READY, MOVING, REPLACED].iter().any(|prefix| name.starts_with(prefix))
+}
+
 fn has_leftovers(folder: &Path) -> bool {
-    let ours = |name: &OsStr| {
-        let name = name.to_string_lossy();
-        [PARTIAL, READY, MOVING, REPLACED].iter().any(|prefix| name.starts_with(prefix))
-    };
+    let ours = |name: &OsStr| is_leftover(&name.to_string_lossy());
     fs::read_dir(folder)
         .is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|e| ours(&e.file_name()))))
 }

@@ -63,8 +63,33 @@ pub(super) fn write(folder: &Path) -> Result<()> {
 /// # Errors
 /// What is missing or differs, with the file's name.
 pub(super) fn verify(folder: &Path) -> Result<()> {
+    let manifest = read(folder)?;
+    manifest.files.iter().try_for_each(|(name, entry)| check_file(folder, name, entry))?;
+    left_out(folder, &manifest)?.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// Every file that is missing or differs; [`verify`] stops at the first.
+pub(super) fn faults(folder: &Path) -> Vec<Error> {
+    let manifest = match read(folder) {
+        Ok(manifest) => manifest,
+        Err(error) => return vec![error],
+    };
+    let files = manifest.files.iter();
+    let mut faults: Vec<Error> =
+        files.filter_map(|(name, entry)| check_file(folder, name, entry).err()).collect();
+    match left_out(folder, &manifest) {
+        Ok(left_out) => faults.extend(left_out),
+        Err(error) => faults.push(error),
+    }
+    faults
+}
+
+fn damaged(what: &str, path: &Path) -> Error {
+    Error::new(ErrorKind::Io, what).file(path)
+}
+
+fn read(folder: &Path) -> Result<Manifest> {
     let path = folder.join(MANIFEST_FILE);
-    let damaged = |what: &str, path: &Path| Error::new(ErrorKind::Io, what).file(path);
     if !path.exists() {
         return Err(damaged("the checkpoint has no manifest", &path)
             .expected("a manifest.json, which is written when all other files are complete"));
@@ -77,34 +102,41 @@ pub(super) fn verify(folder: &Path) -> Result<()> {
             .expected(format!("format {FORMAT}"))
             .got(manifest.format));
     }
-    for (name, expected) in &manifest.files {
-        // The manifest is input: its names must not lead out of the folder.
-        if Path::new(name).file_name() != Some(name.as_ref()) {
-            return Err(damaged("the manifest names a file outside of the checkpoint", &path)
-                .expected("names without a folder")
-                .got(name.escape_debug()));
-        }
-        let file = folder.join(name);
-        let got = entry(&file).map_err(|e| Error::io("read a file of the checkpoint", &file, e))?;
-        if got != *expected {
-            let show = |entry: &Entry| format!("{} bytes, blake3 {}", entry.bytes, entry.blake3);
-            return Err(damaged("a file of the checkpoint is damaged", &file)
-                .expected(show(expected))
-                .got(show(&got)));
-        }
+    Ok(manifest)
+}
+
+fn check_file(folder: &Path, name: &str, expected: &Entry) -> Result<()> {
+    // The manifest is input: its names must not lead out of the folder.
+    if Path::new(name).file_name() != Some(name.as_ref()) {
+        let path = folder.join(MANIFEST_FILE);
+        return Err(damaged("the manifest names a file outside of the checkpoint", &path)
+            .expected("names without a folder")
+            .got(name.escape_debug()));
     }
-    // A file that the manifest leaves out would be read without a check.
+    let file = folder.join(name);
+    let got = entry(&file).map_err(|e| Error::io("read a file of the checkpoint", &file, e))?;
+    if got == *expected {
+        return Ok(());
+    }
+    let show = |entry: &Entry| format!("{} bytes, blake3 {}", entry.bytes, entry.blake3);
+    Err(damaged("a file of the checkpoint is damaged", &file)
+        .expected(show(expected))
+        .got(show(&got)))
+}
+
+/// Files that the manifest leaves out: they would be read without a check.
+fn left_out(folder: &Path, manifest: &Manifest) -> Result<Vec<Error>> {
+    let mut faults = Vec::new();
     for name in names(folder)? {
         let text = name.to_string_lossy();
         if is_read(&text) && !manifest.files.contains_key(&*text) {
-            return Err(damaged(
-                "the manifest of the checkpoint leaves out a file",
-                &folder.join(&name),
-            )
-            .expected("every .json and .safetensors file with its length and hash"));
+            let error =
+                damaged("the manifest of the checkpoint leaves out a file", &folder.join(&name));
+            faults
+                .push(error.expected("every .json and .safetensors file with its length and hash"));
         }
     }
-    Ok(())
+    Ok(faults)
 }
 
 fn is_read(name: &str) -> bool {
