@@ -60,7 +60,8 @@ pub fn new_model<B: Backend>(
     seed: u64,
 ) -> Result<BiEncoderModel<B>> {
     template.validate()?;
-    let tokenizer = train_tokenizer(dataset, &template, preset.vocab_size)?;
+    let mut tokenizer = train_tokenizer(dataset, &template, preset.vocab_size)?;
+    tokenizer.follow_template(&template)?;
     let json = config_json(&preset, &tokenizer);
     let config = DecoderConfig::from_json(json.to_string().as_bytes())?;
     let decoder = random_decoder(&backend, &config, INITIALIZER_RANGE, seed)?;

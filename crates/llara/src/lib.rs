@@ -38,7 +38,7 @@ pub mod train;
 
 pub use biencoder::{
     BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Outline, Probes, Recipe,
-    Shortcuts, compute_similarity,
+    RunFacts, Shortcuts, compute_similarity,
 };
 pub use error::{Error, ErrorKind, ErrorParts, Result, escape_controls};
 pub use storage::{

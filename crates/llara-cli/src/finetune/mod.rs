@@ -21,7 +21,7 @@ use std::time::Instant;
 use llara::backend::{Backend, Dtype};
 use llara::data::{Dataset, Sampling};
 use llara::train::{Checkpoint, RunLog, Summary, TrainConfig, Trainer, state_bytes};
-use llara::{BiEncoderModel, Error, Loader, Role};
+use llara::{BiEncoderModel, Error, Loader, Role, hub};
 
 use super::compute::on_device;
 use super::progress::TrainingProgress;
@@ -60,6 +60,7 @@ fn finetune(
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
     let mut model = prepared.load(args)?;
+    model.set_base_name(hub::model_name(&prepared.model_name));
     let Prepared { config, dataset, checkpoint, .. } = &prepared;
     check_space(config, dataset, &model, args.lora.save_merged_lora_model)?;
     let run = (config, dataset, checkpoint.as_ref());
@@ -121,8 +122,12 @@ fn save<B: Backend>(
         {
             // The weights in memory were rounded; the adapter must be added to the original ones.
             let (backend, options) = (model.backend().clone(), *model.options());
+            let (facts, base_name) =
+                (model.run_facts().clone(), model.base_name().map(str::to_owned));
             drop(model);
             model = Loader::new(&base)?.load(backend, options)?;
+            model.set_run_facts(facts);
+            model.set_base_name(base_name);
             model.attach_adapter(&config.output_dir)?;
         }
         model.merge_adapter()?;

@@ -5,12 +5,13 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::card::model_card;
 use super::folder::keep_unverified;
 use super::recipe::RECIPE_FILE;
 use super::{BiEncoderModel, Probes};
 use crate::backend::{Backend, Dtype};
 use crate::model::{LoraConfig, NamedTensor, PROJECTIONS, ParameterValues};
-use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
+use crate::storage::{CARD_FILE, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
 use crate::{Error, ErrorKind, Result};
 
 pub(crate) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
@@ -180,9 +181,12 @@ impl<B: Backend> BiEncoderModel<B> {
             writer.write_f32(&named(&tensor), &self.backend.download_view(tensor.values())?)?;
         }
         let written = writer.finish()?;
-        let base = self.folder.source().map(|dir| dir.display().to_string());
+        // A name of the Hub is valid on every machine.
+        let source = || self.folder.source().map(|dir| dir.display().to_string());
+        let base = self.base_name.clone().or_else(source);
         let json = format!("{:#}\n", config_json(config, base));
         staging.write(RECIPE_FILE, &self.recipe.to_json()?)?;
+        staging.write(CARD_FILE, model_card(self)?.as_bytes())?;
         staging.write(ADAPTER_CONFIG_FILE, json.as_bytes())?;
         Ok((staging, written))
     }

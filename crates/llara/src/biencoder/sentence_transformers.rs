@@ -1,6 +1,8 @@
 //! What of a recipe sentence-transformers can express: a prompt in front of the text, the special tokens that
 //! the tokenizer itself adds, pooling of the last token, and normalization.
 
+use serde_json::json;
+
 use super::Recipe;
 use crate::Result;
 use crate::text::{PromptEncoder, Role, TextTokenizer};
@@ -81,6 +83,45 @@ impl StLayout {
     }
 }
 
+impl StLayout {
+    /// Names and contents of the files for a model with embeddings of `dimension` numbers.
+    ///
+    /// text-embeddings-inference reads the pooling in the spelling with one key per mode, which
+    /// sentence-transformers reads, too.
+    pub(crate) fn files(&self, dimension: usize) -> [(&'static str, String); 4] {
+        let module = |idx: usize, path: &str, class: &str| {
+            let class = format!("sentence_transformers.models.{class}");
+            json!({"idx": idx, "name": idx.to_string(), "path": path, "type": class})
+        };
+        let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
+        if self.normalized {
+            modules.push(module(2, "2_Normalize", "Normalize"));
+        }
+        let pooling = json!({
+            "word_embedding_dimension": dimension,
+            "pooling_mode_cls_token": false,
+            "pooling_mode_mean_tokens": false,
+            "pooling_mode_max_tokens": false,
+            "pooling_mode_mean_sqrt_len_tokens": false,
+            "pooling_mode_weightedmean_tokens": false,
+            "pooling_mode_lasttoken": true,
+            "include_prompt": true,
+        });
+        let settings = json!({
+            "prompts": {"query": self.query_prompt, "passage": self.passage_prompt},
+            "default_prompt_name": null,
+            "similarity_fn_name": if self.normalized { "cosine" } else { "dot" },
+        });
+        let length = json!({"max_seq_length": self.max_seq_length, "do_lower_case": false});
+        [
+            ("modules.json", format!("{:#}\n", json!(modules))),
+            ("1_Pooling/config.json", format!("{pooling:#}\n")),
+            ("config_sentence_transformers.json", format!("{settings:#}\n")),
+            ("sentence_bert_config.json", format!("{length:#}\n")),
+        ]
+    }
+}
+
 fn affix_obstacles(
     recipe: &Recipe,
     prompts: &PromptEncoder,
@@ -157,4 +198,52 @@ fn seam(tokenizer: &TextTokenizer, recipe: &Recipe, role: Role) -> Result<Option
 fn spell(tokenizer: &TextTokenizer, ids: &[u32]) -> String {
     let token = |&id: &u32| tokenizer.token(id).unwrap_or_else(|| format!("id {id}"));
     ids.iter().map(|id| format!("`{}`", token(id).escape_debug())).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::{Affixes, Template, train_bpe};
+
+    /// The layout of a template for a tokenizer that appends `</s>`, that has the added token `<q>`, and that
+    /// merges b and a.
+    fn layout(query: &str, passage: &str, suffix: &str) -> std::result::Result<StLayout, String> {
+        let special = ["</s>", "<q>"].map(str::to_owned);
+        let texts = (0..9).map(|_| "ba ba ba".to_owned());
+        let mut tokenizer = train_bpe(texts, 300, &special).unwrap();
+        let affixes = |prefix: &str, suffix: &str| Affixes {
+            prefix: prefix.to_owned(),
+            suffix: suffix.to_owned(),
+            special_tokens_in_prefix: true,
+        };
+        let mut template = Template::preset("e5-mistral").unwrap();
+        tokenizer.follow_template(&template).unwrap();
+        (template.query, template.passage) = (affixes(query, suffix), affixes(passage, suffix));
+        let mut recipe = Recipe::new(template.clone());
+        recipe.query_instruction = "find: ".to_owned();
+        let size = tokenizer.vocab_size();
+        let prompts = PromptEncoder::new(tokenizer, template, size).unwrap();
+        StLayout::new(&recipe, &prompts).unwrap().map_err(|obstacles| format!("{obstacles:?}"))
+    }
+
+    #[test]
+    fn instructions_and_prefixes_that_end_in_a_special_token_are_prompts() {
+        let layout = layout("<q>", "", "</s>").unwrap();
+        assert_eq!((&*layout.query_prompt, &*layout.passage_prompt), ("<q>find: ", ""));
+        assert_eq!((layout.max_seq_length, layout.normalized), (128, true));
+    }
+
+    #[test]
+    fn a_prefix_that_merges_with_a_text_is_no_prompt() {
+        for (query, passage, part) in [
+            ("", "b", "gives other tokens"),
+            ("", "ask: ", "could be merged with some texts"),
+            ("", " <q>", "begins with white space"),
+        ] {
+            let obstacles = layout(query, passage, "</s>").unwrap_err();
+            assert!(obstacles.contains(part) && obstacles.contains("passage"), "{obstacles}");
+        }
+        let obstacles = layout("", "", "end</s>").unwrap_err();
+        assert!(obstacles.contains("the tokenizer appends `</s>`"), "{obstacles}");
+    }
 }

@@ -3,6 +3,7 @@
 
 mod disk_space;
 mod fingerprint;
+mod generated;
 mod input;
 mod lines;
 mod lock;
@@ -16,6 +17,7 @@ mod tensor_scan;
 
 pub use disk_space::free_disk_bytes;
 pub(crate) use fingerprint::Fingerprint;
+pub(crate) use generated::{CARD_FILE, with_seal};
 pub use input::read_text_file;
 pub(crate) use input::{compressed, open_file, read_file, read_limited};
 pub(crate) use lines::{LineReader, MAX_LINE_BYTES};

@@ -5,7 +5,10 @@ use serde_json::Value;
 
 use super::TextTokenizer;
 use super::tokenizer::{cannot_encode, guarded};
-use crate::Result;
+use tokenizers::processors::template::TemplateProcessing;
+
+use super::Template;
+use crate::{Error, ErrorKind, Result};
 
 /// A token and its role in `tokenizer_config.json`, such as `pad_token`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +29,51 @@ impl TextTokenizer {
         let special = mask.take_while(|&&m| m == 1).count();
         let ids = encoding.get_ids();
         Ok(ids[ids.len() - special..].to_vec())
+    }
+
+    /// Makes the post-processor add what `template` has around a text, as far as it can: special tokens in
+    /// front only if the template has them, and a suffix of one special token. Every tool then encodes a text
+    /// as the model needs it. For a tokenizer of a new model, which nobody else uses.
+    ///
+    /// # Errors
+    /// The post-processor cannot be built.
+    pub(crate) fn follow_template(&mut self, template: &Template) -> Result<()> {
+        let failed = |e: tokenizers::Error| {
+            Error::new(ErrorKind::Tokenizer, "cannot set the post-processor").because(e)
+        };
+        let roles = [&template.query, &template.passage];
+        let mut leading = self.leading_special_tokens()?;
+        if !roles.iter().any(|affixes| affixes.special_tokens_in_prefix) {
+            leading.clear();
+        }
+        let suffix = &template.query.suffix;
+        // Other characters have a meaning in the description of a post-processor.
+        let is_plain = !suffix.contains([':', '$']) && !suffix.contains(char::is_whitespace);
+        let appended = (template.passage.suffix == *suffix && is_plain)
+            .then(|| self.token_id(suffix))
+            .flatten()
+            .filter(|_| self.is_added(suffix));
+        let token = |id: &u32| Some((self.token(*id)?, *id));
+        let before: Vec<(String, u32)> = leading.iter().filter_map(token).collect();
+        let after: Vec<(String, u32)> = appended.iter().filter_map(token).collect();
+        let around = |text: &str| {
+            let names = |tokens: &[(String, u32)]| -> Vec<String> {
+                tokens.iter().map(|(token, _)| token.clone()).collect()
+            };
+            [names(&before), vec![text.to_owned()], names(&after)].concat().join(" ")
+        };
+        let mut special = [before.clone(), after.clone()].concat();
+        special.dedup();
+        let processor = TemplateProcessing::builder()
+            .try_single(around("$A"))
+            .and_then(|builder| builder.try_pair(around("$A $B")))
+            .map_err(|e| failed(e.into()))?
+            .special_tokens(special)
+            .build()
+            .map_err(|e| failed(e.into()))?;
+        self.inner.with_post_processor(Some(processor));
+        self.forget_original();
+        Ok(())
     }
 
     /// BOS, EOS, unknown and padding token as `tokenizer_config.json` names them.
@@ -60,8 +108,6 @@ impl TextTokenizer {
 
 #[cfg(test)]
 mod tests {
-    use tokenizers::processors::template::TemplateProcessing;
-
     use super::*;
     use crate::text::train_bpe;
 
@@ -80,6 +126,20 @@ mod tests {
         assert_eq!(tokenizer.trailing_special_tokens().unwrap(), [2]);
         assert_eq!(tokenizer.tokens_from(tokenizer.vocab_size() - 1).len(), 1);
         assert!(tokenizer.is_added("<|eos|>") && !tokenizer.is_added("t"));
+    }
+
+    #[test]
+    fn a_new_tokenizer_adds_what_the_template_has() {
+        for (name, leading, trailing) in
+            [("llara", 1, 0), ("e5-mistral", 1, 1), ("qwen3-embedding", 0, 1)]
+        {
+            let template = Template::preset(name).unwrap();
+            let special = template.special_tokens();
+            let mut tokenizer = train_bpe(std::iter::empty(), 400, &special).unwrap();
+            tokenizer.follow_template(&template).unwrap();
+            assert_eq!(tokenizer.leading_special_tokens().unwrap().len(), leading, "{name}");
+            assert_eq!(tokenizer.trailing_special_tokens().unwrap().len(), trailing, "{name}");
+        }
     }
 
     #[test]

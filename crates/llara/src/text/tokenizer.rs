@@ -165,6 +165,11 @@ impl TextTokenizer {
         }
     }
 
+    /// Makes [`save`](Self::save) write the tokenizer as it is now and not the bytes that were read.
+    pub(super) fn forget_original(&mut self) {
+        self.original = None;
+    }
+
     /// The bytes of `tokenizer.json`.
     pub(crate) fn contents(&self) -> Result<Cow<'_, [u8]>> {
         if let Some(original) = &self.original {

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage::{open_file, read_limited};
+use crate::storage::{CARD_FILE, open_file, read_limited};
 use crate::{Error, ErrorKind, Result};
 
 /// Name of the manifest in a checkpoint.
@@ -144,14 +144,16 @@ fn is_read(name: &str) -> bool {
     matches!(extension, Some("json" | "safetensors"))
 }
 
-/// The files of a folder but the manifest, in the order of their names.
+/// The files of a folder but the manifest and the model card, in the order of their names.
 fn names(folder: &Path) -> Result<Vec<OsString>> {
     let io = |e| Error::io("read the checkpoint", folder, e);
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(io)? {
         let entry = entry.map_err(io)?;
         let name = entry.file_name();
-        if entry.file_type().map_err(io)?.is_file() && name != MANIFEST_FILE {
+        // A user may edit the model card.
+        let listed = name != MANIFEST_FILE && name != CARD_FILE;
+        if listed && entry.file_type().map_err(io)?.is_file() {
             names.push(name);
         }
     }
