@@ -76,7 +76,7 @@ fn an_intact_model_has_no_errors_and_the_tools_are_explained() {
     assert_eq!(st["serves"], false);
     assert!(st["reasons"].to_string().contains("mean of the last 8 tokens"), "{st}");
     let tei = tool(&report, "text-embeddings-inference");
-    assert!(tei["serves"] == false && tei["reasons"].to_string().contains("Llama"), "{tei}");
+    assert!(tei["serves"] == false && tei["reasons"].to_string().contains("Llama needs"), "{tei}");
 }
 
 /// Writes the weights of `base` again, changed tensor by tensor.
@@ -296,4 +296,34 @@ fn modules_that_pool_otherwise_are_an_error() {
         &["sentence-transformers modules.json", "cannot give the embeddings"],
     );
     assert_eq!(tool(&report, "transformers")["serves"], true);
+}
+
+#[test]
+fn a_model_of_other_tools_has_warnings_and_its_own_modules_are_used() {
+    let bench = Bench::new();
+    for name in ["llara.json", "llara_probes.json"] {
+        fs::remove_file(bench.at("base").join(name)).unwrap();
+    }
+    let report = check(&bench, "base", &[]);
+    assert_eq!(report["errors"], 0, "{report:#}");
+    has(&findings(&report, "warning"), &["recipe llara.json", "there is no llara.json"]);
+    let reasons = tool(&report, "sentence-transformers")["reasons"].to_string();
+    assert!(reasons.contains("neither llara.json nor modules.json"), "{reasons}");
+
+    let modules =
+        json!([{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]);
+    bench.write("base/modules.json", modules.to_string());
+    fs::create_dir(bench.at("base/1_Pooling")).unwrap();
+    bench.write("base/1_Pooling/config.json", "{\"pooling_mode\": \"lasttoken\"}");
+    bench.write("base/sentence_bert_config.json", "{\"max_seq_length\": 64}");
+    let report = check(&bench, "base", &[]);
+    assert_eq!(
+        (&report["errors"], &tool(&report, "sentence-transformers")["serves"]),
+        (&json!(0), &json!(true))
+    );
+    fs::remove_file(bench.at("base/1_Pooling/config.json")).unwrap();
+    has(
+        &findings(&check(&bench, "base", &[]), "error"),
+        &["sentence-transformers", "1_Pooling/config.json"],
+    );
 }

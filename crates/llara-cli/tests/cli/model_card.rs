@@ -15,6 +15,7 @@ fn card(bench: &Bench, folder: &str) -> String {
 #[test]
 fn a_card_has_the_facts_of_the_run_and_no_paths() {
     let bench = Bench::new();
+    assert!(card(&bench, "base").contains("not trained yet"));
     bench
         .finetune(&["--save-steps", "2", "--query-instruction-for-retrieval", "find: `a|b`\n"])
         .json();
@@ -27,7 +28,7 @@ fn a_card_has_the_facts_of_the_run_and_no_paths() {
             "| `learning-rate` | `0.001` |",
             steps,
             "\"instruction\": \"find: \\u0060a|b\\u0060\\n\"",
-            "| query | `\\\"` | `find: 'a\\|b'\\n` |",
+            "| query | `\"` | `find: 'a\\|b'\\n` |",
             "POOLED_TOKENS = 8",
         ] {
             assert!(text.contains(part), "no {part:?} in {text}");

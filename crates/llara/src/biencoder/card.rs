@@ -22,7 +22,7 @@ pub struct RunFacts {
     pub data: Vec<(String, u64)>,
     /// Names and values of settings.
     pub settings: Vec<(String, String)>,
-    /// Steps of the run.
+    /// Steps of the run; 0 for random weights.
     pub steps: Option<u64>,
     /// Loss of the last step.
     pub loss: Option<f32>,
@@ -217,7 +217,7 @@ fn transformers_usage<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) 
 
 /// A text of a table, in which bars and line feeds would be markup.
 fn cell(text: &str) -> String {
-    let escaped = text.escape_debug().to_string();
+    let escaped = text.escape_debug().to_string().replace("\\\"", "\"").replace("\\'", "'");
     format!("`{}`", escaped.replace('`', "'").replace('|', "\\|"))
 }
 
@@ -251,6 +251,10 @@ fn inputs<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) {
 fn training<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) {
     let RunFacts { data, settings, steps, loss } = &model.run_facts;
     if data.is_empty() && settings.is_empty() && steps.is_none() && model.adapter.is_none() {
+        return;
+    }
+    if *steps == Some(0) {
+        card.push_str("\n## Training\n\nThe weights are random: the model is not trained yet.\n");
         return;
     }
     card.push_str("\n## Training\n\nContrastive fine-tuning (InfoNCE)");

@@ -22,7 +22,7 @@ pub use probes::Probes;
 pub(crate) use probes::{PROBES_FILE, SAME_WEIGHTS};
 pub(crate) use recipe::RECIPE_FILE;
 pub use recipe::Recipe;
-pub(crate) use sentence_transformers::StLayout;
+pub(crate) use sentence_transformers::{Obstacle, StLayout};
 
 use crate::backend::{Backend, Cpu, Dtype, Shape, View};
 use crate::data::{Batch, BatchView, positives};

@@ -144,16 +144,16 @@ fn affix_obstacles(
     }
     let (trailing, (_, suffix)) = (tokenizer.trailing_special_tokens()?, prompts.affixes(role));
     if trailing != suffix {
-        let (appended, wanted) = (spell(tokenizer, &trailing), spell(tokenizer, suffix));
+        let (appended, wanted) = (spell(tokenizer, &trailing), &affixes.suffix);
         let what = match (trailing.is_empty(), suffix.is_empty()) {
-            (true, _) => format!("the suffix {wanted} is not appended by the tokenizer"),
-            (_, true) => format!("the tokenizer appends {appended}, the template nothing"),
-            _ => format!("the tokenizer appends {appended}, the template {wanted}"),
+            (true, _) => format!("the {role} suffix {wanted:?} is not appended by the tokenizer"),
+            (_, true) => format!("the tokenizer appends {appended}, the {role} template nothing"),
+            _ => format!("the tokenizer appends {appended}, the {role} template {wanted:?}"),
         };
         let special = suffix
             .iter()
             .all(|&id| tokenizer.token(id).is_some_and(|token| tokenizer.is_added(&token)));
-        add(what, if special { Some(POST_PROCESSOR) } else { None });
+        add(what, (special && !suffix.is_empty()).then_some(POST_PROCESSOR));
     }
     let prompt = format!("{}{}", affixes.prefix, recipe.instruction(role));
     if prompt.starts_with(char::is_whitespace) {

@@ -25,7 +25,7 @@ use self::report::Findings;
 use self::serving::Served;
 use self::weights::Weights;
 use crate::backend::Backend;
-use crate::biencoder::{ADAPTER_WEIGHTS_FILE, PROBES_FILE, Recipe, StLayout};
+use crate::biencoder::{ADAPTER_WEIGHTS_FILE, Obstacle, PROBES_FILE, Recipe, StLayout};
 use crate::model::weights::WeightFiles;
 use crate::storage::SafetensorsFile;
 use crate::text::{PromptEncoder, TextTokenizer};
@@ -190,9 +190,8 @@ fn check_adapter<B: Backend>(
 fn layout(
     recipe: Option<&Recipe>,
     prompts: Option<&PromptEncoder>,
-) -> Option<Result<StLayout, Vec<(String, Option<&'static str>)>>> {
-    let layout = StLayout::new(recipe?, prompts?).ok()?;
-    Some(layout.map_err(|obstacles| obstacles.into_iter().map(|o| (o.what, o.hint)).collect()))
+) -> Option<Result<StLayout, Vec<Obstacle>>> {
+    StLayout::new(recipe?, prompts?).ok()
 }
 
 /// The parts of a model folder that could be read.

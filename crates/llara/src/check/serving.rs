@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::config::Config;
 use super::report::{Report, Tool};
-use crate::biencoder::{Recipe, StLayout};
+use crate::biencoder::{Obstacle, Recipe, StLayout};
 use crate::model::Family;
 use crate::text::Role;
 
@@ -21,7 +21,7 @@ pub(super) struct Served<'s> {
     pub(super) config: Option<&'s Config>,
     /// What sentence-transformers can express of the recipe, or what prevents it; `None` where that is not
     /// known.
-    pub(super) layout: Option<Result<StLayout, Vec<(String, Option<&'static str>)>>>,
+    pub(super) layout: Option<Result<StLayout, Vec<Obstacle>>>,
     /// Whether `modules.json` is in the folder and gives the embeddings of the recipe.
     pub(super) has_modules: bool,
     /// Checks that found errors, each once.
@@ -30,10 +30,13 @@ pub(super) struct Served<'s> {
 
 /// The tools for a model.
 pub(super) fn tools_for_model(served: &Served<'_>) -> Vec<Tool> {
-    let transformers = Tool {
+    let mut transformers = Tool {
         settings: plain_settings(served, "AutoModel"),
         ..usable(TRANSFORMERS, &served.errors)
     };
+    if served.recipe.is_none() && served.errors.is_empty() {
+        transformers.reasons.push("template, pooling and lengths are not known".to_owned());
+    }
     vec![transformers, sentence_transformers(served), text_embeddings_inference(served)]
 }
 
@@ -96,14 +99,21 @@ fn plain_settings(served: &Served<'_>, class: &str) -> Map<String, Value> {
 fn sentence_transformers(served: &Served<'_>) -> Tool {
     let mut tool = usable(SENTENCE_TRANSFORMERS, &served.errors);
     match &served.layout {
+        None if served.recipe.is_none() && served.has_modules => {
+            tool.reasons.push("with the pooling and the prompts of its own files".to_owned());
+        }
         None => {
             tool.serves = false;
-            tool.reasons.push("template and tokenizer could not be checked".to_owned());
+            tool.reasons.push(match served.recipe {
+                Some(_) => "template and tokenizer could not be checked".to_owned(),
+                None => "neither llara.json nor modules.json says how texts become embeddings"
+                    .to_owned(),
+            });
         }
         Some(Err(obstacles)) => {
             tool.serves = false;
-            tool.reasons.extend(obstacles.iter().map(|(what, _)| what.clone()));
-            tool.hint = obstacles.iter().find_map(|(_, hint)| hint.map(str::to_owned));
+            tool.reasons.extend(obstacles.iter().map(|obstacle| obstacle.what.clone()));
+            tool.hint = obstacles.iter().find_map(|obstacle| obstacle.hint.map(str::to_owned));
         }
         Some(Ok(layout)) => {
             tool.settings = layout_settings(layout);
@@ -162,11 +172,10 @@ fn text_embeddings_inference(served: &Served<'_>) -> Tool {
     }
     let Some(config) = served.config else { return tool };
     let refusal = match config.decoder.family {
-        Family::Llama => Some("it has no causal Llama model for embeddings"),
         Family::Qwen2 => Some(
             "it computes Qwen2 with attention in both directions and appends <|endoftext|> to every text",
         ),
-        Family::Mistral | Family::Qwen3 => None,
+        Family::Llama | Family::Mistral | Family::Qwen3 => None,
     };
     if let Some(refusal) = refusal {
         tool.serves = false;
@@ -179,10 +188,14 @@ fn text_embeddings_inference(served: &Served<'_>) -> Tool {
                 .to_owned(),
         );
     }
-    if config.decoder.family == Family::Mistral {
-        tool.reasons
-            .push("Mistral needs an NVIDIA GPU, float16 and flash attention there".to_owned());
-    }
+    let needs = match config.decoder.family {
+        Family::Llama => {
+            "Llama needs a release of 2026 or later, an NVIDIA GPU, float16 and flash attention"
+        }
+        Family::Mistral => "Mistral needs an NVIDIA GPU, float16 and flash attention",
+        Family::Qwen2 | Family::Qwen3 => return tool,
+    };
+    tool.reasons.push(needs.to_owned());
     tool
 }
 
