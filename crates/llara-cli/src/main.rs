@@ -4,6 +4,7 @@
 //! reason on standard error; 2: invalid command line; 130, 138, 143: stopped by SIGINT, SIGUSR1, SIGTERM; 75:
 //! stopped by `--max-time`.
 
+mod check;
 mod compute;
 mod encode;
 mod eval_report;
@@ -61,6 +62,7 @@ enum Verb {
     Evaluate(evaluate::Args),
     Search(search::Args),
     Merge(merge::Args),
+    Check(check::Args),
     Report(report::Args),
 }
 
@@ -84,7 +86,10 @@ fn execute(args: Vec<OsString>) -> ExitCode {
             if let Some(stopped) = error.downcast_ref::<interrupt::Stopped>() {
                 return ExitCode::from(stopped.code);
             }
-            say!("error: {error}");
+            // The faults of a folder were printed already.
+            if error.downcast_ref::<check::Faulty>().is_none() {
+                say!("error: {error}");
+            }
             ExitCode::FAILURE
         }
     }
@@ -116,6 +121,7 @@ fn command() -> clap::Command {
                  llara plan [OPTIONS] --config <FILE>",
             )
         })
+        .mut_subcommand("check", |verb| verb.override_usage("llara check [OPTIONS] <DIR>"))
         .mut_subcommand("merge", |verb| {
             verb.override_usage(
                 "llara merge [OPTIONS] --model <DIR|HUB_ID> --adapter <DIR> --output-dir <DIR>",
@@ -138,6 +144,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Search(args) => search::run(&args),
         Verb::Merge(args) => merge::run(&args),
+        Verb::Check(args) => check::run(&args),
         Verb::Report(args) => report::run(&args),
     }
 }

@@ -6,6 +6,7 @@ use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 
 use llara::backend::{Backend, Dtype};
+use llara::hub;
 
 use super::compute::{Compute, on_device};
 use super::save_dtype::SavedAs;
@@ -62,5 +63,6 @@ fn merge(args: &Args, backend: impl Backend) -> llara::Result<()> {
     let size = model.saved_bytes(args.save_dtype.into())?;
     output_folder::check_space(&args.output_dir, size, "the merged model")?;
     model.merge_adapter()?;
+    model.set_base_name(hub::model_name(args.source.name()));
     model.save_as(&args.output_dir, args.save_dtype.into())
 }

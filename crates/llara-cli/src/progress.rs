@@ -12,7 +12,7 @@ use llara::Result;
 use llara::train::{EvalEvent, Evaluation, Observer, RunLog, StepRecord};
 
 use super::report::OwnReport;
-use super::talk::{count, counted, say};
+use super::talk::{bytes, count, counted, say};
 use super::{eval_report, interrupt};
 
 /// Time between two lines if standard error is not a terminal.
@@ -236,6 +236,43 @@ impl TextProgress {
         let done = self.done.get();
         let rate = done as f64 / seconds;
         say!("{} in {seconds:.1} s, {} texts/s", counted(done, "text"), count(rate as usize));
+    }
+}
+
+/// Shows the progress of reading files.
+pub(super) struct ByteProgress {
+    bar: Option<ProgressBar>,
+    total: u64,
+    done: Cell<u64>,
+    last_line: Cell<Instant>,
+}
+
+impl ByteProgress {
+    pub(super) fn new(total: u64) -> Self {
+        let template = "[{bar:30}] {binary_bytes}/{binary_total_bytes}  {state}/s  {eta} left";
+        let bar = bar(total, template, |bar| bytes(bar.per_sec() as u64));
+        ByteProgress { bar, total, done: Cell::new(0), last_line: Cell::new(Instant::now()) }
+    }
+
+    /// Adds `read` to the number of bytes that were read.
+    pub(super) fn add(&self, read: u64) {
+        let done = self.done.get() + read;
+        self.done.set(done);
+        match &self.bar {
+            Some(bar) => bar.set_position(done),
+            None if self.last_line.get().elapsed() >= LINE_INTERVAL => {
+                self.last_line.set(Instant::now());
+                say!("{} of {} read", bytes(done), bytes(self.total));
+            }
+            None => {}
+        }
+    }
+
+    /// Removes the bar.
+    pub(super) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
     }
 }
 

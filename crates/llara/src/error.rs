@@ -96,6 +96,21 @@ struct Report {
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
+/// The parts of an [`Error`]'s message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ErrorParts<'e> {
+    /// What failed, with the message of the source, if there is one.
+    pub what: String,
+    /// `file`, `file:line` or ``file: tensor `name` ``.
+    pub location: Option<String>,
+    /// The valid values.
+    pub expected: Option<&'e str>,
+    /// The value that was found.
+    pub got: Option<&'e str>,
+    /// How to fix the problem.
+    pub hint: Option<&'e str>,
+}
+
 impl Error {
     /// An error of `kind`. `what` is one line without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
@@ -174,6 +189,22 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
+
+    /// The parts of the message, for a report that shows them apart. They are not escaped.
+    pub fn parts(&self) -> ErrorParts<'_> {
+        let report = &*self.0;
+        let what = match &report.source {
+            Some(source) => format!("{}: {source}", report.what),
+            None => report.what.clone(),
+        };
+        ErrorParts {
+            what,
+            location: report.location.as_ref().map(Location::to_string),
+            expected: report.expected.as_deref(),
+            got: report.got.as_deref(),
+            hint: report.hint.as_deref(),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -224,6 +255,17 @@ mod tests {
         assert_eq!(text.matches("a\\u{1b}[31m\\u{202e}\\u{d}\\u{9b}b").count(), 7, "{text}");
         assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
         assert_eq!(escape_controls("fine\n\té→"), "fine\n\té→");
+    }
+
+    #[test]
+    fn the_parts_are_those_of_the_message() {
+        let error = Error::new(ErrorKind::Data, "bad").line("f", 3).got("x");
+        let parts = error.because(std::io::Error::other("why")).parts().what;
+        assert_eq!(parts, "bad: why");
+        let error = Error::new(ErrorKind::Data, "bad").tensor("f", "t").expected(1).hint("h");
+        let parts = error.parts();
+        assert_eq!(parts.location.as_deref(), Some("f: tensor `t`"));
+        assert_eq!((parts.expected, parts.got, parts.hint), (Some("1"), None, Some("h")));
     }
 
     #[test]

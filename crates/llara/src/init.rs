@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use serde_json::{Value, json};
 
 use crate::backend::Backend;
-use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts, Recipe};
+use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts, Recipe, RunFacts};
 use crate::data::Dataset;
 use crate::model::DecoderConfig;
 use crate::model::weights::{ModelFolder, random_decoder};
@@ -60,7 +60,8 @@ pub fn new_model<B: Backend>(
     seed: u64,
 ) -> Result<BiEncoderModel<B>> {
     template.validate()?;
-    let tokenizer = train_tokenizer(dataset, &template, preset.vocab_size)?;
+    let mut tokenizer = train_tokenizer(dataset, &template, preset.vocab_size)?;
+    tokenizer.follow_template(&template)?;
     let json = config_json(&preset, &tokenizer);
     let config = DecoderConfig::from_json(json.to_string().as_bytes())?;
     let decoder = random_decoder(&backend, &config, INITIALIZER_RANGE, seed)?;
@@ -71,7 +72,9 @@ pub fn new_model<B: Backend>(
     recipe.query_max_len = recipe.query_max_len.max(min_length(&prompts, Role::Query)?);
     recipe.passage_max_len = recipe.passage_max_len.max(min_length(&prompts, Role::Passage)?);
     let parts = Parts { backend, decoder, folder, prompts: prompts.into(), recipe };
-    BiEncoderModel::new(parts, BiEncoderOptions::default())
+    let mut model = BiEncoderModel::new(parts, BiEncoderOptions::default())?;
+    model.set_run_facts(RunFacts { steps: Some(0), ..RunFacts::default() });
+    Ok(model)
 }
 
 /// The length of the template plus [`MIN_TEXT_TOKENS`], in tokens.

@@ -15,10 +15,12 @@
 //! 6. [`dist`]: collective communication between processes;
 //! 7. [`BiEncoderModel`]: the model with `encode`, `forward` and `save`;
 //! 8. [`train`]: gradients, optimizer, schedule, the loop;
-//! 9. [`retrieval`]: encoding collections, exact search, trec_eval's metrics.
+//! 9. [`retrieval`]: encoding collections, exact search, trec_eval's metrics;
+//! 10. [`check`]: everything that can be wrong with a model folder, in one report.
 
 pub mod backend;
 mod biencoder;
+pub mod check;
 pub mod data;
 pub mod dist;
 mod error;
@@ -36,9 +38,9 @@ pub mod train;
 
 pub use biencoder::{
     BiEncoderModel, BiEncoderOptions, EncoderOutput, Features, Loader, Outline, Probes, Recipe,
-    Shortcuts, compute_similarity,
+    RunFacts, Shortcuts, compute_similarity,
 };
-pub use error::{Error, ErrorKind, Result, escape_controls};
+pub use error::{Error, ErrorKind, ErrorParts, Result, escape_controls};
 pub use storage::{
     FolderLock, OutputLock, Recovered, finish_interrupted, free_disk_bytes, read_text_file,
     refresh_file, replace_file,

@@ -10,8 +10,8 @@ mod optimizer_args;
 mod output_args;
 mod prepare;
 mod ranges;
+mod report_facts;
 mod resume;
-mod run_facts;
 mod steps;
 mod trainer_flags;
 mod training_args;
@@ -26,11 +26,11 @@ use llara::train::{
     Checkpoint, EvalHistory, Evaluated, Evaluation, RunLog, Summary, TrainConfig, Trainer,
     state_bytes,
 };
-use llara::{BiEncoderModel, Error, Loader, Role};
+use llara::{BiEncoderModel, Error, Loader, Role, hub};
 
 use super::compute::on_device;
 use super::progress::TrainingProgress;
-use super::report::{OwnReport, RunFacts};
+use super::report::{OwnReport, ReportFacts};
 use super::talk::{count, counted, print, say};
 use super::{eval_report, interrupt, output_folder, trained_model};
 pub(super) use args::Args;
@@ -64,10 +64,11 @@ fn finetune(
     for line in lengths::warnings(&lengths, &prepared.outline.prompts)? {
         say!("{line}");
     }
-    let facts = run_facts::facts(args, &prepared, &forecast, &lengths)?;
+    let facts = report_facts::facts(args, &prepared, &forecast, &lengths)?;
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
     let mut model = prepared.load(args)?;
+    model.set_base_name(hub::model_name(&prepared.model_name));
     check_space(&prepared, &model, args.lora.save_merged_lora_model)?;
     let config = &prepared.config;
     let trained = train(args, &prepared, &mut model, facts, deadline).and_then(|trained| {
@@ -141,8 +142,12 @@ fn save<B: Backend>(
         {
             // The weights in memory were rounded; the adapter must be added to the original ones.
             let (backend, options) = (model.backend().clone(), *model.options());
+            let (facts, base_name) =
+                (model.run_facts().clone(), model.base_name().map(str::to_owned));
             drop(model);
             model = Loader::new(&base)?.load(backend, options)?;
+            model.set_run_facts(facts);
+            model.set_base_name(base_name);
             model.attach_adapter(&config.output_dir)?;
         }
         model.merge_adapter()?;
@@ -165,7 +170,7 @@ fn train<B: Backend>(
     args: &Args,
     prepared: &Prepared<B>,
     model: &mut BiEncoderModel<B>,
-    facts: RunFacts,
+    facts: ReportFacts,
     deadline: Option<Instant>,
 ) -> anyhow::Result<Trained> {
     let Prepared { config, dataset, checkpoint, evaluation, .. } = prepared;

@@ -13,7 +13,7 @@ const MAX_BYTES: u64 = 64 << 20;
 
 /// The start of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct RunFacts {
+pub(crate) struct ReportFacts {
     /// Version of the program.
     pub(crate) llara: String,
     /// Settings by name, in the order in which they are shown.
@@ -41,7 +41,7 @@ pub(crate) struct Lengths {
     pub(crate) histogram: Histogram,
 }
 
-impl RunFacts {
+impl ReportFacts {
     /// The facts of a run, if the file exists.
     pub(super) fn read(path: &Path) -> Result<Option<Self>> {
         if !path.is_file() {

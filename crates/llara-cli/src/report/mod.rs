@@ -16,7 +16,7 @@ use llara::{Error, ErrorKind, Result, replace_file};
 
 use super::paths::check_replaceable;
 use super::talk::{print, say};
-pub(super) use facts::{Lengths, RunFacts};
+pub(super) use facts::{Lengths, ReportFacts};
 pub(super) use own::OwnReport;
 use run_data::RunData;
 

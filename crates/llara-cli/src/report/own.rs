@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use llara::train::plan::MachineMemory;
 use llara::{Result, refresh_file};
 
-use super::facts::{FACTS_FILE, RunFacts};
+use super::facts::{FACTS_FILE, ReportFacts};
 use super::page::page;
 use super::run_data::RunData;
 use super::{REPORT_FILE, check_is_own};
@@ -20,7 +20,7 @@ const SHARE: u32 = 50;
 /// Writes `run.json` and `report.html` now and then. A failure is a warning: it must not end the run.
 pub(crate) struct OwnReport {
     folder: PathBuf,
-    facts: RunFacts,
+    facts: ReportFacts,
     /// Whether tensors are in the memory of the process, so that its peak is that of the run.
     measures_process: bool,
     next: Instant,
@@ -29,7 +29,7 @@ pub(crate) struct OwnReport {
 
 impl OwnReport {
     /// The report of a run that starts.
-    pub(crate) fn new(folder: PathBuf, facts: RunFacts, measures_process: bool) -> Self {
+    pub(crate) fn new(folder: PathBuf, facts: ReportFacts, measures_process: bool) -> Self {
         OwnReport { folder, facts, measures_process, next: Instant::now(), failed: false }
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::chart::{Bars, Chart, Series, number};
-use super::facts::RunFacts;
+use super::facts::ReportFacts;
 use super::run_data::{MetricName, Passage, Query, RunData, SetQueries, StepLine};
 use crate::talk::{bytes, count, counted};
 
@@ -170,7 +170,7 @@ fn memory(runs: &[RunData]) -> Markup {
     }
 }
 
-fn difference(peak: u64, facts: &RunFacts) -> String {
+fn difference(peak: u64, facts: &ReportFacts) -> String {
     let ratio = peak as f64 / facts.planned_peak.0.max(1) as f64;
     format!("{:+.1} %", 100.0 * (ratio - 1.0))
 }
@@ -211,7 +211,7 @@ fn lengths(runs: &[RunData]) -> Markup {
 
 /// Settings by run; of several runs, those that differ come first.
 fn settings(runs: &[RunData]) -> Markup {
-    let known: Vec<(&RunData, &RunFacts)> =
+    let known: Vec<(&RunData, &ReportFacts)> =
         runs.iter().filter_map(|run| Some((run, run.facts.as_ref()?))).collect();
     let mut names: Vec<&str> = Vec::new();
     for (_, facts) in &known {
@@ -225,7 +225,7 @@ fn settings(runs: &[RunData]) -> Markup {
         .into_iter()
         .map(|name| {
             let value =
-                |facts: &RunFacts| facts.settings.iter().position(|(other, _)| other == name);
+                |facts: &ReportFacts| facts.settings.iter().position(|(other, _)| other == name);
             let values = known
                 .iter()
                 .map(|(_, facts)| value(facts).map_or("", |at| facts.settings[at].1.as_str()));

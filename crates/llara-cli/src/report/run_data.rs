@@ -7,7 +7,7 @@ use llara::{Error, ErrorKind, Result, read_text_file};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::facts::{FACTS_FILE, RunFacts};
+use super::facts::{FACTS_FILE, ReportFacts};
 
 const LOG_FILE: &str = "log.jsonl";
 /// No log is larger; a record has about 200 bytes.
@@ -26,7 +26,7 @@ pub(super) struct RunData {
     /// Seconds of all evaluations.
     pub(super) eval_seconds: f64,
     /// Settings and predictions; `None` for a run of an earlier version.
-    pub(super) facts: Option<RunFacts>,
+    pub(super) facts: Option<ReportFacts>,
     /// Best and worst queries of the last evaluation of each set, by its name.
     pub(super) queries: BTreeMap<String, SetQueries>,
     /// Lines of the log that could not be read.
@@ -110,7 +110,7 @@ impl RunData {
             steps: Vec::new(),
             metrics: BTreeMap::new(),
             eval_seconds: 0.0,
-            facts: RunFacts::read(&folder.join(FACTS_FILE))?,
+            facts: ReportFacts::read(&folder.join(FACTS_FILE))?,
             queries: read_queries(&folder.join(QUERIES_FILE))?,
             unreadable: 0,
         };

@@ -5,16 +5,17 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::card::model_card;
 use super::folder::keep_unverified;
 use super::recipe::RECIPE_FILE;
 use super::{BiEncoderModel, Probes};
 use crate::backend::{Backend, Dtype};
 use crate::model::{LoraConfig, NamedTensor, PROJECTIONS, ParameterValues};
-use crate::storage::{SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
+use crate::storage::{CARD_FILE, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
 use crate::{Error, ErrorKind, Result};
 
-const CONFIG_FILE: &str = "adapter_config.json";
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+pub(crate) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const ADAPTER_WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Prefix of the decoder's parameter names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
@@ -50,10 +51,9 @@ impl<B: Backend> BiEncoderModel<B> {
     /// have the shapes of the model (all listed).
     pub fn attach_adapter(&mut self, dir: &Path) -> Result<()> {
         self.refuse_second_adapter()?;
-        let config = read_config(&dir.join(CONFIG_FILE))?;
-        let file = SafetensorsFile::open(&dir.join(WEIGHTS_FILE))?;
-        let causal_lm = file.names().iter().any(|name| name.starts_with(CAUSAL_LM_PREFIX));
-        let prefix = if causal_lm { CAUSAL_LM_PREFIX } else { PREFIX };
+        let config = read_config(&dir.join(ADAPTER_CONFIG_FILE))?;
+        let file = SafetensorsFile::open(&dir.join(ADAPTER_WEIGHTS_FILE))?;
+        let prefix = prefix_in_adapter(&file.names());
         let mut faults = Vec::new();
         let mut used = std::collections::HashSet::new();
         let backend = self.backend.clone();
@@ -171,22 +171,25 @@ impl<B: Backend> BiEncoderModel<B> {
             .file(dir)
             .expected("another folder than the base model's"));
         }
-        let staging = Staging::new(dir, CONFIG_FILE)?;
+        let staging = Staging::new(dir, ADAPTER_CONFIG_FILE)?;
         let named = |t: &NamedTensor<'_, B>| format!("{PREFIX}{}", t.name());
         let declared = self
             .decoder
             .adapter_tensors()
             .map(|t| (named(&t), safetensors::Dtype::F32, t.shape().to_vec()))
             .collect();
-        let mut writer = SafetensorsWriter::create(&staging, WEIGHTS_FILE, declared)?;
+        let mut writer = SafetensorsWriter::create(&staging, ADAPTER_WEIGHTS_FILE, declared)?;
         for tensor in self.decoder.adapter_tensors() {
             writer.write_f32(&named(&tensor), &self.backend.download_view(tensor.values())?)?;
         }
         let written = writer.finish()?;
-        let base = self.folder.source().map(|dir| dir.display().to_string());
+        // A name of the Hub is valid on every machine.
+        let source = || self.folder.source().map(|dir| dir.display().to_string());
+        let base = self.base_name.clone().or_else(source);
         let json = format!("{:#}\n", config_json(config, base));
         staging.write(RECIPE_FILE, &self.recipe.to_json()?)?;
-        staging.write(CONFIG_FILE, json.as_bytes())?;
+        staging.write(CARD_FILE, model_card(self)?.as_bytes())?;
+        staging.write(ADAPTER_CONFIG_FILE, json.as_bytes())?;
         Ok((staging, written))
     }
 
@@ -196,6 +199,14 @@ impl<B: Backend> BiEncoderModel<B> {
         }
         Err(Error::new(ErrorKind::Argument, "an adapter is attached already")
             .hint("merge it first"))
+    }
+}
+
+/// What precedes the decoder's parameter names in an adapter's file with these tensors.
+pub(crate) fn prefix_in_adapter(names: &[String]) -> &'static str {
+    match names.iter().any(|name| name.starts_with(CAUSAL_LM_PREFIX)) {
+        true => CAUSAL_LM_PREFIX,
+        false => PREFIX,
     }
 }
 
@@ -252,7 +263,7 @@ impl LoraConfig {
     /// # Errors
     /// If the file is missing or damaged, or the adapter uses a method that is not supported.
     pub fn from_peft(dir: &Path) -> Result<Self> {
-        read_config(&dir.join(CONFIG_FILE))
+        read_config(&dir.join(ADAPTER_CONFIG_FILE))
     }
 }
 

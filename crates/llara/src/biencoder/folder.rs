@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe};
+use super::card::model_card;
+use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe, StLayout};
 use crate::backend::{Backend, Cpu, Dtype, Shape};
 use crate::model::weights::{ModelFolder, SaveDtype, WeightFiles};
 use crate::model::{DecoderConfig, ParameterValues};
-use crate::storage::{Staging, WrittenFile, finish_interrupted, rounded};
+use crate::storage::{CARD_FILE, Staging, WrittenFile, finish_interrupted, rounded};
 use crate::text::{PromptEncoder, Template, TextTokenizer};
 use crate::{Error, ErrorKind, Result};
 
@@ -142,7 +143,9 @@ impl<B: Backend> BiEncoderModel<B> {
     /// embeddings of a few probe texts, which stay in the folder, are compared. This needs the memory
     /// of one layer's weights.
     ///
-    /// Files appear together or not at all, `config.json` last. An earlier model in `dir` is replaced;
+    /// Files appear together or not at all, `config.json` last. A model card, `README.md`, is among them,
+    /// unless the folder has one that a user wrote or edited; and the files of sentence-transformers, if it can
+    /// express the recipe. An earlier model in `dir` is replaced;
     /// it is removed when the new one is in place.
     ///
     /// # Errors
@@ -191,6 +194,12 @@ impl<B: Backend> BiEncoderModel<B> {
         let written = self.folder.write(&self.backend, &self.decoder, dtype, &staging)?;
         self.prompts.tokenizer().save(staging.path())?;
         staging.write(super::recipe::RECIPE_FILE, &self.recipe.to_json()?)?;
+        if let Ok(layout) = StLayout::new(&self.recipe, &self.prompts)? {
+            for (name, contents) in layout.files(self.dimension()) {
+                staging.write(name, contents.as_bytes())?;
+            }
+        }
+        staging.write(CARD_FILE, model_card(self)?.as_bytes())?;
         Ok((staging, written))
     }
 

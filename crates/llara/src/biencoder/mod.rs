@@ -1,20 +1,28 @@
 //! The bi-encoder: one decoder encodes queries and passages as embeddings, which are compared.
 
 mod adapter;
+mod card;
 mod folder;
 mod output;
 mod probes;
 mod recipe;
 mod restore;
+mod sentence_transformers;
 
 use std::sync::Arc;
 
 use ndarray::Array2;
 
+pub(crate) use adapter::{ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, prefix_in_adapter};
+pub use card::RunFacts;
+pub(crate) use card::setting;
 pub use folder::{Loader, Outline};
 pub use output::{EncoderOutput, Features, compute_similarity};
 pub use probes::Probes;
+pub(crate) use probes::{PROBES_FILE, SAME_WEIGHTS};
+pub(crate) use recipe::RECIPE_FILE;
 pub use recipe::Recipe;
+pub(crate) use sentence_transformers::{Obstacle, StLayout};
 
 use crate::backend::{Backend, Cpu, Dtype, Shape, View};
 use crate::data::{Batch, BatchView, positives};
@@ -128,6 +136,9 @@ pub struct BiEncoderModel<B: Backend = Cpu> {
     mode: Mode,
     /// The adapters that are attached, if any.
     adapter: Option<LoraConfig>,
+    /// Name of the base model on the Hub.
+    base_name: Option<String>,
+    run_facts: RunFacts,
 }
 
 /// The parts of a model, before they have been checked against each other.
@@ -168,6 +179,8 @@ impl<B: Backend> BiEncoderModel<B> {
             folder,
             mode,
             adapter: None,
+            base_name: None,
+            run_facts: RunFacts::default(),
         })
     }
 
@@ -242,6 +255,27 @@ impl<B: Backend> BiEncoderModel<B> {
     pub fn set_instructions(&mut self, query: &str, passage: &str) {
         query.clone_into(&mut self.recipe.query_instruction);
         passage.clone_into(&mut self.recipe.passage_instruction);
+    }
+
+    /// Sets what the model card says about the training.
+    pub fn set_run_facts(&mut self, facts: RunFacts) {
+        self.run_facts = facts;
+    }
+
+    /// What the model card says about the training.
+    pub fn run_facts(&self) -> &RunFacts {
+        &self.run_facts
+    }
+
+    /// Sets the name of the base model on the Hub, `org/name`, for the model card and the adapter's
+    /// configuration. Without it neither card nor metadata name the base model.
+    pub fn set_base_name(&mut self, name: Option<String>) {
+        self.base_name = name;
+    }
+
+    /// Name of the base model on the Hub.
+    pub fn base_name(&self) -> Option<&str> {
+        self.base_name.as_deref()
     }
 
     /// Sets the dtype of activations and their gradients. With bf16, frozen matrices are also rounded to bf16

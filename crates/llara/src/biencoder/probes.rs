@@ -7,16 +7,16 @@ use serde::{Deserialize, Serialize};
 use super::{BiEncoderModel, Recipe};
 use crate::backend::{Backend, Dtype};
 use crate::data::Batch;
-use crate::model::Values;
+use crate::model::{DecoderConfig, Input, Values, embed_streamed};
 use crate::storage::Staging;
 use crate::text::{PromptEncoder, Role};
 use crate::{Error, ErrorKind, Result};
 
-const PROBES_FILE: &str = "llara_probes.json";
+pub(crate) const PROBES_FILE: &str = "llara_probes.json";
 
 /// Tolerance for the same weights: largest difference of an element, relative to the largest element of the
 /// embedding.
-const SAME_WEIGHTS: f32 = 1e-5;
+pub(crate) const SAME_WEIGHTS: f32 = 1e-5;
 /// Tolerance if one of the embeddings was computed with bf16 activations and the other was not.
 const ROUNDED_ACTIVATIONS: f32 = 0.1;
 
@@ -144,6 +144,42 @@ impl Probes {
             }
         }
         Ok(())
+    }
+
+    /// [`check`](Self::check) of the model whose weights `values` gives by name and shape in files. No more
+    /// than the weights of one layer are in memory at a time. `tolerance` is relative to a vector's largest
+    /// entry; probes that were computed in bf16 are compared to 0.1.
+    ///
+    /// # Errors
+    /// A text is tokenized differently, a vector differs, or a weight cannot be read.
+    pub(crate) fn check_streamed<B: Backend>(
+        &self,
+        backend: &B,
+        config: &DecoderConfig,
+        (prompts, recipe): (&PromptEncoder, &Recipe),
+        (values, tolerance): (&mut Values<'_>, f32),
+    ) -> Result<()> {
+        if self.probes.is_empty() {
+            return Err(Error::new(ErrorKind::Config, "the file has no probes"));
+        }
+        self.check_tokens(prompts, recipe)?;
+        let batch = Batch::from_sequences(self.probes.iter().map(|probe| &probe.input_ids))?;
+        let sequences = vec![0; batch.len()];
+        let pooled_tokens = recipe.template.pooled_tokens;
+        let input = Input::new(backend, batch.view(), pooled_tokens, &sequences)?;
+        let mut embeddings = embed_streamed(backend, config, values, &input)?;
+        if recipe.normalized {
+            embeddings = backend.normalize(&embeddings)?.0;
+        }
+        let embeddings = backend.download(&embeddings)?;
+        let tolerance = if self.precision == Dtype::F32 { tolerance } else { ROUNDED_ACTIVATIONS };
+        let rows = embeddings.chunks_exact(config.hidden_size);
+        self.probes.iter().zip(rows).try_for_each(|(probe, now)| probe.compare(now, tolerance))
+    }
+
+    /// Number of texts.
+    pub(crate) fn len(&self) -> usize {
+        self.probes.len()
     }
 
     fn compare<B: Backend>(&self, model: &BiEncoderModel<B>, tolerance: f32) -> Result<()> {

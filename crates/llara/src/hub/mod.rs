@@ -85,6 +85,23 @@ pub fn resolve_outline_with(
     resolve_files(model, cache_dir, Files::BesideWeights, on_fetch)
 }
 
+/// The name on the Hub, `org/name`, of a model that is given as it is for [`resolve`]; `None` for a folder, and
+/// for a revision other than `main`, which the name does not denote.
+///
+/// ```
+/// # use llara::hub::model_name;
+/// assert_eq!(model_name("org/name@main").as_deref(), Some("org/name"));
+/// assert_eq!(model_name("org/name@v2"), None);
+/// assert_eq!(model_name("/models/mine"), None);
+/// ```
+pub fn model_name(model: &str) -> Option<String> {
+    if Path::new(model).is_dir() {
+        return None;
+    }
+    let id = ModelId::parse(model)?;
+    (id.revision == "main").then(|| id.path())
+}
+
 /// Which files of a model are needed.
 #[derive(Clone, Copy, PartialEq)]
 enum Files {

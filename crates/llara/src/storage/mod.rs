@@ -3,6 +3,7 @@
 
 mod disk_space;
 mod fingerprint;
+mod generated;
 mod input;
 mod lines;
 mod lock;
@@ -12,9 +13,11 @@ mod partial;
 mod replace;
 mod safetensors;
 mod staging;
+mod tensor_scan;
 
 pub use disk_space::free_disk_bytes;
 pub(crate) use fingerprint::Fingerprint;
+pub(crate) use generated::{CARD_FILE, with_seal};
 pub use input::read_text_file;
 pub(crate) use input::{compressed, open_file, read_file, read_limited};
 pub(crate) use lines::{LineReader, MAX_LINE_BYTES};
@@ -23,7 +26,7 @@ pub(crate) use number::{is_readable, rounded};
 pub(crate) use output::{OutputFile, check_output_path, remove_unfinished_file};
 pub use output::{refresh_file, replace_file};
 pub(crate) use partial::PartialFile;
-pub(crate) use replace::{INDEX_FILE, WEIGHTS_FILE};
+pub(crate) use replace::{INDEX_FILE, WEIGHTS_FILE, is_leftover};
 pub use replace::{Recovered, finish_interrupted};
 pub(crate) use safetensors::{
     Declaration, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,

@@ -8,7 +8,7 @@
 //! 3. `.moving-X`: the earlier model is complete in `.replaced-X`. The new files are moved into the
 //!    target, `config.json` last. Then both folders are removed.
 //!
-//! [`finish_interrupted`] continues from state 2 or 3.
+//! [`finish_interrupted`] continues from state 2 or 3. A model card that a user wrote or edited stays.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, TryLockError};
@@ -16,12 +16,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::generated::{CARD_FILE, is_unchanged};
 use crate::{Error, ErrorKind, Result};
 
 /// The file name of weights that are not sharded.
 pub(crate) const WEIGHTS_FILE: &str = "model.safetensors";
 /// The file name of the index of sharded weights.
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// The only folder among the files of a model: the pooling of sentence-transformers.
+pub(super) const POOLING_FOLDER: &str = "1_Pooling";
+/// The only file in it.
+pub(super) const POOLING_FILE: &str = "config.json";
 
 /// Being written.
 pub(super) const PARTIAL: &str = ".partial-";
@@ -83,11 +89,13 @@ pub fn finish_interrupted(folder: &Path) -> Result<Recovered> {
     finish_locked(folder)
 }
 
+/// Whether a name is one of a folder of a save that is in progress or was interrupted.
+pub(crate) fn is_leftover(name: &str) -> bool {
+    [PARTIAL, READY, MOVING, REPLACED].iter().any(|prefix| name.starts_with(prefix))
+}
+
 fn has_leftovers(folder: &Path) -> bool {
-    let ours = |name: &OsStr| {
-        let name = name.to_string_lossy();
-        [PARTIAL, READY, MOVING, REPLACED].iter().any(|prefix| name.starts_with(prefix))
-    };
+    let ours = |name: &OsStr| is_leftover(&name.to_string_lossy());
     fs::read_dir(folder)
         .is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|e| ours(&e.file_name()))))
 }
@@ -142,6 +150,7 @@ fn roll_forward(target: &Path, staged: &Path) -> io::Result<()> {
         (MOVING, staged.to_owned())
     };
     let replaced = renamed(staged, from, REPLACED);
+    leave_card_of_user(target, staged)?;
     if is_ready {
         move_away(target, &names(staged)?, &replaced)?;
         rename(staged, &moving)?;
@@ -160,6 +169,16 @@ fn roll_forward(target: &Path, staged: &Path) -> io::Result<()> {
         fs::remove_dir_all(&replaced)?;
     }
     sync(target)
+}
+
+/// Removes the staged model card if the target has one that a user wrote or edited.
+fn leave_card_of_user(target: &Path, staged: &Path) -> io::Result<()> {
+    let (own, new) = (target.join(CARD_FILE), staged.join(CARD_FILE));
+    if fs::symlink_metadata(&own).is_err() || is_unchanged(&own) || !new.exists() {
+        return Ok(());
+    }
+    step()?;
+    fs::remove_file(new)
 }
 
 /// Moves the earlier model's files, and every file with the name of a new file, into `replaced`.
@@ -185,8 +204,17 @@ fn is_marker(name: &OsStr) -> bool {
 /// Whether a file name is one that saving a model or an adapter writes. Other `.safetensors` files belong
 /// to the user.
 fn belongs_to_a_model(name: &OsStr) -> bool {
-    const NAMES: [&str; 4] =
-        [WEIGHTS_FILE, INDEX_FILE, "adapter_model.safetensors", "llara_probes.json"];
+    // Those of sentence-transformers too: they would give a new model the pooling of an earlier one.
+    const NAMES: [&str; 8] = [
+        WEIGHTS_FILE,
+        INDEX_FILE,
+        "adapter_model.safetensors",
+        "llara_probes.json",
+        "modules.json",
+        POOLING_FOLDER,
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+    ];
     let name = name.to_string_lossy();
     let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
     let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());

@@ -112,12 +112,17 @@ impl SafetensorsFile {
         })?;
         let (start, end) = info.data_offsets;
         let mut bytes = vec![0; end - start];
+        self.read_at(start, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `bytes` from an offset of the data.
+    pub(super) fn read_at(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
         let io = |e| Error::io("read weights", &self.path, e);
         self.refuse_change()?;
-        self.file.read_exact_at(&mut bytes, self.data_start + start as u64).map_err(io)?;
+        self.file.read_exact_at(bytes, self.data_start + offset as u64).map_err(io)?;
         // Checked again, because the file may have been written to during the read.
-        self.refuse_change()?;
-        Ok(bytes)
+        self.refuse_change()
     }
 
     /// Fails if the open file was written to since its header was read.

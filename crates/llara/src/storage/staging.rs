@@ -3,8 +3,9 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use super::generated::CARD_FILE;
 use super::output::write_failed;
-use super::replace::{self, Guard, PARTIAL};
+use super::replace::{self, Guard, PARTIAL, POOLING_FILE, POOLING_FOLDER};
 use crate::{Error, ErrorKind, Result};
 
 /// A model or adapter folder being written.
@@ -55,9 +56,13 @@ impl Staging {
         self.folder.as_deref().unwrap_or(&self.target)
     }
 
-    /// Writes a small file.
+    /// Writes a small file. `name` may contain the folder `1_Pooling`.
     pub(crate) fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
         let path = self.path().join(name);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)
+                .map_err(|e| write_failed("create the folder of", &self.target.join(name), e))?;
+        }
         fs::write(&path, contents).map_err(|e| write_failed("write", &self.target.join(name), e))
     }
 
@@ -113,7 +118,13 @@ impl Staging {
         let io = |e| write_failed("flush the saved files of", &self.target, e);
         let names = replace::names(self.path()).map_err(io)?;
         for name in &names {
-            File::open(self.path().join(name)).and_then(|file| file.sync_all()).map_err(io)?;
+            let path = self.path().join(name);
+            if path.is_dir() {
+                for name in replace::names(&path).map_err(io)? {
+                    replace::sync(&path.join(name)).map_err(io)?;
+                }
+            }
+            replace::sync(&path).map_err(io)?;
         }
         replace::sync(self.path()).map_err(io)?;
         replace::sync(&self.target).map_err(io)?;
@@ -132,8 +143,11 @@ impl Staging {
     fn refuse_folders(&self) -> Result<()> {
         let io = |e| Error::io("read the folder", self.path(), e);
         for name in replace::names(self.path()).map_err(io)? {
-            let path = self.target.join(name);
-            if path.is_dir() {
+            if name == CARD_FILE {
+                continue; // Whatever a user has in its place stays.
+            }
+            let path = self.target.join(&name);
+            if path.is_dir() && name != POOLING_FOLDER {
                 return Err(Error::new(
                     ErrorKind::Io,
                     "a folder has the name of a file to be written",
@@ -143,7 +157,28 @@ impl Staging {
                 .hint("rename it, or choose another output folder"));
             }
         }
-        Ok(())
+        self.refuse_files_beside_pooling()
+    }
+
+    /// The pooling folder of an earlier model is removed with it: nothing else may be in it.
+    fn refuse_files_beside_pooling(&self) -> Result<()> {
+        let folder = self.target.join(POOLING_FOLDER);
+        if !folder.is_dir() {
+            return Ok(());
+        }
+        let io = |e| Error::io("read the folder", &folder, e);
+        let other = |name: &std::ffi::OsString| {
+            name != POOLING_FILE || !folder.join(name).is_file() || folder.is_symlink()
+        };
+        match replace::names(&folder).map_err(io)?.into_iter().find(other) {
+            None => Ok(()),
+            Some(name) => {
+                Err(Error::new(ErrorKind::Io, "another file is in the folder of the pooling")
+                    .file(folder.join(name))
+                    .expected(format!("at most {POOLING_FILE} in {POOLING_FOLDER}"))
+                    .hint("move it away, or choose another folder"))
+            }
+        }
     }
 }
 
@@ -186,11 +221,14 @@ fn move_to_numbered(folder: &Path, name: &Path) -> std::io::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::generated::with_seal;
     use super::super::replace::{crash, finish_interrupted};
     use super::*;
 
     /// Files of a complete model; old and new differ in shards and contents.
-    const OLD: [&str; 5] = [
+    const OLD: [&str; 7] = [
+        "1_Pooling/config.json",
+        "modules.json",
         "config.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -210,7 +248,7 @@ mod tests {
 
     /// A folder with an old model and files of the user.
     fn old_model(target: &Path) {
-        fs::create_dir_all(target).unwrap();
+        fs::create_dir_all(target.join(POOLING_FOLDER)).unwrap();
         OLD.iter().for_each(|name| fs::write(target.join(name), "old").unwrap());
         fs::write(target.join("notes.txt"), "mine").unwrap();
     }
@@ -273,13 +311,42 @@ mod tests {
             let (files, contents): (&[&str], _) =
                 if never_ready { (&OLD, "old") } else { (&NEW, "new") };
             assert!(is_complete(&target, files, contents), "after {steps} steps");
-            let mut expected = files.to_vec();
+            let first = |name: &&'static str| name.split('/').next().unwrap();
+            let mut expected: Vec<&str> = files.iter().map(first).collect();
             expected.push("notes.txt");
             expected.sort_unstable();
             assert_eq!(names(&target), expected, "after {steps} steps");
             steps += 1;
         }
         assert!(steps > OLD.len() + NEW.len(), "only {steps} steps");
+    }
+
+    #[test]
+    fn the_pooling_folder_is_replaced_at_any_crash_unless_other_files_are_in_it() {
+        const POOLING: &str = "1_Pooling/config.json";
+        for steps in 0.. {
+            let root = tempfile::tempdir().unwrap();
+            let target = root.path().join("model");
+            old_model(&target);
+            let staging = stage_new(&target);
+            staging.write(POOLING, b"new").unwrap();
+            crash::after(Some(steps));
+            let result = staging.commit();
+            crash::after(None);
+            drop(Staging::new(&target, "config.json").unwrap());
+            let contents = if steps == 0 { "old" } else { "new" };
+            assert!(is_complete(&target, &[POOLING, "config.json"], contents), "{steps}");
+            if result.is_ok() {
+                break;
+            }
+        }
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        old_model(&target);
+        fs::write(target.join("1_Pooling/notes.txt"), "mine").unwrap();
+        let message = stage_new(&target).commit().unwrap_err().to_string();
+        assert!(message.contains("1_Pooling/notes.txt"), "{message}");
+        assert!(is_complete(&target, &OLD, "old"));
     }
 
     #[test]
@@ -326,6 +393,43 @@ mod tests {
         old_model(&target);
         stage_new(&target).keep_unverified().unwrap();
         assert!(is_complete(&target, &OLD, "old"));
+    }
+
+    #[test]
+    fn a_card_of_the_user_stays_at_any_crash_and_a_generated_one_is_replaced() {
+        let card = |text: &str| with_seal(text.to_owned());
+        let edited = card("old").replace("old", "mine");
+        for (before, after) in [
+            (card("old"), card("new")),
+            ("mine".to_owned(), "mine".to_owned()),
+            (edited.clone(), edited),
+        ] {
+            for steps in 0.. {
+                let root = tempfile::tempdir().unwrap();
+                let target = root.path().join("model");
+                old_model(&target);
+                fs::write(target.join(CARD_FILE), &before).unwrap();
+                let staging = stage_new(&target);
+                staging.write(CARD_FILE, card("new").as_bytes()).unwrap();
+                crash::after(Some(steps));
+                let result = staging.commit();
+                crash::after(None);
+                drop(Staging::new(&target, "config.json").unwrap());
+                let now = fs::read_to_string(target.join(CARD_FILE)).unwrap();
+                let never_ready = steps == 0;
+                assert_eq!(now, if never_ready { &before } else { &after }.as_str(), "{steps}");
+                if result.is_ok() {
+                    break;
+                }
+            }
+        }
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("model");
+        fs::create_dir_all(target.join(CARD_FILE)).unwrap();
+        let staging = stage_new(&target);
+        staging.write(CARD_FILE, card("new").as_bytes()).unwrap();
+        staging.commit().unwrap();
+        assert!(target.join(CARD_FILE).is_dir() && is_complete(&target, &NEW, "new"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod bpe;
 mod prompt;
+mod special_tokens;
 mod template;
 mod tokenizer;
 

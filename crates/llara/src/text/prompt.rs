@@ -121,6 +121,12 @@ impl PromptEncoder {
         &self.template
     }
 
+    /// The ids of prefix (with the special tokens before it) and suffix.
+    pub(crate) fn affixes(&self, role: Role) -> (&[u32], &[u32]) {
+        let AffixIds { prefix, suffix } = self.affix_ids(role);
+        (prefix, suffix)
+    }
+
     fn affix_ids(&self, role: Role) -> &AffixIds {
         match role {
             Role::Query => &self.query,

@@ -14,11 +14,11 @@ use crate::{Error, ErrorKind, Result};
 /// A tokenizer. Truncation and padding that are stored in the file are disabled.
 #[derive(Clone)]
 pub struct TextTokenizer {
-    inner: Tokenizer,
+    pub(super) inner: Tokenizer,
     /// `tokenizer.json` as it was read; `None` if the tokenizer was changed.
     original: Option<Vec<u8>>,
     /// `tokenizer_config.json`, which transformers reads too.
-    config: Option<Vec<u8>>,
+    pub(super) config: Option<Vec<u8>>,
     vocab_size: usize,
 }
 
@@ -165,6 +165,11 @@ impl TextTokenizer {
         }
     }
 
+    /// Makes [`save`](Self::save) write the tokenizer as it is now and not the bytes that were read.
+    pub(super) fn forget_original(&mut self) {
+        self.original = None;
+    }
+
     /// The bytes of `tokenizer.json`.
     pub(crate) fn contents(&self) -> Result<Cow<'_, [u8]>> {
         if let Some(original) = &self.original {
@@ -208,7 +213,7 @@ impl TextTokenizer {
 }
 
 /// Calls the tokenizers crate and converts its panics, which unusual files can cause, to errors.
-fn guarded<T, E: Into<tokenizers::Error>>(
+pub(super) fn guarded<T, E: Into<tokenizers::Error>>(
     call: impl FnOnce() -> Result<T, E>,
 ) -> Result<T, tokenizers::Error> {
     // Unwind safety: after a panic the caller drops everything that `call` may have modified.
@@ -228,7 +233,7 @@ fn ids(tokenizer: &Tokenizer) -> impl Iterator<Item = u32> {
     tokenizer.get_vocab(true).into_values()
 }
 
-fn cannot_encode(source: tokenizers::Error) -> Error {
+pub(super) fn cannot_encode(source: tokenizers::Error) -> Error {
     Error::new(ErrorKind::Tokenizer, "cannot tokenize a text").because(source)
 }
 

@@ -13,7 +13,7 @@ use super::schedule::Schedule;
 use super::state::TrainState;
 use super::step_input::StepInput;
 use crate::backend::Backend;
-use crate::biencoder::BiEncoderModel;
+use crate::biencoder::{BiEncoderModel, RunFacts};
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::dist::{Collective, Solo};
 use crate::loss::Objective;
@@ -123,6 +123,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         dataset.check_group(config.group_size)?;
         let rank = (collective.rank(), collective.size());
         let identity = Identity::of(model, dataset, config, (total_steps, collective.size()))?;
+        model.set_run_facts(identity.facts());
         let mut notes = Vec::new();
         if let Some(checkpoint) = checkpoint {
             notes = checkpoint.check(&identity)?;
@@ -248,6 +249,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
             Next::EarlyStopping => {}
         }
         self.model.eval();
+        self.set_progress(&summary);
         Ok(summary)
     }
 
@@ -459,8 +461,16 @@ impl<'r, B: Backend> Trainer<'r, B> {
             .hint("lower the learning rate, lengthen the warm-up, or raise the temperature")
     }
 
+    /// Sets what the model card says of the progress.
+    fn set_progress(&mut self, summary: &Summary) {
+        let (steps, loss) = (Some(summary.steps), Some(summary.loss));
+        let facts = RunFacts { steps, loss, ..self.identity.facts() };
+        self.model.set_run_facts(facts);
+    }
+
     /// Saves a checkpoint of the run as it is after so many steps.
-    fn save(&self, step: u64, summary: &Summary) -> Result<PathBuf> {
+    fn save(&mut self, step: u64, summary: &Summary) -> Result<PathBuf> {
+        self.set_progress(summary);
         let progress = RunProgress {
             step,
             epoch: self.epoch(step),

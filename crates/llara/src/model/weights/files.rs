@@ -49,6 +49,32 @@ impl WeightFiles {
         Ok(weights)
     }
 
+    /// [`open`](Self::open) that goes on after a fault: the files that can be read, and all faults.
+    pub(crate) fn open_readable(dir: &Path) -> (Self, Vec<Error>) {
+        let none = || WeightFiles { files: Vec::new(), place: BTreeMap::new(), index: None };
+        let whole = match Self::open(dir) {
+            Ok(files) => return (files, Vec::new()),
+            Err(error) => error,
+        };
+        if dir.join(WEIGHTS_FILE).exists() {
+            return (none(), vec![whole]);
+        }
+        let Ok(index) = read_index(&dir.join(INDEX_FILE)) else { return (none(), vec![whole]) };
+        let (mut files, mut faults) = (Vec::new(), Vec::new());
+        for shard in index.weight_map.values().collect::<BTreeSet<_>>() {
+            match SafetensorsFile::open(&dir.join(shard)) {
+                Ok(file) => files.push(file),
+                Err(error) => faults.push(error),
+            }
+        }
+        // Every shard can be read: they disagree with the index or with each other.
+        if faults.is_empty() {
+            faults.push(whole);
+        }
+        let files = Self::from_parts(files, Some(index));
+        (files.unwrap_or_else(|_| none()), faults)
+    }
+
     fn from_parts(files: Vec<SafetensorsFile>, index: Option<Index>) -> Result<Self> {
         let mut place = BTreeMap::new();
         for (at, file) in files.iter().enumerate() {
@@ -93,7 +119,7 @@ impl WeightFiles {
     }
 
     /// The file that contains a tensor.
-    pub(super) fn file_of(&self, name: &str) -> Option<&SafetensorsFile> {
+    pub(crate) fn file_of(&self, name: &str) -> Option<&SafetensorsFile> {
         Some(&self.files[*self.place.get(name)?])
     }
 
@@ -109,7 +135,7 @@ impl WeightFiles {
     }
 
     /// The files, each with its tensors in order.
-    pub(super) fn files(&self) -> &[SafetensorsFile] {
+    pub(crate) fn files(&self) -> &[SafetensorsFile] {
         &self.files
     }
 
@@ -118,7 +144,7 @@ impl WeightFiles {
     }
 
     /// The first file, for messages about the weights as a whole.
-    pub(super) fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         match self.files.as_slice() {
             [only] => only.path().to_owned(),
             many => many

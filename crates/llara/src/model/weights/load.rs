@@ -1,6 +1,9 @@
 //! Builds a decoder from weight files. Every mismatch with the configuration is found before any weight
 //! is read, and all are reported together.
 
+use std::collections::HashSet;
+use std::fmt;
+
 use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
 
 use super::files::WeightFiles;
@@ -23,7 +26,7 @@ fn is_ignored(name: &str) -> bool {
 }
 
 /// The prefix of names in this folder's files: `model.`, or none if a bare decoder was saved.
-pub(super) fn prefix_of(files: &WeightFiles) -> &'static str {
+pub(crate) fn prefix_of(files: &WeightFiles) -> &'static str {
     if files.info("embed_tokens.weight").is_some() { "" } else { CAUSAL_LM_PREFIX }
 }
 
@@ -77,35 +80,75 @@ pub(crate) fn standard_normal(generator: &mut impl Rng) -> f32 {
 }
 
 fn compare(files: &WeightFiles, prefix: &str, expected: &[NamedShape]) -> Result<()> {
-    let mut faults = Vec::new();
-    for (name, shape) in expected {
-        let name = format!("{prefix}{name}");
-        match files.info(&name) {
-            None => faults.push(format!("missing: {name} {shape:?}")),
-            Some(info) if info.shape != *shape => {
-                faults.push(format!("misshapen: {name}: expected {shape:?}, got {:?}", info.shape));
-            }
-            Some(info) if !is_readable(info.dtype) => {
-                faults.push(format!(
-                    "unsupported dtype: {name}: {:?}; F32, F16 and BF16 can be read",
-                    info.dtype
-                ));
-            }
-            Some(_) => {}
-        }
-    }
-    let known: std::collections::HashSet<String> =
-        expected.iter().map(|(name, _)| format!("{prefix}{name}")).collect();
-    let extra = files.names().filter(|name| !known.contains(*name) && !is_ignored(name));
-    faults.extend(extra.map(|name| format!("unknown: {name}")));
+    let faults = mismatches(files, prefix, expected);
     if faults.is_empty() {
         return Ok(());
     }
+    let lines: Vec<String> = faults.iter().map(Mismatch::to_string).collect();
     Err(Error::new(
         ErrorKind::Weights,
         format!("the weights do not fit config.json in {} places", faults.len()),
     )
     .file(files.path())
-    .got(format!("\n    {}", faults.join("\n    ")))
+    .got(format!("\n    {}", lines.join("\n    ")))
     .hint("config.json and the weights must come from the same export"))
+}
+
+/// A tensor that does not fit the configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Mismatch {
+    /// Not in the files.
+    Missing { name: String, shape: Vec<usize> },
+    /// Of another shape.
+    Shape { name: String, expected: Vec<usize>, got: Vec<usize> },
+    /// Of a type that cannot be read.
+    Dtype { name: String, got: String },
+    /// Not a tensor of the model.
+    Unknown { name: String },
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mismatch::Missing { name, shape } => write!(f, "missing: {name} {shape:?}"),
+            Mismatch::Shape { name, expected, got } => {
+                write!(f, "misshapen: {name}: expected {expected:?}, got {got:?}")
+            }
+            Mismatch::Dtype { name, got } => {
+                write!(f, "unsupported dtype: {name}: {got}; F32, F16 and BF16 can be read")
+            }
+            Mismatch::Unknown { name } => write!(f, "unknown: {name}"),
+        }
+    }
+}
+
+/// All tensors of `files` that do not fit the model of `config`.
+///
+/// # Errors
+/// When the configuration describes no decoder.
+pub(crate) fn misfits(files: &WeightFiles, config: &DecoderConfig) -> Result<Vec<Mismatch>> {
+    Ok(mismatches(files, prefix_of(files), &config.parameter_shapes()?))
+}
+
+fn mismatches(files: &WeightFiles, prefix: &str, expected: &[NamedShape]) -> Vec<Mismatch> {
+    let mut faults = Vec::new();
+    let mut known = HashSet::new();
+    for (name, shape) in expected {
+        let name = format!("{prefix}{name}");
+        known.insert(name.clone());
+        match files.info(&name) {
+            None => faults.push(Mismatch::Missing { name, shape: shape.clone() }),
+            Some(info) if info.shape != *shape => {
+                let (expected, got) = (shape.clone(), info.shape.clone());
+                faults.push(Mismatch::Shape { name, expected, got });
+            }
+            Some(info) if !is_readable(info.dtype) => {
+                faults.push(Mismatch::Dtype { name, got: format!("{:?}", info.dtype) });
+            }
+            Some(_) => {}
+        }
+    }
+    let extra = files.names().filter(|name| !known.contains(*name) && !is_ignored(name));
+    faults.extend(extra.map(|name| Mismatch::Unknown { name: name.to_owned() }));
+    faults
 }

@@ -6,4 +6,5 @@ mod load;
 
 pub use files::WeightFiles;
 pub use folder::{ModelFolder, SaveDtype};
+pub(crate) use load::{Mismatch, misfits, prefix_of};
 pub use load::{load_decoder, random_decoder};

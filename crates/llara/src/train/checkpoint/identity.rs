@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::backend::Backend;
-use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Shortcuts};
+use crate::biencoder::{BiEncoderModel, BiEncoderOptions, RunFacts, Shortcuts, setting};
 use crate::data::{DataFile, Dataset};
 use crate::model::LoraConfig;
 use crate::storage::Fingerprint;
@@ -89,6 +89,32 @@ impl Identity {
             ));
         }
         Ok(notes)
+    }
+
+    /// Data and settings for the model card. Paths are left out.
+    pub(in crate::train) fn facts(&self) -> RunFacts {
+        // The card has these elsewhere, or they are hashes.
+        const ELSEWHERE: [&str; 8] = [
+            "base-model",
+            "vocabulary",
+            "template",
+            "normalized",
+            "query-max-len",
+            "passage-max-len",
+            "query-instruction",
+            "passage-instruction",
+        ];
+        let name =
+            |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let settings = self.settings.iter().filter(|(key, _)| !ELSEWHERE.contains(&key.as_str()));
+        RunFacts {
+            data: self.data.iter().map(|file| (name(&file.path), file.rows)).collect(),
+            settings: settings
+                .filter_map(|(key, value)| Some((key.clone(), setting(value)?)))
+                .collect(),
+            steps: None,
+            loss: None,
+        }
     }
 
     /// # Errors

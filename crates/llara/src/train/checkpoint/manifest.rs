@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage::{open_file, read_limited};
+use crate::storage::{CARD_FILE, open_file, read_limited};
 use crate::{Error, ErrorKind, Result};
 
 /// Name of the manifest in a checkpoint.
@@ -63,8 +63,33 @@ pub(crate) fn write(folder: &Path) -> Result<()> {
 /// # Errors
 /// If a file is missing or differs; the error has the name of the file.
 pub(super) fn verify(folder: &Path) -> Result<()> {
+    let manifest = read(folder)?;
+    manifest.files.iter().try_for_each(|(name, entry)| check_file(folder, name, entry))?;
+    unlisted(folder, &manifest)?.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// Every file that is missing or differs; [`verify`] stops at the first.
+pub(super) fn faults(folder: &Path) -> Vec<Error> {
+    let manifest = match read(folder) {
+        Ok(manifest) => manifest,
+        Err(error) => return vec![error],
+    };
+    let files = manifest.files.iter();
+    let mut faults: Vec<Error> =
+        files.filter_map(|(name, entry)| check_file(folder, name, entry).err()).collect();
+    match unlisted(folder, &manifest) {
+        Ok(unlisted) => faults.extend(unlisted),
+        Err(error) => faults.push(error),
+    }
+    faults
+}
+
+fn damaged(what: &str, path: &Path) -> Error {
+    Error::new(ErrorKind::Io, what).file(path)
+}
+
+fn read(folder: &Path) -> Result<Manifest> {
     let path = folder.join(MANIFEST_FILE);
-    let damaged = |what: &str, path: &Path| Error::new(ErrorKind::Io, what).file(path);
     if !path.exists() {
         return Err(damaged("the checkpoint has no manifest", &path)
             .expected("a manifest.json, which is written when all other files are complete"));
@@ -77,34 +102,41 @@ pub(super) fn verify(folder: &Path) -> Result<()> {
             .expected(format!("format {FORMAT}"))
             .got(manifest.format));
     }
-    for (name, expected) in &manifest.files {
-        // The manifest is untrusted input: its names must not be paths out of the folder.
-        if Path::new(name).file_name() != Some(name.as_ref()) {
-            return Err(damaged("the manifest names a file outside of the checkpoint", &path)
-                .expected("names without a folder")
-                .got(name.escape_debug()));
-        }
-        let file = folder.join(name);
-        let got = entry(&file).map_err(|e| Error::io("read a file of the checkpoint", &file, e))?;
-        if got != *expected {
-            let show = |entry: &Entry| format!("{} bytes, blake3 {}", entry.bytes, entry.blake3);
-            return Err(damaged("a file of the checkpoint is damaged", &file)
-                .expected(show(expected))
-                .got(show(&got)));
-        }
+    Ok(manifest)
+}
+
+fn check_file(folder: &Path, name: &str, expected: &Entry) -> Result<()> {
+    // The manifest is untrusted input: its names must not be paths out of the folder.
+    if Path::new(name).file_name() != Some(name.as_ref()) {
+        let path = folder.join(MANIFEST_FILE);
+        return Err(damaged("the manifest names a file outside of the checkpoint", &path)
+            .expected("names without a folder")
+            .got(name.escape_debug()));
     }
-    // A file that is not in the manifest would be read without a check.
+    let file = folder.join(name);
+    let got = entry(&file).map_err(|e| Error::io("read a file of the checkpoint", &file, e))?;
+    if got == *expected {
+        return Ok(());
+    }
+    let show = |entry: &Entry| format!("{} bytes, blake3 {}", entry.bytes, entry.blake3);
+    Err(damaged("a file of the checkpoint is damaged", &file)
+        .expected(show(expected))
+        .got(show(&got)))
+}
+
+/// Files that the manifest does not list: they would be read without a check.
+fn unlisted(folder: &Path, manifest: &Manifest) -> Result<Vec<Error>> {
+    let mut faults = Vec::new();
     for name in names(folder)? {
         let text = name.to_string_lossy();
         if is_read(&text) && !manifest.files.contains_key(&*text) {
-            return Err(damaged(
-                "the manifest of the checkpoint does not list a file",
-                &folder.join(&name),
-            )
-            .expected("every .json and .safetensors file with its length and hash"));
+            let error =
+                damaged("the manifest of the checkpoint does not list a file", &folder.join(&name));
+            faults
+                .push(error.expected("every .json and .safetensors file with its length and hash"));
         }
     }
-    Ok(())
+    Ok(faults)
 }
 
 fn is_read(name: &str) -> bool {
@@ -112,14 +144,16 @@ fn is_read(name: &str) -> bool {
     matches!(extension, Some("json" | "safetensors"))
 }
 
-/// The files of a folder except the manifest, sorted by name.
+/// The files of a folder except the manifest and the model card, sorted by name.
 fn names(folder: &Path) -> Result<Vec<OsString>> {
     let io = |e| Error::io("read the checkpoint", folder, e);
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(io)? {
         let entry = entry.map_err(io)?;
         let name = entry.file_name();
-        if entry.file_type().map_err(io)?.is_file() && name != MANIFEST_FILE {
+        // A user may edit the model card.
+        let listed = name != MANIFEST_FILE && name != CARD_FILE;
+        if listed && entry.file_type().map_err(io)?.is_file() {
             names.push(name);
         }
     }

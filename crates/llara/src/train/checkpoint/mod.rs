@@ -85,6 +85,11 @@ impl Checkpoint {
         Ok(Checkpoint { dir: dir.to_owned(), state })
     }
 
+    /// Compares every file with the manifest, as [`open`](Self::open) does, and returns all faults.
+    pub fn faults(dir: &Path) -> Vec<Error> {
+        manifest::faults(dir)
+    }
+
     /// The newest checkpoint in an output folder that is complete and undamaged, and why newer ones are not.
     /// A folder that does not exist has none.
     ///

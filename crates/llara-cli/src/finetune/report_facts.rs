@@ -6,7 +6,7 @@ use llara::train::TrainConfig;
 use llara::train::plan::TextLengths;
 
 use super::{Args, Forecast, Prepared};
-use crate::report::{Lengths, RunFacts};
+use crate::report::{Lengths, ReportFacts};
 
 /// Bins of the histograms of text lengths.
 const BINS: usize = 24;
@@ -20,7 +20,7 @@ pub(super) fn facts<B: Backend>(
     prepared: &Prepared<B>,
     forecast: &Forecast,
     lengths: &[TextLengths],
-) -> llara::Result<RunFacts> {
+) -> llara::Result<ReportFacts> {
     let Prepared { config, dataset, .. } = prepared;
     let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
     let plan = &forecast.plan;
@@ -29,7 +29,7 @@ pub(super) fn facts<B: Backend>(
         let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         (name, file.rows)
     });
-    Ok(RunFacts {
+    Ok(ReportFacts {
         llara: env!("CARGO_PKG_VERSION").to_owned(),
         settings: settings(args, prepared, config)?,
         data: files.collect(),
