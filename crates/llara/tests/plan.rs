@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
+use llara::loss::ObjectiveOptions;
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
 use llara::train::plan::{ChunkPolicy, DryRun, LargestBatch, Plan, RunShape};
@@ -31,6 +32,7 @@ fn shape() -> RunShape {
         lora: None,
         precision: Dtype::F32,
         options: BiEncoderOptions::default(),
+        objective: ObjectiveOptions::default(),
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }

@@ -7,10 +7,12 @@ use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, Sampling};
+use llara::loss::ObjectiveOptions;
 use llara::train::{Chunking, RunLength, TrainConfig};
 use llara::{BiEncoderOptions, Recipe, Shortcuts};
 
 use super::lora_args::LoraArgs;
+use super::objective_args::ObjectiveArgs;
 use super::optimizer_args::OptimizerArgs;
 use super::output_args::OutputArgs;
 use super::trainer_flags::TrainerFlags;
@@ -57,6 +59,8 @@ pub(crate) struct Args {
     pub(super) data: DataArgs,
     #[command(flatten)]
     pub(super) training: TrainingArgs,
+    #[command(flatten)]
+    pub(super) objective: ObjectiveArgs,
     #[command(flatten)]
     pub(super) lora: LoraArgs,
     #[command(flatten)]
@@ -173,6 +177,7 @@ impl Args {
             group_size: data.train_group_size,
             query_max_len: recipe.query_max_len,
             passage_max_len: recipe.passage_max_len,
+            objective: ObjectiveOptions::default(), // checked, then set, when the model is known
             sampling: data.sampling,
             drop_last: data.dataloader_drop_last,
             seed: training.seed,

@@ -36,6 +36,7 @@ impl Forecast {
             lora: prepared.lora()?,
             precision: prepared.precision,
             options: args.model_options(&prepared.recipe),
+            objective: prepared.config.objective.clone(),
             memory: prepared.backend.memory(),
             process_bytes: 0,
         };

@@ -5,6 +5,7 @@ mod flag_table;
 mod forecast;
 mod lengths;
 mod lora_args;
+mod objective_args;
 mod optimizer_args;
 mod output_args;
 mod prepare;

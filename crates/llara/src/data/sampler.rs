@@ -58,7 +58,7 @@ pub struct Draw {
 }
 
 /// The texts of one row in a batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Group<'r> {
     /// The query.
     pub query: &'r str,
@@ -66,6 +66,8 @@ pub struct Group<'r> {
     pub passages: Vec<&'r str>,
     /// The instruction of the row, if it has one.
     pub prompt: Option<&'r str>,
+    /// A teacher's score of each passage, if the row has scores of both positives and negatives.
+    pub teacher_scores: Option<Vec<f32>>,
 }
 
 impl Sampler {
@@ -152,24 +154,27 @@ impl Sampler {
             return Err(Error::new(ErrorKind::Data, "a row lacks positives or hard negatives")
                 .got(format!("{} and {}", row.pos.len(), row.neg.len())));
         }
-        let mut passages = Vec::with_capacity(self.config.group_size);
-        match self.config.sampling {
-            Sampling::Sequential => {
-                passages.push(row.pos[0].as_str());
-                passages.extend(row.neg.iter().cycle().take(negatives).map(String::as_str));
-            }
+        let (positive, chosen): (usize, Vec<usize>) = match self.config.sampling {
+            Sampling::Sequential => (0, (0..row.neg.len()).cycle().take(negatives).collect()),
             Sampling::Random => {
                 let mut rng = self.rng(Purpose::Group, draw.epoch, draw.row as u64);
                 let positive = below(&mut rng, row.pos.len() as u64) as usize;
-                passages.push(row.pos[positive].as_str());
                 let copies = negatives.div_ceil(row.neg.len().max(1));
                 let mut pool: Vec<usize> = (0..row.neg.len() * copies).collect();
                 shuffle_front(&mut rng, &mut pool, negatives);
-                let chosen = pool[..negatives].iter().map(|i| i % row.neg.len());
-                passages.extend(chosen.map(|i| row.neg[i].as_str()));
+                (positive, pool[..negatives].iter().map(|i| i % row.neg.len()).collect())
             }
-        }
-        Ok(Group { query: &row.query, passages, prompt: row.prompt.as_deref() })
+        };
+        let mut passages = Vec::with_capacity(self.config.group_size);
+        passages.push(row.pos[positive].as_str());
+        passages.extend(chosen.iter().map(|&i| row.neg[i].as_str()));
+        let teacher_scores = match (&row.pos_scores, &row.neg_scores) {
+            (Some(pos), Some(neg)) => {
+                Some(std::iter::once(pos[positive]).chain(chosen.iter().map(|&i| neg[i])).collect())
+            }
+            _ => None,
+        };
+        Ok(Group { query: &row.query, passages, prompt: row.prompt.as_deref(), teacher_scores })
     }
 
     fn order(&self, epoch: u64) -> Arc<[usize]> {
@@ -275,6 +280,29 @@ mod tests {
         let texts = row(3, 9);
         let group = s.group(&Draw { row: 5, epoch: 1 }, &texts).unwrap();
         assert_eq!(group.passages, ["p2", "n6", "n0", "n3"]);
+    }
+
+    #[test]
+    fn scores_are_those_of_the_drawn_passages() {
+        let score = |name: &str| {
+            name[1..].parse::<f32>().unwrap() + if name.starts_with('p') { 50.0 } else { 0.0 }
+        };
+        let scored = TrainingRow {
+            pos_scores: Some(vec![50.0, 51.0, 52.0]),
+            neg_scores: Some((0..5u8).map(f32::from).collect()),
+            ..row(3, 5)
+        };
+        for sampling in [Sampling::Random, Sampling::Sequential] {
+            let s =
+                Sampler::new(SamplerConfig { group_size: 8, ..config(sampling, 9, 3) }).unwrap();
+            for epoch in 0..20 {
+                let group = s.group(&Draw { row: 2, epoch }, &scored).unwrap();
+                let want: Vec<f32> = group.passages.iter().map(|name| score(name)).collect();
+                assert_eq!(group.teacher_scores, Some(want));
+            }
+            let half = TrainingRow { neg_scores: None, ..scored.clone() };
+            assert!(s.group(&Draw { row: 2, epoch: 0 }, &half).unwrap().teacher_scores.is_none());
+        }
     }
 
     #[test]

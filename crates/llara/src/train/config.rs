@@ -6,6 +6,7 @@ use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
 use super::step::Chunking;
 use crate::data::{Sampler, SamplerConfig, Sampling};
+use crate::loss::ObjectiveOptions;
 use crate::model::weights::SaveDtype;
 use crate::{Error, ErrorKind, Result};
 
@@ -62,6 +63,8 @@ pub struct TrainConfig {
     pub query_max_len: usize,
     /// Tokens that a passage with its template is cut to.
     pub passage_max_len: usize,
+    /// The terms of the loss.
+    pub objective: ObjectiveOptions,
     /// How rows and passages are drawn.
     pub sampling: Sampling,
     /// Whether the last, shorter batch of an epoch is left out.
@@ -123,6 +126,7 @@ impl TrainConfig {
             group_size: 8,
             query_max_len: 32,
             passage_max_len: 128,
+            objective: ObjectiveOptions::default(),
             sampling: Sampling::Random,
             drop_last: false,
             seed: 42,

@@ -12,6 +12,7 @@ use crate::backend::{CountingBackend, DeviceMemory, Dtype};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
+use crate::loss::{Contrastive, ObjectiveOptions};
 use crate::model::weights::ModelFolder;
 use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
 use crate::text::PromptEncoder;
@@ -32,6 +33,8 @@ pub struct RunShape {
     pub precision: Dtype,
     /// Options of the model.
     pub options: BiEncoderOptions,
+    /// The terms of the loss.
+    pub objective: ObjectiveOptions,
     /// How the device of the run allocates memory.
     pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
@@ -172,7 +175,8 @@ impl DryRun {
     /// Runs one step including the optimizer's update.
     pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
-        let objective = self.model.objective(Arc::new(Solo))?;
+        let info_nce = self.model.objective(Arc::new(Solo))?;
+        let objective = Contrastive { options: self.shape.objective.clone(), ..info_nce };
         self.counting.forget_peak();
         let before = self.counting.flops();
         drop(accumulate_gradients(&mut self.model, &objective, &input, chunking)?);
@@ -188,7 +192,16 @@ impl DryRun {
     fn input(&self, batch: &LargestBatch) -> Result<StepInput> {
         let dropout = self.shape.has_dropout().then_some(Dropout { seed: 0, step: 0 });
         let deduplicate = self.shape.options.shortcuts.dedup_sequences;
-        StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
+        let mut input =
+            StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)?;
+        let objective = &self.shape.objective;
+        if objective.false_negatives.mask_equal {
+            input = input.with_text_keys(&vec![Vec::new(); batch.query.len()]);
+        }
+        if objective.distillation.is_some() {
+            input.teacher_scores = Some(vec![0.0; batch.passage.len()]);
+        }
+        Ok(input)
     }
 
     /// Host memory while a tensor is read or written: the bytes of the largest one in the file and as f32.
