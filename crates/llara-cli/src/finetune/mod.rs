@@ -85,7 +85,7 @@ fn check_space(
     model: &BiEncoderModel<impl Backend>,
     merged: bool,
 ) -> llara::Result<()> {
-    let steps = config.length.steps(config.sampler(dataset.len(), 1)?.steps_per_epoch())?;
+    let steps = config.length.steps(config.sampler(dataset, 1)?.steps_per_epoch())?;
     let saving = &config.saving;
     let made = saving.every.map_or(0, |every| steps / every.max(1));
     // The oldest checkpoint is removed after the next one is complete, hence limit + 1. Without a limit all

@@ -95,7 +95,7 @@ impl<B: Backend> Prepared<B> {
         }
         config.objective = objective;
         // Errors of the sampler are reported before a large model is read.
-        let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
+        let steps_per_epoch = config.sampler(&dataset, 1)?.steps_per_epoch();
         config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
         for (role, option, max_len) in [
             (Role::Query, "--query-max-len", config.query_max_len),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::TrainingRow;
+use super::file_batches::FileRows;
 use crate::storage::{Fingerprint, LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
 
@@ -252,6 +253,15 @@ impl Dataset {
             DataFile { path: file.path.clone(), rows: rows.len() as u64, fingerprint }
         };
         self.files.iter().zip(ends).map(file).collect()
+    }
+
+    /// The number of rows of each file that has any, in the order of the files.
+    pub fn rows_of_files(&self) -> Vec<FileRows<'_>> {
+        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
+        let files = self.files.iter().zip(ends);
+        let rows =
+            files.map(|(file, end)| FileRows { path: &file.path, rows: end - file.first_row });
+        rows.filter(|file| file.rows > 0).collect()
     }
 
     fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {

@@ -21,7 +21,7 @@ mod trainer;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use checkpoint::write_checkpoint_manifest;
 pub use checkpoint::{Checkpoint, Latest, RunProgress, remove_unfinished, state_bytes};
-pub use config::{RunLength, Saving, TrainConfig};
+pub use config::{Batching, RunLength, Saving, TrainConfig};
 pub use flat_layout::{FlatLayout, Piece};
 pub use optimizer::{AdamW, AdamWConfig, is_decayed};
 pub use run_log::RunLog;

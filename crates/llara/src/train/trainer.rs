@@ -147,7 +147,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         collective: Arc<dyn Collective<B>>,
         checkpoint: Option<&Checkpoint>,
     ) -> Result<(Self, Vec<String>)> {
-        let sampler = config.sampler(dataset.len(), collective.size())?;
+        let sampler = config.sampler(dataset, collective.size())?;
         let total_steps = config.length.steps(sampler.steps_per_epoch())?;
         let schedule =
             Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;

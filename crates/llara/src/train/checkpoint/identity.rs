@@ -16,7 +16,7 @@ use crate::loss::{
 };
 use crate::model::LoraConfig;
 use crate::storage::Fingerprint;
-use crate::train::config::TrainConfig;
+use crate::train::config::{Batching, TrainConfig};
 use crate::{Error, ErrorKind, Result};
 
 /// What the results of a run depend on.
@@ -170,6 +170,7 @@ fn settings<B: Backend>(
         passage_max_len,
         objective,
         sampling,
+        batching,
         drop_last,
         seed,
         learning_rate,
@@ -230,6 +231,10 @@ fn settings<B: Backend>(
     match value {
         Value::Object(mut settings) => {
             settings.extend(objective_settings(objective));
+            if let Batching::PerFile { weights } = batching {
+                settings.insert("batching".to_owned(), "per-file".into());
+                settings.insert("file-weights".to_owned(), weights.as_slice().into());
+            }
             Ok(settings)
         }
         _ => unreachable!("`json!` was given an object"),
