@@ -233,7 +233,7 @@ fn with_local_negatives_the_gradient_is_the_mean_over_processes() {
 
     // The two halves of the first batch in sequence, each with its own negatives.
     let mut model = model();
-    let sampler = config.sampler(dataset.len(), 2).unwrap();
+    let sampler = config.sampler(&dataset, 2).unwrap();
     let batch = sampler.batch(0);
     let mut losses = Vec::new();
     for half in batch.chunks(3) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
+use llara::loss::ObjectiveOptions;
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
 use llara::train::plan::{ChunkPolicy, DryRun, EvaluationShape, LargestBatch, Plan, RunShape};
@@ -32,6 +33,7 @@ fn shape() -> RunShape {
         precision: Dtype::F32,
         options: BiEncoderOptions::default(),
         evaluation: None,
+        objective: ObjectiveOptions::default(),
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }

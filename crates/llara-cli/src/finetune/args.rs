@@ -4,14 +4,16 @@
 use std::path::PathBuf;
 
 use clap::ArgAction;
-use clap::builder::BoolishValueParser;
+use clap::builder::{BoolishValueParser, PossibleValuesParser};
 use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, Sampling};
-use llara::train::{Chunking, RunLength, TrainConfig};
+use llara::loss::ObjectiveOptions;
+use llara::train::{Batching, Chunking, RunLength, TrainConfig};
 use llara::{BiEncoderOptions, Recipe, Shortcuts};
 
 use super::eval_args::EvalArgs;
 use super::lora_args::LoraArgs;
+use super::objective_args::ObjectiveArgs;
 use super::optimizer_args::OptimizerArgs;
 use super::output_args::OutputArgs;
 use super::trainer_flags::TrainerFlags;
@@ -64,6 +66,8 @@ pub(crate) struct Args {
     pub(super) data: DataArgs,
     #[command(flatten)]
     pub(super) training: TrainingArgs,
+    #[command(flatten)]
+    pub(super) objective: ObjectiveArgs,
     #[command(flatten)]
     pub(super) lora: LoraArgs,
     #[command(flatten)]
@@ -141,11 +145,29 @@ pub(super) struct DataArgs {
     #[arg(long, value_name = "HOW", value_parser = crate::values::sampling(), default_value = "random")]
     #[arg(hide_possible_values = true)]
     pub(super) sampling: Sampling,
+    /// Rows of a batch: mixed (from all files together) or per-file (from one file each; an epoch is one pass
+    /// over every file)
+    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(["mixed", "per-file"]))]
+    #[arg(default_value = "mixed", hide_possible_values = true)]
+    pub(super) batching: String,
+    /// Shares of the batches of each file with --batching per-file, in the order of the files, such as 2,1,1
+    /// [default: proportional to their rows]
+    #[arg(long, value_name = "X", value_delimiter = ',', num_args = 1..)]
+    pub(super) file_weights: Vec<f64>,
     /// Skip the last batch of an epoch if it is incomplete
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) dataloader_drop_last: bool,
+}
+
+impl DataArgs {
+    fn batching(&self) -> Batching {
+        match self.batching.as_str() {
+            "per-file" => Batching::PerFile { weights: self.file_weights.clone() },
+            _ => Batching::Mixed,
+        }
+    }
 }
 
 impl Args {
@@ -182,7 +204,9 @@ impl Args {
             group_size: data.train_group_size,
             query_max_len: recipe.query_max_len,
             passage_max_len: recipe.passage_max_len,
+            objective: ObjectiveOptions::default(), // checked, then set, when the model is known
             sampling: data.sampling,
+            batching: data.batching(),
             drop_last: data.dataloader_drop_last,
             seed: training.seed,
             learning_rate: optimizer.learning_rate,

@@ -46,6 +46,7 @@ impl Forecast {
             precision: prepared.precision,
             options: args.model_options(&prepared.recipe),
             evaluation,
+            objective: prepared.config.objective.clone(),
             memory: prepared.backend.memory(),
             process_bytes: 0,
         };

@@ -6,6 +6,7 @@ mod flag_table;
 mod forecast;
 mod lengths;
 mod lora_args;
+mod objective_args;
 mod optimizer_args;
 mod output_args;
 mod prepare;
@@ -93,7 +94,7 @@ fn check_space<B: Backend>(
     merged: bool,
 ) -> llara::Result<()> {
     let Prepared { config, dataset, evaluation, .. } = prepared;
-    let steps = config.length.steps(config.sampler(dataset.len(), 1)?.steps_per_epoch())?;
+    let steps = config.length.steps(config.sampler(dataset, 1)?.steps_per_epoch())?;
     let saving = &config.saving;
     let regular = saving.every.map_or(0, |every| steps / every.max(1));
     // Each evaluation may be the best so far.

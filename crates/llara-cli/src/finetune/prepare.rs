@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, Dataset};
+use llara::loss::ObjectiveContext;
 use llara::model::LoraConfig;
 use llara::retrieval::BLOCK_TEXTS;
 use llara::text::Template;
@@ -64,6 +65,7 @@ impl<B: Backend> Prepared<B> {
             say!("note: {line}");
         }
         ranges::check(args)?;
+        let objective = args.objective.objective()?;
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
         let (output_dir, lock, checkpoint) = match &purpose {
@@ -92,8 +94,17 @@ impl<B: Backend> Prepared<B> {
         let outline = outline(args, &dir, &base, &adapter)?;
         let recipe = args.recipe(base);
         let mut config = args.train_config(output_dir, &recipe, 0);
+        objective.check(&ObjectiveContext {
+            dimension: outline.decoder.hidden_size,
+            group_size,
+            negatives_cross_device: args.model_options(&recipe).negatives_cross_device,
+        })?;
+        if objective.distillation.is_some() {
+            dataset.check_teacher_scores()?;
+        }
+        config.objective = objective;
         // Errors of the sampler are reported before a large model is read.
-        let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
+        let steps_per_epoch = config.sampler(&dataset, 1)?.steps_per_epoch();
         config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
         let evaluation = args.evaluation.open(&args.output, steps_per_epoch)?;
         for (role, option, max_len) in [

@@ -22,7 +22,7 @@ pub(super) fn facts<B: Backend>(
     lengths: &[TextLengths],
 ) -> llara::Result<ReportFacts> {
     let Prepared { config, dataset, .. } = prepared;
-    let steps_per_epoch = config.sampler(dataset.len(), 1)?.steps_per_epoch();
+    let steps_per_epoch = config.sampler(dataset, 1)?.steps_per_epoch();
     let plan = &forecast.plan;
     let memory = plan.training.named().map(|(name, part)| (name.to_owned(), part));
     let files = dataset.files().into_iter().map(|file| {

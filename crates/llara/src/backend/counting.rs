@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, Backend,
-    DeviceMemory, DropoutKey, Dtype, Elements, Epilogue, OffsetAllocator, PreparedWeight,
-    RopeDirection, RopeTable, ScatterPlan, Shape, TokenIds, View, ViewMut, WeightUse,
+    DeviceMemory, DistillationLoss, DropoutKey, Dtype, Elements, Epilogue, OffsetAllocator,
+    PreparedWeight, RopeDirection, RopeTable, ScatterPlan, ScoreMask, Shape, TokenIds, View,
+    ViewMut, WeightUse,
 };
 use crate::Result;
 
@@ -241,6 +242,16 @@ impl Backend for CountingBackend {
 
     fn copy(&self, x: View<'_, CountedTensor>, to: ViewMut<'_, CountedTensor>) -> Result<()> {
         assert_eq!(to.shape(), x.shape(), "copy: shape");
+        Ok(())
+    }
+
+    fn add_scaled(
+        &self,
+        x: View<'_, CountedTensor>,
+        _scale: f32,
+        y: ViewMut<'_, CountedTensor>,
+    ) -> Result<()> {
+        assert_eq!(y.shape(), x.shape(), "add_scaled: shape");
         Ok(())
     }
 
@@ -488,6 +499,28 @@ impl Backend for CountingBackend {
     ) -> Result<(CountedTensor, CountedTensor)> {
         let grad = self.zeros_like(scores);
         Ok((self.f32_tensor(1, 1), grad))
+    }
+
+    fn mask_scores(
+        &self,
+        scores: &CountedTensor,
+        _targets: &usize,
+        _mask: &ScoreMask<Self>,
+    ) -> Result<CountedTensor> {
+        Ok(self.zeros_like(scores))
+    }
+
+    fn distillation(
+        &self,
+        scores: &CountedTensor,
+        _firsts: &usize,
+        _teacher: &CountedTensor,
+        _loss: DistillationLoss,
+        _weight: f32,
+        dscores: &mut CountedTensor,
+    ) -> Result<CountedTensor> {
+        assert_eq!(dscores.shape(), scores.shape(), "distillation: gradient");
+        Ok(self.f32_tensor(1, 1))
     }
 
     fn add_sum_of_squares(

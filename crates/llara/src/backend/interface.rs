@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::memory::DeviceMemory;
 use super::operands::{
-    Accumulate, AdamWStep, AttentionGradients, AttentionShape, DropoutKey, Epilogue, RopeDirection,
-    ScatterRows, WeightUse,
+    Accumulate, AdamWStep, AttentionGradients, AttentionShape, DistillationLoss, DropoutKey,
+    Epilogue, RopeDirection, ScatterRows, WeightUse,
 };
 use super::tensor::{Dtype, Elements, Shape, View, ViewMut};
 use crate::Result;
@@ -116,6 +116,13 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn read_elements(&self, x: &Self::Tensor, range: Range<usize>) -> Result<Vec<f32>>;
     /// Overwrites `data.len()` elements of an f32 matrix, in row-major order, starting at element `start`.
     fn write_elements(&self, x: &mut Self::Tensor, start: usize, data: &[f32]) -> Result<()>;
+    /// `y += scale · x`. Both are f32 and have the same shape.
+    fn add_scaled(
+        &self,
+        x: View<'_, Self::Tensor>,
+        scale: f32,
+        y: ViewMut<'_, Self::Tensor>,
+    ) -> Result<()>;
     /// `x` in another dtype; bf16 is rounded to nearest, ties to even.
     fn cast(&self, x: &Self::Tensor, dtype: Dtype) -> Result<Self::Tensor>;
 
@@ -319,6 +326,27 @@ pub trait Backend: Clone + Send + Sync + 'static {
         scores: &Self::Tensor,
         targets: &Self::Index,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
+    /// The scores `[n, m]` with −∞ at the columns that `mask` leaves out of each row; the column
+    /// `targets[i]` of row `i` always keeps its score. A score of −∞ has no part in
+    /// [`cross_entropy`](Backend::cross_entropy), and its gradient is 0.
+    fn mask_scores(
+        &self,
+        scores: &Self::Tensor,
+        targets: &Self::Index,
+        mask: &ScoreMask<Self>,
+    ) -> Result<Self::Tensor>;
+    /// A [`DistillationLoss`] of each row's group: of scores `[n, m]`, the `G` columns from `firsts[i]` on,
+    /// the positive first, against the teacher's scores `[n, G]`. Returns the mean over rows `[1, 1]`, and
+    /// adds `weight ·` its gradient to dscores `[n, m]`.
+    fn distillation(
+        &self,
+        scores: &Self::Tensor,
+        firsts: &Self::Index,
+        teacher: &Self::Tensor,
+        loss: DistillationLoss,
+        weight: f32,
+        dscores: &mut Self::Tensor,
+    ) -> Result<Self::Tensor>;
     /// `sum[0] += Σ x²` over the elements `range` of x, in row-major order. sum `[1, 1]`
     fn add_sum_of_squares(
         &self,
@@ -342,6 +370,25 @@ pub trait Backend: Clone + Send + Sync + 'static {
         clip: &Self::Tensor,
         step: &AdamWStep,
     ) -> Result<()>;
+}
+
+/// The columns that [`Backend::mask_scores`] leaves out of each row.
+pub struct ScoreMask<B: Backend> {
+    /// All columns outside the target's group, where groups are this many consecutive columns; `None`:
+    /// groups do not matter.
+    pub group_size: Option<usize>,
+    /// Columns that are listed.
+    pub columns: Option<MaskedColumns<B>>,
+    /// Columns whose score is larger than the target's by more than this.
+    pub margin: Option<f32>,
+}
+
+/// Columns of each row of a matrix.
+pub struct MaskedColumns<B: Backend> {
+    /// Those of row `i` are `starts[i]..starts[i + 1]` of `columns`. `[n + 1]`
+    pub starts: B::Index,
+    /// Column numbers.
+    pub columns: B::Index,
 }
 
 /// The sequence of each row and its position in that sequence. The rows are all rows of a packed batch, or

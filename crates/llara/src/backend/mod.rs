@@ -37,12 +37,12 @@ pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
 pub use cuda::{Cuda, CudaDownload, CudaIndex, CudaTensor, CudaWeight, KernelTime};
 pub use interface::{
-    AttentionInput, AttentionOutput, Backend, Layout, PreparedWeight, RopeTable, ScatterPlan,
-    TokenIds,
+    AttentionInput, AttentionOutput, Backend, Layout, MaskedColumns, PreparedWeight, RopeTable,
+    ScatterPlan, ScoreMask, TokenIds,
 };
 pub use memory::{DeviceMemory, OffsetAllocator};
 pub use operands::{
-    Accumulate, AdamWStep, AttentionGradients, AttentionShape, DropoutKey, Epilogue, RopeDirection,
-    ScatterRows, WeightUse,
+    Accumulate, AdamWStep, AttentionGradients, AttentionShape, DistillationLoss, DropoutKey,
+    Epilogue, RopeDirection, ScatterRows, WeightUse,
 };
 pub use tensor::{Dtype, Elements, Shape, View, ViewMut};

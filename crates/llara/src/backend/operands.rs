@@ -132,6 +132,18 @@ impl ScatterRows {
     }
 }
 
+/// How a student's scores `s` of a group of passages follow a teacher's scores `t`; the positive is passage 0.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DistillationLoss {
+    /// `Σ_g p_g · (log p_g − log q_g)` with `p = softmax(t)` and `q = softmax(s)` (Hinton et al. 2015).
+    KlDivergence,
+    /// `mean_{g > 0} (scale · (s_0 − s_g) − (t_0 − t_g))²` (Hofstätter et al. 2020); 0 for a group of one.
+    MarginMse {
+        /// Turns scores into similarities: the temperature that they were divided by.
+        scale: f32,
+    },
+}
+
 /// Hyperparameters of one AdamW update (Loshchilov and Hutter 2019, algorithm 2). f64, because
 /// `1 - beta2` would lose half its digits in f32.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -27,7 +27,7 @@ pub(crate) use sentence_transformers::{Obstacle, StLayout};
 use crate::backend::{Backend, Cpu, Dtype, Shape, View};
 use crate::data::{Batch, BatchView, positives};
 use crate::dist::{Collective, Solo};
-use crate::loss::{Contrastive, Embeddings, InfoNce};
+use crate::loss::{Contrastive, Embeddings, InfoNce, ObjectiveOptions};
 use crate::model::weights::ModelFolder;
 use crate::model::{
     Decoder, Dropout, GradientsReady, Input, LoraConfig, SavedDecoder, Values, embed_streamed,
@@ -365,15 +365,21 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(out)
     }
 
-    /// The training objective that the options describe, for a run on the processes of `collective`.
+    /// InfoNCE as the options describe it, for a run on the processes of `collective`. Further terms are
+    /// set in [`Contrastive::options`].
     ///
     /// # Errors
     /// If cross-device negatives are enabled and there is only one process.
     pub fn objective(&self, collective: Arc<dyn Collective<B>>) -> Result<Contrastive<B>> {
         self.options.check(collective.size())?;
         let info_nce = InfoNce { temperature: self.options.effective_temperature() };
-        let negatives_cross_device = self.options.negatives_cross_device;
-        Ok(Contrastive { info_nce, negatives_cross_device, collective })
+        Ok(Contrastive {
+            info_nce,
+            options: ObjectiveOptions::default(),
+            normalized: self.options.normalized,
+            negatives_cross_device: self.options.negatives_cross_device,
+            collective,
+        })
     }
 
     /// Embeddings of one batch, without state for a backward pass. `[S, d]`

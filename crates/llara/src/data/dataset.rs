@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::TrainingRow;
+use super::file_batches::FileRows;
 use crate::storage::{Fingerprint, LineReader, MAX_LINE_BYTES};
 use crate::{Error, ErrorKind, Result};
 
@@ -123,6 +124,33 @@ impl Dataset {
         }
     }
 
+    /// Checks that every row has a teacher's scores. Reads all rows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Data`] with the first row without `pos_scores` or `neg_scores`, or a row cannot be read.
+    pub fn check_teacher_scores(&self) -> Result<()> {
+        (0..self.len()).try_for_each(|index| {
+            let row = self.row(index)?;
+            match row.pos_scores.is_some() && row.neg_scores.is_some() {
+                true => Ok(()),
+                false => Err(self.no_teacher_scores(index)),
+            }
+        })
+    }
+
+    /// The error for a row without a teacher's scores.
+    pub(crate) fn no_teacher_scores(&self, index: usize) -> Error {
+        let error = Error::new(ErrorKind::Data, "the row has no scores of a teacher")
+            .expected(
+                "`pos_scores` and `neg_scores`, one number for each passage of `pos` and `neg`",
+            )
+            .hint("score the passages with a reranker first, or train without --distill");
+        match self.location(index) {
+            Some((path, line)) => error.line(path, line),
+            None => error,
+        }
+    }
+
     /// Removes the rows that [`check_group`](Self::check_group) refuses, and counts them as skipped.
     ///
     /// # Errors
@@ -225,6 +253,15 @@ impl Dataset {
             DataFile { path: file.path.clone(), rows: rows.len() as u64, fingerprint }
         };
         self.files.iter().zip(ends).map(file).collect()
+    }
+
+    /// The number of rows of each file that has any, in the order of the files.
+    pub fn rows_of_files(&self) -> Vec<FileRows<'_>> {
+        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
+        let files = self.files.iter().zip(ends);
+        let rows =
+            files.map(|(file, end)| FileRows { path: &file.path, rows: end - file.first_row });
+        rows.filter(|file| file.rows > 0).collect()
     }
 
     fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {

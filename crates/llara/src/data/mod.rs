@@ -3,6 +3,7 @@
 
 mod batch;
 mod dataset;
+mod file_batches;
 mod prefetch;
 mod row;
 mod sampler;
@@ -10,6 +11,7 @@ mod sampler;
 pub(crate) use batch::positives;
 pub use batch::{Batch, BatchView};
 pub use dataset::{BadRows, DataFile, Dataset, Skipped};
+pub use file_batches::FileRows;
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;
 pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};

@@ -1,6 +1,7 @@
 //! Selection of the rows of each batch and of the passages of each row: a pure function of seed, epoch and
 //! step. It does not depend on the number of processes.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rand::rngs::ChaCha8Rng;
@@ -8,6 +9,7 @@ use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use super::TrainingRow;
+use super::file_batches::{FileBatch, FileBatches, FileRows};
 use crate::{Error, ErrorKind, Result};
 
 /// How rows and passages are chosen.
@@ -44,8 +46,20 @@ pub struct SamplerConfig {
 pub struct Sampler {
     config: SamplerConfig,
     steps_per_epoch: u64,
-    /// The row order of the epoch that was used last. A cache: without it, each batch would compute it.
-    order: Mutex<Option<(u64, Arc<[usize]>)>>,
+    /// Where the rows of a batch come from one file.
+    files: Option<FileBatches>,
+    /// The orders that were used last. A cache: without it, each batch would compute them.
+    orders: Mutex<HashMap<OrderOf, Arc<[usize]>>>,
+}
+
+/// What an order of rows or files is for; a file has one number, all rows together have another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct OrderOf {
+    purpose: Purpose,
+    /// Epoch, or pass over a file.
+    epoch: u64,
+    /// Number of the file.
+    file: usize,
 }
 
 /// One row of a batch.
@@ -58,7 +72,7 @@ pub struct Draw {
 }
 
 /// The texts of one row in a batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Group<'r> {
     /// The query.
     pub query: &'r str,
@@ -66,6 +80,8 @@ pub struct Group<'r> {
     pub passages: Vec<&'r str>,
     /// The instruction of the row, if it has one.
     pub prompt: Option<&'r str>,
+    /// A teacher's score of each passage, if the row has scores of both positives and negatives.
+    pub teacher_scores: Option<Vec<f32>>,
 }
 
 impl Sampler {
@@ -101,7 +117,33 @@ impl Sampler {
                 .hint("use a smaller batch, or do not drop the last batch"));
         }
         let batches = if drop_last { rows / batch_size } else { rows.div_ceil(batch_size) };
-        Ok(Self { config, steps_per_epoch: batches as u64, order: Mutex::new(None) })
+        let orders = Mutex::default();
+        Ok(Self { config, steps_per_epoch: batches as u64, files: None, orders })
+    }
+
+    /// Creates a sampler whose batches have rows of one file each. `files` are all files of the dataset;
+    /// `weights` are their shares of the batches, or empty: proportional to their rows. An epoch is then one
+    /// pass over every file, with its own last batch; otherwise every file continues from epoch to epoch and
+    /// begins again when its rows are used up.
+    ///
+    /// # Errors
+    /// As for [`Sampler::new`]; [`Sampling::Sequential`]; weights that are not one positive number for each
+    /// file; a file without a complete batch, if incomplete ones are dropped.
+    pub fn per_file(
+        config: SamplerConfig,
+        files: &[FileRows<'_>],
+        weights: &[f64],
+    ) -> Result<Self> {
+        let sampler = Self::new(config)?;
+        if config.sampling == Sampling::Sequential {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                "batches from one file each need random sampling",
+            )
+            .expected("--sampling random with --batching per-file"));
+        }
+        let files = FileBatches::new(files, weights, config.batch_size, config.drop_last)?;
+        Ok(Self { steps_per_epoch: files.steps_per_epoch(), files: Some(files), ..sampler })
     }
 
     /// The settings.
@@ -128,9 +170,15 @@ impl Sampler {
             }
             Sampling::Random => {
                 let epoch = step / self.steps_per_epoch;
+                let within = (step % self.steps_per_epoch) as usize;
+                if let Some(files) = &self.files {
+                    return self.batch_of_file(files, epoch, within);
+                }
                 // Below `rows`: the step within the epoch is below `steps_per_epoch`.
-                let first = (step % self.steps_per_epoch) as usize * batch_size;
-                let order = self.order(epoch);
+                let first = within * batch_size;
+                let order = self.order(OrderOf { purpose: Purpose::Order, epoch, file: 0 }, || {
+                    (0..rows).collect()
+                });
                 order[first..rows.min(first.saturating_add(batch_size))]
                     .iter()
                     .map(|&row| Draw { row, epoch })
@@ -152,40 +200,60 @@ impl Sampler {
             return Err(Error::new(ErrorKind::Data, "a row lacks positives or hard negatives")
                 .got(format!("{} and {}", row.pos.len(), row.neg.len())));
         }
-        let mut passages = Vec::with_capacity(self.config.group_size);
-        match self.config.sampling {
-            Sampling::Sequential => {
-                passages.push(row.pos[0].as_str());
-                passages.extend(row.neg.iter().cycle().take(negatives).map(String::as_str));
-            }
+        let (positive, chosen): (usize, Vec<usize>) = match self.config.sampling {
+            Sampling::Sequential => (0, (0..row.neg.len()).cycle().take(negatives).collect()),
             Sampling::Random => {
                 let mut rng = self.rng(Purpose::Group, draw.epoch, draw.row as u64);
                 let positive = below(&mut rng, row.pos.len() as u64) as usize;
-                passages.push(row.pos[positive].as_str());
                 let copies = negatives.div_ceil(row.neg.len().max(1));
                 let mut pool: Vec<usize> = (0..row.neg.len() * copies).collect();
                 shuffle_front(&mut rng, &mut pool, negatives);
-                let chosen = pool[..negatives].iter().map(|i| i % row.neg.len());
-                passages.extend(chosen.map(|i| row.neg[i].as_str()));
+                (positive, pool[..negatives].iter().map(|i| i % row.neg.len()).collect())
             }
-        }
-        Ok(Group { query: &row.query, passages, prompt: row.prompt.as_deref() })
+        };
+        let mut passages = Vec::with_capacity(self.config.group_size);
+        passages.push(row.pos[positive].as_str());
+        passages.extend(chosen.iter().map(|&i| row.neg[i].as_str()));
+        let teacher_scores = match (&row.pos_scores, &row.neg_scores) {
+            (Some(pos), Some(neg)) => {
+                Some(std::iter::once(pos[positive]).chain(chosen.iter().map(|&i| neg[i])).collect())
+            }
+            _ => None,
+        };
+        Ok(Group { query: &row.query, passages, prompt: row.prompt.as_deref(), teacher_scores })
     }
 
-    fn order(&self, epoch: u64) -> Arc<[usize]> {
-        // A poisoned cache is still valid: it is replaced by one assignment.
-        let mut cached = self.order.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*cached {
-            Some((of, order)) if *of == epoch => Arc::clone(order),
-            _ => {
-                let mut order: Vec<usize> = (0..self.config.rows).collect();
-                let all = order.len();
-                shuffle_front(&mut self.rng(Purpose::Order, epoch, 0), &mut order, all);
-                let order: Arc<[usize]> = order.into();
-                *cached = Some((epoch, Arc::clone(&order)));
-                order
-            }
+    /// The rows of the step `within` an epoch.
+    fn batch_of_file(&self, files: &FileBatches, epoch: u64, within: usize) -> Vec<Draw> {
+        let order_of_files = OrderOf { purpose: Purpose::Files, epoch, file: 0 };
+        let order = self.order(order_of_files, || files.files_of_epoch());
+        let batch = files.batches(epoch, &order[..=within]).pop();
+        let Some(FileBatch { file, first_row, rows, pass, number }) = batch else {
+            unreachable!("a step has a batch")
+        };
+        let order_of_rows = OrderOf { purpose: Purpose::RowsOfFile, epoch: pass, file };
+        let order = self.order(order_of_rows, || (first_row..first_row + rows).collect());
+        let first = number * self.config.batch_size;
+        order[first..rows.min(first.saturating_add(self.config.batch_size))]
+            .iter()
+            .map(|&row| Draw { row, epoch: pass })
+            .collect()
+    }
+
+    /// `items` in the order `of` something. The last order of each file is kept.
+    fn order(&self, of: OrderOf, items: impl FnOnce() -> Vec<usize>) -> Arc<[usize]> {
+        // A poisoned cache is still valid: it is changed after an order is complete.
+        let mut cached = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(order) = cached.get(&of) {
+            return Arc::clone(order);
         }
+        let mut order = items();
+        let all = order.len();
+        shuffle_front(&mut self.rng(of.purpose, of.epoch, of.file as u64), &mut order, all);
+        let order: Arc<[usize]> = order.into();
+        cached.retain(|other, _| (other.purpose, other.file) != (of.purpose, of.file));
+        cached.insert(of, Arc::clone(&order));
+        order
     }
 
     /// A separate generator for each draw, the same on every platform.
@@ -201,10 +269,12 @@ impl Sampler {
 }
 
 /// Part of the generator's key, so that an epoch's order and row 0's passages use different streams.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Purpose {
     Order = 0,
     Group = 1,
+    Files = 2,
+    RowsOfFile = 3,
 }
 
 /// Uniform in `0..n` without bias, the same for every width of `usize`.
@@ -278,6 +348,29 @@ mod tests {
     }
 
     #[test]
+    fn scores_are_those_of_the_drawn_passages() {
+        let score = |name: &str| {
+            name[1..].parse::<f32>().unwrap() + if name.starts_with('p') { 50.0 } else { 0.0 }
+        };
+        let scored = TrainingRow {
+            pos_scores: Some(vec![50.0, 51.0, 52.0]),
+            neg_scores: Some((0..5u8).map(f32::from).collect()),
+            ..row(3, 5)
+        };
+        for sampling in [Sampling::Random, Sampling::Sequential] {
+            let s =
+                Sampler::new(SamplerConfig { group_size: 8, ..config(sampling, 9, 3) }).unwrap();
+            for epoch in 0..20 {
+                let group = s.group(&Draw { row: 2, epoch }, &scored).unwrap();
+                let want: Vec<f32> = group.passages.iter().map(|name| score(name)).collect();
+                assert_eq!(group.teacher_scores, Some(want));
+            }
+            let half = TrainingRow { neg_scores: None, ..scored.clone() };
+            assert!(s.group(&Draw { row: 2, epoch: 0 }, &half).unwrap().teacher_scores.is_none());
+        }
+    }
+
+    #[test]
     fn impossible_settings_are_refused() {
         let good = config(Sampling::Random, 10, 3);
         for (bad, part) in [
@@ -315,7 +408,60 @@ mod tests {
         assert!(counts.iter().all(|c| (2800..3200).contains(c)), "{counts:?}");
     }
 
+    fn per_file(rows: &[usize], weights: &[f64], c: SamplerConfig) -> Sampler {
+        let file = |&rows: &usize| FileRows { path: std::path::Path::new("f"), rows };
+        let files: Vec<FileRows<'_>> = rows.iter().map(file).collect();
+        let c = SamplerConfig { rows: rows.iter().sum(), ..c };
+        Sampler::per_file(c, &files, weights).unwrap()
+    }
+
+    #[test]
+    fn batches_of_one_file_need_random_sampling() {
+        let files = [FileRows { path: std::path::Path::new("f"), rows: 9 }];
+        let sequential = config(Sampling::Sequential, 9, 3);
+        let error = Sampler::per_file(sequential, &files, &[]).unwrap_err().to_string();
+        assert!(error.contains("--batching per-file"), "{error}");
+    }
+
     proptest! {
+        #[test]
+        fn batches_of_one_file_are_complete_and_depend_only_on_seed_and_step(
+            rows in prop::collection::vec(1usize..30, 1..5), weighted: bool, batch_size in 1usize..9,
+            seed: u64, start in 0u64..40,
+        ) {
+            let c = SamplerConfig { seed, ..config(Sampling::Random, 0, batch_size) };
+            let weights: Vec<f64> = (1..=rows.len()).map(|i| i as f64).collect();
+            let weights = if weighted { &weights[..] } else { &[] };
+            let s = per_file(&rows, weights, c);
+            let file_of = |row: usize| {
+                let ends = rows.iter().scan(0, |end, rows| { *end += rows; Some(*end) });
+                ends.take_while(|&end| end <= row).count()
+            };
+            // How often each row was visited in each pass over its file.
+            let mut visits = std::collections::BTreeMap::new();
+            let epochs = 3;
+            for step in 0..epochs * s.steps_per_epoch() {
+                let batch = s.batch(step);
+                let file = file_of(batch[0].row);
+                prop_assert!(!batch.is_empty() && batch.len() <= batch_size);
+                prop_assert!(batch.iter().all(|draw| file_of(draw.row) == file));
+                prop_assert!(weighted || batch.iter().all(|d| d.epoch == step / s.steps_per_epoch()));
+                for draw in batch {
+                    *visits.entry((file, draw.epoch, draw.row)).or_insert(0) += 1;
+                }
+            }
+            prop_assert!(visits.values().all(|&count| count == 1));
+            for (file, &of_file) in rows.iter().enumerate() {
+                let passes = visits.keys().filter(|key| key.0 == file).map(|key| key.1);
+                let last = passes.max().unwrap();
+                for pass in 0..last + u64::from(!weighted) {
+                    let seen = visits.keys().filter(|key| (key.0, key.1) == (file, pass)).count();
+                    prop_assert_eq!(seen, of_file);
+                }
+            }
+            prop_assert_eq!(s.batch(start), per_file(&rows, weights, c).batch(start));
+        }
+
         #[test]
         fn an_epoch_visits_every_row_once(
             rows in 1usize..200, batch_size in 1usize..40, seed: u64, epoch in 0u64..5, drop_last: bool,

@@ -47,6 +47,22 @@ pub trait Collective<B: Backend>: Send + Sync {
 
     /// The sums over ranks of numbers on the host, in place and with the same bits on every rank.
     fn all_reduce_scalars(&self, values: &mut [f64]) -> Result<()>;
+    /// The lists of all ranks, in the order of ranks, on the host; they may differ in length.
+    ///
+    /// As it is provided, every word is sent as two numbers below 2³², which a sum with zeros keeps.
+    fn all_gather_words(&self, own: &[u64]) -> Result<Vec<Vec<u64>>> {
+        let mut lengths = vec![0.0; self.size()];
+        lengths[self.rank()] = own.len() as f64;
+        self.all_reduce_scalars(&mut lengths)?;
+        let mut halves = vec![0.0; 2 * lengths.iter().sum::<f64>() as usize];
+        let first = 2 * lengths[..self.rank()].iter().sum::<f64>() as usize;
+        for (to, word) in halves[first..].chunks_exact_mut(2).zip(own) {
+            to.copy_from_slice(&[(word >> 32) as f64, (word & 0xFFFF_FFFF) as f64]);
+        }
+        self.all_reduce_scalars(&mut halves)?;
+        let mut words = halves.chunks_exact(2).map(|pair| (pair[0] as u64) << 32 | pair[1] as u64);
+        Ok(lengths.iter().map(|&length| words.by_ref().take(length as usize).collect()).collect())
+    }
     /// Waits until every rank has called it with its `status`.
     ///
     /// # Errors

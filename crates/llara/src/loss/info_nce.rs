@@ -4,7 +4,7 @@
 //! `loss = mean_i (log Σ_j exp s_ij − s_{i,t(i)})`.
 
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, ScoreMask};
 
 /// The InfoNCE loss with a temperature.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,16 +24,24 @@ pub struct Scored<B: Backend> {
 }
 
 impl InfoNce {
-    /// q `[n, d]`, p `[m, d]`; `targets[i]` is the row of p that is positive for query i.
+    /// q `[n, d]`, p `[m, d]`; `targets[i]` is the row of p that is positive for query i. Passages that
+    /// `mask` leaves out have no part in the loss.
     pub fn forward<B: Backend>(
         &self,
         backend: &B,
         q: &B::Tensor,
         p: &B::Tensor,
         targets: &B::Index,
+        mask: Option<&ScoreMask<B>>,
     ) -> Result<Scored<B>> {
         let scores = backend.scores(q, p, 1.0 / self.temperature)?;
-        let (loss, dscores) = backend.cross_entropy(&scores, targets)?;
+        let (loss, dscores) = match mask {
+            None => backend.cross_entropy(&scores, targets)?,
+            Some(mask) => {
+                let masked = backend.mask_scores(&scores, targets, mask)?;
+                backend.cross_entropy(&masked, targets)?
+            }
+        };
         Ok(Scored { scores, loss, dscores })
     }
 

@@ -2,6 +2,14 @@
 
 mod info_nce;
 mod objective;
+mod options;
+mod terms;
+mod text_keys;
 
 pub use info_nce::{InfoNce, Scored};
-pub use objective::{Contrastive, Embeddings, LossAndGradient, Objective, RowsPerRank};
+pub use objective::{Contrastive, Embeddings, Labels, LossAndGradient, Objective, RowsPerRank};
+pub use options::{
+    Distillation, DistillationKind, FalseNegatives, MatryoshkaPrefix, ObjectiveContext,
+    ObjectiveOptions,
+};
+pub use text_keys::TextKeys;

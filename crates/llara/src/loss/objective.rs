@@ -1,11 +1,15 @@
 //! The training objective: the loss of the embeddings of a batch, and its gradient.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::info_nce::{InfoNce, Scored};
-use crate::Result;
-use crate::backend::{Backend, Dtype, Shape};
+use super::options::{Distillation, ObjectiveOptions};
+use super::terms::{Directions, Gradients, Reverse, Terms, Vectors};
+use super::text_keys::{ColumnLists, TextKeys};
+use crate::backend::{Backend, Dtype, MaskedColumns, ScatterPlan, ScatterRows, ScoreMask, Shape};
 use crate::dist::Collective;
+use crate::{Error, ErrorKind, Result};
 
 /// The embeddings of the part of a batch that one process has.
 pub struct Embeddings<B: Backend> {
@@ -60,6 +64,17 @@ impl RowsPerRank {
     }
 }
 
+/// What is known about the rows of one process's share of a batch, besides their embeddings.
+#[derive(Debug, Clone, Copy)]
+pub struct Labels<'l> {
+    /// The passage that is the positive of each query, the first of its group. `[B]`
+    pub positives: &'l [u32],
+    /// Keys of the texts, for [`FalseNegatives::mask_equal`](super::FalseNegatives).
+    pub text_keys: Option<&'l TextKeys>,
+    /// A teacher's score of each passage, for [`Distillation`](super::Distillation). `[B·G]`
+    pub teacher_scores: Option<&'l [f32]>,
+}
+
 /// The result of an objective. Gradients have the shapes of the embeddings.
 pub struct LossAndGradient<B: Backend> {
     /// Mean loss of this process's queries, on the device; 0 if it has none. `[1, 1]`
@@ -74,24 +89,29 @@ pub struct LossAndGradient<B: Backend> {
 /// collective communication, and the factor that converts the gradient of a process to its part of the global
 /// gradient. The model only encodes, and runs its backward pass from the gradient.
 pub trait Objective<B: Backend>: Send + Sync {
-    /// The loss and its gradient. `positives[i]` is the row of `embeddings.passages` that is the
-    /// positive of query `i`; `rows` says how many rows each process has.
+    /// The loss and its gradient. `rows` says how many rows each process has.
     ///
     /// # Errors
-    /// When an operation of the device or of the process group fails.
+    /// When `labels` lack what the objective needs, or an operation of the device or of the process group
+    /// fails.
     fn loss_and_gradient(
         &self,
         backend: &B,
         embeddings: Embeddings<B>,
-        positives: &[u32],
+        labels: &Labels<'_>,
         rows: &RowsPerRank,
     ) -> Result<LossAndGradient<B>>;
 }
 
-/// InfoNCE against the passages of this process, or of all processes.
+/// InfoNCE against the passages of this process, or of all processes, with the terms of
+/// [`ObjectiveOptions`].
 pub struct Contrastive<B: Backend> {
     /// The loss with its temperature.
     pub info_nce: InfoNce,
+    /// Masks, and further terms.
+    pub options: ObjectiveOptions,
+    /// Whether embeddings have length 1.
+    pub normalized: bool,
     /// Whether queries are scored against the passages of every process.
     pub negatives_cross_device: bool,
     /// The processes that train together.
@@ -99,8 +119,8 @@ pub struct Contrastive<B: Backend> {
 }
 
 impl<B: Backend> Contrastive<B> {
-    /// Scores and loss of this process's queries, without gradients. Every process must have
-    /// the same number of rows.
+    /// Scores and InfoNCE loss of this process's queries, without masks, further terms and gradients. Every
+    /// process must have the same number of rows.
     ///
     /// # Errors
     /// As for [`Objective::loss_and_gradient`].
@@ -114,34 +134,128 @@ impl<B: Backend> Contrastive<B> {
             queries: vec![embeddings.queries.rows(); self.collective.size()],
             group_size: embeddings.passages.rows() / embeddings.queries.rows().max(1),
         };
-        let (queries, passages, targets) = self.gather(backend, embeddings, positives, &rows)?;
-        self.info_nce.forward(backend, &queries, &passages, &targets)
+        let targets = upload(backend, &self.targets(positives, &rows))?;
+        let Exchanged { queries, passages, .. } = self.exchange(backend, embeddings, &rows)?;
+        self.info_nce.forward(backend, &queries, &passages, &targets, None)
     }
 
-    /// The passages with which queries are compared, and the columns of the positives among them.
-    fn gather(
+    /// The embeddings that are compared in this process.
+    fn exchange(
         &self,
         backend: &B,
         embeddings: Embeddings<B>,
-        positives: &[u32],
         rows: &RowsPerRank,
-    ) -> Result<(B::Tensor, B::Tensor, B::Index)> {
+    ) -> Result<Exchanged<B>> {
         let Embeddings { queries, passages } = embeddings;
         if !self.negatives_cross_device {
-            return Ok((queries, passages, upload(backend, positives)?));
+            return Ok(Exchanged { queries, passages, all_queries: None });
         }
-        let first = (rows.before(self.collective.rank()) * rows.group_size) as u32;
-        let targets: Vec<u32> = positives.iter().map(|positive| first + positive).collect();
-        let targets = upload(backend, &targets)?;
         let passages = self.collective.all_gather_rows(passages, &rows.passages())?;
-        Ok((queries, passages, targets))
+        let all_queries = match self.options.symmetric {
+            true => {
+                let mut copy = backend.zeros(queries.rows(), queries.cols(), Dtype::F32)?;
+                backend.copy(queries.view(), copy.view_mut())?;
+                Some(self.collective.all_gather_rows(copy, &rows.queries)?)
+            }
+            false => None,
+        };
+        Ok(Exchanged { queries, passages, all_queries })
     }
 
-    /// The gradient of this process's passages, from that of all passages that were scored.
-    fn own_passages(&self, dpassages: B::Tensor, rows: &RowsPerRank) -> Result<B::Tensor> {
+    /// The positives among the passages that queries are scored against.
+    fn targets(&self, positives: &[u32], rows: &RowsPerRank) -> Vec<u32> {
+        let first = match self.negatives_cross_device {
+            true => (rows.before(self.collective.rank()) * rows.group_size) as u32,
+            false => 0,
+        };
+        positives.iter().map(|positive| first + positive).collect()
+    }
+
+    /// The keys of the texts of all rows that are compared, and which of these rows are this process's.
+    fn exchange_keys(
+        &self,
+        labels: &Labels<'_>,
+        rows: &RowsPerRank,
+    ) -> Result<Option<(TextKeys, Range<usize>)>> {
+        if !self.options.false_negatives.mask_equal {
+            return Ok(None);
+        }
+        let own = labels.text_keys.ok_or_else(|| lacks("keys of the texts"))?;
+        let count = labels.positives.len();
+        if !self.negatives_cross_device {
+            return Ok(Some((own.clone(), 0..count)));
+        }
+        let lists = self.collective.all_gather_words(&own.to_words())?;
+        let first = rows.before(self.collective.rank());
+        Ok(Some((TextKeys::from_words(&lists, rows.group_size)?, first..first + count)))
+    }
+
+    /// Which scores are compared, on the device. `keys` are those of all rows that are compared.
+    fn directions(
+        &self,
+        backend: &B,
+        labels: &Labels<'_>,
+        rows: &RowsPerRank,
+        keys: Option<(TextKeys, Range<usize>)>,
+    ) -> Result<Directions<B>> {
+        let targets = self.targets(labels.positives, rows);
+        let group_size = (!self.options.in_batch_negatives).then_some(rows.group_size);
+        let listed = keys.as_ref().map(|(keys, rows)| keys.false_negatives(rows.clone()));
+        let reverse = match self.options.symmetric {
+            false => None,
+            true => {
+                let listed =
+                    keys.as_ref().map(|(keys, rows)| keys.false_negative_queries(rows.clone()));
+                let first = match self.negatives_cross_device {
+                    true => rows.before(self.collective.rank()) as u32,
+                    false => 0,
+                };
+                let queries: Vec<u32> = (first..).take(targets.len()).collect();
+                Some(Reverse {
+                    targets: upload(backend, &queries)?,
+                    mask: self.mask(backend, None, listed)?,
+                    scatter: ScatterPlan::upload(&ScatterRows::new(&targets), backend)?,
+                })
+            }
+        };
+        let teacher = match self.options.distillation {
+            None => None,
+            Some(Distillation { temperature, .. }) => {
+                let scores = labels.teacher_scores.ok_or_else(|| lacks("scores of a teacher"))?;
+                let scores: Vec<f32> = scores.iter().map(|score| score / temperature).collect();
+                Some(backend.upload(&scores, targets.len(), rows.group_size)?)
+            }
+        };
+        let mask = self.mask(backend, group_size, listed)?;
+        Ok(Directions { targets: upload(backend, &targets)?, mask, reverse, teacher })
+    }
+
+    /// The mask of scores, if anything is left out.
+    fn mask(
+        &self,
+        backend: &B,
+        group_size: Option<usize>,
+        listed: Option<ColumnLists>,
+    ) -> Result<Option<ScoreMask<B>>> {
+        // Similarities were divided by the temperature.
+        let margin = self.options.false_negatives.margin.map(|m| m / self.info_nce.temperature);
+        let columns = match listed.filter(|listed| !listed.columns.is_empty()) {
+            None => None,
+            Some(listed) => {
+                let [starts, columns] =
+                    backend.upload_indices([&listed.starts, &listed.columns])?;
+                Some(MaskedColumns { starts, columns })
+            }
+        };
+        let is_empty = group_size.is_none() && margin.is_none() && columns.is_none();
+        Ok((!is_empty).then_some(ScoreMask { group_size, columns, margin }))
+    }
+
+    /// The gradient by this process's rows, from that by the gathered ones.
+    fn own_rows(&self, gradient: B::Tensor, counts: &[usize]) -> Result<B::Tensor> {
         match self.negatives_cross_device {
-            true => self.collective.reduce_scatter_rows(dpassages, &rows.passages()),
-            false => Ok(dpassages),
+            true => self.collective.reduce_scatter_rows(gradient, counts),
+            false => Ok(gradient),
         }
     }
 
@@ -157,32 +271,60 @@ impl<B: Backend> Objective<B> for Contrastive<B> {
         &self,
         backend: &B,
         embeddings: Embeddings<B>,
-        positives: &[u32],
+        labels: &Labels<'_>,
         rows: &RowsPerRank,
     ) -> Result<LossAndGradient<B>> {
-        let (queries, passages, targets) = self.gather(backend, embeddings, positives, rows)?;
-        if queries.rows() == 0 {
-            // A process without queries still takes part in the sum of the passage gradients.
-            let dqueries = backend.zeros(0, queries.cols(), Dtype::F32)?;
-            let dpassages = self
-                .own_passages(backend.zeros(passages.rows(), passages.cols(), Dtype::F32)?, rows)?;
-            return Ok(LossAndGradient {
+        let keys = self.exchange_keys(labels, rows)?;
+        let Exchanged { queries, passages, all_queries } =
+            self.exchange(backend, embeddings, rows)?;
+        let Gradients { loss, mut dqueries, dpassages, dall_queries } = if queries.rows() == 0 {
+            // The rows of other processes still get their gradients summed.
+            let zeros = |x: &B::Tensor| backend.zeros(x.rows(), x.cols(), Dtype::F32);
+            Gradients {
                 loss: backend.zeros(1, 1, Dtype::F32)?,
-                dqueries,
-                dpassages,
-            });
+                dqueries: zeros(&queries)?,
+                dpassages: zeros(&passages)?,
+                dall_queries: all_queries.as_ref().map(zeros).transpose()?,
+            }
+        } else {
+            let directions = self.directions(backend, labels, rows, keys)?;
+            let vectors = Vectors {
+                queries: &queries,
+                passages: &passages,
+                all_queries: all_queries.as_ref(),
+            };
+            let Contrastive { info_nce, ref options, normalized, .. } = *self;
+            let terms = Terms { info_nce, options, normalized };
+            terms.evaluate(backend, &vectors, &directions, self.gradient_factor(rows))?
+        };
+        let dpassages = self.own_rows(dpassages, &rows.passages())?;
+        if let Some(dall_queries) = dall_queries {
+            let from_positives = self.own_rows(dall_queries, &rows.queries)?;
+            backend.add_scaled(from_positives.view(), 1.0, dqueries.view_mut())?;
         }
-        let Scored { loss, dscores, .. } =
-            self.info_nce.forward(backend, &queries, &passages, &targets)?;
-        let factor = self.gradient_factor(rows);
-        let (dqueries, dpassages) =
-            self.info_nce.backward(backend, &queries, &passages, &dscores, factor)?;
-        let dpassages = self.own_passages(dpassages, rows)?;
         Ok(LossAndGradient { loss, dqueries, dpassages })
     }
+}
+
+/// The embeddings that are compared in one process.
+struct Exchanged<B: Backend> {
+    /// This process's. `[B, d]`
+    queries: B::Tensor,
+    /// Those of all processes with cross-device negatives. `[M, d]`
+    passages: B::Tensor,
+    /// Those of all processes, if other processes' queries are compared with this one's positives. `[N, d]`
+    all_queries: Option<B::Tensor>,
+}
+
+fn lacks(what: &str) -> Error {
+    Error::new(ErrorKind::Argument, format!("the input of a step has no {what}"))
+        .hint("make the input with the settings of the objective, as the trainer does")
 }
 
 fn upload<B: Backend>(backend: &B, rows: &[u32]) -> Result<B::Index> {
     let [rows] = backend.upload_indices([rows])?;
     Ok(rows)
 }
+
+#[cfg(test)]
+mod tests;

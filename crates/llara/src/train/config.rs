@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
 use super::step::Chunking;
-use crate::data::{Sampler, SamplerConfig, Sampling};
+use crate::data::{Dataset, Sampler, SamplerConfig, Sampling};
+use crate::loss::ObjectiveOptions;
 use crate::model::weights::SaveDtype;
 use crate::{Error, ErrorKind, Result};
 
@@ -47,6 +48,19 @@ pub struct Saving {
     pub dtype: SaveDtype,
 }
 
+/// From which files the rows of a batch come.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Batching {
+    /// From all files together.
+    #[default]
+    Mixed,
+    /// From one file each.
+    PerFile {
+        /// The share of batches of each file; empty: proportional to its rows.
+        weights: Vec<f64>,
+    },
+}
+
 /// Settings of a training run. The defaults are those of the reference and its trainer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainConfig {
@@ -62,8 +76,12 @@ pub struct TrainConfig {
     pub query_max_len: usize,
     /// Tokens that a passage with its template is cut to.
     pub passage_max_len: usize,
+    /// The terms of the loss.
+    pub objective: ObjectiveOptions,
     /// How rows and passages are drawn.
     pub sampling: Sampling,
+    /// From which files the rows of a batch come.
+    pub batching: Batching,
     /// Whether the last, shorter batch of an epoch is left out.
     pub drop_last: bool,
     /// Seed of all random draws.
@@ -89,19 +107,25 @@ pub struct TrainConfig {
 }
 
 impl TrainConfig {
-    /// What draws the batches of all `processes` from data of so many rows.
+    /// What draws the batches of all `processes` from a dataset.
     ///
     /// # Errors
     /// When a setting is out of its range.
-    pub fn sampler(&self, rows: usize, processes: usize) -> Result<Sampler> {
-        Sampler::new(SamplerConfig {
+    pub fn sampler(&self, dataset: &Dataset, processes: usize) -> Result<Sampler> {
+        let config = SamplerConfig {
             seed: self.seed,
             sampling: self.sampling,
-            rows,
+            rows: dataset.len(),
             batch_size: self.batch_size * processes,
             group_size: self.group_size,
             drop_last: self.drop_last,
-        })
+        };
+        match &self.batching {
+            Batching::Mixed => Sampler::new(config),
+            Batching::PerFile { weights } => {
+                Sampler::per_file(config, &dataset.rows_of_files(), weights)
+            }
+        }
     }
 
     /// A query behind its row's own `prompt`, or the instruction for all.
@@ -123,7 +147,9 @@ impl TrainConfig {
             group_size: 8,
             query_max_len: 32,
             passage_max_len: 128,
+            objective: ObjectiveOptions::default(),
             sampling: Sampling::Random,
+            batching: Batching::default(),
             drop_last: false,
             seed: 42,
             learning_rate: 5e-5,

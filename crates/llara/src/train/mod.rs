@@ -23,7 +23,7 @@ mod trainer;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use checkpoint::write_checkpoint_manifest;
 pub use checkpoint::{Checkpoint, Latest, RunProgress, remove_unfinished, state_bytes};
-pub use config::{RunLength, Saving, TrainConfig};
+pub use config::{Batching, RunLength, Saving, TrainConfig};
 pub use evaluation::{
     BestMetric, EarlyStopping, EvalHistory, EvalMetric, EvalRecord, EvalSet, Evaluated, Evaluation,
     FoundPassage, MissedPassage, QueryReport, SetReport,

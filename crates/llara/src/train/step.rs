@@ -97,12 +97,8 @@ pub fn accumulate_gradients_with<B: Backend>(
         queries: backend.gather_rows(&encoded, &places.queries)?,
         passages: backend.gather_rows(&encoded, &places.passages)?,
     };
-    let LossAndGradient { loss, dqueries, dpassages } = objective.loss_and_gradient(
-        &backend,
-        embeddings,
-        &input.positives,
-        &input.rows_per_rank,
-    )?;
+    let LossAndGradient { loss, dqueries, dpassages } =
+        objective.loss_and_gradient(&backend, embeddings, &input.labels(), &input.rows_per_rank)?;
     let mut gradient = backend.zeros(encoded.rows(), encoded.cols(), Dtype::F32)?;
     backend.scatter_add_rows(&dqueries, &places.query_scatter, &mut gradient)?;
     backend.scatter_add_rows(&dpassages, &places.passage_scatter, &mut gradient)?;
@@ -166,7 +162,7 @@ fn no_sequences<B: Backend>(
     let none = || backend.zeros(0, model.dimension(), Dtype::F32);
     let embeddings = Embeddings { queries: none()?, passages: none()? };
     let LossAndGradient { loss, .. } =
-        objective.loss_and_gradient(&backend, embeddings, &[], &input.rows_per_rank)?;
+        objective.loss_and_gradient(&backend, embeddings, &input.labels(), &input.rows_per_rank)?;
     let decoder = model.decoder_mut();
     decoder
         .trainable_parameters_mut()

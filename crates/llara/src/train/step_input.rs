@@ -1,8 +1,9 @@
 //! The input of one step on the host, prepared in advance on another thread.
 
 use crate::data::{Batch, Draw, positives};
-use crate::loss::RowsPerRank;
+use crate::loss::{Labels, RowsPerRank, TextKeys};
 use crate::model::Dropout;
+use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
 
 /// The part of the batch of one step that one process computes.
@@ -27,6 +28,10 @@ pub struct StepInput {
     pub tokens: usize,
     /// The dropout state of the adapters; `None`: no dropout.
     pub dropout: Option<Dropout>,
+    /// Keys of the texts, if the objective compares texts.
+    pub text_keys: Option<TextKeys>,
+    /// A teacher's score of each passage, if the objective has one. `[B·G]`
+    pub teacher_scores: Option<Vec<f32>>,
 }
 
 impl StepInput {
@@ -99,7 +104,38 @@ impl StepInput {
             rows_per_rank,
             tokens,
             dropout,
+            text_keys: None,
+            teacher_scores: None,
         })
+    }
+
+    /// Adds the keys of the texts. `positives` are the token ids of all positives of each row.
+    ///
+    /// # Panics
+    /// If there are not as many lists of positives as queries.
+    #[must_use]
+    pub fn with_text_keys(mut self, positives: &[Vec<Vec<u32>>]) -> Self {
+        assert_eq!(positives.len(), self.queries.len(), "lists of positives");
+        let keys: Vec<u64> = self.batch.sequences().map(text_key).collect();
+        let of = |places: &[u32]| places.iter().map(|&place| keys[place as usize]).collect();
+        self.text_keys = Some(TextKeys {
+            queries: of(&self.queries),
+            passages: of(&self.passages),
+            positives: positives
+                .iter()
+                .map(|row| row.iter().map(|ids| text_key(ids)).collect())
+                .collect(),
+        });
+        self
+    }
+
+    /// What the objective is told about the rows.
+    pub fn labels(&self) -> Labels<'_> {
+        Labels {
+            positives: &self.positives,
+            text_keys: self.text_keys.as_ref(),
+            teacher_scores: self.teacher_scores.as_deref(),
+        }
     }
 
     /// [`StepInput::new`] from two packed batches.
@@ -114,6 +150,14 @@ impl StepInput {
     ) -> Result<Self> {
         Self::new(query.sequences(), passage.sequences(), deduplicate, dropout)
     }
+}
+
+/// The key of a text, the same in every process.
+fn text_key(ids: &[u32]) -> u64 {
+    let mut key = Fingerprint::new();
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    key.add(&bytes);
+    key.short()
 }
 
 #[cfg(test)]

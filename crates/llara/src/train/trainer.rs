@@ -16,7 +16,7 @@ use crate::backend::Backend;
 use crate::biencoder::{BiEncoderModel, RunFacts};
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::dist::{Collective, Solo};
-use crate::loss::Objective;
+use crate::loss::{Contrastive, Objective, ObjectiveContext};
 use crate::model::LoraConfig;
 use crate::{Error, ErrorKind, Result};
 
@@ -106,7 +106,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         collective: Arc<dyn Collective<B>>,
         checkpoint: Option<&Checkpoint>,
     ) -> Result<(Self, Vec<String>)> {
-        let sampler = config.sampler(dataset.len(), collective.size())?;
+        let sampler = config.sampler(dataset, collective.size())?;
         let total_steps = config.length.steps(sampler.steps_per_epoch())?;
         let schedule =
             Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;
@@ -121,6 +121,11 @@ impl<'r, B: Backend> Trainer<'r, B> {
         model.set_max_lens(config.query_max_len, config.passage_max_len)?;
         model.set_instructions(&config.query_instruction, &config.passage_instruction);
         dataset.check_group(config.group_size)?;
+        config.objective.check(&ObjectiveContext {
+            dimension: model.dimension(),
+            group_size: config.group_size,
+            negatives_cross_device: model.options().negatives_cross_device,
+        })?;
         let rank = (collective.rank(), collective.size());
         let identity = Identity::of(model, dataset, config, (total_steps, collective.size()))?;
         model.set_run_facts(identity.facts());
@@ -145,7 +150,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         }
         model.train();
         let prompts = model.shared_prompts();
-        let objective = Box::new(model.objective(Arc::clone(&collective))?);
+        let info_nce = model.objective(Arc::clone(&collective))?;
+        let objective = Box::new(Contrastive { options: config.objective.clone(), ..info_nce });
         let batches = Arc::new(BatchSource {
             dataset,
             config,

@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use super::case::Case;
+use super::masks_and_distillation::{distillation, mask_scores};
 use super::reference::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{AdamWStep, Backend, Dtype, Epilogue, PreparedWeight, Shape, WeightUse};
 
-/// `cross_entropy`, `add_sum_of_squares`, `clip_factor` and `adamw`.
+/// `cross_entropy`, `mask_scores`, `distillation`, `add_sum_of_squares`, `clip_factor` and `adamw`.
 ///
 /// # Errors
 /// Errors of the backend are returned unchanged.
@@ -39,6 +40,8 @@ pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         part_of_a_parameter(&mut suite, ends.0..ends.1)?;
     }
     failed_step(&mut suite)?;
+    mask_scores(&mut suite)?;
+    distillation(&mut suite)?;
     Ok(suite.finish())
 }
 

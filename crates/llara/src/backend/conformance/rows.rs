@@ -29,6 +29,9 @@ pub fn rows<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     {
         segment_means(&mut suite, lengths, cols)?;
     }
+    for shape in [(1, 1), (1, 130), (65, 1), (17, 33), (300, 130)] {
+        sums(&mut suite, shape)?;
+    }
     Ok(suite.finish())
 }
 
@@ -93,6 +96,24 @@ fn copies<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) ->
     let mut wide = suite.padded(&Matrix::zeros(rows, cols))?;
     backend.copy(narrow.view(), inner_mut(&mut wide))?;
     suite.check_inner(&format!("{what}, to f32"), &wide, &rounded, Bound::EXACT)
+}
+
+/// From and to blocks of larger matrices.
+fn sums<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
+    let (x, y) = (suite.random(rows, cols), suite.random(rows, cols));
+    let from = suite.padded(&x)?;
+    for scale in [1.0, -0.5, 0.3f32] {
+        let mut to = suite.padded(&y)?;
+        suite.backend.add_scaled(inner(&from), scale, inner_mut(&mut to))?;
+        let want = y.clone().plus(&x.clone().map(|x| f64::from(scale) * x));
+        let what = format!("[{rows}, {cols}], scale {scale}");
+        let bound = Bound::roundings(2.0).at_least(2.0);
+        suite.case("add_scaled").check_inner(&what, &to, &want, bound)?;
+    }
+    let mut whole = suite.tensor(&y)?;
+    suite.backend.add_scaled(suite.tensor(&x)?.view(), 1.0, whole.view_mut())?;
+    let what = format!("[{rows}, {cols}], whole");
+    suite.check(&what, &whole, &y.plus(&x), Bound::roundings(1.0).at_least(2.0))
 }
 
 fn gather_and_scatter<B: Backend>(

@@ -75,6 +75,13 @@ fn shapes<B: Backend>(backend: &B) -> Vec<(usize, usize, Dtype)> {
     let (loss, dscores) = backend.cross_entropy(&scores, &index(&[0; 6])).unwrap();
     record(&loss);
     record(&dscores);
+    let mask = ScoreMask { group_size: Some(2), columns: None, margin: Some(0.5) };
+    record(&backend.mask_scores(&scores, &index(&[0; 6]), &mask).unwrap());
+    let teacher = backend.zeros(6, 2, Dtype::F32).unwrap();
+    let mut grad = backend.zeros(6, 6, Dtype::F32).unwrap();
+    let kl = DistillationLoss::KlDivergence;
+    record(&backend.distillation(&scores, &index(&[0; 6]), &teacher, kl, 1.0, &mut grad).unwrap());
+    backend.add_scaled(scores.view(), 0.5, grad.view_mut()).unwrap();
     let (dq, dp) = backend.scores_backward(&dscores, &x, &unit, 2.0).unwrap();
     [dq, dp].iter().for_each(&mut record);
     record(&backend.clip_factor(&loss, None).unwrap());

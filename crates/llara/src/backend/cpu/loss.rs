@@ -1,4 +1,4 @@
-//! Mean cross entropy over rows of scores, with its gradient in the same pass.
+//! Losses over rows of scores, each with its gradient in the same pass, and masks of scores.
 
 use rayon::prelude::*;
 
@@ -6,7 +6,7 @@ use super::buffer::CpuTensor;
 use super::device::Cpu;
 use super::vector::{exp_scaled_sum, max, vectorised};
 use crate::Result;
-use crate::backend::Shape;
+use crate::backend::{DistillationLoss, ScoreMask, Shape};
 
 /// `dscores = (softmax(scores) − onehot(target)) / n`.
 pub(super) fn cross_entropy(
@@ -43,4 +43,122 @@ vectorised! {
         let above = f64::from(largest) - f64::from(scores[target]);
         above + f64::from(sum).ln()
     }
+}
+
+pub(super) fn mask_scores(
+    cpu: &Cpu,
+    scores: &CpuTensor,
+    targets: &[u32],
+    mask: &ScoreMask<Cpu>,
+) -> Result<CpuTensor> {
+    let (rows, cols) = scores.shape();
+    assert_eq!(rows, targets.len(), "mask_scores: targets");
+    let mut masked = cpu.unspecified(rows, cols)?;
+    let all = masked.as_mut_slice().par_chunks_mut(cols).zip(scores.as_slice().par_chunks(cols));
+    all.zip(targets).enumerate().for_each(|(row, ((masked, scores), &target))| {
+        let target = target as usize;
+        let highest = scores[target] + mask.margin.unwrap_or(f32::INFINITY);
+        let group = mask.group_size.map_or(0..cols, |size| {
+            let first = target - target % size;
+            first..first + size
+        });
+        masked.fill(f32::NEG_INFINITY);
+        mask_above(&mut masked[group.clone()], &scores[group], highest);
+        if let Some(listed) = &mask.columns {
+            let of_row = listed.starts[row] as usize..listed.starts[row + 1] as usize;
+            for &column in &listed.columns[of_row] {
+                masked[column as usize] = f32::NEG_INFINITY;
+            }
+        }
+        masked[target] = scores[target];
+    });
+    Ok(masked)
+}
+
+vectorised! {
+    fn mask_above(masked: &mut [f32], scores: &[f32], highest: f32) {
+        for (masked, &score) in masked.iter_mut().zip(scores) {
+            // A NaN is kept, so that the loss shows it.
+            *masked = if score > highest { f32::NEG_INFINITY } else { score };
+        }
+    }
+}
+
+pub(super) fn distillation(
+    cpu: &Cpu,
+    (scores, firsts): (&CpuTensor, &[u32]),
+    teacher: &CpuTensor,
+    loss: DistillationLoss,
+    (weight, dscores): (f32, &mut CpuTensor),
+) -> Result<CpuTensor> {
+    let (rows, cols) = scores.shape();
+    let group_size = teacher.cols();
+    assert_eq!((rows, rows), (firsts.len(), teacher.rows()), "distillation: rows");
+    assert_eq!(dscores.shape(), scores.shape(), "distillation: gradient");
+    let share = weight / rows as f32;
+    let mut row_losses = vec![0.0f64; rows];
+    dscores
+        .as_mut_slice()
+        .par_chunks_mut(cols)
+        .zip(scores.as_slice().par_chunks(cols))
+        .zip(teacher.as_slice().par_chunks(group_size))
+        .zip(firsts)
+        .zip(&mut row_losses)
+        .for_each(|((((grad, scores), teacher), &first), row_loss)| {
+            let group = first as usize..first as usize + group_size;
+            let (grad, scores) = (&mut grad[group.clone()], &scores[group]);
+            *row_loss = match loss {
+                DistillationLoss::KlDivergence => kl_divergence(grad, scores, teacher, share),
+                DistillationLoss::MarginMse { scale } => {
+                    margin_mse(grad, scores, teacher, (scale, share))
+                }
+            };
+        });
+    let mut loss = cpu.unspecified(1, 1)?;
+    loss.as_mut_slice()[0] = (row_losses.iter().sum::<f64>() / rows as f64) as f32;
+    Ok(loss)
+}
+
+/// `grad += share · (softmax(scores) − softmax(teacher))`. In f64: groups are small, and the divergence of
+/// similar distributions is a small difference.
+fn kl_divergence(grad: &mut [f32], scores: &[f32], teacher: &[f32], share: f32) -> f64 {
+    let (student, teacher) = (log_softmax(scores), log_softmax(teacher));
+    let mut loss = 0.0;
+    for (grad, (log_q, log_p)) in grad.iter_mut().zip(student.zip(teacher)) {
+        let p = log_p.exp();
+        *grad += (f64::from(share) * (log_q.exp() - p)) as f32;
+        loss += p * (log_p - log_q);
+    }
+    loss
+}
+
+fn log_softmax(x: &[f32]) -> impl Iterator<Item = f64> {
+    let largest = f64::from(max(x));
+    let sum: f64 = x.iter().map(|&x| (f64::from(x) - largest).exp()).sum();
+    let log_of_sum = largest + sum.ln();
+    x.iter().map(move |&x| f64::from(x) - log_of_sum)
+}
+
+/// With `e_g = scale · (s_0 − s_g) − (t_0 − t_g)`: `grad_g −= 2 · scale · share · e_g / (G − 1)`, and their
+/// sum to `grad_0`.
+fn margin_mse(
+    grad: &mut [f32],
+    scores: &[f32],
+    teacher: &[f32],
+    (scale, share): (f32, f32),
+) -> f64 {
+    let Some((of_positive, of_negatives)) = grad.split_first_mut() else { return 0.0 };
+    let (scale, wide) = (f64::from(scale), |x: f32| f64::from(x));
+    let negatives = of_negatives.len().max(1) as f64;
+    let factor = 2.0 * scale * wide(share) / negatives;
+    let (mut loss, mut sum) = (0.0, 0.0);
+    for (grad, (s, t)) in of_negatives.iter_mut().zip(scores.iter().zip(teacher).skip(1)) {
+        let margins = (wide(scores[0]) - wide(*s), wide(teacher[0]) - wide(*t));
+        let error = scale * margins.0 - margins.1;
+        loss += error * error / negatives;
+        sum += factor * error;
+        *grad -= (factor * error) as f32;
+    }
+    *of_positive += sum as f32;
+    loss
 }

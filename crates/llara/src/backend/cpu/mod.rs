@@ -32,8 +32,8 @@ use unit::Unit;
 
 use super::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, Backend,
-    DeviceMemory, DropoutKey, Dtype, Elements, Epilogue, RopeDirection, RopeTable, ScatterPlan,
-    TokenIds, View, ViewMut, WeightUse,
+    DeviceMemory, DistillationLoss, DropoutKey, Dtype, Elements, Epilogue, RopeDirection,
+    RopeTable, ScatterPlan, ScoreMask, TokenIds, View, ViewMut, WeightUse,
 };
 use crate::Result;
 
@@ -170,6 +170,16 @@ impl Backend for Cpu {
 
     fn copy(&self, x: View<'_, CpuTensor>, to: ViewMut<'_, CpuTensor>) -> Result<()> {
         rows::copy(x, to);
+        Ok(())
+    }
+
+    fn add_scaled(
+        &self,
+        x: View<'_, CpuTensor>,
+        scale: f32,
+        y: ViewMut<'_, CpuTensor>,
+    ) -> Result<()> {
+        rows::add_scaled(x, scale, y);
         Ok(())
     }
 
@@ -367,6 +377,27 @@ impl Backend for Cpu {
         targets: &Vec<u32>,
     ) -> Result<(CpuTensor, CpuTensor)> {
         loss::cross_entropy(self, scores, targets)
+    }
+
+    fn mask_scores(
+        &self,
+        scores: &CpuTensor,
+        targets: &Vec<u32>,
+        mask: &ScoreMask<Self>,
+    ) -> Result<CpuTensor> {
+        loss::mask_scores(self, scores, targets, mask)
+    }
+
+    fn distillation(
+        &self,
+        scores: &CpuTensor,
+        firsts: &Vec<u32>,
+        teacher: &CpuTensor,
+        loss: DistillationLoss,
+        weight: f32,
+        dscores: &mut CpuTensor,
+    ) -> Result<CpuTensor> {
+        loss::distillation(self, (scores, firsts), teacher, loss, (weight, dscores))
     }
 
     fn add_sum_of_squares(

@@ -77,6 +77,28 @@ pub(super) fn copy(x: View<'_, CpuTensor>, to: ViewMut<'_, CpuTensor>) {
     }));
 }
 
+pub(super) fn add_scaled(x: View<'_, CpuTensor>, scale: f32, y: ViewMut<'_, CpuTensor>) {
+    assert_eq!(y.shape(), x.shape(), "add_scaled: shape");
+    if x.rows == 0 || x.cols == 0 {
+        return;
+    }
+    let (x_stride, x_columns) = (x.tensor.cols(), x.col..x.col + x.cols);
+    let (y_stride, y_columns) = (y.tensor.cols(), y.col..y.col + y.cols);
+    let task = rows_per_task(x.cols);
+    let tasks = y.rows_of::<f32>().par_chunks_mut(task * y_stride);
+    tasks.zip(x.rows_of::<f32>().par_chunks(task * x_stride)).for_each(|(y, x)| {
+        for (y, x) in y.chunks_exact_mut(y_stride).zip(x.chunks_exact(x_stride)) {
+            add_row(&mut y[y_columns.clone()], &x[x_columns.clone()], scale);
+        }
+    });
+}
+
+vectorised! {
+    fn add_row(y: &mut [f32], x: &[f32], scale: f32) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += scale * x);
+    }
+}
+
 /// Copies row-major elements from the host.
 pub(super) fn write<T: Element>(data: &[T], to: ViewMut<'_, CpuTensor>) {
     let (cols, stride, columns) = (to.cols, to.tensor.cols(), to.col..to.col + to.cols);

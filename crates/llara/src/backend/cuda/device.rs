@@ -192,6 +192,7 @@ mod tests {
     #[test]
     fn kernel_arguments_match_their_rust_declarations() {
         agrees::<rows::CopyArgs>();
+        agrees::<rows::AddScaledArgs>();
         agrees::<rows::GatherArgs>();
         agrees::<rows::ScatterArgs>();
         agrees::<rows::SegmentArgs>();
@@ -206,6 +207,8 @@ mod tests {
         agrees::<pointwise::SwigluArgs>();
         agrees::<pointwise::DropoutArgs>();
         agrees::<objective::CrossEntropyArgs>();
+        agrees::<objective::MaskScoresArgs>();
+        agrees::<objective::DistillationArgs>();
         agrees::<objective::SquaresArgs>();
         agrees::<objective::TotalArgs>();
         agrees::<objective::ClipArgs>();

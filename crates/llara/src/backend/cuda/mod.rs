@@ -36,8 +36,8 @@ use tensor::Block;
 
 use super::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, Backend,
-    DeviceMemory, DropoutKey, Dtype, Elements, Epilogue, RopeDirection, RopeTable, ScatterPlan,
-    Shape, TokenIds, View, ViewMut, WeightUse,
+    DeviceMemory, DistillationLoss, DropoutKey, Dtype, Elements, Epilogue, RopeDirection,
+    RopeTable, ScatterPlan, ScoreMask, Shape, TokenIds, View, ViewMut, WeightUse,
 };
 use crate::Result;
 
@@ -189,6 +189,15 @@ impl Backend for Cuda {
 
     fn copy(&self, x: View<'_, CudaTensor>, to: ViewMut<'_, CudaTensor>) -> Result<()> {
         self.device.copy(x.into(), Block::from(&to))
+    }
+
+    fn add_scaled(
+        &self,
+        x: View<'_, CudaTensor>,
+        scale: f32,
+        y: ViewMut<'_, CudaTensor>,
+    ) -> Result<()> {
+        self.device.add_scaled(x.into(), scale, Block::from(&y))
     }
 
     fn cast(&self, x: &CudaTensor, dtype: Dtype) -> Result<CudaTensor> {
@@ -398,6 +407,27 @@ impl Backend for Cuda {
         targets: &CudaIndex,
     ) -> Result<(CudaTensor, CudaTensor)> {
         self.device.cross_entropy(scores, targets)
+    }
+
+    fn mask_scores(
+        &self,
+        scores: &CudaTensor,
+        targets: &CudaIndex,
+        mask: &ScoreMask<Self>,
+    ) -> Result<CudaTensor> {
+        self.device.mask_scores(scores, targets, mask)
+    }
+
+    fn distillation(
+        &self,
+        scores: &CudaTensor,
+        firsts: &CudaIndex,
+        teacher: &CudaTensor,
+        loss: DistillationLoss,
+        weight: f32,
+        dscores: &mut CudaTensor,
+    ) -> Result<CudaTensor> {
+        self.device.distillation((scores, firsts), teacher, loss, (weight, dscores))
     }
 
     fn add_sum_of_squares(

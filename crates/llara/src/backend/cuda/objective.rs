@@ -1,12 +1,12 @@
-//! Cross entropy, the gradient norm and AdamW.
+//! Cross entropy and its masks, distillation, the gradient norm and AdamW.
 
 use std::ops::Range;
 
-use super::device::{BLOCK, Device, kernel_args};
+use super::device::{BLOCK, Cuda, Device, kernel_args};
 use super::rows::octets;
 use super::tensor::{Block, CudaIndex, CudaTensor, CudaWeight, elements};
 use crate::Result;
-use crate::backend::{AdamWStep, Dtype, Shape};
+use crate::backend::{AdamWStep, DistillationLoss, Dtype, ScoreMask, Shape};
 
 kernel_args!(CrossEntropyArgs {
     scores: u64,
@@ -16,6 +16,29 @@ kernel_args!(CrossEntropyArgs {
     rows: u64,
     cols: u64,
     wide: u32,
+});
+kernel_args!(MaskScoresArgs {
+    scores: u64,
+    targets: u64,
+    starts: u64,
+    columns: u64,
+    masked: u64,
+    cols: u64,
+    group: u64,
+    margin: f32,
+    wide: u32,
+});
+kernel_args!(DistillationArgs {
+    scores: u64,
+    firsts: u64,
+    teacher: u64,
+    grad: u64,
+    losses: u64,
+    rows: u64,
+    cols: u64,
+    group: u64,
+    scale: f32,
+    weight: f32,
 });
 kernel_args!(SquaresArgs { x: u64, partial: u64, count: u64, wide: u32 });
 kernel_args!(TotalArgs { x: u64, out: u64, count: u64, factor: f64, add: u32 });
@@ -65,15 +88,88 @@ impl Device {
             wide: u32::from(Block::from(scores).is_aligned()),
         };
         self.launch("cross_entropy", [rows, 1], BLOCK, args)?;
+        self.mean(&losses, &loss)?;
+        Ok((loss, grad))
+    }
+
+    /// The mean of f64 numbers `[rows, 2]`, which take two elements each. `[1, 1]`
+    fn mean(&self, losses: &CudaTensor, mean: &CudaTensor) -> Result<()> {
         let total = TotalArgs {
             x: losses.pointer(),
-            out: loss.pointer(),
-            count: rows as u64,
-            factor: 1.0 / rows as f64,
+            out: mean.pointer(),
+            count: losses.rows() as u64,
+            factor: 1.0 / losses.rows() as f64,
             add: 0,
         };
-        self.launch("total", [1, 1], BLOCK, total)?;
-        Ok((loss, grad))
+        self.launch("total", [1, 1], BLOCK, total)
+    }
+
+    pub(super) fn mask_scores(
+        &self,
+        scores: &CudaTensor,
+        targets: &CudaIndex,
+        mask: &ScoreMask<Cuda>,
+    ) -> Result<CudaTensor> {
+        let (rows, cols) = scores.shape();
+        assert_eq!(rows, targets.len, "mask_scores: targets");
+        assert_eq!(scores.dtype(), Dtype::F32, "mask_scores: dtype");
+        let masked = self.unspecified(rows, cols, Dtype::F32)?;
+        let (starts, columns) = match &mask.columns {
+            Some(listed) => {
+                assert_eq!(listed.starts.len, rows + 1, "mask_scores: listed columns");
+                (listed.starts.pointer(), listed.columns.pointer())
+            }
+            None => (0, 0),
+        };
+        let aligned = [scores, &masked].map(|x| Block::from(x).is_aligned());
+        let args = MaskScoresArgs {
+            scores: scores.pointer(),
+            targets: targets.pointer(),
+            starts,
+            columns,
+            masked: masked.pointer(),
+            cols: cols as u64,
+            group: mask.group_size.unwrap_or(0) as u64,
+            margin: mask.margin.unwrap_or(f32::INFINITY),
+            wide: u32::from(aligned == [true, true]),
+        };
+        self.launch("mask_scores", [rows, 1], BLOCK, args)?;
+        Ok(masked)
+    }
+
+    pub(super) fn distillation(
+        &self,
+        (scores, firsts): (&CudaTensor, &CudaIndex),
+        teacher: &CudaTensor,
+        loss: DistillationLoss,
+        (weight, dscores): (f32, &mut CudaTensor),
+    ) -> Result<CudaTensor> {
+        let (rows, cols) = scores.shape();
+        assert_eq!((rows, rows), (firsts.len, teacher.rows()), "distillation: rows");
+        assert_eq!(dscores.shape(), scores.shape(), "distillation: gradient");
+        let dtypes = [scores, teacher, &*dscores].map(Shape::dtype);
+        assert_eq!(dtypes, [Dtype::F32; 3], "distillation: dtypes");
+        let mean = self.unspecified(1, 1, Dtype::F32)?;
+        let losses = self.unspecified(rows, 2, Dtype::F32)?;
+        let (kernel, scale) = match loss {
+            DistillationLoss::KlDivergence => ("kl_divergence", 1.0),
+            DistillationLoss::MarginMse { scale } => ("margin_mse", scale),
+        };
+        let args = DistillationArgs {
+            scores: scores.pointer(),
+            firsts: firsts.pointer(),
+            teacher: teacher.pointer(),
+            grad: dscores.pointer(),
+            losses: losses.pointer(),
+            rows: rows as u64,
+            cols: cols as u64,
+            group: teacher.cols() as u64,
+            scale,
+            weight,
+        };
+        self.launch(kernel, [rows, 1], 32, args)?;
+        self.mean(&losses, &mean)?;
+        Ok(mean)
     }
 
     pub(super) fn add_sum_of_squares(

@@ -17,6 +17,16 @@ kernel_args!(CopyArgs {
     y_stride: u64,
     wide: u32,
 });
+kernel_args!(AddScaledArgs {
+    x: u64,
+    y: u64,
+    rows: u64,
+    cols: u64,
+    x_stride: u64,
+    y_stride: u64,
+    scale: f32,
+    wide: u32,
+});
 kernel_args!(GatherArgs { x: u64, rows: u64, y: u64, n: u64, cols: u64, wide: u32 });
 kernel_args!(ScatterArgs {
     dy: u64,
@@ -84,6 +94,23 @@ impl Device {
         };
         let kernel = format!("copy_{}_{}", x.dtype, y.dtype);
         self.launch_items(&kernel, x.rows * octets(x.cols), args)
+    }
+
+    /// `y += scale · x`
+    pub(super) fn add_scaled(&self, x: Block, scale: f32, y: Block) -> Result<()> {
+        assert_eq!(x.shape(), y.shape(), "add_scaled: shapes");
+        assert_eq!((x.dtype, y.dtype), (Dtype::F32, Dtype::F32), "add_scaled: dtypes");
+        let args = AddScaledArgs {
+            x: x.pointer,
+            y: y.pointer,
+            rows: x.rows as u64,
+            cols: x.cols as u64,
+            x_stride: x.stride as u64,
+            y_stride: y.stride as u64,
+            scale,
+            wide: u32::from(x.is_aligned() && y.is_aligned()),
+        };
+        self.launch_items("add_scaled", x.rows * octets(x.cols), args)
     }
 
     /// A copy of the elements as a new matrix, in a dtype.

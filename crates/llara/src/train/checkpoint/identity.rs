@@ -11,9 +11,12 @@ use serde_json::{Map, Value, json};
 use crate::backend::Backend;
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, RunFacts, Shortcuts, setting};
 use crate::data::{DataFile, Dataset};
+use crate::loss::{
+    Distillation, DistillationKind, FalseNegatives, MatryoshkaPrefix, ObjectiveOptions,
+};
 use crate::model::LoraConfig;
 use crate::storage::Fingerprint;
-use crate::train::config::TrainConfig;
+use crate::train::config::{Batching, TrainConfig};
 use crate::{Error, ErrorKind, Result};
 
 /// The inputs on which the results of a run depend.
@@ -191,7 +194,9 @@ fn settings<B: Backend>(
         group_size,
         query_max_len,
         passage_max_len,
+        objective,
         sampling,
+        batching,
         drop_last,
         seed,
         learning_rate,
@@ -250,9 +255,47 @@ fn settings<B: Backend>(
         "kept-tokens": unlimited(chunking.kept_tokens),
     });
     match value {
-        Value::Object(settings) => Ok(settings),
+        Value::Object(mut settings) => {
+            settings.extend(objective_settings(objective));
+            if let Batching::PerFile { weights } = batching {
+                settings.insert("batching".to_owned(), "per-file".into());
+                settings.insert("file-weights".to_owned(), weights.as_slice().into());
+            }
+            Ok(settings)
+        }
         _ => unreachable!("`json!` was given an object"),
     }
+}
+
+/// The settings of the objective that are not the default: checkpoints of versions without them can be resumed.
+fn objective_settings(objective: &ObjectiveOptions) -> impl Iterator<Item = (String, Value)> {
+    let ObjectiveOptions {
+        in_batch_negatives,
+        false_negatives: FalseNegatives { mask_equal, margin },
+        symmetric,
+        matryoshka,
+        distillation,
+    } = objective;
+    let prefix = |&MatryoshkaPrefix { dimension, weight }: &MatryoshkaPrefix| json!({ "dimension": dimension, "weight": decimal(weight) });
+    let distill = |&Distillation { kind, weight, temperature }: &Distillation| {
+        let kind = match kind {
+            DistillationKind::Kl => "kl",
+            DistillationKind::MarginMse => "margin-mse",
+        };
+        json!({ "loss": kind, "weight": decimal(weight), "temperature": decimal(temperature) })
+    };
+    let settings = [
+        ("in-batch-negatives", (!in_batch_negatives).then_some(json!(false))),
+        ("mask-equal", mask_equal.then_some(json!(true))),
+        ("mask-margin", margin.map(|margin| json!(decimal(margin)))),
+        ("symmetric", symmetric.then_some(json!(true))),
+        (
+            "matryoshka-dims",
+            (!matryoshka.is_empty()).then(|| matryoshka.iter().map(prefix).collect()),
+        ),
+        ("distill", distillation.as_ref().map(distill)),
+    ];
+    settings.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)))
 }
 
 /// The decimal number that the user wrote, such as 0.1, instead of the digits of the nearest f32.

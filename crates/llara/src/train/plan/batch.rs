@@ -51,7 +51,7 @@ impl LargestBatch {
         config: &TrainConfig,
         dedup_sequences: bool,
     ) -> Result<Self> {
-        let sampler = config.sampler(dataset.len(), 1)?;
+        let sampler = config.sampler(dataset, 1)?;
         let steps = config.length.steps(sampler.steps_per_epoch())?;
         let texts = config.batch_size.min(dataset.len()).max(1) * (1 + config.group_size);
         let batches = BatchSource {

@@ -13,6 +13,7 @@ use crate::backend::{CountingBackend, DeviceMemory, Dtype};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
+use crate::loss::{Contrastive, ObjectiveOptions};
 use crate::model::weights::ModelFolder;
 use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
 use crate::text::PromptEncoder;
@@ -35,6 +36,8 @@ pub struct RunShape {
     pub options: BiEncoderOptions,
     /// The evaluation during the run, if there is one.
     pub evaluation: Option<EvaluationShape>,
+    /// The terms of the loss.
+    pub objective: ObjectiveOptions,
     /// How the device of the run allocates memory.
     pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
@@ -183,7 +186,8 @@ impl DryRun {
     /// Runs one step including the optimizer's update.
     pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
-        let objective = self.model.objective(Arc::new(Solo))?;
+        let info_nce = self.model.objective(Arc::new(Solo))?;
+        let objective = Contrastive { options: self.shape.objective.clone(), ..info_nce };
         self.counting.reset_peak();
         let before = self.counting.flops();
         drop(accumulate_gradients(&mut self.model, &objective, &input, chunking)?);
@@ -199,7 +203,16 @@ impl DryRun {
     fn input(&self, batch: &LargestBatch) -> Result<StepInput> {
         let dropout = self.shape.has_dropout().then_some(Dropout { seed: 0, step: 0 });
         let deduplicate = self.shape.options.shortcuts.dedup_sequences;
-        StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)
+        let mut input =
+            StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)?;
+        let objective = &self.shape.objective;
+        if objective.false_negatives.mask_equal {
+            input = input.with_text_keys(&vec![Vec::new(); batch.query.len()]);
+        }
+        if objective.distillation.is_some() {
+            input.teacher_scores = Some(vec![0.0; batch.passage.len()]);
+        }
+        Ok(input)
     }
 
     /// Memory of the process while the model is evaluated, in bytes.

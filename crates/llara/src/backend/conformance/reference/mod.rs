@@ -8,7 +8,7 @@ pub(super) use matrix::Matrix;
 
 use matrix::{dot, log_of_sum_of_exp};
 
-use crate::backend::{AdamWStep, DropoutKey};
+use crate::backend::{AdamWStep, DistillationLoss, DropoutKey};
 
 /// `a · b`
 pub(super) fn product(a: &Matrix, b: &Matrix) -> Matrix {
@@ -150,6 +150,30 @@ pub(super) fn cross_entropy(scores: &Matrix, targets: &[u32]) -> f64 {
         log_of_sum_of_exp(scores) - scores[target as usize]
     });
     losses.sum::<f64>() / scores.rows as f64
+}
+
+/// The mean over rows of the loss of a group, the columns from `firsts[i]` on.
+pub(super) fn distillation(
+    scores: &Matrix,
+    firsts: &[u32],
+    teacher: &Matrix,
+    loss: DistillationLoss,
+) -> f64 {
+    let of_row = |i: usize| {
+        let (s, t) = (&scores.row(i)[firsts[i] as usize..][..teacher.cols], teacher.row(i));
+        let (s_lse, t_lse) = (log_of_sum_of_exp(s), log_of_sum_of_exp(t));
+        let of_passage = |g: usize| match loss {
+            DistillationLoss::KlDivergence => {
+                (t[g] - t_lse).exp() * ((t[g] - t_lse) - (s[g] - s_lse))
+            }
+            DistillationLoss::MarginMse { scale } => {
+                let error = f64::from(scale) * (s[0] - s[g]) - (t[0] - t[g]);
+                error * error / (s.len() - 1).max(1) as f64
+            }
+        };
+        (0..s.len()).map(of_passage).sum::<f64>()
+    };
+    (0..scores.rows).map(of_row).sum::<f64>() / scores.rows as f64
 }
 
 /// `(softmax − one-hot) / rows`

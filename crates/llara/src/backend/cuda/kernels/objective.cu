@@ -1,4 +1,4 @@
-// Cross entropy, the gradient norm and AdamW.
+// Cross entropy and its masks, distillation, the gradient norm and AdamW.
 #include "elements.cuh"
 
 /// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block per
@@ -46,6 +46,101 @@ KERNEL(256, 1) cross_entropy(CrossEntropyArgs a) {
     }
     // In double, because near convergence the loss is a small difference of large terms.
     if (threadIdx.x == 0) a.losses[row] = (double)largest - (double)scores[target] + log((double)sum);
+}
+
+/// masked = scores, with −∞ outside the target's group of `group` columns (0: no groups), above the target's score
+/// + margin, and at columns[starts[row]] to columns[starts[row + 1]] (starts may be null); the target keeps its
+/// score. A NaN is kept, so that the loss shows it. One block a row.
+struct MaskScoresArgs {
+    const float* scores;
+    const u32* targets;
+    const u32* starts;
+    const u32* columns;
+    float* masked;
+    u64 cols;
+    u64 group;
+    float margin;
+    u32 wide;
+};
+KERNEL(256, 1) mask_scores(MaskScoresArgs a) {
+    const u64 row = blockIdx.x;
+    const float* scores = a.scores + row * a.cols;
+    float* masked = a.masked + row * a.cols;
+    const u64 target = a.targets[row];
+    const float highest = scores[target] + a.margin;
+    const u64 first = a.group ? target - target % a.group : 0, end = a.group ? first + a.group : a.cols;
+    for (u64 col = threadIdx.x * OCTET; col < a.cols; col += blockDim.x * OCTET) {
+        float x[OCTET];
+        load8(x, scores + col, a.cols - col, a.wide);
+#pragma unroll
+        for (u32 j = 0; j < OCTET; j++) {
+            const u64 at = col + j;
+            if (at != target && (at < first || at >= end || x[j] > highest)) x[j] = -INFINITY;
+        }
+        store8(masked + col, x, a.cols - col, a.wide);
+    }
+    if (!a.starts) return;
+    __syncthreads(); // the row is written
+    for (u64 i = a.starts[row] + threadIdx.x; i < a.starts[row + 1]; i += blockDim.x)
+        if (a.columns[i] != target) masked[a.columns[i]] = -INFINITY;
+}
+
+/// A loss of a row's group: the `group` columns from firsts[row] on, the positive first, against teacher
+/// [rows, group]. Adds weight / rows · its gradient to `grad`; losses[row] is the loss. One warp a row; a group is
+/// small.
+struct DistillationArgs {
+    const float* scores;
+    const u32* firsts;
+    const float* teacher;
+    float* grad;
+    double* losses;
+    u64 rows;
+    u64 cols;
+    u64 group;
+    float scale;
+    float weight;
+};
+/// In f64 up to the divergence, which is a small difference where both distributions are similar.
+DEVICE double log_of_sum_of_exp(const float* x, u64 count) {
+    float largest = -INFINITY;
+    for (u64 g = threadIdx.x; g < count; g += 32) largest = fmaxf(largest, x[g]);
+    largest = warp_max(largest);
+    double sum = 0.0;
+    for (u64 g = threadIdx.x; g < count; g += 32) sum += exp((double)x[g] - (double)largest);
+    return (double)largest + log(warp_sum(sum));
+}
+KERNEL(32, 1) kl_divergence(DistillationArgs a) {
+    const u64 row = blockIdx.x, first = row * a.cols + a.firsts[row];
+    const float *scores = a.scores + first, *teacher = a.teacher + row * a.group;
+    float* grad = a.grad + first;
+    const double student_lse = log_of_sum_of_exp(scores, a.group);
+    const double teacher_lse = log_of_sum_of_exp(teacher, a.group);
+    const double share = (double)(a.weight / (float)a.rows);
+    double loss = 0.0;
+    for (u64 g = threadIdx.x; g < a.group; g += 32) {
+        const double log_q = (double)scores[g] - student_lse, log_p = (double)teacher[g] - teacher_lse;
+        const double p = exp(log_p);
+        grad[g] += (float)(share * (exp(log_q) - p));
+        loss += p * (log_p - log_q);
+    }
+    loss = warp_sum(loss);
+    if (threadIdx.x == 0) a.losses[row] = loss;
+}
+KERNEL(32, 1) margin_mse(DistillationArgs a) {
+    const u64 row = blockIdx.x, first = row * a.cols + a.firsts[row];
+    const float *scores = a.scores + first, *teacher = a.teacher + row * a.group;
+    float* grad = a.grad + first;
+    const double scale = (double)a.scale, negatives = a.group > 1 ? (double)(a.group - 1) : 1.0;
+    const double factor = 2.0 * scale * (double)(a.weight / (float)a.rows) / negatives;
+    double loss = 0.0, of_positive = 0.0;
+    for (u64 g = 1 + threadIdx.x; g < a.group; g += 32) {
+        const double error = scale * ((double)scores[0] - (double)scores[g]) - ((double)teacher[0] - (double)teacher[g]);
+        loss += error * error / negatives;
+        of_positive += factor * error;
+        grad[g] -= (float)(factor * error);
+    }
+    loss = warp_sum(loss), of_positive = warp_sum(of_positive);
+    if (threadIdx.x == 0) a.losses[row] = loss, grad[0] += (float)of_positive;
 }
 
 /// partial[block] = Σ x² over elements 16384 · block and following.

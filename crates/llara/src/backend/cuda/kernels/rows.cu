@@ -25,6 +25,30 @@ KERNEL(256, 1) copy_f32_bf16(CopyArgs a) { copy<float, bf16>(a); }
 KERNEL(256, 1) copy_bf16_f32(CopyArgs a) { copy<bf16, float>(a); }
 KERNEL(256, 1) copy_bf16_bf16(CopyArgs a) { copy<bf16, bf16>(a); }
 
+/// y += scale · x. One thread per octet of a row.
+struct AddScaledArgs {
+    const float* x;
+    float* y;
+    u64 rows;
+    u64 cols;
+    u64 x_stride;
+    u64 y_stride;
+    float scale;
+    u32 wide;
+};
+KERNEL(256, 1) add_scaled(AddScaledArgs a) {
+    const u64 octets = octets_of(a.cols), item = thread_in_grid();
+    if (item >= a.rows * octets) return;
+    const Split at = split(item, octets);
+    const u64 row = at.quotient, col = at.remainder * OCTET, left = a.cols - col;
+    float x[OCTET], y[OCTET];
+    load8(x, a.x + row * a.x_stride + col, left, a.wide);
+    load8(y, a.y + row * a.y_stride + col, left, a.wide);
+#pragma unroll
+    for (u32 j = 0; j < OCTET; j++) y[j] += a.scale * x[j];
+    store8(a.y + row * a.y_stride + col, y, left, a.wide);
+}
+
 /// y[i] = x[rows[i]]: x and y have `cols` columns, y has n rows. One thread per octet.
 struct GatherArgs {
     const void* x;
