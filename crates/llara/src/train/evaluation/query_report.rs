@@ -262,9 +262,9 @@ mod tests {
             queries: 3,
             seconds: 0.0,
         };
+        let (reports, records) = ([report], [record]);
         for _ in 0..2 {
-            SetReport::write(std::slice::from_ref(&report), std::slice::from_ref(&record), &path)
-                .unwrap();
+            SetReport::write(&reports, &records, &path).unwrap();
             let json: serde_json::Value =
                 serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
             assert_eq!(json["a"]["worst"][0]["missed"].as_array().unwrap().len(), 0);
