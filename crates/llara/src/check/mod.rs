@@ -119,7 +119,8 @@ fn check_model<B: Backend>(
     let is_saved = recipe.as_ref().is_some_and(|(_, saved)| *saved);
     let damaged = findings.has_errors(&["weights"]) || !model.weights.complete;
     let encoder = match (&model.config, &prompts, &recipe) {
-        (Some(config), Some(prompts), Some((recipe, _))) if !damaged => {
+        // Probes were made with the recipe of the folder, not with the default.
+        (Some(config), Some(prompts), Some((recipe, true))) if !damaged => {
             let weights = &model.weights.files;
             Some(Encoder { config, weights, adapter: None, prompts, recipe })
         }
@@ -164,7 +165,7 @@ fn check_adapter<B: Backend>(
     let prompts = base.as_ref().and_then(|base| base.prompts(recipe.as_ref(), &mut findings));
     let damaged = findings.has_errors(&["weights", "adapter"]);
     let encoder = match (&base, config, &adapter, &prompts, &recipe) {
-        (Some(base), Some(config), Some(adapter), Some(prompts), Some((recipe, _)))
+        (Some(base), Some(config), Some(adapter), Some(prompts), Some((recipe, true)))
             if fits && base.weights.complete && !damaged =>
         {
             let weights = &base.weights.files;
