@@ -11,9 +11,12 @@ use std::time::Duration;
 use llara::backend::{Backend, Cpu, Shape};
 use llara::data::{BadRows, Dataset};
 use llara::dist::{Bucket, Collective, FlatPart, Solo, ThreadGroup, ThreadRank};
+use llara::loss::{
+    Distillation, DistillationKind, FalseNegatives, MatryoshkaPrefix, ObjectiveOptions,
+};
 use llara::model::LoraConfig;
 use llara::train::{
-    Chunking, Observer, RunLength, StepInput, StepRecord, TrainConfig, Trainer,
+    Batching, Chunking, Observer, RunLength, StepInput, StepRecord, TrainConfig, Trainer,
     accumulate_gradients,
 };
 use llara::{BiEncoderModel, BiEncoderOptions, Error, ErrorKind, Result, Role};
@@ -36,12 +39,16 @@ fn dataset(dir: &Path, rows: usize) -> Dataset {
             "query": format!("When was bell {i} cast?"),
             "pos": [fact(i), format!("It was in {} that bell {i} was cast.", 1600 + 37 * i)],
             "neg": [fact(i + 1), fact(i + 2), fact(i + 3)],
+            "pos_scores": [3.0, 2.5],
+            "neg_scores": [0.25 * i as f64, -1.0, 0.5],
         });
         format!("{row}\n")
     };
-    let path = dir.join("rows.jsonl");
-    fs::write(&path, (0..rows).map(row).collect::<String>()).unwrap();
-    Dataset::open(&[path], BadRows::Error).unwrap()
+    let paths = [dir.join("first.jsonl"), dir.join("second.jsonl")];
+    for (path, rows) in paths.iter().zip([0..4, 4..rows]) {
+        fs::write(path, rows.map(row).collect::<String>()).unwrap();
+    }
+    Dataset::open(&paths, BadRows::Error).unwrap()
 }
 
 #[derive(Clone, Copy)]
@@ -51,6 +58,8 @@ struct Case {
     cross_device: bool,
     /// Elements of a bucket of gradients.
     bucket: usize,
+    /// Whether the objective has all of its terms, and batches are of one file each.
+    all_terms: bool,
 }
 
 /// The losses and results of one rank.
@@ -88,7 +97,24 @@ fn config(dir: &Path, batch_size: usize, case: Case) -> TrainConfig {
         passage_max_len: 64,
         learning_rate: 1e-3,
         chunking: case.chunking,
+        objective: if case.all_terms { all_terms() } else { ObjectiveOptions::default() },
+        batching: match case.all_terms {
+            true => Batching::PerFile { weights: vec![1.0, 2.0] },
+            false => Batching::Mixed,
+        },
         ..TrainConfig::new(dir)
+    }
+}
+
+fn all_terms() -> ObjectiveOptions {
+    let kind = DistillationKind::Kl;
+    let prefix = |dimension, weight| MatryoshkaPrefix { dimension, weight };
+    ObjectiveOptions {
+        false_negatives: FalseNegatives { mask_equal: true, margin: Some(0.05) },
+        symmetric: true,
+        matryoshka: vec![prefix(8, 0.5), prefix(24, 1.0)],
+        distillation: Some(Distillation { kind, weight: 0.5, temperature: 2.0 }),
+        ..ObjectiveOptions::default()
     }
 }
 
@@ -185,11 +211,17 @@ const WHOLE: Chunking =
     Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX };
 const PIECES: Chunking = Chunking { max_tokens: usize::MAX, max_sequences: 4, kept_tokens: 100 };
 
-const CASE: Case = Case { lora: false, chunking: WHOLE, cross_device: true, bucket: usize::MAX };
+const CASE: Case =
+    Case { lora: false, chunking: WHOLE, cross_device: true, bucket: usize::MAX, all_terms: false };
 
 #[test]
 fn all_weights_on_several_processes() {
     processes_agree_with_one(CASE);
+}
+
+#[test]
+fn all_terms_of_the_objective_on_several_processes() {
+    processes_agree_with_one(Case { all_terms: true, ..CASE });
 }
 
 #[test]

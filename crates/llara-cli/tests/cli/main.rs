@@ -12,6 +12,7 @@ mod fixture;
 mod full_disk;
 mod hub;
 mod model_card;
+mod objectives;
 mod output_folder;
 mod plan;
 mod reference_command;

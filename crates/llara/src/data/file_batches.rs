@@ -107,8 +107,7 @@ impl FileBatches {
         self.files.iter().map(|share| share.per_epoch).sum()
     }
 
-    /// The batches of an epoch, those of a file in order; to put them into an order of files, see
-    /// [`batches`](Self::batches).
+    /// The number of the file of each batch of an epoch, file by file.
     pub(super) fn files_of_epoch(&self) -> Vec<usize> {
         let of = |(file, share): (usize, &FileShare)| {
             std::iter::repeat_n(file, usize::try_from(share.per_epoch).unwrap_or(usize::MAX))
@@ -116,7 +115,7 @@ impl FileBatches {
         self.files.iter().enumerate().flat_map(of).collect()
     }
 
-    /// The batches of an epoch whose steps have these files, an order of
+    /// The batches of the first steps of an epoch, which have these `files`: the beginning of a permutation of
     /// [`files_of_epoch`](Self::files_of_epoch). A file continues where it was at the end of the last epoch.
     pub(super) fn batches(&self, epoch: u64, files: &[usize]) -> Vec<FileBatch> {
         let mut next: Vec<u64> = self.files.iter().map(|share| epoch * share.per_epoch).collect();
