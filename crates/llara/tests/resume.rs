@@ -372,7 +372,7 @@ fn a_process_uses_the_kernels_of_a_checkpoint() {
     }
     let used = |kernels: &str| {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.args(["a_process_takes_the_kernels_of_a_checkpoint", "--exact", "--nocapture"]);
+        command.args(["a_process_uses_the_kernels_of_a_checkpoint", "--exact", "--nocapture"]);
         let output = command.env_remove("LLARA_CPU").env(KERNELS, kernels).output().unwrap();
         assert!(output.status.success());
         let text = String::from_utf8(output.stdout).unwrap();

@@ -36,15 +36,16 @@ goes on. Several runs are drawn over one another.
 Prints one JSON object: output, runs.")]
 pub(super) struct Args {
     /// Output folders of `llara finetune`
-    #[arg(value_name = "DIR", required = true)]
+    #[arg(value_name = "DIR", required = true, help_heading = "Input")]
     folders: Vec<PathBuf>,
     /// Output file [default: report.html in the folder; needed for several runs]
-    #[arg(long, value_name = "FILE.html")]
+    #[arg(long, value_name = "FILE.html", help_heading = "Output")]
     output: Option<PathBuf>,
     /// Replace the output file even if it is not a report
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    #[arg(help_heading = "Output")]
     overwrite: bool,
 }
 

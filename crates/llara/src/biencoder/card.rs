@@ -3,8 +3,9 @@
 
 use std::fmt::Write;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
+use super::run_facts::RunFacts;
 use super::{BiEncoderModel, StLayout};
 use crate::Result;
 use crate::backend::Backend;
@@ -14,19 +15,6 @@ use crate::text::Role;
 /// Texts of the examples.
 const QUERY: &str = "When does tin melt?";
 const PASSAGES: [&str; 2] = ["Tin melts at 232 °C.", "Owls hunt at night."];
-
-/// What the model card says about a training run. Paths do not belong here: a card is published.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct RunFacts {
-    /// File names of the training data, without folders, and numbers of rows.
-    pub data: Vec<(String, u64)>,
-    /// Names and values of settings.
-    pub settings: Vec<(String, String)>,
-    /// Steps of the run; 0 for random weights.
-    pub steps: Option<u64>,
-    /// Loss of the last step.
-    pub loss: Option<f32>,
-}
 
 /// The model card of `model`.
 ///
@@ -285,14 +273,5 @@ fn training<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) {
         for (name, value) in settings.iter().chain(&lora) {
             write(card, format_args!("| {} | {} |\n", cell(name), cell(value)));
         }
-    }
-}
-
-/// A setting for the card; objects and missing values are left out.
-pub(crate) fn setting(value: &Value) -> Option<String> {
-    match value {
-        Value::Null | Value::Object(_) | Value::Array(_) => None,
-        Value::String(text) => Some(text.clone()),
-        other => Some(other.to_string()),
     }
 }

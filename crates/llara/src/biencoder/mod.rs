@@ -7,6 +7,7 @@ mod output;
 mod probes;
 mod recipe;
 mod restore;
+mod run_facts;
 mod sentence_transformers;
 
 use std::sync::Arc;
@@ -14,14 +15,14 @@ use std::sync::Arc;
 use ndarray::Array2;
 
 pub(crate) use adapter::{ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, prefix_in_adapter};
-pub use card::RunFacts;
-pub(crate) use card::setting;
 pub use folder::{Loader, Outline};
 pub use output::{EncoderOutput, Features, compute_similarity};
 pub use probes::Probes;
 pub(crate) use probes::{PROBES_FILE, SAME_WEIGHTS};
 pub(crate) use recipe::RECIPE_FILE;
 pub use recipe::Recipe;
+pub use run_facts::RunFacts;
+pub(crate) use run_facts::setting;
 pub(crate) use sentence_transformers::{Obstacle, StLayout};
 
 use crate::backend::{Backend, Cpu, Dtype, Shape, View};
