@@ -36,7 +36,7 @@ pub(super) fn model_card<B: Backend>(model: &BiEncoderModel<B>) -> Result<String
     write(
         &mut card,
         format_args!(
-            "Queries and passages become vectors of {} numbers, {}.\n",
+            "Queries and passages become embeddings of {} dimensions, {}.\n",
             model.dimension(),
             match model.recipe().normalized {
                 true => "normalized to length 1; compare them by their inner product",
