@@ -1,5 +1,6 @@
-//! What masks and distillation change on rows with false negatives, and on rows without: every query has two
-//! answers, the second of which may also be listed as a hard negative.
+//! What masks and distillation change on rows with false negatives, and on rows without. Every query has two
+//! answers, and only the first is its positive in training: the second is found as far as it is not trained to be
+//! a negative.
 //!
 //! `cargo test --test objectives -- --nocapture` prints the figures of `docs/objectives.md`.
 
@@ -14,31 +15,37 @@ use llara::train::{Observer, RunLength, StepRecord, TrainConfig, Trainer};
 use llara::{BiEncoderModel, BiEncoderOptions, Result, Role};
 
 const ROWS: usize = 24;
-const STEPS: u64 = 60;
+const STEPS: u64 = 200;
 
 fn query(i: usize) -> String {
     format!("When was bell {i} cast?")
 }
 
+/// Two wordings, in turn the first answer: no wording is that of the negatives.
 fn answers(i: usize) -> [String; 2] {
-    let year = 1600 + 37 * (i % ROWS);
-    [format!("Bell {i} was cast in {year}."), format!("They made bell {i} in {year}.")]
+    let year = 1600 + 37 * i;
+    let [first, second] =
+        [format!("Bell {i} was cast in {year}."), format!("They made bell {i} in {year}.")];
+    if i % 2 == 0 { [first, second] } else { [second, first] }
 }
 
 /// The hard negative of a row.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 enum HardNegative {
     /// Its own second answer.
-    SecondAnswer,
-    /// An answer of another row.
-    OtherRow,
+    OwnAnswer,
+    /// The second answer of the next row, which is in the same batch.
+    AnswerOfNextRow,
+    /// No row's answer.
+    NoAnswer,
 }
 
 fn dataset(dir: &Path, negative: HardNegative, negative_score: f32) -> Dataset {
     let row = |i: usize| {
         let negative = match negative {
-            HardNegative::SecondAnswer => answers(i)[1].clone(),
-            HardNegative::OtherRow => answers((i + 1) % ROWS)[1].clone(),
+            HardNegative::OwnAnswer => answers(i)[1].clone(),
+            HardNegative::AnswerOfNextRow => answers((i + 1) % ROWS)[1].clone(),
+            HardNegative::NoAnswer => format!("The crack of bell {i} was found in 1999."),
         };
         let row = serde_json::json!({
             "query": query(i), "pos": answers(i), "neg": [negative],
@@ -74,11 +81,12 @@ fn train(
     negative: HardNegative,
     negative_score: f32,
     objective: &ObjectiveOptions,
+    steps: u64,
 ) -> (Vec<f32>, f64) {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path(), negative, negative_score);
     let config = TrainConfig {
-        length: RunLength::Steps(STEPS),
+        length: RunLength::Steps(steps),
         batch_size: 12,
         group_size: 2,
         query_max_len: 48,
@@ -120,27 +128,30 @@ fn distilled() -> ObjectiveOptions {
 }
 
 #[test]
-fn masking_helps_where_positives_are_listed_as_negatives_and_is_the_same_run_elsewhere() {
+fn masking_helps_where_answers_are_negatives_and_changes_nothing_elsewhere() {
     let plain = ObjectiveOptions::default();
-    let (_, without) = train(HardNegative::SecondAnswer, 5.0, &plain);
-    let (_, with) = train(HardNegative::SecondAnswer, 5.0, &masked());
-    println!("recall@2, second answers listed as negatives: {without:.3}, masked {with:.3}");
-    assert!(with > without + 0.1, "{with} masked, {without} without");
-    let (unmasked_losses, without) = train(HardNegative::OtherRow, -5.0, &plain);
-    let (masked_losses, with) = train(HardNegative::OtherRow, -5.0, &masked());
-    println!("recall@2, negatives of other rows: {without:.3}, masked {with:.3}");
+    for negative in [HardNegative::OwnAnswer, HardNegative::AnswerOfNextRow] {
+        let (_, without) = train(negative, 5.0, &plain, STEPS);
+        let (_, with) = train(negative, 5.0, &masked(), STEPS);
+        println!("recall@2, {negative:?} is the hard negative: {without:.3}, masked {with:.3}");
+        assert!(with > without + 0.05, "{negative:?}: {with} masked, {without} without");
+    }
+    let (unmasked_losses, without) = train(HardNegative::NoAnswer, 5.0, &plain, STEPS / 4);
+    let (masked_losses, with) = train(HardNegative::NoAnswer, 5.0, &masked(), STEPS / 4);
+    println!("recall@2, NoAnswer is the hard negative: {without:.3}, masked {with:.3}");
     assert_eq!(masked_losses, unmasked_losses);
 }
 
 #[test]
-fn distillation_helps_where_the_teacher_knows_better_than_the_labels() {
+fn distillation_helps_where_the_teacher_knows_more_than_the_labels() {
     let plain = ObjectiveOptions::default();
-    let (_, without) = train(HardNegative::SecondAnswer, 5.0, &plain);
-    let (_, with) = train(HardNegative::SecondAnswer, 5.0, &distilled());
-    println!("recall@2, second answers listed as negatives: {without:.3}, distilled {with:.3}");
-    assert!(with > without + 0.1, "{with} distilled, {without} without");
-    // A teacher that repeats the labels.
-    let (_, repeated) = train(HardNegative::SecondAnswer, -5.0, &distilled());
-    println!("recall@2, a teacher that repeats the labels: {without:.3}, distilled {repeated:.3}");
-    assert!(repeated < with - 0.1, "{repeated}, {with} with a good teacher");
+    let (_, without) = train(HardNegative::OwnAnswer, 5.0, &plain, STEPS);
+    let (_, with) = train(HardNegative::OwnAnswer, 5.0, &distilled(), STEPS);
+    // This teacher repeats the labels.
+    let (_, repeated) = train(HardNegative::OwnAnswer, -5.0, &distilled(), STEPS);
+    println!(
+        "recall@2: {without:.3}, distilled {with:.3}, from a teacher that repeats the labels {repeated:.3}"
+    );
+    assert!(with > without + 0.2, "{with} distilled, {without} without");
+    assert!(repeated < with - 0.2, "{repeated}, {with} with a better teacher");
 }

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::Batch;
-use llara::loss::ObjectiveOptions;
+use llara::loss::{
+    Distillation, DistillationKind, FalseNegatives, MatryoshkaPrefix, ObjectiveOptions,
+};
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
 use llara::train::plan::{ChunkPolicy, DryRun, EvaluationShape, LargestBatch, Plan, RunShape};
@@ -211,4 +213,24 @@ fn an_evaluation_is_counted_beside_gradients_and_moments() {
     assert_eq!((large.peak_phase(), large.peak_bytes()), ("evaluating", large.evaluation_bytes));
     // A batch has no more than all texts.
     assert!(peak(16_384, 10).evaluation_bytes < large.evaluation_bytes / 2);
+}
+
+#[test]
+fn terms_of_the_objective_are_counted() {
+    let batch = batch(3, 4);
+    let plain = one_pass(shape(), &batch);
+    let distillation = Distillation { kind: DistillationKind::Kl, weight: 1.0, temperature: 1.0 };
+    let objective = ObjectiveOptions {
+        false_negatives: FalseNegatives { mask_equal: true, margin: Some(0.1) },
+        symmetric: true,
+        matryoshka: vec![MatryoshkaPrefix { dimension: 8, weight: 1.0 }],
+        distillation: Some(distillation),
+        ..ObjectiveOptions::default()
+    };
+    let with_terms = one_pass(RunShape { objective, ..shape() }, &batch);
+    // Scores of 3 queries and 12 passages once and their gradients twice; the same for prefixes of 8 features,
+    // and for 3 positives and 3 queries.
+    let full = 2 * 3 * 12 * shape().decoder.hidden_size as u64 * 3;
+    let prefixes = 2 * (3 * 12 + 3 * 3) * 8 * 3;
+    assert_eq!(with_terms.work.done_flops + full, plain.work.done_flops + prefixes);
 }
