@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use imports::{ImportGraph, without_tests};
 
 /// The modules that each module may use, besides itself and [`EVERYWHERE`].
-const DEPENDENCIES: [(&str, &[&str]); 14] = [
+const DEPENDENCIES: [(&str, &[&str]); 15] = [
     ("storage", &[]),
     ("text", &["storage"]),
     ("data", &["storage"]),
@@ -23,6 +23,7 @@ const DEPENDENCIES: [(&str, &[&str]); 14] = [
     ("biencoder", &["backend", "data", "dist", "loss", "model", "storage", "text"]),
     ("train", &["backend", "biencoder", "data", "dist", "loss", "model", "storage", "text"]),
     ("retrieval", &["backend", "biencoder", "data", "storage", "text"]),
+    ("inspect", &["data", "storage", "text"]),
     ("hub", &["storage"]),
     ("fuzzing", &["biencoder", "data", "hub", "model", "retrieval", "storage", "text"]),
     ("init", &["backend", "biencoder", "data", "model", "text"]),

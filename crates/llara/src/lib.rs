@@ -15,7 +15,8 @@
 //! 6. [`dist`]: collective communication between processes;
 //! 7. [`BiEncoderModel`]: the model with `encode`, `forward` and `save`;
 //! 8. [`train`]: gradients, optimizer, schedule, the loop;
-//! 9. [`retrieval`]: encoding collections, exact search, trec_eval's metrics.
+//! 9. [`retrieval`]: encoding collections, exact search, trec_eval's metrics;
+//! 10. [`inspect`]: training data before a run.
 
 pub mod backend;
 mod biencoder;
@@ -27,6 +28,7 @@ mod error;
 pub mod fuzzing;
 pub mod hub;
 pub mod init;
+pub mod inspect;
 pub mod loss;
 pub mod model;
 pub mod retrieval;

@@ -9,6 +9,7 @@ mod files;
 mod fixture;
 mod full_disk;
 mod hub;
+mod inspect_data;
 mod output_folder;
 mod plan;
 mod reference_command;

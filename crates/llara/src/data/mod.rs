@@ -3,6 +3,8 @@
 
 mod batch;
 mod dataset;
+mod files;
+mod lengths;
 mod prefetch;
 mod row;
 mod sampler;
@@ -10,6 +12,8 @@ mod sampler;
 pub(crate) use batch::positives;
 pub use batch::{Batch, BatchView};
 pub use dataset::{BadRows, DataFile, Dataset, Skipped};
+pub(crate) use files::{data_files, open_data_file, read_rows};
+pub use lengths::{Histogram, LengthSummary, Lengths};
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;
 pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};

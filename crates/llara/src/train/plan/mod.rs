@@ -19,7 +19,7 @@ pub use batch::LargestBatch;
 pub use budget::MemoryBudget;
 pub use choose::ChunkPolicy;
 pub use dry_run::{DryRun, RunShape};
-pub use lengths::{Histogram, LengthSummary, TextLengths};
+pub use lengths::TextLengths;
 pub use machine::MachineMemory;
 
 use super::step::Chunking;
