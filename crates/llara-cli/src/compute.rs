@@ -17,22 +17,51 @@ pub(super) struct Compute {
     /// used, otherwise the CPU
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
+    #[command(flatten)]
+    threads: Threads,
+}
+
+/// The number of threads.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Compute")]
+pub(super) struct Threads {
     /// Number of threads, at most 4 per core [default: 1 per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 }
 
+impl Threads {
+    /// Checks the number of threads.
+    fn check(&self) -> Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let most = MAX_THREADS_PER_CORE * cores;
+        match self.threads.filter(|&threads| usize::from(threads) > most) {
+            Some(threads) => Err(Error::new(ErrorKind::Argument, "too many threads")
+                .expected(format!("at most {most}, 4 for each of {cores} cores"))
+                .got(format!("--threads {threads}"))
+                .hint("omit --threads to use one thread per core")),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks the number of threads and starts them.
+    pub(super) fn start(&self) -> Result<()> {
+        self.check()?;
+        if let Some(threads) = self.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
+            // Fails only if the global thread pool was started before.
+            if let Err(e) = pool.build_global() {
+                say!("note: --threads {threads}: {e}");
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Compute {
     /// Checks the options, starts the threads and opens the device. Verbs call it through [`on_device`].
     pub(super) fn start(&self) -> Result<Device> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let most = MAX_THREADS_PER_CORE * cores;
-        if let Some(threads) = self.threads.filter(|&threads| usize::from(threads) > most) {
-            return Err(Error::new(ErrorKind::Argument, "too many threads")
-                .expected(format!("at most {most}, 4 for each of {cores} cores"))
-                .got(format!("--threads {threads}"))
-                .hint("omit --threads to use one thread per core"));
-        }
+        self.threads.check()?;
         let device = match self.device.as_str() {
             "cpu" => Device::Cpu(cpu()?),
             "cuda" => Device::Cuda(Cuda::new(0)?),
@@ -47,13 +76,7 @@ impl Compute {
                 }
             },
         };
-        if let Some(threads) = self.threads {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
-            // Fails only if the global thread pool was started before.
-            if let Err(e) = pool.build_global() {
-                say!("note: --threads {threads}: {e}");
-            }
-        }
+        self.threads.start()?;
         Ok(device)
     }
 }

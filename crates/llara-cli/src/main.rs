@@ -10,7 +10,9 @@ mod encode;
 mod eval_report;
 mod evaluate;
 mod finetune;
+mod histogram;
 mod init;
+mod inspect_data;
 mod interrupt;
 mod merge;
 mod names;
@@ -54,6 +56,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     Init(init::Args),
+    InspectData(inspect_data::Args),
     Finetune(Box<finetune::Args>),
     /// Estimate memory, work and text lengths of a training run without training
     #[command(after_help = plan::AFTER_HELP)]
@@ -138,6 +141,7 @@ fn command() -> clap::Command {
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.verb {
         Verb::Init(args) => init::run(&args),
+        Verb::InspectData(args) => inspect_data::run(&args),
         Verb::Finetune(args) => finetune::run(*args),
         Verb::Plan(args) => plan::run(&args),
         Verb::Encode(args) => encode::run(&args),

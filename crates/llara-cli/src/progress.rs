@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use llara::Result;
+use llara::inspect::{Phase, Progress};
 use llara::train::{EvalEvent, Evaluation, Observer, RunLog, StepRecord};
 
 use super::report::OwnReport;
@@ -271,6 +272,65 @@ impl ByteProgress {
     /// Removes the bar.
     pub(super) fn finish(&self) {
         if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Shows the progress of an inspection of data.
+pub(super) struct InspectionProgress {
+    bar: Option<ProgressBar>,
+    phase: Option<Phase>,
+    start: Instant,
+    last_line: Instant,
+}
+
+impl InspectionProgress {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        InspectionProgress { bar: None, phase: None, start: now, last_line: now }
+    }
+
+    /// Shows how far the inspection is.
+    pub(super) fn show(&mut self, Progress { phase, done, total }: Progress) {
+        let amount = move |n: u64| match phase {
+            Phase::Reading => bytes(n),
+            Phase::Comparing | Phase::Tokenizing => count(n as usize),
+        };
+        let name = match phase {
+            Phase::Reading => "reading",
+            Phase::Comparing => "comparing hashes",
+            Phase::Tokenizing => "tokenizing rows",
+        };
+        if self.phase != Some(phase) {
+            self.remove_bar();
+            let template = format!("[{{bar:30}}] {name} {{state}}  {{eta}} left");
+            let state = move |bar: &ProgressState| {
+                format!("{}/{}", amount(bar.pos()), amount(bar.len().unwrap_or(0)))
+            };
+            self.bar = bar(total, &template, state);
+            self.phase = Some(phase);
+            self.start = Instant::now();
+        }
+        match &self.bar {
+            Some(bar) => bar.set_position(done),
+            None if self.last_line.elapsed() >= LINE_INTERVAL && done > 0 => {
+                self.last_line = Instant::now();
+                let seconds = self.start.elapsed().as_secs_f64();
+                let left = seconds / done as f64 * total.saturating_sub(done) as f64;
+                say!("{name} {}/{}  {} left", amount(done), amount(total), clock(left));
+            }
+            None => {}
+        }
+    }
+
+    /// Removes the bar.
+    pub(super) fn finish(mut self) {
+        self.remove_bar();
+    }
+
+    fn remove_bar(&mut self) {
+        if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
     }

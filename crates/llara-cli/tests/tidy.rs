@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use imports::{ImportGraph, without_tests};
 
 /// The modules that each module may use, besides itself and [`EVERYWHERE`].
-const DEPENDENCIES: [(&str, &[&str]); 15] = [
+const DEPENDENCIES: [(&str, &[&str]); 16] = [
     ("storage", &[]),
     ("text", &["storage"]),
     ("data", &["storage"]),
@@ -27,6 +27,7 @@ const DEPENDENCIES: [(&str, &[&str]); 15] = [
     ),
     ("retrieval", &["backend", "biencoder", "data", "storage", "text"]),
     ("check", &["backend", "biencoder", "model", "storage", "text", "train"]),
+    ("inspect", &["data", "storage", "text"]),
     ("hub", &["storage"]),
     ("fuzzing", &["biencoder", "data", "hub", "model", "retrieval", "storage", "text"]),
     ("init", &["backend", "biencoder", "data", "model", "text"]),

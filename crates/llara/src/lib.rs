@@ -17,6 +17,7 @@
 //! 8. [`train`]: gradients, optimizer, schedule, the loop;
 //! 9. [`retrieval`]: encoding collections, exact search, trec_eval's metrics;
 //! 10. [`check`]: everything that can be wrong with a model folder, in one report.
+//! 11. [`inspect`]: training data before a run.
 
 pub mod backend;
 mod biencoder;
@@ -29,6 +30,7 @@ mod error;
 pub mod fuzzing;
 pub mod hub;
 pub mod init;
+pub mod inspect;
 pub mod loss;
 pub mod model;
 pub mod retrieval;

@@ -19,7 +19,7 @@ const MIN_TEXT_TOKENS: usize = 8;
 pub(crate) fn warnings(roles: &[TextLengths], prompts: &PromptEncoder) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for texts in roles {
-        let summary = texts.summary();
+        let (summary, truncated_share) = (texts.lengths.summary(), texts.truncated_share());
         let (role, max_len) = (texts.role, texts.max_len);
         let (plural, option) = match role {
             Role::Query => ("queries", "--query-max-len"),
@@ -27,7 +27,7 @@ pub(crate) fn warnings(roles: &[TextLengths], prompts: &PromptEncoder) -> Result
         };
         let template = prompts.encode(role, "", usize::MAX)?.len();
         let text_tokens = max_len.saturating_sub(template);
-        if text_tokens < MIN_TEXT_TOKENS && summary.cut_share > 0.0 {
+        if text_tokens < MIN_TEXT_TOKENS && truncated_share > 0.0 {
             lines.push(format!(
                 "warning: {option} {max_len} leaves {} for the text of a {role}, because template `{}` \
                  has {template}: increase {option}",
@@ -35,12 +35,12 @@ pub(crate) fn warnings(roles: &[TextLengths], prompts: &PromptEncoder) -> Result
                 prompts.template().name,
             ));
         }
-        if summary.cut_share > TRUNCATED_SHARE {
+        if truncated_share > TRUNCATED_SHARE {
             lines.push(format!(
                 "warning: {:.0} % of {} {plural} are longer than {option} {max_len} and are truncated (mean \
                  {:.0} tokens, 90th percentile {}, template included): increase {option}",
-                100.0 * summary.cut_share,
-                count(summary.texts),
+                100.0 * truncated_share,
+                count(summary.texts as usize),
                 summary.mean,
                 count(summary.p90),
             ));

@@ -23,6 +23,7 @@ use std::time::Instant;
 
 use llara::backend::{Backend, Dtype};
 use llara::data::{Dataset, Sampling};
+use llara::inspect::{Settings, inspect_first_rows};
 use llara::train::{
     Checkpoint, EvalHistory, Evaluated, Evaluation, RunLog, Summary, TrainConfig, Trainer,
     state_bytes,
@@ -33,7 +34,7 @@ use super::compute::on_device;
 use super::progress::TrainingProgress;
 use super::report::{OwnReport, ReportFacts};
 use super::talk::{count, counted, print, say};
-use super::{eval_report, interrupt, output_folder, trained_model};
+use super::{eval_report, inspect_data, interrupt, output_folder, trained_model};
 pub(super) use args::Args;
 pub(super) use forecast::Forecast;
 pub(super) use lengths::warnings as length_warnings;
@@ -42,6 +43,9 @@ pub(super) use prepare::{Prepared, Purpose};
 
 /// Number of texts whose lengths are measured before training.
 const TEXTS: usize = 2_000;
+
+/// Bytes of the first rows that are inspected before training. It takes a tenth of a second.
+const INSPECTED_BYTES: usize = 8 << 20;
 
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
@@ -65,6 +69,9 @@ fn finetune(
     for line in lengths::warnings(&lengths, &prepared.outline.prompts)? {
         say!("{line}");
     }
+    for line in noteworthy(&prepared)? {
+        say!("{line}");
+    }
     let facts = report_facts::facts(args, &prepared, &forecast, &lengths)?;
     prepared.config.chunking = forecast.plan.chunks.chunking;
 
@@ -85,6 +92,21 @@ fn finetune(
         output_folder::discard_if_nothing_was_logged(&config.output_dir);
     }
     report(&config.output_dir, &trained?)
+}
+
+/// What is noteworthy about the data, from its first rows: `llara inspect-data` has the rest.
+fn noteworthy(prepared: &Prepared<impl Backend>) -> llara::Result<Vec<String>> {
+    let Prepared { config, dataset, outline, .. } = prepared;
+    let settings = Settings {
+        group_size: config.group_size,
+        prompts: Some(outline.prompts.clone()),
+        // Lengths are measured on a sample of all rows.
+        sample_rows: 0,
+        near_duplicates: false,
+        ..Settings::new(outline.prompts.template().clone())
+    };
+    let report = inspect_first_rows(dataset, &settings, INSPECTED_BYTES)?;
+    Ok(inspect_data::noteworthy(&report, dataset.len()))
 }
 
 /// Refuses a run whose model and checkpoints exceed the free disk space.

@@ -44,8 +44,10 @@ pub(super) fn facts<B: Backend>(
                     llara::Role::Query => "queries".to_owned(),
                     llara::Role::Passage => "passages".to_owned(),
                 },
-                summary: lengths.summary(),
-                histogram: lengths.histogram(BINS),
+                max_len: lengths.max_len,
+                truncated_share: lengths.truncated_share(),
+                summary: lengths.lengths.summary(),
+                histogram: lengths.lengths.histogram(BINS),
             })
             .collect(),
     })

@@ -77,7 +77,12 @@ fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
         say!("finetune would refuse: {refusal}");
     }
 
-    let [query, passage] = lengths.map(|lengths| lengths.summary());
+    let [query, passage] = lengths.map(|texts| {
+        let mut summary = json!(texts.lengths.summary());
+        summary["max_len"] = texts.max_len.into();
+        summary["cut_share"] = texts.truncated_share().into();
+        summary
+    });
     Ok(print(json!({
         "peak_bytes": forecast.plan.peak_bytes(),
         "peak_phase": forecast.plan.peak_phase(),

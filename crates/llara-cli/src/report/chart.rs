@@ -94,7 +94,7 @@ pub(super) struct Bars<'b> {
     pub(super) first: usize,
     /// Width of a bar.
     pub(super) width: usize,
-    pub(super) counts: &'b [usize],
+    pub(super) counts: &'b [u64],
     /// A limit, marked where it is within the bars.
     pub(super) limit: usize,
 }

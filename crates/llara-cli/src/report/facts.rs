@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use llara::train::plan::{Histogram, LengthSummary};
+use llara::data::{Histogram, LengthSummary};
 use llara::{Error, ErrorKind, Result, read_text_file};
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +37,10 @@ pub(crate) struct ReportFacts {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Lengths {
     pub(crate) role: String,
+    /// Maximum length.
+    pub(crate) max_len: usize,
+    /// Fraction of texts that are longer.
+    pub(crate) truncated_share: f64,
     pub(crate) summary: LengthSummary,
     pub(crate) histogram: Histogram,
 }

@@ -197,12 +197,12 @@ fn lengths(runs: &[RunData]) -> Markup {
                     title: format!(
                         "{}: mean {}, 90th percentile {}, longest {}, {} % truncated",
                         lengths.role, number(summary.mean), summary.p90, summary.max,
-                        number((1000.0 * summary.cut_share).round() / 10.0)
+                        number((1000.0 * lengths.truncated_share).round() / 10.0)
                     ),
                     first: lengths.histogram.first,
                     width: lengths.histogram.width,
                     counts: &lengths.histogram.counts,
-                    limit: summary.max_len,
+                    limit: lengths.max_len,
                 }.draw())
             }
         }

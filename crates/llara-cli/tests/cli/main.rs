@@ -11,6 +11,7 @@ mod files;
 mod fixture;
 mod full_disk;
 mod hub;
+mod inspect_data;
 mod model_card;
 mod objectives;
 mod output_folder;

@@ -1,14 +1,14 @@
 //! JSON Lines files as one indexed list of rows: checked once, then read row by row from disk.
 
-use std::fs::{self, File};
-use std::io::BufReader;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::TrainingRow;
 use super::file_batches::FileRows;
-use crate::storage::{Fingerprint, LineReader, MAX_LINE_BYTES};
+use super::files::{data_files, open_data_file, read_rows};
+use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
 
 /// What to do with a malformed row.
@@ -218,10 +218,16 @@ impl Dataset {
     /// # Errors
     /// There is no such row, reading failed, or the file was changed since it was checked.
     pub fn row(&self, index: usize) -> Result<TrainingRow> {
-        let (source, entry) = self.find(index).ok_or_else(|| {
-            Error::new(ErrorKind::Argument, format!("there is no row {index}"))
-                .expected(format!("0 to {}", self.rows.len().saturating_sub(1)))
-        })?;
+        let (source, entry) = self.entry(index)?;
+        TrainingRow::parse(&self.line(index)?, &source.path, entry.line.into())
+    }
+
+    /// Reads the line of a row.
+    ///
+    /// # Errors
+    /// Those of [`row`](Self::row).
+    pub(crate) fn line(&self, index: usize) -> Result<Vec<u8>> {
+        let (source, entry) = self.entry(index)?;
         let changed = || {
             Error::new(ErrorKind::Data, "the file was changed after it was checked")
                 .line(&source.path, entry.line.into())
@@ -235,7 +241,14 @@ impl Dataset {
         if checksum(&bytes) != entry.checksum {
             return Err(changed());
         }
-        TrainingRow::parse(&bytes, &source.path, entry.line.into())
+        Ok(bytes)
+    }
+
+    fn entry(&self, index: usize) -> Result<(&SourceFile, &IndexEntry)> {
+        self.find(index).ok_or_else(|| {
+            Error::new(ErrorKind::Argument, format!("there is no row {index}"))
+                .expected(format!("0 to {}", self.rows.len().saturating_sub(1)))
+        })
     }
 
     /// A hash of the rows and their order. It does not depend on the machine or on the paths of the files.
@@ -272,60 +285,27 @@ impl Dataset {
     }
 
     fn index_file(&mut self, path: PathBuf, on_bad_row: BadRows) -> Result<()> {
-        let failed = |e| Error::io("read training data", &path, e);
-        let file = crate::storage::open_file(&path).map_err(failed)?;
+        let file = open_data_file(&path)?;
         let first_row = self.rows.len();
-        let mut lines = LineReader::new(BufReader::with_capacity(1 << 18, &file));
-        let mut blank = true;
-        while let Some(line) = lines.next_line().map_err(failed)? {
-            if line.number == 1
-                && let Some(error) = crate::storage::compressed(&path, line.start)
-            {
-                return Err(error);
-            }
-            if line.content.is_some_and(|content| content.trim_ascii().is_empty()) {
-                continue;
-            }
-            let number = u32::try_from(line.number).map_err(|_| {
-                Error::new(ErrorKind::Data, "the file has too many lines")
-                    .file(&path)
-                    .expected(format!("at most {}", u32::MAX))
-                    .hint("split the file")
-            })?;
-            if blank && line.start.trim_ascii_start().first() == Some(&b'[') {
-                return Err(Error::new(ErrorKind::Data, "the file is a JSON array")
-                    .line(&path, line.number)
-                    .expected("one JSON object per line")
-                    .hint("convert it: jq -c '.[]' old.json > new.jsonl"));
-            }
-            blank = false;
-            let checked = match line.content {
-                Some(bytes) => TrainingRow::parse(bytes, &path, line.number)
-                    .map(|row| (bytes, row.neg.is_empty())),
-                None => Err(Error::new(ErrorKind::Data, "the line is too long")
-                    .line(&path, line.number)
-                    .expected(format!("one row of at most {} MiB", MAX_LINE_BYTES >> 20))),
-            };
-            match (checked, on_bad_row) {
-                (Ok((bytes, no_negatives)), _) => {
-                    if no_negatives {
+        read_rows(&path, &file, |line| {
+            let parse = |bytes| Ok((bytes, TrainingRow::parse(bytes, &path, line.number.into())?));
+            match (line.bytes.and_then(parse), on_bad_row) {
+                (Ok((bytes, row)), _) => {
+                    if row.neg.is_empty() {
                         self.without_negatives.push(self.rows.len());
                     }
                     self.rows.push(IndexEntry {
                         offset: line.offset,
                         checksum: checksum(bytes),
                         length: bytes.len() as u32, // at most MAX_LINE_BYTES
-                        line: number,
+                        line: line.number,
                     });
                 }
                 (Err(reason), BadRows::Error) => return Err(reason),
                 (Err(reason), BadRows::Skip) => self.skipped.add(&reason),
             }
-        }
-        if blank {
-            return Err(Error::new(ErrorKind::Data, "the file has no rows").file(&path));
-        }
-        drop(lines);
+            Ok(())
+        })?;
         self.files.push(SourceFile { path, file, first_row });
         Ok(())
     }
@@ -338,45 +318,6 @@ impl Skipped {
             self.reasons.push(reason.to_string());
         }
     }
-}
-
-/// The files of `paths`, with folders replaced by the files in them.
-fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for path in paths {
-        let failed = |e| Error::io("read training data", path, e);
-        let kind = fs::metadata(path).map_err(failed)?;
-        if kind.is_file() {
-            files.push(path.clone());
-        } else if kind.is_dir() {
-            let before = files.len();
-            for entry in fs::read_dir(path).map_err(failed)? {
-                let file = entry.map_err(failed)?.path();
-                if is_data_file(&file) {
-                    files.push(file);
-                }
-            }
-            if files.len() == before {
-                return Err(Error::new(ErrorKind::Data, "the folder has no training data")
-                    .file(path)
-                    .expected("files whose names end in .jsonl or .json"));
-            }
-            files[before..].sort();
-        } else {
-            return Err(Error::new(ErrorKind::Data, "this is neither a file nor a folder")
-                .file(path)
-                .hint(
-                    "rows are read in random order, so a pipe cannot be used: write a file first",
-                ));
-        }
-    }
-    Ok(files)
-}
-
-fn is_data_file(path: &Path) -> bool {
-    let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    !hidden && matches!(extension, "jsonl" | "json") && path.is_file()
 }
 
 fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
@@ -399,7 +340,10 @@ fn checksum(bytes: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::storage::MAX_LINE_BYTES;
     use proptest::prelude::*;
 
     fn row(query: &str) -> String {

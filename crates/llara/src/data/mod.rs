@@ -4,6 +4,8 @@
 mod batch;
 mod dataset;
 mod file_batches;
+mod files;
+mod lengths;
 mod prefetch;
 mod row;
 mod sampler;
@@ -12,6 +14,8 @@ pub(crate) use batch::positives;
 pub use batch::{Batch, BatchView};
 pub use dataset::{BadRows, DataFile, Dataset, Skipped};
 pub use file_batches::FileRows;
+pub(crate) use files::{data_files, open_data_file, read_rows};
+pub use lengths::{Histogram, LengthSummary, Lengths};
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;
 pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};

@@ -102,6 +102,12 @@ impl TextTokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The special tokens, such as `</s>`: their spelling inside a text is encoded as the token.
+    pub fn special_tokens(&self) -> Vec<String> {
+        let added = self.inner.get_added_tokens_decoder();
+        added.into_values().filter(|token| token.special).map(|token| token.content).collect()
+    }
+
     /// The highest id plus one, added tokens included: the number of rows that an embedding matrix needs.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size

@@ -21,7 +21,7 @@ pub use budget::MemoryBudget;
 pub use choose::ChunkPolicy;
 pub use dry_run::{DryRun, RunShape};
 pub use evaluation::EvaluationShape;
-pub use lengths::{Histogram, LengthSummary, TextLengths};
+pub use lengths::TextLengths;
 pub use machine::MachineMemory;
 
 use super::step::Chunking;

@@ -1,0 +1,115 @@
+//! The files of training data: folders replaced by the files in them, and the lines of a file that hold rows.
+
+use std::fs::{self, File};
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use crate::storage::{LineReader, MAX_LINE_BYTES, compressed, open_file};
+use crate::{Error, ErrorKind, Result};
+
+/// Bytes that are read from a file at a time.
+const READ_BYTES: usize = 1 << 18;
+
+/// A line of a file that is not blank.
+pub(crate) struct RowLine<'l> {
+    /// Line number, from 1.
+    pub(crate) number: u32,
+    /// Offset of its first byte from the start of the file.
+    pub(crate) offset: u64,
+    /// The line without its line ending, or the error if it is too long.
+    pub(crate) bytes: Result<&'l [u8]>,
+}
+
+/// Opens a file of training data.
+///
+/// # Errors
+/// The file cannot be opened, or is not a regular file.
+pub(crate) fn open_data_file(path: &Path) -> Result<File> {
+    open_file(path).map_err(|e| Error::io("read training data", path, e))
+}
+
+/// Calls `on_row` with each line of a file that is not blank, in order.
+///
+/// # Errors
+/// Reading fails; the file is empty, compressed, one JSON array, or has too many lines; or `on_row` fails.
+pub(crate) fn read_rows(
+    path: &Path,
+    file: &File,
+    mut on_row: impl FnMut(RowLine<'_>) -> Result<()>,
+) -> Result<()> {
+    let failed = |e| Error::io("read training data", path, e);
+    let mut lines = LineReader::new(BufReader::with_capacity(READ_BYTES, file));
+    let mut blank = true;
+    while let Some(line) = lines.next_line().map_err(failed)? {
+        if line.number == 1
+            && let Some(error) = compressed(path, line.start)
+        {
+            return Err(error);
+        }
+        if line.content.is_some_and(|content| content.trim_ascii().is_empty()) {
+            continue;
+        }
+        let number = u32::try_from(line.number).map_err(|_| {
+            Error::new(ErrorKind::Data, "the file has too many lines")
+                .file(path)
+                .expected(format!("at most {}", u32::MAX))
+                .hint("split the file")
+        })?;
+        if blank && line.start.trim_ascii_start().first() == Some(&b'[') {
+            return Err(Error::new(ErrorKind::Data, "the file is a JSON array")
+                .line(path, line.number)
+                .expected("one JSON object per line")
+                .hint("convert it: jq -c '.[]' old.json > new.jsonl"));
+        }
+        blank = false;
+        let bytes = line.content.ok_or_else(|| {
+            Error::new(ErrorKind::Data, "the line is too long")
+                .line(path, line.number)
+                .expected(format!("one row of at most {} MiB", MAX_LINE_BYTES >> 20))
+        });
+        on_row(RowLine { number, offset: line.offset, bytes })?;
+    }
+    if blank {
+        return Err(Error::new(ErrorKind::Data, "the file has no rows").file(path));
+    }
+    Ok(())
+}
+
+/// The files of `paths`, with folders replaced by the files in them.
+pub(crate) fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        let failed = |e| Error::io("read training data", path, e);
+        let kind = fs::metadata(path).map_err(failed)?;
+        if kind.is_file() {
+            files.push(path.clone());
+        } else if kind.is_dir() {
+            let before = files.len();
+            for entry in fs::read_dir(path).map_err(failed)? {
+                let file = entry.map_err(failed)?.path();
+                if is_data_file(&file) {
+                    files.push(file);
+                }
+            }
+            if files.len() == before {
+                return Err(Error::new(ErrorKind::Data, "the folder has no training data")
+                    .file(path)
+                    .expected("files whose names end in .jsonl or .json"));
+            }
+            files[before..].sort();
+        } else {
+            return Err(Error::new(ErrorKind::Data, "this is neither a file nor a folder")
+                .file(path)
+                .hint(
+                    "rows are read in random order, so a pipe cannot be used: write a file first",
+                ));
+        }
+    }
+    Ok(files)
+}
+
+fn is_data_file(path: &Path) -> bool {
+    let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    !hidden && matches!(extension, "jsonl" | "json") && path.is_file()
+}
