@@ -26,7 +26,7 @@ fn answers(i: usize) -> [String; 2] {
     let year = 1600 + 37 * i;
     let [first, second] =
         [format!("Bell {i} was cast in {year}."), format!("They made bell {i} in {year}.")];
-    if i % 2 == 0 { [first, second] } else { [second, first] }
+    if i.is_multiple_of(2) { [first, second] } else { [second, first] }
 }
 
 /// The hard negative of a row.

@@ -7,6 +7,7 @@ mod file_batches;
 mod prefetch;
 mod row;
 mod sampler;
+mod teacher_scores;
 
 pub(crate) use batch::positives;
 pub use batch::{Batch, BatchView};
