@@ -24,7 +24,7 @@ const DEPENDENCIES: [(&str, &[&str]); 14] = [
     ("train", &["backend", "biencoder", "data", "dist", "loss", "model", "storage", "text"]),
     ("retrieval", &["backend", "biencoder", "data", "storage", "text"]),
     ("hub", &["storage"]),
-    ("fuzzing", &["biencoder", "data", "hub", "model", "retrieval", "storage", "text"]),
+    ("fuzzing", &["biencoder", "data", "hub", "model", "retrieval", "storage", "text", "train"]),
     ("init", &["backend", "biencoder", "data", "model", "text"]),
     ("cli", &["llara"]),
 ];
