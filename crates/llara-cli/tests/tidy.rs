@@ -29,7 +29,7 @@ const DEPENDENCIES: [(&str, &[&str]); 16] = [
     ("check", &["backend", "biencoder", "model", "storage", "text", "train"]),
     ("inspect", &["data", "storage", "text"]),
     ("hub", &["storage"]),
-    ("fuzzing", &["biencoder", "data", "hub", "model", "retrieval", "storage", "text"]),
+    ("fuzzing", &["biencoder", "data", "hub", "model", "retrieval", "storage", "text", "train"]),
     ("init", &["backend", "biencoder", "data", "model", "text"]),
     ("cli", &["llara"]),
 ];

@@ -99,8 +99,8 @@ impl<B: Backend> Prepared<B> {
             group_size,
             negatives_cross_device: args.model_options(&recipe).negatives_cross_device,
         })?;
-        if objective.distillation.is_some() {
-            dataset.check_teacher_scores()?;
+        if let Some(distillation) = &objective.distillation {
+            dataset.check_teacher_scores(distillation.temperature)?;
         }
         config.objective = objective;
         // Errors of the sampler are reported before a large model is read.

@@ -124,33 +124,6 @@ impl Dataset {
         }
     }
 
-    /// Checks that every row has a teacher's scores. Reads all rows.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Data`] with the first row without `pos_scores` or `neg_scores`, or a row cannot be read.
-    pub fn check_teacher_scores(&self) -> Result<()> {
-        (0..self.len()).try_for_each(|index| {
-            let row = self.row(index)?;
-            match row.pos_scores.is_some() && row.neg_scores.is_some() {
-                true => Ok(()),
-                false => Err(self.no_teacher_scores(index)),
-            }
-        })
-    }
-
-    /// The error for a row without a teacher's scores.
-    pub(crate) fn no_teacher_scores(&self, index: usize) -> Error {
-        let error = Error::new(ErrorKind::Data, "the row has no scores of a teacher")
-            .expected(
-                "`pos_scores` and `neg_scores`, one number for each passage of `pos` and `neg`",
-            )
-            .hint("score the passages with a reranker first, or train without --distill");
-        match self.location(index) {
-            Some((path, line)) => error.line(path, line),
-            None => error,
-        }
-    }
-
     /// Removes the rows that [`check_group`](Self::check_group) refuses, and counts them as skipped.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ mod lengths;
 mod prefetch;
 mod row;
 mod sampler;
+mod teacher_scores;
 
 pub(crate) use batch::positives;
 pub use batch::{Batch, BatchView};
