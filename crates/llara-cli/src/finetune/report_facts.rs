@@ -1,9 +1,10 @@
 //! What the report of a run says about its settings, data and predicted memory.
 
 use llara::backend::Backend;
+use llara::loss::{Distillation, ObjectiveOptions};
 use llara::model::LoraConfig;
-use llara::train::TrainConfig;
 use llara::train::plan::TextLengths;
+use llara::train::{Batching, TrainConfig};
 
 use super::{Args, Forecast, Prepared};
 use crate::report::{Lengths, ReportFacts};
@@ -79,6 +80,7 @@ fn settings<B: Backend>(
         ("passage max length", config.passage_max_len.to_string()),
         ("query instruction", config.query_instruction.clone()),
         ("passage instruction", config.passage_instruction.clone()),
+        ("objective", objective(&config.objective)),
         ("temperature", args.training.temperature.to_string()),
         ("normalized", recipe.normalized.to_string()),
         ("learning rate", format!("{:e}", config.learning_rate)),
@@ -90,8 +92,51 @@ fn settings<B: Backend>(
             adamw.max_grad_norm.map_or("none".to_owned(), |norm| norm.to_string()),
         ),
         ("sampling", format!("{:?}", config.sampling)),
+        ("batching", batching(&config.batching)),
         ("seed", config.seed.to_string()),
     ];
     let given = rows.into_iter().filter(|(_, value)| !value.is_empty());
     Ok(given.map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
+fn batching(batching: &Batching) -> String {
+    match batching {
+        Batching::Mixed => "mixed".to_owned(),
+        Batching::PerFile { weights } if weights.is_empty() => "per file".to_owned(),
+        Batching::PerFile { weights } => {
+            let weights: Vec<String> = weights.iter().map(f64::to_string).collect();
+            format!("per file, weights {}", weights.join(", "))
+        }
+    }
+}
+
+/// The terms of the loss.
+fn objective(options: &ObjectiveOptions) -> String {
+    let ObjectiveOptions {
+        in_batch_negatives,
+        false_negatives,
+        symmetric,
+        matryoshka,
+        distillation,
+    } = options;
+    let mut parts = vec![if *symmetric { "symmetric InfoNCE" } else { "InfoNCE" }.to_owned()];
+    if !in_batch_negatives {
+        parts.push("negatives of the own row only".to_owned());
+    }
+    if false_negatives.mask_equal {
+        parts.push("equal false negatives masked".to_owned());
+    }
+    if let Some(margin) = false_negatives.margin {
+        parts.push(format!("false negatives masked above a margin of {margin}"));
+    }
+    if !matryoshka.is_empty() {
+        let dimensions: Vec<String> =
+            matryoshka.iter().map(|prefix| prefix.dimension.to_string()).collect();
+        parts.push(format!("Matryoshka dimensions {}", dimensions.join(", ")));
+    }
+    if let Some(Distillation { kind, weight, temperature }) = distillation {
+        let kind = format!("{kind:?}").to_lowercase();
+        parts.push(format!("distillation {kind}, weight {weight}, temperature {temperature}"));
+    }
+    parts.join("; ")
 }

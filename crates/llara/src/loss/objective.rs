@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::info_nce::{InfoNce, Scored};
 use super::options::{Distillation, ObjectiveOptions};
-use super::terms::{Directions, Gradients, Reverse, Terms, Vectors};
+use super::terms::{ComparedEmbeddings, Directions, Gradients, Reverse, Terms};
 use super::text_keys::{ColumnLists, TextKeys};
 use crate::backend::{Backend, Dtype, MaskedColumns, ScatterPlan, ScatterRows, ScoreMask, Shape};
 use crate::dist::Collective;
@@ -288,14 +288,14 @@ impl<B: Backend> Objective<B> for Contrastive<B> {
             }
         } else {
             let directions = self.directions(backend, labels, rows, keys)?;
-            let vectors = Vectors {
+            let embeddings = ComparedEmbeddings {
                 queries: &queries,
                 passages: &passages,
                 all_queries: all_queries.as_ref(),
             };
             let Contrastive { info_nce, ref options, normalized, .. } = *self;
             let terms = Terms { info_nce, options, normalized };
-            terms.evaluate(backend, &vectors, &directions, self.gradient_factor(rows))?
+            terms.evaluate(backend, &embeddings, &directions, self.gradient_factor(rows))?
         };
         let dpassages = self.own_rows(dpassages, &rows.passages())?;
         if let Some(dall_queries) = dall_queries {

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::backend::{Backend, Dtype, ScatterPlan, ScoreMask, Shape};
 
 /// Embeddings that are compared. All have the same number of columns.
-pub(super) struct Vectors<'v, B: Backend> {
+pub(super) struct ComparedEmbeddings<'v, B: Backend> {
     /// The queries of this process. `[B, d]`
     pub(super) queries: &'v B::Tensor,
     /// The passages that they are scored against. `[M, d]`
@@ -63,31 +63,31 @@ impl Terms<'_> {
     pub(super) fn evaluate<B: Backend>(
         &self,
         backend: &B,
-        vectors: &Vectors<'_, B>,
+        embeddings: &ComparedEmbeddings<'_, B>,
         directions: &Directions<B>,
         factor: f32,
     ) -> Result<Gradients<B>> {
         if self.options.matryoshka.is_empty() {
-            return self.evaluate_whole(backend, vectors, directions, factor);
+            return self.evaluate_whole(backend, embeddings, directions, factor);
         }
         let zeros = |x: &B::Tensor| backend.zeros(x.rows(), x.cols(), Dtype::F32);
         let mut sum = Gradients::<B> {
             loss: backend.zeros(1, 1, Dtype::F32)?,
-            dqueries: zeros(vectors.queries)?,
-            dpassages: zeros(vectors.passages)?,
-            dall_queries: vectors.all_queries.map(zeros).transpose()?,
+            dqueries: zeros(embeddings.queries)?,
+            dpassages: zeros(embeddings.passages)?,
+            dall_queries: embeddings.all_queries.map(zeros).transpose()?,
         };
         for prefix in &self.options.matryoshka {
             let cut = |x| Prefix::new(backend, x, prefix.dimension, self.normalized);
-            let (queries, passages) = (cut(vectors.queries)?, cut(vectors.passages)?);
-            let all_queries = vectors.all_queries.map(cut).transpose()?;
-            let vectors = Vectors {
+            let (queries, passages) = (cut(embeddings.queries)?, cut(embeddings.passages)?);
+            let all_queries = embeddings.all_queries.map(cut).transpose()?;
+            let embeddings = ComparedEmbeddings {
                 queries: &queries.values,
                 passages: &passages.values,
                 all_queries: all_queries.as_ref().map(|prefix| &prefix.values),
             };
             let factor = factor * prefix.weight;
-            let of_prefix = self.evaluate_whole(backend, &vectors, directions, factor)?;
+            let of_prefix = self.evaluate_whole(backend, &embeddings, directions, factor)?;
             backend.add_scaled(of_prefix.loss.view(), prefix.weight, sum.loss.view_mut())?;
             queries.add_gradient(backend, of_prefix.dqueries, &mut sum.dqueries)?;
             passages.add_gradient(backend, of_prefix.dpassages, &mut sum.dpassages)?;
@@ -104,11 +104,11 @@ impl Terms<'_> {
     fn evaluate_whole<B: Backend>(
         &self,
         backend: &B,
-        vectors: &Vectors<'_, B>,
+        embeddings: &ComparedEmbeddings<'_, B>,
         directions: &Directions<B>,
         factor: f32,
     ) -> Result<Gradients<B>> {
-        let Vectors { queries, passages, all_queries } = *vectors;
+        let ComparedEmbeddings { queries, passages, all_queries } = *embeddings;
         let weight = if directions.reverse.is_some() { 0.5 } else { 1.0 };
         let (loss, dscores) = self.forward(backend, (queries, passages), directions, weight)?;
         let (mut dqueries, mut dpassages) =
