@@ -128,7 +128,7 @@ impl<'e> TimeLeft<'e> {
         self.after_time(step, self.start.elapsed().as_secs_f64())
     }
 
-    /// [`after`](Self::after), so many seconds after the start.
+    /// [`after`](Self::after), if `elapsed` seconds have passed since the start.
     fn after_time(&self, step: u64, elapsed: f64) -> f64 {
         let made = step.saturating_sub(self.first).max(1);
         let of_step = (elapsed - self.evaluations).max(0.0) / made as f64;

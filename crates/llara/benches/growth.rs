@@ -12,6 +12,7 @@ use std::process::Command;
 
 use llara::backend::Dtype;
 use llara::train::Chunking;
+use llara::train::plan::MachineMemory;
 use llara::{Error, ErrorKind, Result};
 
 use random_model::ModelShape;
@@ -178,12 +179,9 @@ fn measure(point: Point) -> Result<Cost> {
     Ok(Cost { tokens: training.tokens() as f64, seconds, peak_megabytes: peak_megabytes() })
 }
 
-/// The largest resident size of this process so far, if the system reports it (`VmHWM`).
+/// The peak memory of this process; 0 if the system does not report it.
 fn peak_megabytes() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-    kilobytes.unwrap_or(0.0) * 1024.0 / 1e6
+    MachineMemory::peak_of_process().unwrap_or(0) as f64 / 1e6
 }
 
 fn malformed() -> Error {

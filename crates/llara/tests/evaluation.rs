@@ -126,7 +126,7 @@ struct Run {
     weights: Vec<Vec<f32>>,
 }
 
-/// Trains on so many ranks. `stop_in` is a step in whose evaluation the last rank is told to stop.
+/// Trains on several ranks. `stop_in` is a step in whose evaluation the last rank is told to stop.
 fn train(
     dir: &Path,
     (ranks, config): (usize, &TrainConfig),

@@ -119,7 +119,7 @@ impl EvalArgs {
     /// A note for each option that has no effect.
     ///
     /// # Errors
-    /// An option asks for an evaluation, and there is none; a number is out of range.
+    /// An option needs an evaluation, and there is no `--eval-dataset`; a number is out of range.
     pub(super) fn check(&self) -> Result<Vec<String>> {
         let mut notes = Vec::new();
         if let Some(EvalStrategy::Steps | EvalStrategy::Epoch) = self.eval_strategy

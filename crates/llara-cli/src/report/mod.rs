@@ -23,7 +23,7 @@ use run_data::RunData;
 /// Name of the report in an output folder.
 const REPORT_FILE: &str = "report.html";
 
-/// Draw training runs: loss, learning rate, metrics, memory, settings, as one HTML file.
+/// Plot training runs in one HTML file: loss, learning rate, metrics, memory, settings
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

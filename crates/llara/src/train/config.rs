@@ -20,7 +20,7 @@ pub enum RunLength {
 }
 
 impl RunLength {
-    /// Steps of a run whose epochs have so many.
+    /// Number of steps of a run whose epochs have `steps_per_epoch` steps.
     ///
     /// # Errors
     /// When there would be none.
@@ -40,7 +40,7 @@ impl RunLength {
 /// What is saved while a run goes on, besides the model at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Saving {
-    /// A model folder `checkpoint-N` every so many steps; `None`: only the end.
+    /// Number of steps between two checkpoints; `None`: only the final model is saved.
     pub every: Option<u64>,
     /// How many of those are kept, the newest; `None`: all.
     pub keep: Option<usize>,

@@ -63,7 +63,7 @@ impl RunLog {
         Self::open(output_dir, path, lines)
     }
 
-    /// Continues the logs of a run that is resumed after so many steps: later lines, of steps that are made
+    /// Continues the logs of a run that is resumed after `steps` steps: later lines, of steps that are made
     /// again, are removed.
     pub fn resume(output_dir: &Path, steps: u64) -> Result<Self> {
         let path = output_dir.join(LOG_FILE);

@@ -374,7 +374,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         Ok(Some(is_kept))
     }
 
-    /// The epoch after so many steps, with its fraction.
+    /// The epoch, with its fraction, after `step` steps.
     fn epoch(&self, step: u64) -> f64 {
         step as f64 / self.batches.sampler.steps_per_epoch() as f64
     }
@@ -474,7 +474,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         self.model.set_run_facts(facts);
     }
 
-    /// Saves a checkpoint of the run as it is after so many steps.
+    /// Saves a checkpoint of the run after `step` steps.
     fn save(&mut self, step: u64, summary: &Summary) -> Result<PathBuf> {
         self.set_progress(summary);
         let progress = RunProgress {

@@ -51,7 +51,7 @@ impl EvalSet {
 /// When a run ends before its last step, as the callback of `transformers` with this name decides it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EarlyStopping {
-    /// The run ends after so many evaluations in a row without an improvement. At least 1.
+    /// Number of consecutive evaluations without an improvement after which the run ends. At least 1.
     pub patience: u64,
     /// What the metric must exceed the best value by to count as an improvement. Finite, at least 0.
     pub threshold: f64,

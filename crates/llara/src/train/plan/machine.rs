@@ -59,7 +59,7 @@ impl MachineMemory {
         })
     }
 
-    /// The most memory that this process has had; `None` if the system does not report it.
+    /// Peak resident memory of this process in bytes; `None` if the system does not report it.
     pub fn peak_of_process() -> Option<u64> {
         kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
     }
