@@ -63,6 +63,9 @@ pub(super) struct Args {
     /// for queries and 128 for passages]
     #[arg(long, value_name = "N", help_heading = "Encoding")]
     max_len: Option<usize>,
+    /// Use the instruction of a task that the model was trained on; its README.md lists them
+    #[arg(long, value_name = "NAME", help_heading = "Encoding", conflicts_with = "instruction")]
+    task: Option<String>,
     /// Instruction that is prepended to every text [default: as the model was trained, or none]
     #[arg(long, value_name = "TEXT", help_heading = "Encoding")]
     instruction: Option<String>,
@@ -79,6 +82,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
 fn encode(args: &Args, texts: &TextFile, backend: impl Backend) -> anyhow::Result<()> {
     let model = args.model.load(backend)?;
     let mut embedder = args.model.embedder(&model);
+    if let Some(task) = &args.task {
+        embedder.use_instructions(model.recipe().task(task)?.clone());
+    }
     let (max_len, instruction) = match args.role {
         Role::Query => (&mut embedder.query_max_len, &mut embedder.query_instruction),
         Role::Passage => (&mut embedder.passage_max_len, &mut embedder.passage_instruction),

@@ -6,7 +6,7 @@ use clap::ArgAction;
 use clap::ValueEnum;
 use clap::builder::BoolishValueParser;
 use llara::backend::Backend;
-use llara::data::{BadRows, Dataset};
+use llara::data::{BadRows, DataSources, Dataset};
 use llara::init::{Preset, new_model};
 use llara::model::weights::SaveDtype;
 use llara::text::Template;
@@ -69,11 +69,13 @@ enum Size {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let template = trained_model::template(&args.template)?;
-    let data: Vec<_> =
+    let sources = DataSources::read(&args.train_data)?;
+    let mut data: Vec<_> =
         args.train_data.iter().map(|path| ("training data", path.as_path())).collect();
+    data.extend(sources.sources.iter().map(|source| ("training data", source.path.as_path())));
     paths::check_apart(&args.output_dir, &data)?;
     let _lock = output_folder::claim(&args.output_dir, args.overwrite_output_dir)?;
-    let dataset = Dataset::open(&args.train_data, args.on_bad_row)?;
+    let dataset = Dataset::open_sources(sources, args.on_bad_row)?;
     say_skipped(&dataset);
     let mut preset = match args.preset {
         Size::Tiny => Preset::TINY,

@@ -6,11 +6,8 @@ use std::path::Path;
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use llara::{Error, ErrorKind, Result, read_text_file};
+use llara::{Error, ErrorKind, Result, read_toml};
 use toml::Value;
-
-/// Largest run file that is read, in bytes.
-const MAX_BYTES: u64 = 1 << 20;
 
 /// The name of the option.
 const CONFIG: &str = "config";
@@ -28,14 +25,7 @@ pub(super) fn extend(
     let Ok(Some(path)) = matches.try_get_one::<std::path::PathBuf>(CONFIG) else { return Ok(args) };
     let Some(verb) = command.find_subcommand(verb) else { return Ok(args) };
 
-    let text = read_text_file(path, "read the run file", MAX_BYTES)?;
-    let table: toml::Table = toml::from_str(&text).map_err(|e| {
-        let error = Error::new(ErrorKind::Config, format!("not TOML: {}", e.message().trim()));
-        match e.span() {
-            Some(span) => error.line(path, line_of(&text, span.start)),
-            None => error.file(path),
-        }
-    })?;
+    let table: toml::Table = read_toml(path, "the run file", "options without the dashes")?;
     let mut all = Vec::new();
     let mut new = Vec::new();
     for (key, value) in &table {
@@ -125,10 +115,6 @@ fn edit_distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-fn line_of(text: &str, offset: usize) -> u64 {
-    1 + text.bytes().take(offset).filter(|&b| b == b'\n').count() as u64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,7 +163,7 @@ mod tests {
             ("seed = [1]", ["`seed` has the wrong type", "one value"]),
             ("sampling = \"all\"", ["invalid value 'all'", "random, sequential"]),
             ("seed = 1\nmodel = {a = 1}", ["`model` has the wrong type", "a string"]),
-            ("seed = 1\nmodel = ", ["run.toml:2: not TOML", ""]),
+            ("seed = 1\nmodel = ", ["run.toml:2: the run file is not valid", ""]),
         ] {
             let error = extended(file, &[]).unwrap_err().to_string();
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");

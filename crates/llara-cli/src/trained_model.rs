@@ -72,6 +72,9 @@ pub(super) struct Roles {
     /// or 128]
     #[arg(long, value_name = "N")]
     passage_max_len: Option<usize>,
+    /// Use the instructions of a task that the model was trained on; its README.md lists them
+    #[arg(long, value_name = "NAME")]
+    task: Option<String>,
     /// Instruction that is prepended to every query [default: as the model was trained, or none]
     #[arg(long, value_name = "TEXT")]
     query_instruction_for_retrieval: Option<String>,
@@ -95,6 +98,10 @@ impl Roles {
             *len = given.unwrap_or(*len);
             check_max_len(embedder.model, role, option, *len)?;
             warn_if_too_long(embedder.model, role, *len);
+        }
+        if let Some(task) = &self.task {
+            let instructions = embedder.model.recipe().task(task)?.clone();
+            embedder.use_instructions(instructions);
         }
         if let Some(instruction) = &self.query_instruction_for_retrieval {
             embedder.query_instruction.clone_from(instruction);

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use crate::biencoder::Recipe;
-use crate::data::{BadRows, Dataset, TrainingRow};
+use crate::data::{BadRows, DataSources, Dataset, Instructions, TrainingRow};
 use crate::model::{DecoderConfig, LoraConfig};
 use crate::retrieval::{EmbeddingWriter, Origin, Qrels, TextFile};
 use crate::storage::SafetensorsFile;
@@ -18,13 +18,14 @@ use crate::train::{Checkpoint, write_checkpoint_manifest};
 pub type Target = fn(&[u8]);
 
 /// All targets with their names, which are also those of their corpora.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("config", config),
     ("safetensors", safetensors),
     ("tokenizer", tokenizer),
     ("adapter_config", adapter_config),
     ("recipe", recipe),
     ("template", template),
+    ("data_set", data_set),
     ("rows", rows),
     ("qrels", qrels),
     ("manifest", manifest),
@@ -103,6 +104,18 @@ pub fn template(bytes: &[u8]) {
     in_folder("template.toml", bytes, |dir| {
         if let Ok(template) = Template::from_toml_file(dir.join("template.toml")) {
             encode_with(template);
+        }
+    });
+}
+
+/// A data set file.
+pub fn data_set(bytes: &[u8]) {
+    in_folder("data.toml", bytes, |dir| {
+        if let Ok(data) = DataSources::read(&[dir.join("data.toml")]) {
+            assert!(!data.sources.is_empty());
+            let weighted = data.sources.iter().filter(|source| source.weight.is_some()).count();
+            assert!([0, data.sources.len()].contains(&weighted));
+            let _ = data.tasks(&Instructions::default());
         }
     });
 }

@@ -45,7 +45,7 @@ pub use biencoder::{
 pub use error::{Error, ErrorKind, ErrorParts, Result, escape_controls};
 pub use storage::{
     FolderLock, OutputLock, Recovered, finish_interrupted, free_disk_bytes, read_text_file,
-    refresh_file, replace_file,
+    read_toml, refresh_file, replace_file,
 };
 pub use text::Role;
 

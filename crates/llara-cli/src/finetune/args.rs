@@ -4,12 +4,12 @@
 use std::path::PathBuf;
 
 use clap::ArgAction;
-use clap::builder::{BoolishValueParser, PossibleValuesParser};
+use clap::builder::BoolishValueParser;
 use llara::backend::{Backend, Dtype};
-use llara::data::{BadRows, Sampling};
+use llara::data::{BadRows, BatchRows, DataSources, Dataset, Instructions, Sampling};
 use llara::loss::ObjectiveOptions;
 use llara::train::{Batching, Chunking, RunLength, TrainConfig};
-use llara::{BiEncoderOptions, Recipe, Shortcuts};
+use llara::{BiEncoderOptions, Error, ErrorKind, Recipe, Result, Shortcuts};
 
 use super::eval_args::EvalArgs;
 use super::lora_args::LoraArgs;
@@ -113,7 +113,8 @@ pub(super) struct ModelArgs {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Data")]
 pub(super) struct DataArgs {
-    /// Training rows: JSONL files with `query`, `pos` and optionally `neg`, or folders of them
+    /// Training rows: JSONL files with `query`, `pos` and optionally `neg`, folders of them, or data set
+    /// files (.toml), which give each file a weight and instructions
     #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "config")]
     pub(super) train_data: Vec<PathBuf>,
     /// What to do with a malformed row: error (stop) or skip (skip it and count it)
@@ -132,12 +133,12 @@ pub(super) struct DataArgs {
     /// or 128]
     #[arg(long, value_name = "N")]
     pub(super) passage_max_len: Option<usize>,
-    /// Instruction that is prepended to every query without a `prompt`; saved with the model [default:
-    /// as the model was trained, or none]
+    /// Instruction that is prepended to queries without a `prompt` or an instruction of their file; saved
+    /// with the model [default: as the data set file says, as the model was trained, or none]
     #[arg(long, value_name = "TEXT")]
     pub(super) query_instruction_for_retrieval: Option<String>,
-    /// Instruction that is prepended to every passage; saved with the model [default: as the model was
-    /// trained, or none]
+    /// Instruction that is prepended to passages without an instruction of their file; saved with the model
+    /// [default: as the data set file says, as the model was trained, or none]
     #[arg(long, value_name = "TEXT")]
     pub(super) passage_instruction_for_retrieval: Option<String>,
     /// Order of the rows: random (shuffled every epoch, random passages) or sequential (in file order,
@@ -146,10 +147,9 @@ pub(super) struct DataArgs {
     #[arg(hide_possible_values = true)]
     pub(super) sampling: Sampling,
     /// Rows of a batch: mixed (from all files together) or per-file (from one file each; an epoch is one pass
-    /// over every file)
-    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(["mixed", "per-file"]))]
-    #[arg(default_value = "mixed", hide_possible_values = true)]
-    pub(super) batching: String,
+    /// over every file) [default: as the data set file says, or mixed]
+    #[arg(long, value_name = "HOW", value_parser = batch_rows)]
+    pub(super) batching: Option<BatchRows>,
     /// Shares of the batches of each file with --batching per-file, in the order of the files, such as 2,1,1
     /// [default: proportional to their rows]
     #[arg(long, value_name = "X", value_delimiter = ',', num_args = 1..)]
@@ -162,28 +162,69 @@ pub(super) struct DataArgs {
 }
 
 impl DataArgs {
-    fn batching(&self) -> Batching {
-        match self.batching.as_str() {
-            "per-file" => Batching::PerFile { weights: self.file_weights.clone() },
-            _ => Batching::Mixed,
+    /// Which rows batches have: as the options or the data set files say.
+    ///
+    /// # Errors
+    /// Weights are given twice, or for mixed batches.
+    pub(super) fn batching(&self, dataset: &Dataset) -> Result<Batching> {
+        let of_files = dataset.weights_of_files();
+        let has_weights = !of_files.is_empty();
+        if has_weights && !self.file_weights.is_empty() {
+            return Err(Error::new(ErrorKind::Argument, "weights of files are given twice")
+                .expected("--file-weights, or `weight` in a data set file")
+                .got("both"));
+        }
+        let rows = self.batching.or(dataset.sources().batching).unwrap_or(BatchRows::Mixed);
+        let weights = if has_weights { of_files } else { self.file_weights.clone() };
+        match rows {
+            BatchRows::PerFile => Ok(Batching::PerFile { weights }),
+            BatchRows::Mixed if weights.is_empty() => Ok(Batching::Mixed),
+            BatchRows::Mixed => Err(Error::new(
+                ErrorKind::Argument,
+                "weights of files have no effect on mixed batches",
+            )
+            .expected("--batching per-file with weights")
+            .got(match has_weights {
+                true => "--batching mixed with a data set file that has weights",
+                false => "--file-weights without --batching per-file",
+            })),
         }
     }
 }
 
+fn batch_rows(text: &str) -> std::result::Result<BatchRows, String> {
+    match text {
+        "mixed" => Ok(BatchRows::Mixed),
+        "per-file" => Ok(BatchRows::PerFile),
+        _ => Err("expected mixed or per-file".into()),
+    }
+}
+
 impl Args {
-    /// The recipe of the trained model: `recipe`, that of the initial model, changed by the given options.
-    pub(super) fn recipe(&self, mut recipe: Recipe) -> Recipe {
+    /// The recipe of the trained model: `recipe`, that of the initial model, changed by the data set files and the
+    /// given options.
+    ///
+    /// # Errors
+    /// Two sources have the same task and different instructions.
+    pub(super) fn recipe(&self, mut recipe: Recipe, sources: &DataSources) -> Result<Recipe> {
         let data = &self.data;
         recipe.query_max_len = data.query_max_len.unwrap_or(recipe.query_max_len);
         recipe.passage_max_len = data.passage_max_len.unwrap_or(recipe.passage_max_len);
-        if let Some(instruction) = &data.query_instruction_for_retrieval {
+        let query = data.query_instruction_for_retrieval.as_ref();
+        if let Some(instruction) = query.or(sources.query_instruction.as_ref()) {
             recipe.query_instruction.clone_from(instruction);
         }
-        if let Some(instruction) = &data.passage_instruction_for_retrieval {
+        let passage = data.passage_instruction_for_retrieval.as_ref();
+        if let Some(instruction) = passage.or(sources.passage_instruction.as_ref()) {
             recipe.passage_instruction.clone_from(instruction);
         }
         recipe.normalized = self.model.normalized.unwrap_or(recipe.normalized);
-        recipe
+        let of_run = Instructions {
+            query: recipe.query_instruction.clone(),
+            passage: recipe.passage_instruction.clone(),
+        };
+        recipe.tasks.extend(sources.tasks(&of_run)?);
+        Ok(recipe)
     }
 
     /// The settings of the run. An epoch has `steps_per_epoch` steps.
@@ -206,7 +247,7 @@ impl Args {
             passage_max_len: recipe.passage_max_len,
             objective: ObjectiveOptions::default(), // checked, then set, when the model is known
             sampling: data.sampling,
-            batching: data.batching(),
+            batching: Batching::Mixed, // set when the data is known
             drop_last: data.dataloader_drop_last,
             seed: training.seed,
             learning_rate: optimizer.learning_rate,
@@ -270,7 +311,8 @@ mod tests {
 
     fn config(rest: &[&str]) -> TrainConfig {
         let args = parse(rest);
-        args.train_config("o".into(), &args.recipe(recipe()), 7)
+        let recipe = args.recipe(recipe(), &DataSources::default()).unwrap();
+        args.train_config("o".into(), &recipe, 7)
     }
 
     #[test]
@@ -281,7 +323,8 @@ mod tests {
             query_instruction: "find: ".into(),
             ..recipe()
         };
-        assert_eq!(parse(&[]).recipe(trained.clone()), trained);
+        let none = DataSources::default();
+        assert_eq!(parse(&[]).recipe(trained.clone(), &none).unwrap(), trained);
         let given = parse(&[
             "--query-max-len",
             "50",
@@ -301,7 +344,7 @@ mod tests {
             passage_instruction: "p: ".into(),
             ..recipe()
         };
-        assert_eq!(given.recipe(trained), expected);
+        assert_eq!(given.recipe(trained, &none).unwrap(), expected);
     }
 
     #[test]

@@ -37,8 +37,8 @@ impl Forecast {
     pub(crate) fn new(args: &Args, prepared: &Prepared<impl Backend>) -> Result<Self> {
         let Prepared { dataset, config, evaluation, .. } = prepared;
         let prompts = &prepared.outline.prompts;
-        let evaluation =
-            evaluation.as_ref().map(|e| EvaluationShape::of(e, config, prompts)).transpose()?;
+        let shape = |e| EvaluationShape::of(e, config, prompts, &prepared.recipe.tasks);
+        let evaluation = evaluation.as_ref().map(shape).transpose()?;
         let mut shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
             prompts: prompts.clone(),

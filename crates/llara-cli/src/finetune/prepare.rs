@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Dtype};
-use llara::data::{BadRows, Dataset};
+use llara::data::{BadRows, DataSources, Dataset};
 use llara::loss::ObjectiveContext;
 use llara::model::LoraConfig;
 use llara::retrieval::BLOCK_TEXTS;
@@ -66,11 +66,12 @@ impl<B: Backend> Prepared<B> {
         }
         ranges::check(args)?;
         let objective = args.objective.objective()?;
+        let sources = DataSources::read(&args.data.train_data)?;
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
         let (output_dir, lock, checkpoint) = match &purpose {
             Purpose::Run(output_dir) => {
-                check_apart(args, output_dir, &adapter, &model_name)?;
+                check_apart(args, output_dir, &adapter, &model_name, &sources)?;
                 let (lock, checkpoint) = resume::claim(args, output_dir)?;
                 (output_dir.clone(), Some(lock), checkpoint)
             }
@@ -78,7 +79,7 @@ impl<B: Backend> Prepared<B> {
         };
         let precision = resume::precision(args, checkpoint.as_ref(), &backend);
         let group_size = args.data.train_group_size;
-        let mut dataset = Dataset::open(&args.data.train_data, args.data.on_bad_row)?;
+        let mut dataset = Dataset::open_sources(sources, args.data.on_bad_row)?;
         if args.data.on_bad_row == BadRows::Skip {
             dataset.skip_short_groups(group_size)?;
         }
@@ -92,7 +93,7 @@ impl<B: Backend> Prepared<B> {
         };
         let base = starting_recipe(&dir, &adapter, template.as_ref())?;
         let outline = outline(args, &dir, &base, &adapter)?;
-        let recipe = args.recipe(base);
+        let recipe = args.recipe(base, dataset.sources())?;
         let mut config = args.train_config(output_dir, &recipe, 0);
         objective.check(&ObjectiveContext {
             dimension: outline.decoder.hidden_size,
@@ -103,6 +104,7 @@ impl<B: Backend> Prepared<B> {
             dataset.check_teacher_scores(distillation.temperature)?;
         }
         config.objective = objective;
+        config.batching = args.data.batching(&dataset)?;
         // Errors of the sampler are reported before a large model is read.
         let steps_per_epoch = config.sampler(&dataset, 1)?.steps_per_epoch();
         config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
@@ -234,12 +236,14 @@ fn check_apart(
     output_dir: &Path,
     adapter: &Adapter,
     model: &str,
+    sources: &DataSources,
 ) -> llara::Result<()> {
     let mut inputs = vec![("the model", Path::new(model))];
     if let Adapter::From(dir) = adapter {
         inputs.push(("the adapter", dir));
     }
     inputs.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
+    inputs.extend(sources.sources.iter().map(|source| ("training data", source.path.as_path())));
     inputs.extend(args.evaluation.folders().map(|path| ("the evaluation data", path)));
     paths::check_apart(output_dir, &inputs)
 }
@@ -258,8 +262,9 @@ fn check_vocabulary(
     (0..dataset.len()).try_for_each(|index| {
         let row = dataset.row(index)?;
         let query = [config.query_text(row.prompt.as_deref(), &row.query)];
+        let of_file = row.passage_instruction.as_deref();
         let passages: Vec<String> =
-            row.pos.iter().chain(&row.neg).map(|text| config.passage_text(text)).collect();
+            row.pos.iter().chain(&row.neg).map(|text| config.passage_text(of_file, text)).collect();
         let check = |role, texts: &[String], max_len| {
             prompts.encode_all(role, texts, max_len).map(drop).map_err(|e| {
                 match dataset.location(index) {

@@ -72,12 +72,6 @@ pub(super) fn check(args: &Args) -> Result<()> {
         "the number of steps is out of range",
         "a positive number of steps, or −1 to use --num-train-epochs",
     )?;
-    require(
-        data.file_weights.is_empty() || data.batching == "per-file",
-        ("--file-weights", "without --batching per-file"),
-        "weights of files have no effect on mixed batches",
-        "--batching per-file with --file-weights",
-    )?;
     let epochs = training.num_train_epochs;
     require(
         training.max_steps > 0 || epochs.is_finite() && epochs > 0.0,

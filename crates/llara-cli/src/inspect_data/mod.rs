@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::data::BadRows;
+use llara::data::{BadRows, DataSources};
 use llara::inspect::{Settings, inspect};
 use llara::text::PromptEncoder;
 use llara::{Error, ErrorKind, Loader, Recipe, Result, Role};
@@ -50,7 +50,8 @@ pub(super) struct Args {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Data")]
 struct DataArgs {
-    /// Training rows: JSONL files with `query`, `pos` and optionally `neg`, or folders of them
+    /// Training rows: JSONL files with `query`, `pos` and optionally `neg`, folders of them, or data set
+    /// files (.toml)
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     train_data: Vec<PathBuf>,
     /// What to do with a malformed row: skip (count it) or error (stop at the first one)
@@ -141,11 +142,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let denied = Denied::new(&args.checks.deny, &args.checks.allow)?;
     args.check()?;
     args.threads.start()?;
-    let settings = args.settings()?;
+    let sources = DataSources::read(&args.data.train_data)?;
+    let settings = args.settings(&sources)?;
     denied.check(&settings)?;
 
     let mut progress = InspectionProgress::new();
-    let inspected = inspect(&args.data.train_data, &settings, &mut |p| progress.show(p));
+    let inspected = inspect(&sources, &settings, &mut |p| progress.show(p));
     progress.finish();
     let report = inspected?;
     for line in table::lines(&report, &settings) {
@@ -192,7 +194,7 @@ impl Args {
     }
 
     /// The settings: those of the options, of the adapter, of the model, or the defaults.
-    fn settings(&self) -> Result<Settings> {
+    fn settings(&self, sources: &DataSources) -> Result<Settings> {
         let given = self.template.as_deref().map(trained_model::template).transpose()?;
         let dir = match &self.model {
             Some(model) => {
@@ -224,8 +226,11 @@ impl Args {
             }
             None => None,
         };
-        let query_instruction = data.query_instruction_for_retrieval.clone();
-        let passage_instruction = data.passage_instruction_for_retrieval.clone();
+        let query_instruction = data.query_instruction_for_retrieval.as_ref();
+        let query_instruction = query_instruction.or(sources.query_instruction.as_ref()).cloned();
+        let passage_instruction = data.passage_instruction_for_retrieval.as_ref();
+        let passage_instruction =
+            passage_instruction.or(sources.passage_instruction.as_ref()).cloned();
         let defaults = Settings::new(recipe.template);
         Ok(Settings {
             group_size: data.train_group_size,

@@ -27,7 +27,7 @@ fn a_wrong_file_is_refused() {
     for (contents, parts) in [
         ("learnin-rate = 1", ["run.toml: `learnin-rate` is not an option", "`learning-rate`?"]),
         ("seed = \"often\"", ["run.toml: invalid value 'often' for '--seed", "an integer"]),
-        ("seed 1", ["run.toml:1: not TOML", ""]),
+        ("seed 1", ["run.toml:1: the run file is not valid", ""]),
     ] {
         bench.write("run.toml", contents);
         llara(&["finetune", "--config", &file, "--output-dir", &out]).refused(&parts);

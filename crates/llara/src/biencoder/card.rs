@@ -50,6 +50,7 @@ pub(super) fn model_card<B: Backend>(model: &BiEncoderModel<B>) -> Result<String
     }
     transformers_usage(&mut card, model)?;
     inputs(&mut card, model);
+    tasks(&mut card, model);
     training(&mut card, model);
     Ok(with_seal(card))
 }
@@ -233,6 +234,23 @@ fn inputs<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) {
                 recipe.max_len(role)
             ),
         );
+    }
+}
+
+/// The instructions of tasks.
+fn tasks<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) {
+    let tasks = &model.recipe().tasks;
+    if tasks.is_empty() {
+        return;
+    }
+    card.push_str(
+        "\nThe data of some tasks had instructions of their own; use them in place of those above:\n\n\
+         | task | query instruction | passage instruction |\n|---|---|---|\n",
+    );
+    let shown = |text: &str| if text.is_empty() { "none".to_owned() } else { cell(text) };
+    for (name, instructions) in tasks {
+        let (query, passage) = (shown(&instructions.query), shown(&instructions.passage));
+        write(card, format_args!("| {} | {query} | {passage} |\n", cell(name)));
     }
 }
 

@@ -1,9 +1,11 @@
 //! `llara.json`: the settings with which a model must encode texts, as in training.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::Instructions;
 use crate::text::{Role, Template};
 use crate::{Error, ErrorKind, Result};
 
@@ -28,6 +30,10 @@ pub struct Recipe {
     /// Text prepended to every passage.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub passage_instruction: String,
+    /// The instructions of the tasks that the model was trained on, by name. They replace the instructions above
+    /// for texts of the task.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tasks: BTreeMap<String, Instructions>,
 }
 
 impl Recipe {
@@ -40,6 +46,7 @@ impl Recipe {
             passage_max_len: 128,
             query_instruction: String::new(),
             passage_instruction: String::new(),
+            tasks: BTreeMap::new(),
         }
     }
 
@@ -57,6 +64,30 @@ impl Recipe {
             Role::Query => &self.query_instruction,
             Role::Passage => &self.passage_instruction,
         }
+    }
+
+    /// The instructions of a task.
+    ///
+    /// # Errors
+    /// The model was not trained on a task of this name.
+    pub fn task(&self, name: &str) -> Result<&Instructions> {
+        self.tasks.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.tasks.keys().map(String::as_str).collect();
+            Error::new(ErrorKind::Argument, "the model has no instructions for this task")
+                .expected(match known.is_empty() {
+                    true => "a model that was trained with instructions of tasks".to_owned(),
+                    false => format!("one of {}", known.join(", ")),
+                })
+                .got(name)
+        })
+    }
+
+    /// The instructions of a task, or the general ones if the model was not trained on a task of this name.
+    pub(crate) fn instructions_of(&self, task: &str) -> Instructions {
+        self.tasks.get(task).cloned().unwrap_or_else(|| Instructions {
+            query: self.query_instruction.clone(),
+            passage: self.passage_instruction.clone(),
+        })
     }
 
     /// The recipe in a model folder, if it has one.

@@ -1,10 +1,13 @@
 //! What of a recipe sentence-transformers can express: a prompt in front of the text, the special tokens that
 //! the tokenizer itself adds, pooling of the last token, and normalization.
 
+use std::collections::BTreeMap;
+
 use serde_json::json;
 
 use super::Recipe;
 use crate::Result;
+use crate::data::Instructions;
 use crate::text::{PromptEncoder, Role, TextTokenizer};
 
 /// Beginnings of texts: letters, digits, white space, punctuation, other scripts. If each of them gives the
@@ -15,10 +18,9 @@ const BEGINNINGS: [&str; 12] =
 /// The settings of a sentence-transformers folder that gives the embeddings of a recipe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StLayout {
-    /// In front of queries.
-    pub(crate) query_prompt: String,
-    /// In front of passages.
-    pub(crate) passage_prompt: String,
+    /// What is put in front of texts, by name: `query` and `passage`, and for each task its name, for queries, and
+    /// its name with `-passage`.
+    pub(crate) prompts: BTreeMap<String, String>,
     /// One length for both roles, in tokens, special tokens included: the larger one.
     pub(crate) max_seq_length: usize,
     /// Whether embeddings are L2-normalized.
@@ -58,8 +60,8 @@ impl StLayout {
             });
         }
         let tokenizer = prompts.tokenizer();
-        for role in [Role::Query, Role::Passage] {
-            affix_obstacles(recipe, prompts, role, &mut obstacles)?;
+        for (_, role, instruction) in named_instructions(recipe) {
+            affix_obstacles(recipe, prompts, (role, instruction), &mut obstacles)?;
         }
         if !tokenizer.named_tokens().iter().any(|named| named.key == "pad_token") {
             obstacles.push(Obstacle {
@@ -72,11 +74,11 @@ impl StLayout {
         if !obstacles.is_empty() {
             return Ok(Err(obstacles));
         }
-        let prompt =
-            |role| format!("{}{}", recipe.template.affixes(role).prefix, recipe.instruction(role));
+        let prompt = |(name, role, instruction)| {
+            (name, format!("{}{instruction}", recipe.template.affixes(role).prefix))
+        };
         Ok(Ok(StLayout {
-            query_prompt: prompt(Role::Query),
-            passage_prompt: prompt(Role::Passage),
+            prompts: named_instructions(recipe).into_iter().map(prompt).collect(),
             max_seq_length: recipe.query_max_len.max(recipe.passage_max_len),
             normalized: recipe.normalized,
         }))
@@ -108,7 +110,7 @@ impl StLayout {
             "include_prompt": true,
         });
         let settings = json!({
-            "prompts": {"query": self.query_prompt, "passage": self.passage_prompt},
+            "prompts": self.prompts,
             "default_prompt_name": null,
             "similarity_fn_name": if self.normalized { "cosine" } else { "dot" },
         });
@@ -122,10 +124,23 @@ impl StLayout {
     }
 }
 
+/// The instructions of a recipe: the name of their prompt, their role, and the instruction.
+fn named_instructions(recipe: &Recipe) -> Vec<(String, Role, &str)> {
+    let general =
+        [Role::Query, Role::Passage].map(|role| (role.to_string(), role, recipe.instruction(role)));
+    let of_tasks = recipe.tasks.iter().flat_map(|(task, Instructions { query, passage })| {
+        [
+            (task.clone(), Role::Query, query.as_str()),
+            (format!("{task}-passage"), Role::Passage, passage.as_str()),
+        ]
+    });
+    general.into_iter().chain(of_tasks).collect()
+}
+
 fn affix_obstacles(
     recipe: &Recipe,
     prompts: &PromptEncoder,
-    role: Role,
+    (role, instruction): (Role, &str),
     obstacles: &mut Vec<Obstacle>,
 ) -> Result<()> {
     let (template, tokenizer) = (&recipe.template, prompts.tokenizer());
@@ -155,11 +170,11 @@ fn affix_obstacles(
             .all(|&id| tokenizer.token(id).is_some_and(|token| tokenizer.is_added(&token)));
         add(what, (special && !suffix.is_empty()).then_some(POST_PROCESSOR));
     }
-    let prompt = format!("{}{}", affixes.prefix, recipe.instruction(role));
+    let prompt = format!("{}{instruction}", affixes.prefix);
     if prompt.starts_with(char::is_whitespace) {
         add(format!("the {role} prompt begins with white space, which is removed there"), None);
     }
-    if let Some(what) = seam(tokenizer, recipe, role)? {
+    if let Some(what) = seam(tokenizer, &affixes.prefix, (role, instruction))? {
         add(
             what,
             Some("end the prefix with a special token of the tokenizer, or use an instruction"),
@@ -170,14 +185,17 @@ fn affix_obstacles(
 
 /// Why the prefix of the template, which is tokenized apart from the text, is not the same as a prompt,
 /// which is tokenized together with it; `None` if it is.
-fn seam(tokenizer: &TextTokenizer, recipe: &Recipe, role: Role) -> Result<Option<String>> {
-    let prefix = &recipe.template.affixes(role).prefix;
+fn seam(
+    tokenizer: &TextTokenizer,
+    prefix: &str,
+    (role, instruction): (Role, &str),
+) -> Result<Option<String>> {
     if prefix.is_empty() {
         return Ok(None);
     }
     let apart = tokenizer.encode(prefix, false)?;
     for beginning in BEGINNINGS {
-        let text = format!("{}{beginning}", recipe.instruction(role));
+        let text = format!("{instruction}{beginning}");
         let expected = [&apart[..], &tokenizer.encode(&text, false)?].concat();
         if tokenizer.encode(&format!("{prefix}{text}"), false)? != expected {
             return Ok(Some(format!(
@@ -221,6 +239,8 @@ mod tests {
         (template.query, template.passage) = (affixes(query, suffix), affixes(passage, suffix));
         let mut recipe = Recipe::new(template.clone());
         recipe.query_instruction = "find: ".to_owned();
+        let task = Instructions { query: "ask: ".to_owned(), passage: "page: ".to_owned() };
+        recipe.tasks.insert("nq".to_owned(), task);
         let size = tokenizer.vocab_size();
         let prompts = PromptEncoder::new(tokenizer, template, size).unwrap();
         StLayout::new(&recipe, &prompts).unwrap().map_err(|obstacles| format!("{obstacles:?}"))
@@ -229,7 +249,12 @@ mod tests {
     #[test]
     fn instructions_and_prefixes_that_end_in_a_special_token_are_prompts() {
         let layout = layout("<q>", "", "</s>").unwrap();
-        assert_eq!((&*layout.query_prompt, &*layout.passage_prompt), ("<q>find: ", ""));
+        let prompts: Vec<_> =
+            layout.prompts.iter().map(|(name, prompt)| (&**name, &**prompt)).collect();
+        assert_eq!(
+            prompts,
+            [("nq", "<q>ask: "), ("nq-passage", "page: "), ("passage", ""), ("query", "<q>find: ")]
+        );
         assert_eq!((layout.max_seq_length, layout.normalized), (128, true));
     }
 

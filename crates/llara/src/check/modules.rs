@@ -107,7 +107,7 @@ fn compare(
 
 fn compare_prompts(settings: &Value, layout: &StLayout, findings: &mut Findings<'_>) {
     let prompt = |name: &str| settings["prompts"][name].as_str().unwrap_or_default();
-    for (name, expected) in [("query", &layout.query_prompt), ("passage", &layout.passage_prompt)] {
+    for (name, expected) in &layout.prompts {
         if prompt(name) != expected {
             let what = format!("the prompt `{name}` is not that of the recipe");
             let finding = Finding::new(Status::Error, CHECK, SETTINGS_FILE, what);

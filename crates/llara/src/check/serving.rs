@@ -134,9 +134,8 @@ fn sentence_transformers(served: &Served<'_>) -> Tool {
 
 fn layout_settings(layout: &StLayout) -> Map<String, Value> {
     let mut settings = Map::new();
-    let prompts = json!({"query": layout.query_prompt, "passage": layout.passage_prompt});
     settings.insert("pooling".to_owned(), json!("lasttoken"));
-    settings.insert("prompts".to_owned(), prompts);
+    settings.insert("prompts".to_owned(), json!(layout.prompts));
     settings.insert("max_seq_length".to_owned(), json!(layout.max_seq_length));
     settings.insert("normalize".to_owned(), json!(layout.normalized));
     settings
@@ -165,9 +164,8 @@ fn text_embeddings_inference(served: &Served<'_>) -> Tool {
     }
     if let Some(Ok(layout)) = &served.layout {
         tool.settings = Map::new();
-        let prompts = json!({"query": layout.query_prompt, "passage": layout.passage_prompt});
         tool.settings.insert("--pooling".to_owned(), json!("last-token"));
-        tool.settings.insert("--default-prompt".to_owned(), prompts);
+        tool.settings.insert("--default-prompt".to_owned(), json!(layout.prompts));
         tool.settings.insert("normalize (of a request)".to_owned(), json!(layout.normalized));
     }
     let Some(config) = served.config else { return tool };

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::TrainingRow;
 use super::file_batches::FileRows;
 use super::files::{data_files, open_data_file, read_rows};
+use super::{DataSources, TrainingRow};
 use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
 
@@ -33,6 +33,7 @@ pub struct Skipped {
 /// reads a row from disk and may be called from several threads.
 #[derive(Debug)]
 pub struct Dataset {
+    sources: DataSources,
     files: Vec<SourceFile>,
     rows: Vec<IndexEntry>,
     /// Indices of rows without hard negatives, ascending.
@@ -54,6 +55,8 @@ pub struct DataFile {
 #[derive(Debug)]
 struct SourceFile {
     path: PathBuf,
+    /// Index of its source.
+    source: usize,
     /// Kept open, so that the checked contents are read even if another file replaces the path.
     file: File,
     /// Index of the file's first row.
@@ -77,22 +80,32 @@ struct IndexEntry {
 const MAX_REASONS: usize = 10;
 
 impl Dataset {
-    /// Reads and checks every row once. Each path is a file, or a folder, of which the `.jsonl` and `.json`
+    /// [`open_sources`](Self::open_sources) for the sources that `paths` name (see [`DataSources::read`]).
+    ///
+    /// # Errors
+    /// As for both.
+    pub fn open(paths: &[PathBuf], on_bad_row: BadRows) -> Result<Dataset> {
+        Self::open_sources(DataSources::read(paths)?, on_bad_row)
+    }
+
+    /// Reads and checks every row once. Each source is a file, or a folder, of which the `.jsonl` and `.json`
     /// files are read in the order of their names, without hidden ones. Empty lines, a byte-order mark and
     /// CRLF line endings are allowed.
     ///
     /// # Errors
-    /// A path cannot be read; a folder has no such file; a file is empty, is one JSON array, or has a
+    /// A source cannot be read; a folder has no such file; a file is empty, is one JSON array, or has a
     /// malformed row that is not to be skipped; or no row remains.
-    pub fn open(paths: &[PathBuf], on_bad_row: BadRows) -> Result<Dataset> {
+    pub fn open_sources(sources: DataSources, on_bad_row: BadRows) -> Result<Dataset> {
+        let files = data_files(&sources.sources)?;
         let mut dataset = Dataset {
+            sources,
             files: Vec::new(),
             rows: Vec::new(),
             without_negatives: Vec::new(),
             skipped: Skipped::default(),
         };
-        for path in data_files(paths)? {
-            dataset.index_file(path, on_bad_row)?;
+        for (source, path) in files {
+            dataset.index_file(source, path, on_bad_row)?;
         }
         dataset.check_not_empty()?;
         Ok(dataset)
@@ -186,13 +199,14 @@ impl Dataset {
         Some((&source.path, u64::from(entry.line)))
     }
 
-    /// Reads a row.
+    /// Reads a row. A row without a `prompt` has the query instruction of its source.
     ///
     /// # Errors
     /// There is no such row, reading failed, or the file was changed since it was checked.
     pub fn row(&self, index: usize) -> Result<TrainingRow> {
-        let (source, entry) = self.entry(index)?;
-        TrainingRow::parse(&self.line(index)?, &source.path, entry.line.into())
+        let (file, entry) = self.entry(index)?;
+        let row = TrainingRow::parse(&self.line(index)?, &file.path, entry.line.into())?;
+        Ok(row.with_instructions(&self.sources.sources[file.source]))
     }
 
     /// Reads the line of a row.
@@ -250,6 +264,28 @@ impl Dataset {
         rows.filter(|file| file.rows > 0).collect()
     }
 
+    /// The sources of the rows.
+    pub fn sources(&self) -> &DataSources {
+        &self.sources
+    }
+
+    /// The weight of each file of [`rows_of_files`](Self::rows_of_files): those of the sources, divided among the
+    /// files of a folder in proportion to their rows. Empty: there are no weights.
+    pub fn weights_of_files(&self) -> Vec<f64> {
+        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
+        let files: Vec<(usize, usize)> = (self.files.iter().zip(ends))
+            .map(|(file, end)| (file.source, end - file.first_row))
+            .filter(|&(_, rows)| rows > 0)
+            .collect();
+        let mut rows_of_source = vec![0; self.sources.sources.len()];
+        files.iter().for_each(|&(source, rows)| rows_of_source[source] += rows);
+        let weight = |&(source, rows): &(usize, usize)| {
+            let weight = self.sources.sources[source].weight?;
+            Some(weight * (rows as f64 / rows_of_source[source] as f64))
+        };
+        files.iter().map(weight).collect::<Option<_>>().unwrap_or_default()
+    }
+
     fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {
         let entry = self.rows.get(index)?;
         // A file whose rows were all skipped has the same first row as the next file.
@@ -257,7 +293,7 @@ impl Dataset {
         Some((self.files.get(after.checked_sub(1)?)?, entry))
     }
 
-    fn index_file(&mut self, path: PathBuf, on_bad_row: BadRows) -> Result<()> {
+    fn index_file(&mut self, source: usize, path: PathBuf, on_bad_row: BadRows) -> Result<()> {
         let file = open_data_file(&path)?;
         let first_row = self.rows.len();
         read_rows(&path, &file, |line| {
@@ -279,7 +315,7 @@ impl Dataset {
             }
             Ok(())
         })?;
-        self.files.push(SourceFile { path, file, first_row });
+        self.files.push(SourceFile { path, source, file, first_row });
         Ok(())
     }
 }

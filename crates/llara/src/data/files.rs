@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
+use super::DataSource;
 use crate::storage::{LineReader, MAX_LINE_BYTES, compressed, open_file};
 use crate::{Error, ErrorKind, Result};
 
@@ -75,20 +76,20 @@ pub(crate) fn read_rows(
     Ok(())
 }
 
-/// The files of `paths`, with folders replaced by the files in them.
-pub(crate) fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+/// The files of sources, with folders replaced by the files in them: the index of the source, and the path.
+pub(crate) fn data_files(sources: &[DataSource]) -> Result<Vec<(usize, PathBuf)>> {
     let mut files = Vec::new();
-    for path in paths {
+    for (index, DataSource { path, .. }) in sources.iter().enumerate() {
         let failed = |e| Error::io("read training data", path, e);
         let kind = fs::metadata(path).map_err(failed)?;
         if kind.is_file() {
-            files.push(path.clone());
+            files.push((index, path.clone()));
         } else if kind.is_dir() {
             let before = files.len();
             for entry in fs::read_dir(path).map_err(failed)? {
                 let file = entry.map_err(failed)?.path();
                 if is_data_file(&file) {
-                    files.push(file);
+                    files.push((index, file));
                 }
             }
             if files.len() == before {

@@ -9,6 +9,7 @@ mod lengths;
 mod prefetch;
 mod row;
 mod sampler;
+mod source;
 mod teacher_scores;
 
 pub(crate) use batch::positives;
@@ -20,3 +21,4 @@ pub use lengths::{Histogram, LengthSummary, Lengths};
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;
 pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};
+pub use source::{BatchRows, DataSource, DataSources, Instructions};

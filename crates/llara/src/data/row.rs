@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::DataSource;
 use crate::{Error, ErrorKind, Result};
 
 /// A query with its positives and hard negatives. `pos` is not empty, and every text contains a character
@@ -20,6 +21,9 @@ pub struct TrainingRow {
     pub id: Option<String>,
     /// An instruction that is prepended to this row's query.
     pub prompt: Option<String>,
+    /// An instruction that is prepended to this row's passages. It belongs to the row's file: a line has no such
+    /// field.
+    pub passage_instruction: Option<String>,
     /// The teacher's score of each passage in `pos`; finite.
     pub pos_scores: Option<Vec<f32>>,
     /// The teacher's score of each passage in `neg`; finite.
@@ -86,7 +90,17 @@ impl TrainingRow {
             Some(Value::String(prompt)) => Some(prompt),
             Some(other) => return Err(location.wrong_type("prompt", "a string", &other)),
         };
-        Ok(TrainingRow { query, pos, neg, id, prompt, pos_scores, neg_scores })
+        let passage_instruction = None;
+        Ok(TrainingRow { query, pos, neg, id, prompt, passage_instruction, pos_scores, neg_scores })
+    }
+}
+
+impl TrainingRow {
+    /// The row with the instructions of its source: a `prompt` of its own takes precedence.
+    pub(crate) fn with_instructions(mut self, source: &DataSource) -> Self {
+        self.prompt = self.prompt.or_else(|| source.query_instruction.clone());
+        self.passage_instruction.clone_from(&source.passage_instruction);
+        self
     }
 }
 
@@ -221,6 +235,7 @@ mod tests {
                 neg: texts(&["c"]),
                 id: Some("12".into()),
                 prompt: Some("find: ".into()),
+                passage_instruction: None,
                 pos_scores: Some(vec![1.0, 0.5]),
                 neg_scores: Some(vec![-20.0]),
             }

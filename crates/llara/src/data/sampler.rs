@@ -317,6 +317,7 @@ mod tests {
             neg: (0..neg).map(|i| format!("n{i}")).collect(),
             id: None,
             prompt: Some("find: ".into()),
+            passage_instruction: None,
             pos_scores: None,
             neg_scores: None,
         }

@@ -21,7 +21,9 @@ use super::sources::{Rows, Sources};
 use super::special_tokens::SpecialTokens;
 use super::tally::{Counting, Line, RoleCounts, Tally};
 use super::tokens::{RowSample, TokenCounts};
-use crate::data::{BadRows, Dataset, TrainingRow, data_files, open_data_file, read_rows};
+use crate::data::{
+    BadRows, DataSources, Dataset, TrainingRow, data_files, open_data_file, read_rows,
+};
 use crate::{Error, Result};
 
 /// Bytes of lines that are counted at a time. One longer line is a batch of its own.
@@ -39,19 +41,20 @@ const PROGRESS_RECORDS: u64 = 1 << 18;
 /// The longest part of a text in an example, in characters.
 const PREVIEW_CHARS: usize = 80;
 
-/// Inspects training data. Each path is a file or a folder, as in [`Dataset::open`]. Memory does not grow
+/// Inspects training data. Memory does not grow
 /// with the size of the data, except by 16 bytes for each MiB and the temporary files, which
 /// [`Settings::temp_dir`] describes. All counts are exact unless their [`Basis`] says otherwise: equal texts
 /// are found by 128 bits of their BLAKE3 hashes.
 ///
 /// ```
+/// # use llara::data::DataSources;
 /// # use llara::inspect::{Finding, Settings, inspect};
 /// # use llara::text::Template;
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let path = folder.path().join("rows.jsonl");
 /// # std::fs::write(&path, r#"{"query": "what do bees eat", "pos": ["Bees eat nectar."]}"#).unwrap();
 /// let settings = Settings { group_size: 2, ..Settings::new(Template::preset("llara")?) };
-/// let report = inspect(&[path], &settings, &mut |_| {})?;
+/// let report = inspect(&DataSources::read(&[path])?, &settings, &mut |_| {})?;
 /// assert_eq!(report.finding(Finding::NoNegatives).count, 1);
 /// # Ok::<(), llara::Error>(())
 /// ```
@@ -61,16 +64,16 @@ const PREVIEW_CHARS: usize = 80;
 /// malformed and [`Settings::on_bad_row`] is [`BadRows::Error`]; a sampled row cannot be tokenized; or the
 /// temporary files cannot be written.
 pub fn inspect(
-    paths: &[PathBuf],
+    data: &DataSources,
     settings: &Settings,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Report> {
-    inspect_with(paths, settings, RECORDS, progress)
+    inspect_with(data, settings, RECORDS, progress)
 }
 
 /// [`inspect`] with these numbers of records of rows, queries and passages in memory.
 pub(super) fn inspect_with(
-    paths: &[PathBuf],
+    data: &DataSources,
     settings: &Settings,
     records: [usize; 3],
     progress: &mut dyn FnMut(Progress),
@@ -78,18 +81,18 @@ pub(super) fn inspect_with(
     let special_tokens = SpecialTokens::new(&settings.special_tokens())?;
     let mut inspector = Inspector::new(settings, &special_tokens, records);
     let mut sources = Sources::default();
-    let opened = data_files(paths)?.into_iter().map(|path| {
+    let opened = data_files(&data.sources)?.into_iter().map(|(source, path)| {
         let file = open_data_file(&path)?;
         let bytes = file.metadata().map_err(|e| Error::io("read training data", &path, e))?.len();
         // Closed again: there may be more files than can be open at a time.
-        Ok((path, bytes))
+        Ok((source, path, bytes))
     });
-    let files: Vec<(PathBuf, u64)> = opened.collect::<Result<_>>()?;
-    let total: u64 = files.iter().map(|(_, bytes)| bytes).sum();
+    let files: Vec<(usize, PathBuf, u64)> = opened.collect::<Result<_>>()?;
+    let total: u64 = files.iter().map(|(_, _, bytes)| bytes).sum();
     let mut before = 0;
-    for (path, bytes) in files {
+    for (source, path, bytes) in files {
         let file = open_data_file(&path)?;
-        sources.start(&path);
+        sources.start(&path, &data.sources[source]);
         inspector.start_file(path.clone());
         let mut batch = Batch::default();
         read_rows(&path, &file, |line| {

@@ -5,7 +5,7 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::record::Place;
-use crate::data::{Dataset, TrainingRow, open_data_file};
+use crate::data::{DataSource, Dataset, TrainingRow, open_data_file};
 use crate::storage::LineReader;
 use crate::{Error, ErrorKind, Result};
 
@@ -27,6 +27,8 @@ pub(super) struct Sources {
 #[derive(Debug)]
 struct Source {
     path: PathBuf,
+    /// What holds for its rows.
+    of_rows: DataSource,
     /// The place of the file's first byte.
     start: Place,
     /// Offset and number of some lines, ascending.
@@ -40,10 +42,10 @@ const INDEX_INTERVAL: u64 = 1 << 20;
 
 impl Sources {
     /// Starts the next file.
-    pub(super) fn start(&mut self, path: &Path) {
+    pub(super) fn start(&mut self, path: &Path, source: &DataSource) {
         let start = self.files.last().map_or(0, |last| last.start + last.end);
         let (path, lines) = (path.to_owned(), Vec::new());
-        self.files.push(Source { path, start, lines, end: 0 });
+        self.files.push(Source { path, of_rows: source.clone(), start, lines, end: 0 });
     }
 
     /// Adds a row of the last file, and returns its place.
@@ -84,11 +86,12 @@ impl Rows for Sources {
         let mut lines = LineReader::new(BufReader::new(open_at(&source.path, offset)?));
         let line = lines.next_line().map_err(failed)?;
         let bytes = line.and_then(|line| line.content).unwrap_or_default();
-        TrainingRow::parse(bytes, &source.path, 0).map_err(|_| {
+        let row = TrainingRow::parse(bytes, &source.path, 0).map_err(|_| {
             Error::new(ErrorKind::Data, "the file was changed while it was inspected")
                 .file(&source.path)
                 .hint("inspect it again when nothing writes to it")
-        })
+        })?;
+        Ok(row.with_instructions(&source.of_rows))
     }
 }
 
@@ -122,7 +125,7 @@ mod tests {
         for (name, rows) in [("a", 300), ("b", 1), ("c", 2)] {
             let path = folder.path().join(name);
             let mut text = "\u{feff}".to_owned();
-            sources.start(&path);
+            sources.start(&path, &path.clone().into());
             let mut line = 0;
             for i in 0..rows {
                 line += 1;

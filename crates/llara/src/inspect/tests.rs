@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::data::{BadRows, Dataset, TrainingRow};
+use crate::data::{BadRows, DataSources, Dataset, TrainingRow};
 use crate::text::{PromptEncoder, Template, train_bpe};
 
 fn settings() -> Settings {
@@ -55,7 +55,7 @@ fn inspect_lines(lines: &[String], settings: &Settings) -> Report {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, lines.join("\n")).unwrap();
-    inspect(&[path], settings, &mut |_| {}).unwrap()
+    inspect(&DataSources::read(&[path]).unwrap(), settings, &mut |_| {}).unwrap()
 }
 
 /// The findings with their counts, without those that were not found.
@@ -115,7 +115,9 @@ fn a_malformed_row_ends_the_inspection_if_asked() {
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, format!("{}\n[1]\n{{\n", clean().join("\n"))).unwrap();
     let settings = Settings { on_bad_row: BadRows::Error, ..settings() };
-    let e = inspect(&[path], &settings, &mut |_| {}).unwrap_err().to_string();
+    let e = inspect(&DataSources::read(&[path]).unwrap(), &settings, &mut |_| {})
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("rows.jsonl:4: not a JSON object"), "{e}");
 }
 
@@ -248,7 +250,7 @@ fn the_first_rows_of_a_dataset_have_the_same_findings() {
     let lines = [&clean()[..], &[row]].concat();
     std::fs::write(&path, lines.join("\n")).unwrap();
     let dataset = Dataset::open(std::slice::from_ref(&path), BadRows::Error).unwrap();
-    let whole = inspect(&[path], &settings(), &mut |_| {}).unwrap();
+    let whole = inspect(&DataSources::read(&[path]).unwrap(), &settings(), &mut |_| {}).unwrap();
     let first = inspect_first_rows(&dataset, &settings(), 1 << 20).unwrap();
     assert_eq!(first.findings, whole.findings);
     let bytes = lines[..3].iter().map(String::len).sum();
@@ -266,7 +268,7 @@ fn progress_ends_at_the_total_of_every_phase() {
     let mut progress = |p: Progress| {
         last.insert(format!("{:?}", p.phase), (p.done, p.total));
     };
-    inspect(&[path], &with_tokenizer(), &mut progress).unwrap();
+    inspect(&DataSources::read(&[path]).unwrap(), &with_tokenizer(), &mut progress).unwrap();
     assert_eq!(last["Tokenizing"], (3, 3));
     assert!(last["Reading"].0 > 0 && last["Reading"].0 == last["Reading"].1);
     assert_eq!(last["Comparing"].1, 2 * 3 + 9);
@@ -368,7 +370,7 @@ proptest! {
         }
         let settings = Settings { group_size, ..settings() };
         let records = if spill { [3, 3, 3] } else { [99, 99, 999] };
-        let report = inspector::inspect_with(&paths, &settings, records, &mut |_| {}).unwrap();
+        let report = inspector::inspect_with(&DataSources::read(&paths).unwrap(), &settings, records, &mut |_| {}).unwrap();
         let parsed: Vec<TrainingRow> = rows
             .iter()
             .map(|row| TrainingRow::parse(row.to_string().as_bytes(), Path::new("r"), 1).unwrap())

@@ -117,10 +117,12 @@ fn row_lengths(
         Ok(prompts.encode(role, &format!("{instruction}{text}"), usize::MAX)?.len())
     };
     let instruction = row.prompt.as_deref().unwrap_or(&settings.query_instruction);
+    let of_file = row.passage_instruction.as_deref();
+    let passage_instruction = of_file.unwrap_or(&settings.passage_instruction);
     let mut lengths = vec![(Subject::Query, len(Role::Query, instruction, &row.query)?)];
     for (side, texts) in [(Side::Pos, &row.pos), (Side::Neg, &row.neg)] {
         for (i, text) in texts.iter().enumerate() {
-            let len = len(Role::Passage, &settings.passage_instruction, text)?;
+            let len = len(Role::Passage, passage_instruction, text)?;
             lengths.push((Subject::Passage(side, i), len));
         }
     }

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2};
 use super::{Embedder, Origin, Similarity, TextFile};
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
-use crate::data::Batch;
+use crate::data::{Batch, Instructions};
 use crate::storage::Fingerprint;
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
@@ -55,6 +55,12 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
             batch_tokens: 8192,
             on_batch: None,
         }
+    }
+
+    /// Uses these instructions.
+    pub fn use_instructions(&mut self, instructions: Instructions) {
+        self.query_instruction = instructions.query;
+        self.passage_instruction = instructions.passage;
     }
 
     /// The inputs that determine the embeddings of `texts`. Files with the same origin have the same bytes on

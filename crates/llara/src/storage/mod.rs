@@ -14,6 +14,7 @@ mod replace;
 mod safetensors;
 mod staging;
 mod tensor_scan;
+mod toml_file;
 
 pub use disk_space::free_disk_bytes;
 pub(crate) use fingerprint::Fingerprint;
@@ -32,3 +33,4 @@ pub(crate) use safetensors::{
     Declaration, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,
 };
 pub(crate) use staging::Staging;
+pub use toml_file::read_toml;

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::storage::read_text_file;
+use crate::storage::read_toml;
 use crate::{Error, ErrorKind, Result};
 
-/// Largest template file that is read, in bytes.
-const MAX_BYTES: u64 = 1 << 20;
+/// What a template file contains, for errors.
+const EXPECTED: &str = "`name`, `pooled_tokens`, and tables `[query]` and `[passage]` with `prefix`, `suffix`, \
+    `special_tokens_in_prefix`";
 
 /// Whether a text is a query or a passage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -123,16 +124,7 @@ impl Template {
     /// [`Template::validate`]).
     pub fn from_toml_file(path: impl AsRef<Path>) -> Result<Template> {
         let path = path.as_ref();
-        let text = read_text_file(path, "read the template", MAX_BYTES)?;
-        let template: Template = toml::from_str(&text).map_err(|e| {
-            let message: String = e.message().chars().filter(|c| !c.is_control()).collect();
-            let error = Error::new(ErrorKind::Config, format!("invalid template: {message}"))
-                .expected("`name`, `pooled_tokens`, and tables `[query]` and `[passage]` with `prefix`, `suffix`, `special_tokens_in_prefix`");
-            match e.span() {
-                Some(span) => error.line(path, line_of(&text, span.start)),
-                None => error.file(path),
-            }
-        })?;
+        let template: Template = read_toml(path, "the template", EXPECTED)?;
         template.validate().map_err(|e| e.file(path))?;
         Ok(template)
     }
@@ -241,10 +233,6 @@ fn last_token(name: &str, suffix: &str, special_tokens_in_prefix: bool) -> Templ
     let affixes =
         Affixes { prefix: String::new(), suffix: suffix.into(), special_tokens_in_prefix };
     Template { name: name.into(), pooled_tokens: 1, query: affixes.clone(), passage: affixes }
-}
-
-fn line_of(text: &str, offset: usize) -> u64 {
-    1 + text.bytes().take(offset).filter(|&b| b == b'\n').count() as u64
 }
 
 #[cfg(test)]

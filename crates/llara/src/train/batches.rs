@@ -80,10 +80,11 @@ impl BatchSource<'_> {
             let row = self.dataset.row(draw.row)?;
             let group = self.sampler.group(draw, &row)?;
             queries.push(self.config.query_text(group.prompt, group.query));
-            passages.extend(group.passages.iter().map(|text| self.config.passage_text(text)));
+            let instruction = row.passage_instruction.as_deref();
+            let passage = |text: &str| self.config.passage_text(instruction, text);
+            passages.extend(group.passages.iter().map(|text| passage(text)));
             if let Some(positives) = &mut positives {
-                let texts: Vec<String> =
-                    row.pos.iter().map(|text| self.config.passage_text(text)).collect();
+                let texts: Vec<String> = row.pos.iter().map(|text| passage(text)).collect();
                 let max_len = self.config.passage_max_len;
                 positives.push(self.prompts.encode_all(Role::Passage, &texts, max_len)?);
             }

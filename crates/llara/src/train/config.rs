@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
 use super::step::Chunking;
-use crate::data::{Dataset, Sampler, SamplerConfig, Sampling};
+use crate::data::{Dataset, Instructions, Sampler, SamplerConfig, Sampling};
 use crate::loss::ObjectiveOptions;
 use crate::model::weights::SaveDtype;
 use crate::{Error, ErrorKind, Result};
@@ -128,14 +128,22 @@ impl TrainConfig {
         }
     }
 
+    /// The instructions of texts whose row and file have none.
+    pub fn instructions(&self) -> Instructions {
+        Instructions {
+            query: self.query_instruction.clone(),
+            passage: self.passage_instruction.clone(),
+        }
+    }
+
     /// A query behind its row's own `prompt`, or the instruction for all.
     pub fn query_text(&self, prompt: Option<&str>, query: &str) -> String {
         format!("{}{query}", prompt.unwrap_or(&self.query_instruction))
     }
 
-    /// A passage behind the instruction for all.
-    pub fn passage_text(&self, passage: &str) -> String {
-        format!("{}{passage}", self.passage_instruction)
+    /// A passage behind the instruction of its file, or the instruction for all.
+    pub fn passage_text(&self, instruction: Option<&str>, passage: &str) -> String {
+        format!("{}{passage}", instruction.unwrap_or(&self.passage_instruction))
     }
 
     /// The reference's settings.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::backend::Backend;
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, RunFacts, Shortcuts, setting};
-use crate::data::{DataFile, Dataset};
+use crate::data::{DataFile, DataSource, Dataset};
 use crate::loss::{
     Distillation, DistillationKind, FalseNegatives, MatryoshkaPrefix, ObjectiveOptions,
 };
@@ -45,7 +45,7 @@ impl Identity {
         rounding.insert("processes".to_owned(), processes.into());
         Ok(Identity {
             total_steps,
-            settings: settings(model, config, processes)?,
+            settings: settings(model, config, processes, dataset)?,
             data: dataset.files(),
             rounding,
         })
@@ -186,6 +186,7 @@ fn settings<B: Backend>(
     model: &BiEncoderModel<B>,
     config: &TrainConfig,
     processes: usize,
+    dataset: &Dataset,
 ) -> Result<Map<String, Value>> {
     let TrainConfig {
         output_dir: _,
@@ -260,6 +261,14 @@ fn settings<B: Backend>(
             if let Batching::PerFile { weights } = batching {
                 settings.insert("batching".to_owned(), "per-file".into());
                 settings.insert("file-weights".to_owned(), weights.as_slice().into());
+            }
+            let sources = &dataset.sources().sources;
+            let instructions =
+                |source: &DataSource| json!([source.query_instruction, source.passage_instruction]);
+            let none = json!([null, null]);
+            if sources.iter().any(|source| instructions(source) != none) {
+                let all = sources.iter().map(instructions).collect();
+                settings.insert("instructions-of-files".to_owned(), all);
             }
             Ok(settings)
         }

@@ -82,6 +82,7 @@ fn evaluate_sets<B: Backend>(
     let mut found = Vec::with_capacity(evaluation.sets.len());
     for set in &evaluation.sets {
         let start = Instant::now();
+        embedder.use_instructions(model.recipe().instructions_of(&set.name));
         let options =
             SearchOptions { top_k: TOP_K, ignore_identical_ids: set.ignore_identical_ids };
         let result = evaluate_dataset(&embedder, &embedder, &set.dataset, options, &mut |_| ());

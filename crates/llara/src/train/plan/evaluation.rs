@@ -1,9 +1,11 @@
 //! The memory of an evaluation while a model is trained, with gradients and optimizer state in memory.
 
+use std::collections::BTreeMap;
+
 use crate::Result;
 use crate::backend::{Backend, CountingBackend, Dtype};
 use crate::biencoder::BiEncoderModel;
-use crate::data::Batch;
+use crate::data::{Batch, Instructions};
 use crate::retrieval::BLOCK_TEXTS;
 use crate::text::{PromptEncoder, Role};
 use crate::train::config::TrainConfig;
@@ -26,7 +28,7 @@ pub struct EvaluationShape {
 }
 
 impl EvaluationShape {
-    /// The shape of a run's evaluation. No text is tokenized: a token is at least one byte.
+    /// The shape of a run's evaluation; `tasks` are those of the training data. No text is tokenized: a token is at least one byte.
     ///
     /// # Errors
     /// The template cannot be tokenized.
@@ -34,7 +36,9 @@ impl EvaluationShape {
         evaluation: &Evaluation,
         config: &TrainConfig,
         prompts: &PromptEncoder,
+        tasks: &BTreeMap<String, Instructions>,
     ) -> Result<Self> {
+        let of_tasks = tasks.values().map(Instructions::bytes).max().unwrap_or(0);
         let datasets = || evaluation.sets.iter().map(|set| &set.dataset);
         let longest = |role, instruction: &str, texts: &mut dyn Iterator<Item = &String>| {
             let template = prompts.encode(role, "", usize::MAX)?.len();
@@ -43,7 +47,9 @@ impl EvaluationShape {
                 Role::Query => config.query_max_len,
                 Role::Passage => config.passage_max_len,
             };
-            Ok::<usize, crate::Error>(max_len.min(template + instruction.len() + bytes))
+            Ok::<usize, crate::Error>(
+                max_len.min(template + instruction.len().max(of_tasks) + bytes),
+            )
         };
         let query = longest(
             Role::Query,

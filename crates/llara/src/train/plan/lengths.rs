@@ -34,7 +34,8 @@ impl TextLengths {
             let row = dataset.row((i as u128 * dataset.len() as u128 / rows as u128) as usize)?;
             queries.push(config.query_text(row.prompt.as_deref(), &row.query));
             let of_row = row.pos.iter().chain(&row.neg);
-            passages.extend(of_row.map(|passage| config.passage_text(passage)));
+            let instruction = row.passage_instruction.as_deref();
+            passages.extend(of_row.map(|passage| config.passage_text(instruction, passage)));
             if queries.len() + passages.len() >= texts {
                 break;
             }
