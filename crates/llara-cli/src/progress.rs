@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
-use llara::Result;
 use llara::inspect::{Phase, Progress};
 use llara::train::{EvalEvent, Evaluation, Observer, RunLog, StepRecord};
+use llara::{Error, Result};
 
 use super::report::OwnReport;
 use super::talk::{bytes, count, counted, say};
@@ -187,6 +187,11 @@ impl Observer for TrainingProgress<'_> {
 
     fn on_save(&mut self, folder: &Path) -> Result<()> {
         self.print(&format!("saved {}", folder.display()));
+        Ok(())
+    }
+
+    fn on_last_save_failed(&mut self, error: Error) -> Result<()> {
+        self.print(&format!("warning: the last checkpoint was not saved: {error}"));
         Ok(())
     }
 

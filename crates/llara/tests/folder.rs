@@ -284,11 +284,9 @@ fn a_model_with_an_adapter_attached_is_not_saved_without_it() {
     let mut model = load(&fixture("qwen3")).unwrap();
     let config = llara::model::LoraConfig { rank: 2, ..Default::default() };
     model.attach_new_adapter(&config, 0).unwrap();
-    for result in [model.save(&target), model.write_folder(&target, SaveDtype::AsLoaded)] {
-        let message = result.unwrap_err().to_string();
-        for part in ["adapter attached", "save_adapter", "merge_adapter"] {
-            assert!(message.contains(part), "{message}");
-        }
+    let message = model.save(&target).unwrap_err().to_string();
+    for part in ["adapter attached", "save_adapter", "merge_adapter"] {
+        assert!(message.contains(part), "{message}");
     }
     assert!(!target.exists());
 }

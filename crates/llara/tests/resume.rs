@@ -16,7 +16,7 @@ use llara::model::weights::SaveDtype;
 use llara::train::{
     Checkpoint, Chunking, Observer, RunLength, Saving, StepRecord, Summary, TrainConfig, Trainer,
 };
-use llara::{BiEncoderModel, BiEncoderOptions, Loader, Result};
+use llara::{BiEncoderModel, BiEncoderOptions, Error, Loader, Result};
 
 const ROWS: usize = 11;
 const STEPS: u64 = 7;
@@ -265,6 +265,59 @@ fn a_damaged_checkpoint_is_skipped_and_named() {
         let summary = train(dir.path(), &config, FULL, 5).unwrap();
         assert!(summary.stopped);
         Checkpoint::open(path.parent().unwrap()).unwrap();
+    }
+}
+
+/// Records whether the run could not save its last checkpoint.
+struct Failed(bool);
+
+impl Observer for Failed {
+    fn on_step(&mut self, _: &StepRecord) -> Result<()> {
+        Ok(())
+    }
+
+    fn on_log(&mut self, _: &StepRecord) -> Result<()> {
+        Ok(())
+    }
+
+    fn on_save(&mut self, _: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn on_last_save_failed(&mut self, error: Error) -> Result<()> {
+        assert!(error.to_string().contains("checkpoint-4"), "{error}");
+        self.0 = true;
+        Ok(())
+    }
+}
+
+/// Checkpoints are finished in the background: a failure ends the run, unless all steps are made.
+#[test]
+fn a_checkpoint_that_cannot_be_finished_ends_the_run_but_does_not_lose_a_trained_model() {
+    let saving = Saving { every: Some(2), keep: Some(1), dtype: SaveDtype::AsLoaded };
+    for (file, ends) in [(".removed-checkpoint-4", false), (".removed-checkpoint-2", true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let config =
+            TrainConfig { length: RunLength::Steps(6), saving, ..config(dir.path(), FULL) };
+        fs::create_dir(&config.output_dir).unwrap();
+        // A file in the place where an old checkpoint is moved before it is removed.
+        fs::write(config.output_dir.join(file), "").unwrap();
+        let (dataset, mut model) = (dataset(dir.path()), model(FULL));
+        let mut failed = Failed(false);
+        let run = Trainer::new(&mut model, &dataset, &config).unwrap().run(&mut failed);
+        assert_eq!(failed.0, !ends);
+        match ends {
+            false => assert_eq!(run.unwrap().steps, 6),
+            true => {
+                let error = run.unwrap_err().to_string();
+                assert!(error.contains("checkpoint-2"), "{error}");
+                fs::remove_file(config.output_dir.join(file)).unwrap();
+                let other = TrainConfig { output_dir: dir.path().join("whole"), ..config.clone() };
+                train(dir.path(), &other, FULL, u64::MAX).unwrap();
+                assert_eq!(train(dir.path(), &config, FULL, u64::MAX).unwrap().steps, 6);
+                assert_same_files(&config.output_dir, &other.output_dir);
+            }
+        }
     }
 }
 

@@ -77,10 +77,14 @@ fn evaluated(bench: &Bench, out: &str) -> Vec<serde_json::Value> {
 fn wait_for_steps(bench: &Bench, out: &str, steps: usize) {
     let log = bench.at(out).join("log.jsonl");
     let logged = || fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+    wait_until("the run does not begin", || logged() >= steps);
+}
+
+fn wait_until(fault: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
-    while logged() < steps {
-        assert!(start.elapsed() < Duration::from_secs(120), "the run does not begin");
-        std::thread::sleep(Duration::from_millis(5));
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(120), "{fault}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -307,10 +311,8 @@ fn a_full_disk_leaves_the_earlier_checkpoint_and_the_run_goes_on_later() {
     let bench = Bench::new();
     let args = ["--use-lora", "false", "--save-steps", "4", "--save-total-limit", "1"];
     run(&bench, "whole", &args).json();
-    let child = start(&bench, "out", &args);
-    wait_for_steps(&bench, "out", 5);
-    // As it is at the moment: killed after its first checkpoint.
-    let mut child = child;
+    let mut child = start(&bench, "out", &args);
+    wait_until("there is no checkpoint", || bench.at("out/checkpoint-4").exists());
     child.kill().unwrap();
     child.wait().unwrap();
     let newest = |names: Vec<String>| names.into_iter().find(|name| name.starts_with("checkpoint"));

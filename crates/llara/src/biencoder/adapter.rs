@@ -6,12 +6,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::card::model_card;
-use super::folder::keep_unverified;
 use super::recipe::RECIPE_FILE;
+use super::staged::{StagedFolder, keep_unverified};
 use super::{BiEncoderModel, Probes};
 use crate::backend::{Backend, Dtype};
 use crate::model::{LoraConfig, NamedTensor, PROJECTIONS, ParameterValues};
-use crate::storage::{CARD_FILE, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile};
+use crate::storage::{CARD_FILE, SafetensorsFile, SafetensorsWriter, Staging};
 use crate::{Error, ErrorKind, Result};
 
 pub(crate) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
@@ -123,8 +123,11 @@ impl<B: Backend> BiEncoderModel<B> {
     /// If no adapter is attached, a file cannot be written, or the embeddings differ; in the last case the folder
     /// is kept as `DIR.unverified-N`.
     pub fn save_adapter(&mut self, dir: &Path) -> Result<()> {
-        let (staging, written) = self.stage_adapter(dir)?;
-        let verified = written.verify(staging.path()).and_then(|()| self.reload(staging.path()));
+        let StagedFolder { staging, written } = self.stage_adapter(dir)?;
+        let verified = written
+            .iter()
+            .try_for_each(|file| file.verify(staging.path()))
+            .and_then(|()| self.reload(staging.path()));
         match verified.and_then(|probes| probes.write(&staging)) {
             Ok(()) => staging.commit(),
             Err(error) => Err(keep_unverified(staging, error)),
@@ -141,21 +144,13 @@ impl<B: Backend> BiEncoderModel<B> {
         same.map(|()| probes)
     }
 
-    /// Saves the adapter and compares every tensor with it, without computing probes.
-    pub fn write_adapter(&self, dir: &Path) -> Result<()> {
-        let (staging, written) = self.stage_adapter(dir)?;
-        match written.verify(staging.path()) {
-            Ok(()) => staging.commit(),
-            Err(error) => Err(keep_unverified(staging, error)),
-        }
-    }
-
     /// Bytes that [`save_adapter`](Self::save_adapter) writes, within some kilobytes.
     pub fn saved_adapter_bytes(&self) -> u64 {
         self.decoder.adapter_tensors().map(|t| 4 * t.elements() as u64 + 200).sum()
     }
 
-    fn stage_adapter(&self, dir: &Path) -> Result<(Staging, WrittenFile)> {
+    /// Writes the files to a hidden folder inside `dir`.
+    pub(crate) fn stage_adapter(&self, dir: &Path) -> Result<StagedFolder> {
         let Some(config) = &self.adapter else {
             return Err(Error::new(ErrorKind::Argument, "there is no adapter to save")
                 .hint("save the whole model instead"));
@@ -190,7 +185,7 @@ impl<B: Backend> BiEncoderModel<B> {
         staging.write(RECIPE_FILE, &self.recipe.to_json()?)?;
         staging.write(CARD_FILE, model_card(self)?.as_bytes())?;
         staging.write(ADAPTER_CONFIG_FILE, json.as_bytes())?;
-        Ok((staging, written))
+        Ok(StagedFolder { staging, written: vec![written] })
     }
 
     fn refuse_second_adapter(&self) -> Result<()> {

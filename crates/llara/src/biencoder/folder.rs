@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::card::model_card;
+use super::staged::{StagedFolder, keep_unverified};
 use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe, StLayout};
 use crate::backend::{Backend, Cpu, Dtype, Shape};
 use crate::model::weights::{ModelFolder, SaveDtype, WeightFiles};
@@ -158,18 +159,9 @@ impl<B: Backend> BiEncoderModel<B> {
 
     /// [`save`](Self::save) with the weights in another number format.
     pub fn save_as(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
-        let (staging, written) = self.stage(dir, dtype)?;
+        let StagedFolder { staging, written } = self.stage(dir, dtype)?;
         let verified = self.verify(staging.path(), &written, dtype);
         match verified.and_then(|probes| probes.write(&staging)) {
-            Ok(()) => staging.commit(),
-            Err(error) => Err(keep_unverified(staging, error)),
-        }
-    }
-
-    /// Saves the folder and compares every tensor with the weights, without computing probes.
-    pub fn write_folder(&self, dir: &Path, dtype: SaveDtype) -> Result<()> {
-        let (staging, written) = self.stage(dir, dtype)?;
-        match written.iter().try_for_each(|file| file.verify(staging.path())) {
             Ok(()) => staging.commit(),
             Err(error) => Err(keep_unverified(staging, error)),
         }
@@ -181,7 +173,8 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(self.folder.saved_bytes(&self.decoder, dtype) + tokenizer)
     }
 
-    fn stage(&self, dir: &Path, dtype: SaveDtype) -> Result<(Staging, Vec<WrittenFile>)> {
+    /// Writes the files to a hidden folder inside `dir`.
+    pub(crate) fn stage(&self, dir: &Path, dtype: SaveDtype) -> Result<StagedFolder> {
         if self.adapter.is_some() {
             return Err(Error::new(
                 ErrorKind::Argument,
@@ -200,7 +193,7 @@ impl<B: Backend> BiEncoderModel<B> {
             }
         }
         staging.write(CARD_FILE, model_card(self)?.as_bytes())?;
-        Ok((staging, written))
+        Ok(StagedFolder { staging, written })
     }
 
     /// Compares a staged folder with this model; returns the probes of the folder.
@@ -245,18 +238,5 @@ impl<B: Backend> BiEncoderModel<B> {
             Probes::take(self)?.compare_with(&saved)?;
         }
         Ok(saved)
-    }
-}
-
-/// Keeps a model or adapter that failed its verification, and says where.
-pub(super) fn keep_unverified(staging: Staging, error: Error) -> Error {
-    let target = staging.target().to_owned();
-    match staging.keep_unverified() {
-        Ok(kept) => error.file(&target).hint(format!(
-            "the weights are not lost: what was written is in {}, and an earlier model in the output \
-             folder is unchanged. Compare or load that folder before you use it",
-            kept.display()
-        )),
-        Err(failed) => error.file(&target).because(failed),
     }
 }

@@ -9,7 +9,9 @@ mod recipe;
 mod restore;
 mod run_facts;
 mod sentence_transformers;
+mod staged;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ndarray::Array2;
@@ -24,9 +26,10 @@ pub use recipe::Recipe;
 pub use run_facts::RunFacts;
 pub(crate) use run_facts::setting;
 pub(crate) use sentence_transformers::{Obstacle, StLayout};
+pub(crate) use staged::StagedFolder;
 
 use crate::backend::{Backend, Cpu, Dtype, Shape, View};
-use crate::data::{Batch, BatchView, positives};
+use crate::data::{Batch, BatchView, Instructions, positives};
 use crate::dist::{Collective, Solo};
 use crate::loss::{Contrastive, Embeddings, InfoNce, ObjectiveOptions};
 use crate::model::weights::ModelFolder;
@@ -256,6 +259,12 @@ impl<B: Backend> BiEncoderModel<B> {
     pub fn set_instructions(&mut self, query: &str, passage: &str) {
         query.clone_into(&mut self.recipe.query_instruction);
         passage.clone_into(&mut self.recipe.passage_instruction);
+    }
+
+    /// Adds the instructions of tasks that are saved with the model; those of a task of the same name are
+    /// replaced.
+    pub fn add_tasks(&mut self, tasks: BTreeMap<String, Instructions>) {
+        self.recipe.tasks.extend(tasks);
     }
 
     /// Sets what the model card says about the training.

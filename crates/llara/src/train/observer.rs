@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::evaluation::{EvalHistory, Evaluated, SetReport};
-use crate::Result;
+use crate::{Error, Result};
 
 /// The results of one step, or of several where not every step is logged.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,8 +40,13 @@ pub trait Observer {
     fn on_step(&mut self, record: &StepRecord) -> Result<()>;
     /// When a record for the log is due: the steps since the last one.
     fn on_log(&mut self, record: &StepRecord) -> Result<()>;
-    /// After a checkpoint was saved.
+    /// After a checkpoint was saved. It is finished in the background: some steps may have been made since.
     fn on_save(&mut self, folder: &Path) -> Result<()>;
+    /// When all steps were made, but the last checkpoint could not be saved. The model in memory is complete; the
+    /// default is nevertheless to end with the error.
+    fn on_last_save_failed(&mut self, error: Error) -> Result<()> {
+        Err(error)
+    }
     /// While the model is evaluated: texts encoded so far, of all texts of all sets.
     fn on_evaluation_progress(&mut self, _done: usize, _total: usize) {}
     /// After the model was evaluated.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batches::BatchSource;
-use super::checkpoint::{Checkpoint, Identity, RunProgress, Saved, checkpoint_name, write};
+use super::checkpoint::{
+    BackgroundSave, Checkpoint, Identity, RunProgress, Saved, checkpoint_name, write,
+};
 use super::config::TrainConfig;
 use super::evaluation::{EvalHistory, EvalState, Evaluation, evaluate};
 use super::observer::{EvalEvent, Observer, Progress, StepRecord, Summary};
@@ -38,6 +40,8 @@ pub struct Trainer<'r, B: Backend> {
     /// The checkpoint that the run continues from.
     resumed_from: Option<PathBuf>,
     evaluation: EvalState<'r>,
+    /// The checkpoint that is being finished while training goes on.
+    unfinished: BackgroundSave,
 }
 
 /// How a run goes on.
@@ -120,6 +124,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         }
         model.set_max_lens(config.query_max_len, config.passage_max_len)?;
         model.set_instructions(&config.query_instruction, &config.passage_instruction);
+        model.add_tasks(dataset.sources().tasks(&config.instructions())?);
         dataset.check_group(config.group_size)?;
         config.objective.check(&ObjectiveContext {
             dimension: model.dimension(),
@@ -177,6 +182,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
                 checkpoint.and_then(|checkpoint| checkpoint.evaluation().cloned()),
                 total_steps,
             ),
+            unfinished: BackgroundSave::default(),
         };
         Ok((trainer, notes))
     }
@@ -238,6 +244,22 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// weight, and nothing is saved after it), when the data changed under the run, when an evaluation fails
     /// (a checkpoint is saved then), or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
+        let summary = self.run_steps(observer);
+        let saved = self.finish_checkpoint(observer);
+        let summary = summary?;
+        if let Err(error) = self.collective.agree(saved) {
+            // Without this checkpoint, weights would be lost.
+            if summary.stopped || self.evaluation.loads_other_weights(summary.steps) {
+                return Err(error);
+            }
+            observer.on_last_save_failed(error)?;
+        }
+        self.model.eval();
+        self.set_progress(&summary);
+        Ok(summary)
+    }
+
+    fn run_steps(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         let (step, mut summary) = (self.state.step(), self.summary);
         // The starting model, or an evaluation that was interrupted.
         let next = match self.evaluation.is_due(step) {
@@ -254,8 +276,6 @@ impl<'r, B: Backend> Trainer<'r, B> {
             Next::Stopped => summary.stopped = true,
             Next::EarlyStopping => {}
         }
-        self.model.eval();
-        self.set_progress(&summary);
         Ok(summary)
     }
 
@@ -324,7 +344,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
                 Ok(None) => stopped = true,
                 Err(error) => {
                     if step > 0 {
-                        observer.on_save(&self.save(step, summary)?)?;
+                        self.save(step, summary, observer)?;
                     }
                     return Err(error);
                 }
@@ -335,7 +355,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let is_last = step == self.total_steps || is_exhausted;
         saves |= is_last && self.evaluation.loads_other_weights(step);
         if step > 0 && (saves || stopped) {
-            observer.on_save(&self.save(step, summary)?)?;
+            self.save(step, summary, observer)?;
         }
         Ok(match (stopped, is_exhausted) {
             (true, _) => Next::Stopped,
@@ -421,7 +441,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
 
     /// Reads what a step has computed, reports it, and notes whether any process wants to stop.
     fn finish_step(
-        &self,
+        &mut self,
         step: PendingStep<B>,
         start: &mut Instant,
         progress: &mut Progress,
@@ -429,7 +449,11 @@ impl<'r, B: Backend> Trainer<'r, B> {
     ) -> Result<()> {
         let (record, stops) = self.read(step, start, observer.stops())?;
         progress.summary.stopped |= stops;
-        progress.report(record, observer)
+        progress.report(record, observer)?;
+        match self.unfinished.is_finished() {
+            true => self.finish_checkpoint(observer),
+            false => Ok(()),
+        }
     }
 
     /// Reads what a step has computed on all processes, and whether any of them `stops`. The step's time is
@@ -474,8 +498,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
         self.model.set_run_facts(facts);
     }
 
-    /// Saves a checkpoint of the run after `step` steps.
-    fn save(&mut self, step: u64, summary: &Summary) -> Result<PathBuf> {
+    /// Writes a checkpoint of the run after `step` steps, and starts finishing it in the background.
+    fn save(&mut self, step: u64, summary: &Summary, observer: &mut dyn Observer) -> Result<()> {
+        let earlier = self.finish_checkpoint(observer);
+        self.collective.agree(earlier)?;
         self.set_progress(summary);
         let progress = RunProgress {
             step,
@@ -492,6 +518,20 @@ impl<'r, B: Backend> Trainer<'r, B> {
             progress,
             evaluation: self.evaluation.history(),
         };
-        write(&saved, self.collective.as_ref())
+        if let Some(unfinished) = write(&saved, self.collective.as_ref())? {
+            self.unfinished.start(unfinished);
+        }
+        Ok(())
+    }
+
+    /// Waits for the checkpoint that is being finished, and reports it.
+    ///
+    /// # Errors
+    /// It could not be finished.
+    fn finish_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        match self.unfinished.wait()? {
+            Some(folder) => observer.on_save(&folder),
+            None => Ok(()),
+        }
     }
 }

@@ -12,6 +12,7 @@
 //! No generator state and no position in the data are needed in addition to the step; see
 //! [`TrainState`](super::TrainState).
 
+mod background;
 mod format;
 mod identity;
 mod manifest;
@@ -32,6 +33,7 @@ use crate::model::weights::SaveDtype;
 use crate::storage::read_limited;
 use crate::{Error, ErrorKind, Result};
 
+pub(super) use background::BackgroundSave;
 pub use format::RunProgress;
 pub(super) use format::checkpoint_name;
 use format::{FORMAT, MAX_STATE_BYTES, STATE_FILE, State, list};

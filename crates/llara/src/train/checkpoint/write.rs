@@ -1,5 +1,5 @@
-//! Writing a checkpoint: it is written in a hidden folder, then renamed into place; older ones are removed after
-//! that.
+//! Writing a checkpoint: its files are written in a hidden folder, then flushed, then the folder is renamed into
+//! place, and older checkpoints are removed after that. All but the first part can be done on another thread.
 
 use std::fs::{self, File};
 use std::io::ErrorKind as Io;
@@ -13,7 +13,7 @@ use super::format::{
 use super::identity::Identity;
 use super::{manifest, tensors};
 use crate::backend::Backend;
-use crate::biencoder::BiEncoderModel;
+use crate::biencoder::{BiEncoderModel, StagedFolder};
 use crate::dist::Collective;
 use crate::train::config::{Saving, TrainConfig};
 use crate::train::evaluation::EvalHistory;
@@ -35,42 +35,75 @@ pub(in crate::train) struct Saved<'s, B: Backend> {
     pub(in crate::train) evaluation: Option<&'s EvalHistory>,
 }
 
-/// Writes `checkpoint-N` and then removes the oldest checkpoints beyond the number that is kept, except the
-/// best one. Each rank writes its moments, rank 0 all other files. Returns the folder.
+/// A checkpoint whose files are written, but not flushed to the disk, and that is not in its place yet. What is left
+/// to do needs no model: until the files are flushed, the page cache of the operating system is the snapshot of the
+/// weights.
+#[must_use]
+pub(in crate::train) struct Unfinished {
+    hidden: PathBuf,
+    folder: PathBuf,
+    model_files: StagedFolder,
+    saving: Saving,
+    step: u64,
+    /// The best evaluated step.
+    best: Option<u64>,
+}
+
+/// Writes the files of `checkpoint-N` to a hidden folder: each rank its moments, rank 0 all other files. Returns what
+/// rank 0 has to finish; no unfinished checkpoint may be left when this is called.
 ///
 /// # Errors
 /// If a file cannot be written. Earlier checkpoints are then unchanged.
 pub(in crate::train) fn write<B: Backend>(
     saved: &Saved<'_, B>,
     collective: &dyn Collective<B>,
-) -> Result<PathBuf> {
-    let output_dir = &saved.config.output_dir;
-    let name = checkpoint_name(saved.progress.step);
-    let hidden = output_dir.join(format!("{WRITING}{name}"));
-    let folder = output_dir.join(&name);
-    let first = collective.rank() == 0;
-    let written = write_hidden(saved, collective, &hidden);
-    if written.is_err() && first {
+) -> Result<Option<Unfinished>> {
+    let Saved { config, progress, evaluation, .. } = saved;
+    let name = checkpoint_name(progress.step);
+    let hidden = config.output_dir.join(format!("{WRITING}{name}"));
+    let model_files = write_hidden(saved, collective, &hidden);
+    if model_files.is_err() && collective.rank() == 0 {
         // The original error is reported.
         let _ = fs::remove_dir_all(&hidden);
     }
-    written?;
-    let best = saved.evaluation.and_then(|history| history.best.as_ref()).map(|best| best.step);
-    collective.agree(if first {
-        put_in_place(&hidden, &folder)
-            .and_then(|()| remove_old(output_dir, &saved.config.saving, saved.progress.step, best))
-    } else {
-        Ok(())
-    })?;
-    Ok(folder)
+    let best = evaluation.and_then(|history| history.best.as_ref()).map(|best| best.step);
+    Ok(model_files?.map(|model_files| Unfinished {
+        folder: config.output_dir.join(name),
+        hidden,
+        model_files,
+        saving: config.saving,
+        step: progress.step,
+        best,
+    }))
 }
 
-/// Writes all files and the manifest, and flushes them to the disk.
+impl Unfinished {
+    /// Compares the weights in the files with those that were written, flushes all files and writes the manifest,
+    /// renames the checkpoint into place, and then removes the oldest checkpoints beyond the number that is kept,
+    /// except the best one. Returns the folder.
+    ///
+    /// # Errors
+    /// If a file cannot be read, flushed or renamed. Earlier checkpoints are then unchanged.
+    pub(in crate::train) fn finish(self) -> Result<PathBuf> {
+        let Unfinished { hidden, folder, model_files, saving, step, best } = self;
+        let complete = model_files.commit().and_then(|()| manifest::write(&hidden));
+        if complete.is_err() {
+            // The original error is reported.
+            let _ = fs::remove_dir_all(&hidden);
+        }
+        complete?;
+        put_in_place(&hidden, &folder)?;
+        remove_old(folder.parent().unwrap_or(Path::new("")), &saving, step, best)?;
+        Ok(folder)
+    }
+}
+
+/// Writes all files but the manifest. Returns the files of the model on rank 0.
 fn write_hidden<B: Backend>(
     saved: &Saved<'_, B>,
     collective: &dyn Collective<B>,
     hidden: &Path,
-) -> Result<()> {
+) -> Result<Option<StagedFolder>> {
     let Saved { model, state, config, .. } = saved;
     let first = collective.rank() == 0;
     let new_folder = || {
@@ -78,23 +111,28 @@ fn write_hidden<B: Backend>(
         fs::create_dir_all(hidden).map_err(|e| Error::io("create the folder", hidden, e))
     };
     collective.agree(if first { new_folder() } else { Ok(()) })?;
-    let exact = model.saves_exactly(config.saving.dtype);
-    let model_files = || match (first, model.adapter()) {
-        (false, _) => Ok(()),
-        (true, Some(_)) => model.write_adapter(hidden),
-        (true, None) => model.write_folder(hidden, config.saving.dtype),
-    };
+    let dtype = config.saving.dtype;
     let file = tensors::file_name(collective.rank(), collective.size());
     let parts = (model.backend(), model.decoder());
-    collective.agree(
-        model_files()
-            .and_then(|()| tensors::write(hidden, &file, parts, state.optimizer(), !exact)),
-    )?;
-    let rest = || {
-        write_state(saved, collective.size(), hidden)?;
-        manifest::write(hidden)
+    let files = || {
+        let of_model = match (first, model.adapter()) {
+            (false, _) => None,
+            (true, Some(_)) => Some(model.stage_adapter(hidden)?),
+            (true, None) => Some(model.stage(hidden, dtype)?),
+        };
+        let with_weights = !model.saves_exactly(dtype);
+        tensors::write(hidden, &file, parts, state.optimizer(), with_weights)?;
+        if first {
+            write_state(saved, collective.size(), hidden)?;
+        }
+        Ok(of_model)
     };
-    collective.agree(if first { rest() } else { Ok(()) })
+    let (of_model, status) = match files() {
+        Ok(of_model) => (of_model, Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    collective.agree(status)?;
+    Ok(of_model)
 }
 
 /// Removes the remains of checkpoints that a killed process was writing or removing in an output folder; returns
