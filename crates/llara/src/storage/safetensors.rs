@@ -205,6 +205,8 @@ pub(crate) struct SafetensorsWriter {
     path: PathBuf,
     file: BufWriter<File>,
     declared: std::vec::IntoIter<Declaration>,
+    /// Whether tensors are hashed.
+    hashes: bool,
     /// Declaration and hash of every tensor written so far.
     written: Vec<(Declaration, Hash)>,
 }
@@ -261,22 +263,28 @@ impl SafetensorsWriter {
         name: &str,
         declared: Vec<Declaration>,
     ) -> Result<Self> {
-        Self::create_as(&staging.path().join(name), staging.target().join(name), declared)
+        let (at, path) = (staging.path().join(name), staging.target().join(name));
+        Self::create_as(&at, path, declared, true)
     }
 
-    /// Creates a file and writes the header.
+    /// Creates a file that is not compared with what was written, and writes the header.
     pub(crate) fn create_at(path: &Path, declared: Vec<Declaration>) -> Result<Self> {
-        Self::create_as(path, path.to_owned(), declared)
+        Self::create_as(path, path.to_owned(), declared, false)
     }
 
-    fn create_as(at: &Path, path: PathBuf, declared: Vec<Declaration>) -> Result<Self> {
+    fn create_as(
+        at: &Path,
+        path: PathBuf,
+        declared: Vec<Declaration>,
+        hashes: bool,
+    ) -> Result<Self> {
         let header = safetensors_header(&path, &declared)?;
         let io = |e| write_failed("write weights", &path, e);
         let file = File::create(at).map_err(io)?;
         let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&header).map_err(io)?;
         let written = Vec::with_capacity(declared.len());
-        Ok(SafetensorsWriter { path, file, declared: declared.into_iter(), written })
+        Ok(SafetensorsWriter { path, file, declared: declared.into_iter(), hashes, written })
     }
 
     /// Writes the next declared tensor from f32 values, rounding to its declared type.
@@ -327,11 +335,14 @@ impl SafetensorsWriter {
     }
 
     fn write(&mut self, declared: Declaration, bytes: &[u8]) -> Result<()> {
-        self.written.push((declared, blake3::hash(bytes)));
+        if self.hashes {
+            self.written.push((declared, blake3::hash(bytes)));
+        }
         self.file.write_all(bytes).map_err(|e| write_failed("write weights", &self.path, e))
     }
 
-    /// Flushes the file to the disk. Fails unless all declared tensors were written.
+    /// Writes what is buffered. The file is not flushed to the disk: [`Staging::commit`] and the manifest of a
+    /// checkpoint do that, the latter while training goes on. Fails unless all declared tensors were written.
     pub(crate) fn finish(mut self) -> Result<WrittenFile> {
         if let Some((missing, ..)) = self.declared.next() {
             return Err(Error::new(ErrorKind::Weights, "declared but not written")
@@ -339,7 +350,6 @@ impl SafetensorsWriter {
         }
         let io = |e| write_failed("write weights", &self.path, e);
         self.file.flush().map_err(io)?;
-        self.file.get_ref().sync_all().map_err(io)?;
         let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(WrittenFile { name, tensors: self.written })
     }

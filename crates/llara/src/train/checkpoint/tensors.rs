@@ -77,7 +77,7 @@ pub(super) fn write<B: Backend>(
             }
         }
     }
-    // The manifest will contain its hash.
+    // The manifest has the hash of the file.
     drop(writer.finish()?);
     Ok(())
 }
