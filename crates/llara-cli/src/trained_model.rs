@@ -145,6 +145,9 @@ impl Source {
         if let Some(recipe) = &saved {
             loader = loader.with_recipe(recipe.clone());
         }
+        if let Some(adapter) = &self.adapter {
+            loader = loader.with_adapter(adapter);
+        }
         if let Some(name) = template_name {
             loader = loader.template(template(name)?);
         }

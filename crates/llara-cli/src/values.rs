@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use llara::Role;
 use llara::data::{BadRows, Sampling};
+use llara::model::SavedTokens;
 use llara::retrieval::UnknownIds;
 
 /// A parser that accepts the names of `choices`: `(name, help, value)`.
@@ -78,6 +79,22 @@ pub(super) fn unknown_ids() -> impl TypedValueParser<Value = UnknownIds> {
     one_of(&[
         ("error", "Stop with an error that lists the ids", UnknownIds::Error),
         ("skip", "Ignore the judgment and count it", UnknownIds::Skip),
+    ])
+}
+
+/// `trainable-token-indices` or `modules-to-save`.
+pub(super) fn saved_tokens() -> impl TypedValueParser<Value = SavedTokens> {
+    one_of(&[
+        (
+            "trainable-token-indices",
+            "Only the rows of the added tokens; needs PEFT 0.15 or later",
+            SavedTokens::TrainableTokenIndices,
+        ),
+        (
+            "modules-to-save",
+            "The whole embedding table, with the trained rows in it",
+            SavedTokens::ModulesToSave,
+        ),
     ])
 }
 

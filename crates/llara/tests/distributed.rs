@@ -126,7 +126,13 @@ fn train(
 ) -> Run {
     let mut model = model();
     if case.lora {
-        let lora = LoraConfig { rank: 4, alpha: 8.0, dropout: 0.2, ..LoraConfig::default() };
+        let lora = LoraConfig {
+            rank: 4,
+            alpha: 8.0,
+            dropout: 0.2,
+            trained_tokens: vec![20, 60, 100, 383],
+            ..LoraConfig::default()
+        };
         model.attach_new_adapter(&lora, 3).unwrap();
     }
     model.set_negatives_cross_device(case.cross_device && collective.size() > 1);

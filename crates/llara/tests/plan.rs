@@ -96,6 +96,31 @@ fn adapters_need_no_gradient_of_the_first_input_and_of_frozen_weights() {
 }
 
 #[test]
+fn embeddings_of_new_tokens_are_counted() {
+    let tokens = |count: u32| {
+        let lora = LoraConfig {
+            rank: 8,
+            dropout: 0.0,
+            trained_tokens: (1..=count).collect(),
+            ..LoraConfig::default()
+        };
+        RunShape { lora: Some(lora), ..shape() }
+    };
+    let batch = batch(3, 4);
+    let (config, pooled) = (shape().decoder, shape().prompts.template().pooled_tokens);
+    let (without, with) = (one_pass(tokens(0), &batch), one_pass(tokens(16), &batch));
+    let loss = 3 * 2 * 3 * 12 * config.hidden_size;
+    let again = recomputed_scores(&config, &lengths(&batch), pooled);
+    assert_eq!(with.work.done_flops, with.work.needed_flops + (loss + again) as u64);
+    // The gradient of the first block's input is needed.
+    assert!(with.work.needed_flops > without.work.needed_flops);
+    let rows = 4 * 16 * config.hidden_size as u64;
+    assert_eq!(with.training.weights, without.training.weights + rows);
+    assert_eq!(with.training.gradients, without.training.gradients + rows);
+    assert_eq!(with.training.optimizer, without.training.optimizer + 2 * rows);
+}
+
+#[test]
 fn persistent_memory_is_that_of_the_parameters() {
     let shape = shape();
     let c = &shape.decoder;

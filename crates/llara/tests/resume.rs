@@ -11,8 +11,9 @@ use std::time::Duration;
 use llara::backend::{Backend, Cpu, Dtype};
 use llara::data::{BadRows, Dataset};
 use llara::dist::{Collective, ThreadGroup};
-use llara::model::LoraConfig;
 use llara::model::weights::SaveDtype;
+use llara::model::{LoraConfig, SavedTokens};
+use llara::text::Template;
 use llara::train::{
     Checkpoint, Chunking, Observer, RunLength, Saving, StepRecord, Summary, TrainConfig, Trainer,
 };
@@ -25,6 +26,8 @@ const STEPS: u64 = 7;
 #[derive(Clone, Copy)]
 struct Case {
     lora: bool,
+    /// Whether the adapter trains tokens that the model lacks, and how they are saved.
+    tokens: Option<SavedTokens>,
     precision: Dtype,
     save: SaveDtype,
     chunking: Chunking,
@@ -32,16 +35,34 @@ struct Case {
 
 const WHOLE: Chunking =
     Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX };
-const FULL: Case =
-    Case { lora: false, precision: Dtype::F32, save: SaveDtype::AsLoaded, chunking: WHOLE };
+const FULL: Case = Case {
+    lora: false,
+    tokens: None,
+    precision: Dtype::F32,
+    save: SaveDtype::AsLoaded,
+    chunking: WHOLE,
+};
 const LORA: Case = Case { lora: true, ..FULL };
 
 fn model(case: Case) -> BiEncoderModel {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-gqa");
-    let loader = Loader::new(&folder).unwrap();
-    let mut model = loader.load(Cpu::new(), BiEncoderOptions::default()).unwrap();
+    let mut loader = Loader::new(&folder).unwrap();
+    if case.tokens.is_some() {
+        let mut template = Template::preset("llara").unwrap();
+        template.passage.suffix.push_str("<a1><a2>");
+        loader = loader.template(template).add_special_tokens(true).vocabulary_in_adapter(true);
+    }
+    let outline = loader.outline().unwrap();
+    let lora = LoraConfig {
+        rank: 4,
+        alpha: 8.0,
+        dropout: 0.2,
+        trained_tokens: outline.added_tokens.clone(),
+        saved_tokens: case.tokens.unwrap_or_default(),
+        ..LoraConfig::default()
+    };
+    let mut model = loader.load_weights(outline, Cpu::new(), BiEncoderOptions::default()).unwrap();
     if case.lora {
-        let lora = LoraConfig { rank: 4, alpha: 8.0, dropout: 0.2, ..LoraConfig::default() };
         model.attach_new_adapter(&lora, 3).unwrap();
     }
     model.set_precision(case.precision).unwrap();
@@ -211,6 +232,23 @@ fn all_weights_saved_rounded() {
 #[test]
 fn adapters() {
     a_stopped_and_resumed_run_gives_the_same_bytes(LORA);
+}
+
+#[test]
+fn adapters_with_tokens() {
+    let tokens = Some(SavedTokens::TrainableTokenIndices);
+    a_stopped_and_resumed_run_gives_the_same_bytes(Case { tokens, ..LORA });
+}
+
+#[test]
+fn adapters_with_tokens_in_bf16_and_in_chunks() {
+    let chunking = Chunking { max_sequences: 4, kept_tokens: 100, ..WHOLE };
+    a_stopped_and_resumed_run_gives_the_same_bytes(Case {
+        tokens: Some(SavedTokens::ModulesToSave),
+        precision: Dtype::Bf16,
+        chunking,
+        ..LORA
+    });
 }
 
 #[test]

@@ -98,7 +98,8 @@ pub(super) struct ModelArgs {
     /// [default: as the model was trained, or llara]
     #[arg(long, value_name = "NAME|FILE.toml")]
     pub(super) template: Option<String>,
-    /// Add the template's special tokens that the tokenizer lacks, and enlarge the model's vocabulary
+    /// Add the template's special tokens that the tokenizer lacks; their embeddings are trained, with an
+    /// adapter as well, and saved
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::model::LoraConfig;
+use llara::model::{LoraConfig, SavedTokens};
 use llara::{Error, ErrorKind, Result};
 
 use super::ranges::require;
@@ -33,6 +33,11 @@ pub(super) struct LoraArgs {
     /// Folder of a PEFT adapter to train further, with its rank, alpha and target modules
     #[arg(long, alias = "peft-model-path", value_name = "DIR")]
     from_peft: Option<PathBuf>,
+    /// How an adapter has the embeddings of added tokens, in the terms of PEFT: trainable-token-indices (only
+    /// their rows) or modules-to-save (the whole table) [default: trainable-token-indices]
+    #[arg(long, value_name = "FORM", value_parser = crate::values::saved_tokens())]
+    #[arg(hide_possible_values = true)]
+    pub(super) save_tokens_as: Option<SavedTokens>,
     /// Also save the model with the merged adapter, in merged_model/ of the output folder
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
@@ -63,6 +68,7 @@ impl LoraArgs {
             || self.lora_alpha.is_some()
             || self.lora_dropout.is_some()
             || !self.target_modules.is_empty()
+            || self.save_tokens_as.is_some()
     }
 
     /// The adapter that the options describe.
@@ -89,7 +95,10 @@ impl LoraArgs {
             if self.are_set() {
                 return Err(invalid("the settings of an existing adapter cannot be changed")
                     .got("--from-peft with other options of adapters")
-                    .hint("omit --lora-rank, --lora-alpha, --lora-dropout and --target-modules"));
+                    .hint(
+                        "omit --lora-rank, --lora-alpha, --lora-dropout, --target-modules and \
+                         --save-tokens-as",
+                    ));
             }
             return Ok(Adapter::From(dir.clone()));
         }
@@ -107,6 +116,8 @@ impl LoraArgs {
                     .map(str::to_owned)
                     .collect(),
             },
+            trained_tokens: Vec::new(), // known when the tokenizer is read
+            saved_tokens: self.save_tokens_as.unwrap_or_default(),
         };
         require(
             config.rank > 0,

@@ -128,7 +128,7 @@ fn check_space<B: Backend>(
     let kept = saving.keep.map_or(made, |keep| made.min(keep.max(least) as u64 + 1));
     let whole = model.saved_bytes(saving.dtype)?;
     let (one, merged) = match model.adapter() {
-        Some(_) => (model.saved_adapter_bytes(), if merged { whole } else { 0 }),
+        Some(_) => (model.saved_adapter_bytes()?, if merged { whole } else { 0 }),
         None => (whole, 0),
     };
     let checkpoint = one.saturating_add(state_bytes(model, saving.dtype));
@@ -167,8 +167,9 @@ fn save<B: Backend>(
             let (backend, options) = (model.backend().clone(), *model.options());
             let (facts, base_name) =
                 (model.run_facts().clone(), model.base_name().map(str::to_owned));
+            let loader = Loader::new(&base)?.with_recipe(model.recipe().clone());
             drop(model);
-            model = Loader::new(&base)?.load(backend, options)?;
+            model = loader.with_adapter(&config.output_dir).load(backend, options)?;
             model.set_run_facts(facts);
             model.set_base_name(base_name);
             model.attach_adapter(&config.output_dir)?;
@@ -306,7 +307,13 @@ fn describe(model: &BiEncoderModel<impl Backend>, name: &str) -> String {
     let trained = decoder.tensors().filter(|tensor| tensor.is_trainable());
     let trainable: usize = trained.map(|tensor| tensor.elements()).sum();
     let training = match model.adapter() {
-        Some(lora) => format!("adapter of rank {}, {} parameters", lora.rank, count(trainable)),
+        Some(lora) => {
+            let tokens = match lora.trained_tokens.len() {
+                0 => String::new(),
+                tokens => format!(" and embeddings of {}", counted(tokens, "token")),
+            };
+            format!("adapter of rank {}{tokens}, {} parameters", lora.rank, count(trainable))
+        }
         None => "all weights".to_owned(),
     };
     let config = decoder.config();

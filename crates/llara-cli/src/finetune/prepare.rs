@@ -6,7 +6,7 @@ use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, DataSources, Dataset};
 use llara::loss::ObjectiveContext;
-use llara::model::LoraConfig;
+use llara::model::{LoraConfig, SavedTokens};
 use llara::retrieval::BLOCK_TEXTS;
 use llara::text::Template;
 use llara::train::plan::TextLengths;
@@ -17,7 +17,7 @@ use super::Args;
 use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
 use super::{ranges, resume};
-use crate::talk::say;
+use crate::talk::{counted, say};
 use crate::{paths, trained_model};
 
 /// The purpose of a preparation.
@@ -143,9 +143,21 @@ impl<B: Backend> Prepared<B> {
     pub(super) fn lora(&self) -> llara::Result<Option<LoraConfig>> {
         Ok(match &self.adapter {
             Adapter::None => None,
-            Adapter::New(lora) => Some(lora.clone()),
-            Adapter::From(dir) => Some(LoraConfig::from_peft(dir)?),
+            Adapter::New(lora) => Some(self.with_added_tokens(lora)),
+            Adapter::From(dir) => {
+                let mut lora = LoraConfig::from_peft(dir)?;
+                if lora.saved_tokens == SavedTokens::ModulesToSave {
+                    // Which rows differ from the base model's is known when its weights are read: at most all.
+                    lora.trained_tokens = (0..self.outline.decoder.vocab_size as u32).collect();
+                }
+                Some(lora)
+            }
         })
+    }
+
+    /// The settings of a new adapter, which trains the embeddings of added tokens.
+    fn with_added_tokens(&self, lora: &LoraConfig) -> LoraConfig {
+        LoraConfig { trained_tokens: self.outline.added_tokens.clone(), ..lora.clone() }
     }
 
     /// Lengths of queries and passages, measured on about `texts` texts.
@@ -155,7 +167,7 @@ impl<B: Backend> Prepared<B> {
 
     /// Reads the weights and attaches the adapter.
     pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<B>> {
-        let mut loader = Loader::new(&self.dir)?.with_recipe(self.recipe.clone());
+        let mut loader = loader(&self.dir, &self.recipe, &self.adapter)?;
         let precision = self.precision;
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
@@ -164,7 +176,9 @@ impl<B: Backend> Prepared<B> {
         let mut model = loader.load_weights(self.outline.clone(), backend, options)?;
         match &self.adapter {
             Adapter::None => {}
-            Adapter::New(lora) => model.attach_new_adapter(lora, self.config.seed)?,
+            Adapter::New(lora) => {
+                model.attach_new_adapter(&self.with_added_tokens(lora), self.config.seed)?;
+            }
             Adapter::From(dir) => {
                 model.attach_adapter(dir).map_err(|e| trained_model::name_recorded_base(e, dir))?
             }
@@ -194,26 +208,43 @@ fn starting_recipe(
     Ok(recipe)
 }
 
-/// Reads configuration and tokenizer. Adding tokens is refused with an adapter, which does not contain token
-/// embeddings.
-fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara::Result<Outline> {
-    let read =
-        |add| Loader::new(dir)?.with_recipe(recipe.clone()).add_special_tokens(add).outline();
-    let add = args.model.add_special_tokens;
-    if !add || matches!(adapter, Adapter::None) {
-        return read(add);
-    }
-    read(false).map_err(|error| match read(true) {
-        Ok(_) => Error::new(
-            ErrorKind::Argument,
-            "new tokens cannot be saved with an adapter, which contains no token embeddings",
-        )
-        .hint(
-            "train all weights with --use-lora false, or do so in a first run and train an adapter on its \
-             model",
-        ),
-        Err(_) => error,
+/// The loader of the model that is trained: the embeddings of added tokens are in the adapter, if there is one.
+fn loader<'d>(dir: &'d Path, recipe: &Recipe, adapter: &'d Adapter) -> llara::Result<Loader<'d>> {
+    let loader = Loader::new(dir)?.with_recipe(recipe.clone());
+    Ok(match adapter {
+        Adapter::None => loader,
+        Adapter::New(_) => loader.vocabulary_in_adapter(true),
+        Adapter::From(adapter) => loader.with_adapter(adapter),
     })
+}
+
+/// Reads configuration and tokenizer. Adding tokens to an adapter that exists already is refused.
+fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara::Result<Outline> {
+    let add = args.model.add_special_tokens;
+    let outline = loader(dir, recipe, adapter)?.add_special_tokens(add).outline()?;
+    if args.lora.save_tokens_as.is_some() && outline.added_tokens.is_empty() {
+        say!("note: --save-tokens-as has no effect: no token is added");
+    }
+    match (outline.added_tokens.len(), adapter) {
+        (0, _) if add => say!(
+            "note: --add-special-tokens has no effect: the model has all special tokens of template {}",
+            recipe.template.name
+        ),
+        (1.., Adapter::From(dir)) => {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                "tokens cannot be added to an adapter that exists already",
+            )
+            .file(dir)
+            .expected(format!("all special tokens of template `{}`", recipe.template.name))
+            .got(counted(outline.added_tokens.len(), "token without an embedding"))
+            .hint(
+                "merge the adapter into its model (llara merge), and train a new one on the result",
+            ));
+        }
+        _ => {}
+    }
+    Ok(outline)
 }
 
 /// The usage error for a required option that is missing.

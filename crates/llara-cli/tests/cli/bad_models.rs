@@ -108,7 +108,7 @@ fn a_tokenizer_without_the_templates_tokens() {
     refused.refused(&[
         "has no single tokens for <s1> <s2>",
         "single tokens",
-        "llara finetune --use-lora false --add-special-tokens",
+        "llara finetune --add-special-tokens",
     ]);
     assert!(!bench.at("out").exists());
 

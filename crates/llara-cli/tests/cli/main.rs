@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails at the line of the panic")]
 
 mod adapters;
+mod added_tokens;
 mod bad_data;
 mod bad_models;
 mod check;

@@ -8,7 +8,8 @@ use llara::retrieval::read_embeddings;
 
 use crate::fixture::{Bench, llara, outcome};
 
-fn card(bench: &Bench, folder: &str) -> String {
+/// The model card of a folder.
+pub(crate) fn card(bench: &Bench, folder: &str) -> String {
     fs::read_to_string(bench.at(folder).join("README.md")).unwrap()
 }
 
@@ -68,15 +69,25 @@ pub(crate) fn python() -> Option<String> {
     python
 }
 
-/// Runs the last block of Python code of a card, with `folders` in the place of its paths and embeddings of
-/// `texts`; returns them row after row.
-fn run_card(python: &str, card: &str, folders: &[(&str, &str)], texts: &[&str]) -> Vec<f32> {
+/// The last block of Python code of a card, with `folders` in the place of its paths.
+pub(crate) fn card_code(card: &str, folders: &[(&str, &str)]) -> String {
     let code = card.rsplit("```python\n").next().unwrap().split("```").next().unwrap();
     let mut code = code.to_owned();
     for (from, to) in folders {
         assert!(code.contains(from), "{code}");
         code = code.replace(from, to);
     }
+    code
+}
+
+/// Runs the code of a card, which computes the embeddings of `texts`; returns them row after row.
+pub(crate) fn run_card(
+    python: &str,
+    card: &str,
+    folders: &[(&str, &str)],
+    texts: &[&str],
+) -> Vec<f32> {
+    let mut code = card_code(card, folders);
     let texts = serde_json::to_string(texts).unwrap();
     code.push_str(&format!(
         "import json\nboth = [embed({texts}, role) for role in (\"query\", \"passage\")]\n\

@@ -93,20 +93,6 @@ fn rows_without_negatives_are_trained_with_group_size_1() {
 }
 
 #[test]
-fn new_tokens_are_refused_with_an_adapter() {
-    let bench = Bench::new();
-    let run = bench.finetune(&["--use-lora", "true", "--lora-rank", "2", "--add-special-tokens"]);
-    run.json();
-    let template = "name = \"x\"\npooled_tokens = 1\n[query]\nprefix = \"\"\nsuffix = \"<new>\"\n\
-                    [passage]\nprefix = \"\"\nsuffix = \"<new>\"\n";
-    bench.write("x.toml", template);
-    let path = bench.path("x.toml");
-    let rest = ["--use-lora", "true", "--add-special-tokens", "--template", &path];
-    let refused = bench.finetune(&[&rest[..], &["--overwrite-output-dir"]].concat());
-    refused.refused(&["new tokens cannot be saved with an adapter", "--use-lora false"]);
-}
-
-#[test]
 fn the_error_for_another_base_model_names_the_recorded_one() {
     let bench = Bench::new();
     bench.write("texts.txt", "Where does the otter sleep?\n");

@@ -2,19 +2,22 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::{Value, json};
-
+use super::adapter_config::{ADAPTER_CONFIG_FILE, AdapterConfig, config_json};
+use super::adapter_tokens::{AdapterTokens, TABLE, TokenNames};
 use super::card::model_card;
 use super::recipe::RECIPE_FILE;
 use super::staged::{StagedFolder, keep_unverified};
 use super::{BiEncoderModel, Probes};
 use crate::backend::{Backend, Dtype};
-use crate::model::{LoraConfig, NamedTensor, PROJECTIONS, ParameterValues};
-use crate::storage::{CARD_FILE, SafetensorsFile, SafetensorsWriter, Staging};
+use crate::model::{
+    DecoderConfig, LoraConfig, NamedTensor, ParameterValues, SavedTokens, TRAINED_TOKENS,
+};
+use crate::storage::{
+    CARD_FILE, Declaration, SafetensorsFile, SafetensorsWriter, Staging, read_file,
+};
+use crate::text::{PromptEncoder, TOKENIZER_FILE, TextTokenizer};
 use crate::{Error, ErrorKind, Result};
 
-pub(crate) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 pub(crate) const ADAPTER_WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Prefix of the decoder's parameter names in PEFT's files.
@@ -23,7 +26,9 @@ const PREFIX: &str = "base_model.model.";
 const CAUSAL_LM_PREFIX: &str = "base_model.model.model.";
 
 impl<B: Backend> BiEncoderModel<B> {
-    /// Freezes the model and attaches new adapters, whose product is zero before training.
+    /// Freezes the model and attaches new adapters, whose product is zero before training, and the embeddings
+    /// of the tokens that are trained with them. The model must have been loaded with
+    /// [`Loader::vocabulary_in_adapter`](super::Loader::vocabulary_in_adapter) if some of these are new.
     ///
     /// # Errors
     /// If a setting is out of range or the targets match no projection.
@@ -44,20 +49,36 @@ impl<B: Backend> BiEncoderModel<B> {
         Ok(())
     }
 
-    /// Freezes the model and attaches the adapter of a PEFT folder.
+    /// Freezes the model and attaches the adapter of a PEFT folder. Where the folder has token embeddings, those
+    /// that differ from the base model's are attached too, and are trained if the adapter is trained further.
     ///
     /// # Errors
     /// If a file is missing or damaged, the adapter uses a method that is not supported, or its matrices do not
     /// have the shapes of the model (all listed).
     pub fn attach_adapter(&mut self, dir: &Path) -> Result<()> {
+        self.attach_saved(dir, None)
+    }
+
+    /// [`attach_adapter`](Self::attach_adapter) with the embeddings of the tokens `only`, ascending, if it is given.
+    pub(super) fn attach_saved(&mut self, dir: &Path, only: Option<&[u32]>) -> Result<()> {
         self.refuse_second_adapter()?;
-        let config = read_config(&dir.join(ADAPTER_CONFIG_FILE))?;
+        let config = AdapterConfig::read(dir)?;
         let file = SafetensorsFile::open(&dir.join(ADAPTER_WEIGHTS_FILE))?;
         let prefix = prefix_in_adapter(&file.names());
-        let mut faults = Vec::new();
+        let names = TokenNames::new(&file, prefix, &config);
+        let mut faults = names.faults(&config, self.dimension());
+        let tokens = match faults.is_empty() {
+            true => names.read(&config, self.dimension(), &mut || self.base_table(), only)?,
+            false => AdapterTokens::default(),
+        };
+        let mut embeddings = tokens.rows;
+        let config = LoraConfig { trained_tokens: tokens.ids, ..config.lora };
         let mut used = std::collections::HashSet::new();
         let backend = self.backend.clone();
-        self.decoder.attach_adapters(&backend, &config, &mut |name, shape| {
+        let attached = self.decoder.attach_adapters(&backend, &config, &mut |name, shape| {
+            if name == TRAINED_TOKENS {
+                return Ok(ParameterValues::F32(std::mem::take(&mut embeddings)));
+            }
             let name = format!("{prefix}{name}");
             let found = file.info(&name).map(|info| info.shape.clone());
             used.insert(name.clone());
@@ -69,21 +90,20 @@ impl<B: Backend> BiEncoderModel<B> {
                 Some(found) => format!("misshapen: {name}: expected {shape:?}, got {found:?}"),
             });
             Ok(ParameterValues::Zeros(Dtype::F32))
-        })?;
-        let unknown = file.names().into_iter().filter(|name| !used.contains(name));
+        });
+        attached.map_err(|e| e.file(file.path()))?;
+        let unknown =
+            file.names().into_iter().filter(|name| !used.contains(name) && !names.contain(name));
         faults.extend(unknown.map(|name| format!("unknown: {name}")));
         if !faults.is_empty() {
-            let what = format!("the adapter does not fit the model in {} places", faults.len());
-            return Err(Error::new(ErrorKind::Weights, what)
-                .file(file.path())
-                .got(format!("\n    {}", faults.join("\n    ")))
-                .hint("use the base model that the adapter was trained on"));
+            return Err(misfit(&file, &faults));
         }
         self.adapter = Some(config);
         Ok(())
     }
 
-    /// Adds the adapter to the weights, `W += scale · B · A`, in f32. Weights that are stored as bf16 in memory
+    /// Adds the adapter to the weights, `W += scale · B · A`, in f32, and writes its token embeddings to the
+    /// table, whose vocabulary grows if it has no rows for them. Weights that are stored as bf16 in memory
     /// are read again from the model's files, so that the adapter is not added to rounded weights.
     ///
     /// # Errors
@@ -137,16 +157,71 @@ impl<B: Backend> BiEncoderModel<B> {
     /// Computes probes, loads the adapter in `dir` in place of the attached one, and compares.
     fn reload(&mut self, dir: &Path) -> Result<Probes> {
         let probes = Probes::take(self)?;
+        if let Some(tokenizer) = adapter_tokenizer(dir)? {
+            let (template, vocab_size) = (self.recipe.template.clone(), self.vocab_size());
+            let saved = PromptEncoder::new(tokenizer, template, vocab_size)?;
+            probes.check_tokens(&saved, &self.recipe)?;
+        }
         let (config, trained) = (self.adapter.take(), self.decoder.detach_adapters());
-        let same = self.attach_adapter(dir).and_then(|()| probes.check(self));
+        let tokens = config.as_ref().map(|config| config.trained_tokens.as_slice());
+        let same = self.attach_saved(dir, tokens).and_then(|()| probes.check(self));
         self.decoder.restore_adapters(trained);
         self.adapter = config;
         same.map(|()| probes)
     }
 
     /// Bytes that [`save_adapter`](Self::save_adapter) writes, within some kilobytes.
-    pub fn saved_adapter_bytes(&self) -> u64 {
-        self.decoder.adapter_tensors().map(|t| 4 * t.elements() as u64 + 200).sum()
+    ///
+    /// # Errors
+    /// The tokenizer cannot be written as JSON.
+    pub fn saved_adapter_bytes(&self) -> Result<u64> {
+        let weights: u64 = self
+            .declared()
+            .iter()
+            .map(|(_, _, shape)| 4 * shape.iter().product::<usize>() as u64 + 200)
+            .sum();
+        let tokenizer = match self.has_own_tokenizer()? {
+            true => self.prompts.tokenizer().contents()?.len() as u64,
+            false => 0,
+        };
+        Ok(weights + tokenizer)
+    }
+
+    /// The tensors of the adapter's file. With `modules_to_save`, the embedding table takes the place of the
+    /// trained rows.
+    fn declared(&self) -> Vec<Declaration> {
+        let declaration = |t: NamedTensor<'_, B>| match self.saves_table(&t) {
+            true => (format!("{PREFIX}{TABLE}"), vec![self.vocab_size(), self.dimension()]),
+            false => (format!("{PREFIX}{}", t.name()), t.shape().to_vec()),
+        };
+        let declared = self.decoder.adapter_tensors().map(declaration);
+        declared.map(|(name, shape)| (name, safetensors::Dtype::F32, shape)).collect()
+    }
+
+    /// Whether `tensor` is the trained token embeddings, and the table is saved in their place.
+    fn saves_table(&self, tensor: &NamedTensor<'_, B>) -> bool {
+        let saved = self.adapter.as_ref().map(|config| config.saved_tokens);
+        tensor.name() == TRAINED_TOKENS && saved == Some(SavedTokens::ModulesToSave)
+    }
+
+    /// Number of token embeddings.
+    fn vocab_size(&self) -> usize {
+        self.decoder.config().vocab_size
+    }
+
+    /// The base model's embedding table, row-major: before rounding, if it is bf16 in memory.
+    fn base_table(&self) -> Result<Vec<f32>> {
+        let Some(table) = self.decoder.embeddings().tensors().next() else {
+            unreachable!("a parameter has a tensor")
+        };
+        Ok(self.folder.exact_values(&self.backend, &table)?.0)
+    }
+
+    /// Whether the tokenizer is not the base model's, as after adding tokens.
+    pub(super) fn has_own_tokenizer(&self) -> Result<bool> {
+        let Some(base) = self.folder.source() else { return Ok(true) };
+        let of_base = read_file(&base.join(TOKENIZER_FILE)).ok();
+        Ok(of_base.as_deref() != Some(&*self.prompts.tokenizer().contents()?))
     }
 
     /// Writes the files to a hidden folder inside `dir`.
@@ -167,17 +242,20 @@ impl<B: Backend> BiEncoderModel<B> {
             .expected("another folder than the base model's"));
         }
         let staging = Staging::new(dir, ADAPTER_CONFIG_FILE)?;
-        let named = |t: &NamedTensor<'_, B>| format!("{PREFIX}{}", t.name());
-        let declared = self
-            .decoder
-            .adapter_tensors()
-            .map(|t| (named(&t), safetensors::Dtype::F32, t.shape().to_vec()))
-            .collect();
+        let declared = self.declared();
+        let names: Vec<String> = declared.iter().map(|(name, ..)| name.clone()).collect();
         let mut writer = SafetensorsWriter::create(&staging, ADAPTER_WEIGHTS_FILE, declared)?;
-        for tensor in self.decoder.adapter_tensors() {
-            writer.write_f32(&named(&tensor), &self.backend.download_view(tensor.values())?)?;
+        for (name, tensor) in names.iter().zip(self.decoder.adapter_tensors()) {
+            let values = match self.decoder.trained_tokens().filter(|_| self.saves_table(&tensor)) {
+                Some(tokens) => tokens.merged_into(&self.backend, self.base_table()?)?,
+                None => self.backend.download_view(tensor.values())?,
+            };
+            writer.write_f32(name, &values)?;
         }
         let written = writer.finish()?;
+        if self.has_own_tokenizer()? {
+            self.prompts.tokenizer().save(staging.path())?;
+        }
         // A name of the Hub is valid on every machine.
         let source = || self.folder.source().map(|dir| dir.display().to_string());
         let base = self.base_name.clone().or_else(source);
@@ -205,124 +283,35 @@ pub(crate) fn prefix_in_adapter(names: &[String]) -> &'static str {
     }
 }
 
-fn config_json(config: &LoraConfig, base: Option<String>) -> Value {
-    // As the user wrote it: 0.1, and not the digits of the nearest f32.
-    let dropout: f64 = config.dropout.to_string().parse().unwrap_or(config.dropout.into());
-    json!({
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "lora_alpha": config.alpha,
-        "lora_dropout": dropout,
-        "peft_type": "LORA",
-        "r": config.rank,
-        "target_modules": config.target_modules,
-        "task_type": "FEATURE_EXTRACTION",
-        "use_dora": false,
-        "use_rslora": false,
-    })
-}
-
-/// The fields of `adapter_config.json` that are used.
-#[derive(Deserialize)]
-struct Raw {
-    peft_type: Option<String>,
-    r: usize,
-    lora_alpha: f64,
-    #[serde(default)]
-    lora_dropout: f32,
-    target_modules: Value,
-    bias: Option<String>,
-    #[serde(flatten)]
-    rest: serde_json::Map<String, Value>,
-}
-
-/// Settings that must be absent, false or empty, because they change the computation.
-const UNSUPPORTED: [&str; 9] = [
-    "use_dora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-    "target_parameters",
-    "exclude_modules",
-];
-
-impl LoraConfig {
-    /// Reads the configuration of a PEFT folder.
-    ///
-    /// # Errors
-    /// If the file is missing or damaged, or the adapter uses a method that is not supported.
-    pub fn from_peft(dir: &Path) -> Result<Self> {
-        read_config(&dir.join(ADAPTER_CONFIG_FILE))
+/// The tokenizer of an adapter's folder, if it has one: then it is not the base model's.
+pub(crate) fn adapter_tokenizer(dir: &Path) -> Result<Option<TextTokenizer>> {
+    match dir.join(TOKENIZER_FILE).exists() {
+        true => TextTokenizer::from_folder(dir).map(Some),
+        false => Ok(None),
     }
 }
 
-fn read_config(path: &Path) -> Result<LoraConfig> {
-    let text = crate::storage::read_file(path).map_err(|e| {
-        Error::io("read the adapter's configuration", path, e)
-            .hint("an adapter folder as PEFT writes it has an adapter_config.json")
-    })?;
-    let raw: Raw = serde_json::from_slice(&text).map_err(|e| {
-        Error::new(ErrorKind::Config, "not an adapter's configuration").file(path).because(e)
-    })?;
-    let refuse = |what: &str, got: &str| {
-        let what = format!("{what} is not supported in an adapter");
-        Err(Error::new(ErrorKind::Config, what).file(path).got(got))
-    };
-    if let Some(kind) = raw.peft_type.as_deref().filter(|&kind| kind != "LORA") {
-        return refuse("this method", kind);
+/// Number of token embeddings that the model of `base` has with the adapter in `dir`.
+///
+/// # Errors
+/// If the adapter's configuration or header is damaged, or its token embeddings do not fit the model.
+pub(super) fn vocab_size_with_adapter(base: &DecoderConfig, dir: &Path) -> Result<usize> {
+    let config = AdapterConfig::read(dir)?;
+    let file = SafetensorsFile::open(&dir.join(ADAPTER_WEIGHTS_FILE))?;
+    let names = TokenNames::new(&file, prefix_in_adapter(&file.names()), &config);
+    let faults = names.faults(&config, base.hidden_size);
+    if !faults.is_empty() {
+        return Err(misfit(&file, &faults));
     }
-    if let Some(bias) = raw.bias.as_deref().filter(|&bias| bias != "none") {
-        return refuse("a trained bias", bias);
-    }
-    for name in UNSUPPORTED {
-        let off = match raw.rest.get(name) {
-            None | Some(Value::Null | Value::Bool(false)) => true,
-            Some(Value::Array(list)) => list.is_empty(),
-            Some(Value::Object(map)) => map.is_empty(),
-            Some(_) => false,
-        };
-        if !off {
-            return refuse(&format!("`{name}`"), &raw.rest[name].to_string());
-        }
-    }
-    match raw.rest.get("init_lora_weights") {
-        None | Some(Value::Null | Value::Bool(_)) => {}
-        Some(Value::String(way)) if ["gaussian", "orthogonal"].contains(&way.as_str()) => {}
-        // These initializations change the base weights, and the adapter's files do not contain that change.
-        Some(other) => return refuse("this initialization of the weights", &other.to_string()),
-    }
-    let target_modules = target_modules(&raw.target_modules);
-    if let Some(name) = target_modules.iter().find(|name| name.contains('.')) {
-        return refuse("a target in some layers only", name);
-    }
-    let rank_stabilised = raw.rest.get("use_rslora") == Some(&Value::Bool(true));
-    let config = LoraConfig {
-        rank: raw.r,
-        // rsLoRA divides alpha by the square root of the rank, which equals LoRA with a larger alpha.
-        alpha: if rank_stabilised {
-            raw.lora_alpha * (raw.r as f64).sqrt()
-        } else {
-            raw.lora_alpha
-        },
-        dropout: raw.lora_dropout,
-        target_modules,
-    };
-    config.check().map_err(|e| e.file(path))?;
-    Ok(config)
+    names.check_gaps(&config, base.vocab_size).map_err(|e| e.file(file.path()))?;
+    Ok(base.vocab_size.max(names.vocab_size(&config)))
 }
 
-/// A list of names, or the keyword of PEFT for all projections.
-fn target_modules(value: &Value) -> Vec<String> {
-    match value {
-        Value::String(all) if all == "all-linear" => PROJECTIONS.map(str::to_owned).to_vec(),
-        Value::String(one) => vec![one.clone()],
-        Value::Array(names) => names.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-        _ => Vec::new(),
-    }
+/// The error for tensors that the model does not have, or has in another shape.
+fn misfit(file: &SafetensorsFile, faults: &[String]) -> Error {
+    let what = format!("the adapter does not fit the model in {} places", faults.len());
+    Error::new(ErrorKind::Weights, what)
+        .file(file.path())
+        .got(format!("\n    {}", faults.join("\n    ")))
+        .hint("use the base model that the adapter was trained on")
 }

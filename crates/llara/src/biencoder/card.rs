@@ -8,7 +8,7 @@ use serde_json::json;
 use super::run_facts::RunFacts;
 use super::{BiEncoderModel, StLayout};
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, Shape};
 use crate::storage::with_seal;
 use crate::text::Role;
 
@@ -155,10 +155,12 @@ fn transformers_usage<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) 
             format!(
                 "BASE = {}\n\
                  ADAPTER = \"path/of/this/folder\"\n\
-                 tokenizer = AutoTokenizer.from_pretrained(BASE)\n\
+                 tokenizer = AutoTokenizer.from_pretrained({})\n\
                  model = AutoModel.from_pretrained(BASE, dtype=torch.float32)\n\
-                 model = PeftModel.from_pretrained(model, ADAPTER).eval()\n",
-                python(base.as_deref().unwrap_or("path/of/the/base/model"))
+                 {}model = PeftModel.from_pretrained(model, ADAPTER).eval()\n",
+                python(base.as_deref().unwrap_or("path/of/the/base/model")),
+                if model.has_own_tokenizer()? { "ADAPTER" } else { "BASE" },
+                resize_embeddings(model)
             ),
         ),
     };
@@ -202,6 +204,19 @@ fn transformers_usage<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) 
         ),
     );
     Ok(())
+}
+
+/// The line that an adapter with more tokens than its base model needs: PEFT does not add rows by itself.
+fn resize_embeddings<B: Backend>(model: &BiEncoderModel<B>) -> String {
+    let (rows, needed) =
+        (model.decoder.embeddings().values().rows(), model.decoder.config().vocab_size);
+    match rows < needed {
+        true => format!(
+            "# Rows for the added tokens; their values are in the adapter.\n\
+             model.resize_token_embeddings({needed}, mean_resizing=False)\n"
+        ),
+        false => String::new(),
+    }
 }
 
 /// A text of a table, in which bars and line feeds would be markup.
@@ -278,12 +293,15 @@ fn training<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) {
         }
     }
     let lora = model.adapter.iter().flat_map(|lora| {
-        [
+        let tokens = lora.trained_tokens.len();
+        let mut facts = vec![
             ("lora rank", lora.rank.to_string()),
             ("lora alpha", lora.alpha.to_string()),
             ("lora dropout", lora.dropout.to_string()),
             ("lora targets", lora.target_modules.join(", ")),
-        ]
+        ];
+        facts.extend((tokens > 0).then(|| ("tokens with trained embeddings", tokens.to_string())));
+        facts
     });
     let lora: Vec<(String, String)> = lora.map(|(name, value)| (name.to_owned(), value)).collect();
     if !(settings.is_empty() && lora.is_empty()) {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::adapter::{adapter_tokenizer, vocab_size_with_adapter};
 use super::card::model_card;
 use super::staged::{StagedFolder, keep_unverified};
 use super::{BiEncoderModel, BiEncoderOptions, Parts, Probes, Recipe, StLayout};
@@ -27,6 +28,8 @@ pub struct Loader<'d> {
     dir: &'d Path,
     recipe: Recipe,
     add_special_tokens: bool,
+    vocabulary_in_adapter: bool,
+    adapter: Option<&'d Path>,
     matrices: Dtype,
 }
 
@@ -45,7 +48,14 @@ impl<'d> Loader<'d> {
             Some(recipe) => recipe,
             None => Recipe::new(Template::preset("llara")?),
         };
-        Ok(Loader { dir, recipe, add_special_tokens: false, matrices: Dtype::F32 })
+        Ok(Loader {
+            dir,
+            recipe,
+            add_special_tokens: false,
+            vocabulary_in_adapter: false,
+            adapter: None,
+            matrices: Dtype::F32,
+        })
     }
 
     /// The recipe that will be used.
@@ -71,6 +81,20 @@ impl<'d> Loader<'d> {
         self
     }
 
+    /// Leaves the embedding table as it is: the rows of added tokens are those of an adapter that is attached
+    /// after loading. Until then, texts with these tokens cannot be encoded.
+    pub fn vocabulary_in_adapter(mut self, on: bool) -> Self {
+        self.vocabulary_in_adapter = on;
+        self
+    }
+
+    /// Prepares for an adapter that is attached after loading: uses the tokenizer of its folder, if it has one,
+    /// and the vocabulary of the adapter.
+    pub fn with_adapter(mut self, adapter: &'d Path) -> Self {
+        self.adapter = Some(adapter);
+        self.vocabulary_in_adapter(true)
+    }
+
     /// Stores the weights' matrices as bf16 from the start, in half the memory, for a model that encodes
     /// or learns by adapters alone. Exact where the folder has bf16.
     pub fn matrices(mut self, dtype: Dtype) -> Self {
@@ -89,14 +113,40 @@ impl<'d> Loader<'d> {
                 .hint("give a folder as `save_pretrained` writes it"));
         }
         let mut decoder = DecoderConfig::from_file(&self.dir.join("config.json"))?;
-        let mut tokenizer = TextTokenizer::from_folder(self.dir)?;
-        if self.add_special_tokens {
-            tokenizer.add_special_tokens(&self.recipe.template.special_tokens())?;
-            decoder.vocab_size = decoder.vocab_size.max(tokenizer.vocab_size());
+        let mut own_tokenizer = None;
+        if let Some(adapter) = self.adapter {
+            decoder.vocab_size = vocab_size_with_adapter(&decoder, adapter)?;
+            own_tokenizer = adapter_tokenizer(adapter)?;
+        }
+        let mut tokenizer = match own_tokenizer {
+            Some(tokenizer) => tokenizer,
+            None => TextTokenizer::from_folder(self.dir)?,
+        };
+        let added_tokens = match self.add_special_tokens {
+            true => self.add_tokens(&mut tokenizer, decoder.vocab_size)?,
+            false => Vec::new(),
+        };
+        if let Some(last) = added_tokens.last() {
+            decoder.vocab_size = decoder.vocab_size.max(*last as usize + 1);
         }
         let template = self.recipe.template.clone();
         let prompts = PromptEncoder::new(tokenizer, template, decoder.vocab_size)?;
-        Ok(Outline { decoder, prompts: Arc::new(prompts) })
+        Ok(Outline { decoder, prompts: Arc::new(prompts), added_tokens })
+    }
+
+    /// Adds the template's special tokens. Returns the ids, ascending, of those that are new and of all tokens
+    /// beyond a vocabulary of `rows`: none of them has a trained embedding.
+    fn add_tokens(&self, tokenizer: &mut TextTokenizer, rows: usize) -> Result<Vec<u32>> {
+        let tokens = self.recipe.template.special_tokens();
+        let new: Vec<&String> =
+            tokens.iter().filter(|token| tokenizer.token_id(token).is_none()).collect();
+        tokenizer.add_special_tokens(&tokens)?;
+        let new = new.into_iter().filter_map(|token| tokenizer.token_id(token));
+        let beyond = rows as u32..(tokenizer.vocab_size().max(rows)) as u32;
+        let mut ids: Vec<u32> = new.chain(beyond).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
     }
 
     /// Reads everything.
@@ -123,7 +173,9 @@ impl<'d> Loader<'d> {
         options: BiEncoderOptions,
     ) -> Result<BiEncoderModel<B>> {
         let (folder, mut decoder) = ModelFolder::load(&backend, self.dir, self.matrices)?;
-        decoder.grow_vocabulary(&backend, outline.decoder.vocab_size)?;
+        if !self.vocabulary_in_adapter {
+            decoder.grow_vocabulary(&backend, outline.decoder.vocab_size)?;
+        }
         let (prompts, recipe) = (outline.prompts, self.recipe);
         BiEncoderModel::new(Parts { backend, decoder, folder, prompts, recipe }, options)
     }
@@ -136,6 +188,8 @@ pub struct Outline {
     pub decoder: DecoderConfig,
     /// Tokenizer and template.
     pub prompts: Arc<PromptEncoder>,
+    /// Ids of the tokens that were added, and of others without a row in the embedding table, ascending.
+    pub added_tokens: Vec<u32>,
 }
 
 impl<B: Backend> BiEncoderModel<B> {

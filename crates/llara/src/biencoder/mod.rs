@@ -1,6 +1,8 @@
 //! The bi-encoder: one decoder encodes queries and passages as embeddings, which are compared.
 
 mod adapter;
+mod adapter_config;
+mod adapter_tokens;
 mod card;
 mod folder;
 mod output;
@@ -16,7 +18,9 @@ use std::sync::Arc;
 
 use ndarray::Array2;
 
-pub(crate) use adapter::{ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, prefix_in_adapter};
+pub(crate) use adapter::{ADAPTER_WEIGHTS_FILE, adapter_tokenizer, prefix_in_adapter};
+pub(crate) use adapter_config::{ADAPTER_CONFIG_FILE, AdapterConfig};
+pub(crate) use adapter_tokens::TokenNames;
 pub use folder::{Loader, Outline};
 pub use output::{EncoderOutput, Features, compute_similarity};
 pub use probes::Probes;
@@ -482,6 +486,6 @@ impl<B: Backend> BiEncoderModel<B> {
                 .hint("the tokenizer and the weights must come from the same model"));
         }
         let pooled_tokens = self.prompts.template().pooled_tokens;
-        Input::new(&self.backend, batch, pooled_tokens, sequence_numbers)
+        self.decoder.input(&self.backend, batch, pooled_tokens, sequence_numbers)
     }
 }

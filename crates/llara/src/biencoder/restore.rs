@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::BiEncoderModel;
 use crate::backend::{Backend, Dtype, Shape};
+use crate::model::LoraConfig;
 use crate::model::weights::{ModelFolder, SaveDtype};
 use crate::{Error, ErrorKind, Result};
 
@@ -21,11 +22,14 @@ impl<B: Backend> BiEncoderModel<B> {
     pub(crate) fn read_trained_weights(&mut self, dir: &Path) -> Result<()> {
         let Some(adapter) = self.adapter.take() else { return self.read_all_weights(dir) };
         let before = self.decoder.detach_adapters();
-        let result = self.attach_adapter(dir);
+        let result = self.attach_saved(dir, Some(&adapter.trained_tokens));
         if result.is_err() {
             self.decoder.restore_adapters(before);
         }
+        // The form in which token embeddings are saved may differ: it does not change them.
+        let saved_tokens = adapter.saved_tokens;
         let read = self.adapter.replace(adapter);
+        let read = read.map(|read| LoraConfig { saved_tokens, ..read });
         result?;
         match read == self.adapter {
             true => Ok(()),

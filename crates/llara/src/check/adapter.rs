@@ -9,8 +9,9 @@ use super::config::Config;
 use super::report::{Finding, Findings, Status};
 use super::weights::scan_file;
 use crate::Result;
-use crate::biencoder::{ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, prefix_in_adapter};
-use crate::model::LoraConfig;
+use crate::biencoder::{
+    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterConfig, TokenNames, prefix_in_adapter,
+};
 use crate::storage::{SafetensorsFile, is_readable, read_limited};
 
 const CHECK: &str = "adapter";
@@ -19,7 +20,7 @@ const MAX_BYTES: u64 = 16 << 20;
 
 /// An adapter whose configuration and file can be read.
 pub(super) struct AdapterFiles {
-    pub(super) config: LoraConfig,
+    pub(super) config: AdapterConfig,
     /// `base_model_name_or_path`.
     pub(super) recorded_base: Option<String>,
     file: SafetensorsFile,
@@ -36,6 +37,23 @@ impl AdapterFiles {
         Ok(Some((self.file.read_f32(&a)?, self.file.read_f32(&b)?)))
     }
 
+    /// The base model's embedding table, row-major, with the embeddings of the adapter in it.
+    pub(super) fn with_tokens(&self, mut table: Vec<f32>, hidden_size: usize) -> Result<Vec<f32>> {
+        let names = self.token_names();
+        let tokens = names.read(&self.config, hidden_size, &mut || Ok(table.clone()), None)?;
+        tokens.place_in(&mut table);
+        Ok(table)
+    }
+
+    /// One past the largest token id with an embedding in the adapter; 0 if it has none.
+    pub(super) fn vocab_size(&self) -> usize {
+        self.token_names().vocab_size(&self.config)
+    }
+
+    fn token_names(&self) -> TokenNames<'_> {
+        TokenNames::new(&self.file, self.prefix, &self.config)
+    }
+
     fn names(&self, weight: &str) -> [String; 2] {
         let module = weight.strip_suffix("weight").unwrap_or(weight);
         ["A", "B"].map(|part| format!("{}{module}lora_{part}.weight", self.prefix))
@@ -48,7 +66,7 @@ pub(super) fn check_files(
     on_bytes: &dyn Fn(u64),
 ) -> Option<AdapterFiles> {
     let dir = findings.dir;
-    let config = LoraConfig::from_peft(dir);
+    let config = AdapterConfig::read(dir);
     if let Err(error) = &config {
         findings.fail(CHECK, error);
     }
@@ -65,9 +83,9 @@ pub(super) fn check_files(
         ADAPTER_CONFIG_FILE,
         format!(
             "rank {}, alpha {}, on {}",
-            config.rank,
-            config.alpha,
-            config.target_modules.join(", ")
+            config.lora.rank,
+            config.lora.alpha,
+            config.lora.target_modules.join(", ")
         ),
     );
     let recorded_base = recorded_base(dir);
@@ -90,9 +108,19 @@ pub(super) fn check_fit(
 ) -> bool {
     let before = findings.list.len();
     match base.map(|base| base.decoder.parameter_shapes()) {
-        Some(Ok(shapes)) => compare(adapter, &shapes, findings),
+        Some(Ok(shapes)) => {
+            compare(adapter, &shapes, findings);
+            if let Some(base) = base {
+                let sizes = (base.decoder.vocab_size, base.decoder.hidden_size);
+                compare_tokens(adapter, sizes, findings);
+            }
+        }
         Some(Err(error)) => findings.fail(CHECK, &error),
-        None => compare_with_itself(adapter, findings),
+        None => {
+            compare_with_itself(adapter, findings);
+            let hidden_size = adapter.token_names().hidden_size();
+            compare_tokens(adapter, (usize::MAX, hidden_size), findings);
+        }
     }
     let fits = findings.list.len() == before;
     if fits {
@@ -103,6 +131,23 @@ pub(super) fn check_fit(
     fits
 }
 
+/// Compares the token embeddings with a base model of this vocabulary and hidden size.
+fn compare_tokens(
+    adapter: &AdapterFiles,
+    (vocab_size, hidden_size): (usize, usize),
+    findings: &mut Findings<'_>,
+) {
+    let names = adapter.token_names();
+    let faults = names.faults(&adapter.config, hidden_size).into_iter().map(|fault| {
+        let what = format!("the token embeddings do not fit: {fault}");
+        Finding::new(Status::Error, CHECK, ADAPTER_WEIGHTS_FILE, what)
+    });
+    findings.push_many(faults.collect());
+    if let Err(error) = names.check_gaps(&adapter.config, vocab_size) {
+        findings.fail(CHECK, &error);
+    }
+}
+
 fn location(name: &str) -> String {
     format!("{ADAPTER_WEIGHTS_FILE}: tensor `{name}`")
 }
@@ -110,10 +155,11 @@ fn location(name: &str) -> String {
 fn compare(adapter: &AdapterFiles, shapes: &[(String, Vec<usize>)], findings: &mut Findings<'_>) {
     const HINT: &str = "use the base model that the adapter was trained on";
     let (mut faults, mut known) = (Vec::new(), HashSet::new());
-    let rank = adapter.config.rank;
+    let lora = &adapter.config.lora;
+    let rank = lora.rank;
     for (weight, shape) in shapes {
         let module = weight.rsplit('.').nth(1).unwrap_or_default();
-        let targeted = adapter.config.target_modules.iter().any(|target| target == module);
+        let targeted = lora.target_modules.iter().any(|target| target == module);
         let ([rows, cols], true, true) = (shape.as_slice(), targeted, weight.ends_with(".weight"))
         else {
             continue;
@@ -158,7 +204,9 @@ fn compare(adapter: &AdapterFiles, shapes: &[(String, Vec<usize>)], findings: &m
             known.insert(name);
         }
     }
-    for name in adapter.file.names().iter().filter(|name| !known.contains(*name)) {
+    let tokens = adapter.token_names();
+    let names = adapter.file.names();
+    for name in names.iter().filter(|name| !known.contains(*name) && !tokens.contain(name)) {
         let what = "the tensor belongs to no target of the base model".into();
         faults.push(Finding::new(Status::Error, CHECK, &location(name), what).hint(HINT));
     }
@@ -167,7 +215,9 @@ fn compare(adapter: &AdapterFiles, shapes: &[(String, Vec<usize>)], findings: &m
 
 /// Every tensor must be an A or a B of a target with the right rank, and have its counterpart.
 fn compare_with_itself(adapter: &AdapterFiles, findings: &mut Findings<'_>) {
-    let (names, rank) = (adapter.file.names(), adapter.config.rank);
+    let (lora, tokens) = (&adapter.config.lora, adapter.token_names());
+    let (mut names, rank) = (adapter.file.names(), lora.rank);
+    names.retain(|name| !tokens.contain(name));
     let set: HashSet<&str> = names.iter().map(String::as_str).collect();
     let (mut faults, mut found) = (Vec::new(), HashSet::new());
     for name in &names {
@@ -186,7 +236,7 @@ fn compare_with_itself(adapter: &AdapterFiles, findings: &mut Findings<'_>) {
         };
         let target = module.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
         found.insert(target.to_owned());
-        if !adapter.config.target_modules.iter().any(|known| known == target) {
+        if !lora.target_modules.iter().any(|known| known == target) {
             faults
                 .push(fault("the matrix belongs to no target of adapter_config.json").got(target));
         }
@@ -207,7 +257,7 @@ fn compare_with_itself(adapter: &AdapterFiles, findings: &mut Findings<'_>) {
                 .push(fault("the matrix has no counterpart").expected(format!("{module}{other}")));
         }
     }
-    for target in adapter.config.target_modules.iter().filter(|target| !found.contains(*target)) {
+    for target in lora.target_modules.iter().filter(|target| !found.contains(*target)) {
         let what = format!("there are no matrices for the target {target}");
         faults.push(Finding::new(Status::Error, CHECK, ADAPTER_WEIGHTS_FILE, what));
     }

@@ -20,6 +20,15 @@ pub(super) struct Config {
     pub(super) json: Value,
 }
 
+impl Config {
+    /// The same with a vocabulary of at least `vocab_size`.
+    pub(super) fn with_vocab_size(&self, vocab_size: usize) -> Self {
+        let mut decoder = self.decoder.clone();
+        decoder.vocab_size = decoder.vocab_size.max(vocab_size);
+        Config { decoder, json: self.json.clone() }
+    }
+}
+
 /// Reads the `config.json` of `dir`.
 pub(super) fn check_config(dir: &Path, findings: &mut Findings<'_>) -> Option<Config> {
     let path = dir.join(FILE);

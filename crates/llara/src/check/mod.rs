@@ -25,7 +25,9 @@ use self::report::Findings;
 use self::serving::Served;
 use self::weights::Weights;
 use crate::backend::Backend;
-use crate::biencoder::{ADAPTER_WEIGHTS_FILE, Obstacle, PROBES_FILE, Recipe, StLayout};
+use crate::biencoder::{
+    ADAPTER_WEIGHTS_FILE, Obstacle, PROBES_FILE, Recipe, StLayout, adapter_tokenizer,
+};
 use crate::model::weights::WeightFiles;
 use crate::storage::SafetensorsFile;
 use crate::text::{PromptEncoder, TextTokenizer};
@@ -161,10 +163,23 @@ fn check_adapter<B: Backend>(
         adapter::check_recorded_base(adapter, base.is_some(), &mut findings);
         adapter::check_fit(adapter, config, &mut findings)
     });
+    // The base model's, with the vocabulary that it has with the adapter.
+    let vocab_size = adapter.as_ref().map_or(0, AdapterFiles::vocab_size);
+    let with_adapter = config.map(|config| config.with_vocab_size(vocab_size));
+    let own_tokenizer = matches!(adapter_tokenizer(dir), Ok(Some(_)) | Err(_));
+    let tokenizer = match own_tokenizer {
+        true => tokens::check_tokenizer(dir, with_adapter.as_ref(), &mut findings),
+        false => base.as_ref().and_then(|base| base.tokenizer.clone()),
+    };
     let recipe = tokens::check_recipe(dir, &mut findings);
-    let prompts = base.as_ref().and_then(|base| base.prompts(recipe.as_ref(), &mut findings));
+    let prompts = match (&with_adapter, tokenizer, &recipe) {
+        (Some(config), Some(tokenizer), Some(recipe)) => {
+            tokens::check_template(recipe, tokenizer, config, &mut findings)
+        }
+        _ => None,
+    };
     let damaged = findings.has_errors(&["weights", "adapter"]);
-    let encoder = match (&base, config, &adapter, &prompts, &recipe) {
+    let encoder = match (&base, &with_adapter, &adapter, &prompts, &recipe) {
         (Some(base), Some(config), Some(adapter), Some(prompts), Some((recipe, true)))
             if fits && base.weights.complete && !damaged =>
         {
@@ -184,7 +199,12 @@ fn check_adapter<B: Backend>(
     let served = Served { recipe, config, layout: None, has_modules: false, errors };
     let recorded =
         adapter.as_ref().and_then(|adapter: &AdapterFiles| adapter.recorded_base.as_deref());
-    report.tools = serving::tools_for_adapter(&served, recorded);
+    let rows = serving::TokenRows {
+        needed: vocab_size,
+        of_base: config.map(|config| config.decoder.vocab_size),
+        own_tokenizer,
+    };
+    report.tools = serving::tools_for_adapter(&served, recorded, &rows);
 }
 
 /// What sentence-transformers can express of a recipe, or what prevents it.

@@ -57,6 +57,9 @@ pub(super) fn check_probes<B: Backend>(
         let values = encoder.weights.read_f32(&format!("{prefix}{name}"))?;
         on_bytes(4 * values.len() as u64);
         let values = match encoder.adapter {
+            Some(adapter) if name == "embed_tokens.weight" => {
+                adapter.with_tokens(values, encoder.config.decoder.hidden_size)?
+            }
             Some(adapter) => with_adapter(backend, adapter, (name, shape), values)?,
             None => values,
         };
@@ -83,12 +86,12 @@ fn with_adapter<B: Backend>(
     weight: Vec<f32>,
 ) -> Result<Vec<f32>> {
     let (Some((a, b)), [rows, cols]) = (adapter.matrices(name)?, shape) else { return Ok(weight) };
-    let rank = adapter.config.rank;
+    let rank = adapter.config.lora.rank;
     let weight = backend.upload(&weight, *rows, *cols)?;
     let a = backend.upload(&a, rank, *cols)?;
     let a = backend.prepare(a, WeightUse::Trainable(Dtype::F32))?;
     let b = backend.upload(&b, *rows, rank)?;
-    let scale = adapter.config.scale();
+    let scale = adapter.config.lora.scale();
     let sum = backend.linear_input_grad(b.view(), a.view(), scale, Some(weight))?;
     backend.download(&sum)
 }

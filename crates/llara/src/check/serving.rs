@@ -40,13 +40,47 @@ pub(super) fn tools_for_model(served: &Served<'_>) -> Vec<Tool> {
     vec![transformers, sentence_transformers(served), text_embeddings_inference(served)]
 }
 
+/// Token embeddings of an adapter.
+pub(super) struct TokenRows {
+    /// One past the largest token id with an embedding in the adapter; 0 if it has none.
+    pub(super) needed: usize,
+    /// Token embeddings of the base model, if that is given.
+    pub(super) of_base: Option<usize>,
+    /// Whether the adapter's folder has a tokenizer.
+    pub(super) own_tokenizer: bool,
+}
+
 /// The tools for an adapter. `base` is the recorded base model.
-pub(super) fn tools_for_adapter(served: &Served<'_>, base: Option<&str>) -> Vec<Tool> {
+pub(super) fn tools_for_adapter(
+    served: &Served<'_>,
+    base: Option<&str>,
+    rows: &TokenRows,
+) -> Vec<Tool> {
     let mut settings = plain_settings(served, "PeftModel");
     if let Some(base) = base {
         settings.insert("base_model".to_owned(), json!(base));
     }
-    let peft = Tool { settings, ..usable(PEFT, &served.errors) };
+    if rows.own_tokenizer {
+        settings.insert("tokenizer".to_owned(), json!("that of the adapter's folder"));
+    }
+    let needed = rows.needed;
+    let mut peft = usable(PEFT, &served.errors);
+    match rows.of_base {
+        Some(of_base) if of_base >= needed => {}
+        Some(_) => {
+            settings.insert("resize_token_embeddings".to_owned(), json!(needed));
+            peft.reasons.push(format!(
+                "the base model needs rows for the adapter's tokens: call \
+                 model.resize_token_embeddings({needed}) before the adapter is loaded"
+            ));
+        }
+        None if needed > 0 => peft.reasons.push(format!(
+            "if the base model has fewer than {needed} token embeddings, call \
+             model.resize_token_embeddings({needed}) before the adapter is loaded"
+        )),
+        None => {}
+    }
+    peft.settings = settings;
     let merged = |name| {
         let reason = "it is an adapter, and the tool needs a complete model".to_owned();
         Tool { reasons: vec![reason], hint: Some(MERGE.to_owned()), ..refused(name) }

@@ -6,11 +6,19 @@ use super::block::Block;
 use super::decoder::Decoder;
 use super::lora::{Lora, LoraConfig, PROJECTIONS};
 use super::parameter::{NamedTensor, Parameter, ParameterValues, Values};
+use super::trained_tokens::{TRAINED_TOKENS, TrainedTokens};
 use crate::backend::{Backend, Dtype, PreparedWeight, Shape};
 use crate::{Error, ErrorKind, Result};
 
 /// Names of the two matrices of an adapter, appended to the name of its projection.
 const NAMES: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
+
+/// Adapters that were removed from a decoder.
+pub(crate) struct Detached<B: Backend> {
+    /// One for each projection of the model.
+    lora: Vec<Option<Lora<B>>>,
+    tokens: Option<TrainedTokens<B>>,
+}
 
 impl LoraConfig {
     /// # Errors
@@ -41,13 +49,19 @@ impl LoraConfig {
                     unknown.join(", ")
                 }));
         }
+        if let Some(pair) = self.trained_tokens.windows(2).find(|pair| pair[0] >= pair[1]) {
+            return Err(invalid("the ids of the trained tokens are not in order")
+                .expected("ascending ids, each once")
+                .got(format!("{} before {}", pair[0], pair[1])));
+        }
         Ok(())
     }
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Freezes all weights and attaches an adapter to every projection that `config` names. `values` returns A
-    /// `[r, in]` and B `[out, r]` for a name and shape.
+    /// Freezes all weights and attaches an adapter to every projection that `config` names, and embeddings of
+    /// the tokens that it trains. `values` returns A `[r, in]`, B `[out, r]` and, for the name
+    /// [`TRAINED_TOKENS`], the embeddings `[tokens, d]`, for a name and shape.
     pub(crate) fn attach_adapters(
         &mut self,
         backend: &B,
@@ -56,6 +70,14 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<()> {
         config.check()?;
         self.parameters_mut().for_each(Parameter::freeze);
+        let tokens = match config.trained_tokens.as_slice() {
+            [] => None,
+            ids => {
+                let table = self.embeddings().values().shape();
+                Some(TrainedTokens::new(backend, ids, table, values)?)
+            }
+        };
+        self.replace_trained_tokens(tokens);
         let mut module = 0;
         for linear in self.blocks_mut().flat_map(Block::linears_mut) {
             let input = linear.weight.values().cols();
@@ -84,7 +106,8 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Attaches new adapters, initialized as in PEFT: A uniform within `±1/√in`, B zero, so that they do not
-    /// change the output before training. The same seed gives the same adapters.
+    /// change the output before training. The same seed gives the same adapters. The embeddings of trained tokens
+    /// are initially their rows of the table, or those with which the vocabulary would grow.
     pub(crate) fn attach_new_adapters(
         &mut self,
         backend: &B,
@@ -92,8 +115,12 @@ impl<B: Backend> Decoder<B> {
         seed: u64,
     ) -> Result<()> {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
+        let mut embeddings = self.initial_embeddings(backend, &config.trained_tokens)?;
         self.attach_adapters(backend, config, &mut |name, shape| {
             let [rows, cols] = [shape[0], shape[1]];
+            if name == TRAINED_TOKENS {
+                return Ok(ParameterValues::F32(std::mem::take(&mut embeddings)));
+            }
             if name.ends_with(NAMES[1]) {
                 return Ok(ParameterValues::Zeros(Dtype::F32));
             }
@@ -103,7 +130,8 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    /// Adds the product of every adapter to its weight, `W += scale · B · A`, and removes the adapter. `exact`
+    /// Adds the product of every adapter to its weight, `W += scale · B · A`, writes trained token embeddings to
+    /// the table, which grows if it has no rows for them, and removes the adapter. `exact`
     /// returns the unrounded f32 values of a weight that is stored as bf16; if it fails, nothing has changed.
     pub(crate) fn merge_adapters(
         &mut self,
@@ -125,6 +153,15 @@ impl<B: Backend> Decoder<B> {
             } else {
                 unrounded.push(None);
             }
+        }
+        let table = match (self.trained_tokens(), self.embeddings().tensors().next()) {
+            (Some(tokens), Some(table)) => Some(tokens.merged_into(backend, exact(&table)?)?),
+            _ => None,
+        };
+        if let Some(table) = table {
+            self.replace_trained_tokens(None);
+            let rows = table.len() / self.config().hidden_size;
+            self.replace_embeddings(backend, rows, &table)?;
         }
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
         for (linear, unrounded) in linears.zip(unrounded) {
@@ -153,20 +190,26 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Removes all adapters and returns them, for [`restore_adapters`](Decoder::restore_adapters).
-    pub(crate) fn detach_adapters(&mut self) -> Vec<Option<Lora<B>>> {
+    pub(crate) fn detach_adapters(&mut self) -> Detached<B> {
+        let tokens = self.replace_trained_tokens(None);
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
-        linears.flat_map(|linear| &mut linear.projections).map(|p| p.lora.take()).collect()
+        let projections = linears.flat_map(|linear| &mut linear.projections);
+        Detached { lora: projections.map(|p| p.lora.take()).collect(), tokens }
     }
 
     /// Attaches the given adapters in place of all current ones.
-    pub(crate) fn restore_adapters(&mut self, adapters: Vec<Option<Lora<B>>>) {
+    pub(crate) fn restore_adapters(&mut self, adapters: Detached<B>) {
+        self.replace_trained_tokens(adapters.tokens);
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
         let projections = linears.flat_map(|linear| &mut linear.projections);
-        projections.zip(adapters).for_each(|(projection, adapter)| projection.lora = adapter);
+        projections.zip(adapters.lora).for_each(|(projection, adapter)| projection.lora = adapter);
     }
 
-    /// The matrices of the adapters: the only trainable parameters if adapters are attached.
+    /// The matrices of the adapters and the embeddings of trained tokens: the only trainable parameters if
+    /// adapters are attached.
     pub fn adapter_tensors(&self) -> impl Iterator<Item = NamedTensor<'_, B>> {
-        self.tensors().filter(|t| NAMES.iter().any(|name| t.name().ends_with(name)))
+        self.tensors().filter(|t| {
+            t.name() == TRAINED_TOKENS || NAMES.iter().any(|name| t.name().ends_with(name))
+        })
     }
 }

@@ -12,13 +12,17 @@ use super::norm::{RmsNorm, SavedNorm};
 use super::parameter::{NamedTensor, Parameter, ParameterValues, Values};
 use super::pass::{Dropout, Pass};
 use super::rope::Rope;
+use super::trained_tokens::{TRAINED_TOKENS, TrainedTokens};
 use crate::Result;
 use crate::backend::{AttentionShape, Backend, CountingBackend, Cpu, Dtype, Shape};
+use crate::data::BatchView;
 
 /// A decoder without its language-model head: token ids in, hidden states out.
 pub struct Decoder<B: Backend> {
     config: DecoderConfig,
     embed_tokens: Parameter<B>,
+    /// Tokens whose embeddings are not those of the table.
+    trained_tokens: Option<TrainedTokens<B>>,
     blocks: Vec<Block<B>>,
     norm: RmsNorm<B>,
     rope: Rope<B>,
@@ -52,6 +56,7 @@ impl<B: Backend> Decoder<B> {
         Ok(Decoder {
             config,
             embed_tokens,
+            trained_tokens: None,
             blocks,
             norm,
             rope,
@@ -101,10 +106,7 @@ impl<B: Backend> Decoder<B> {
         let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let selected = input.selected(&pooled_pass);
-        let mut x = backend.gather_rows(self.embed_tokens.values(), &input.ids)?;
-        if x.dtype() != Dtype::F32 {
-            x = backend.cast(&x, Dtype::F32)?; // a frozen table may be bf16; the residual stream is f32
-        }
+        let mut x = self.embed(backend, input)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
             let (y, saved) = block.forward(&pass, x, selected)?;
@@ -117,6 +119,17 @@ impl<B: Backend> Decoder<B> {
         };
         let (hidden, norm) = self.norm.forward(backend, pooled.view(), Dtype::F32)?;
         Ok((hidden, pooled, norm))
+    }
+
+    /// The embeddings of all tokens, f32. `[T, d]`
+    pub(super) fn embed(&self, backend: &B, input: &Input<B>) -> Result<B::Tensor> {
+        let table = self.embed_tokens.values();
+        if let (Some(trained), Some(lookup)) = (&self.trained_tokens, &input.lookup) {
+            return trained.embed(backend, table, lookup);
+        }
+        let x = backend.gather_rows(table, &input.ids)?;
+        // A frozen table may be bf16; the residual stream is f32.
+        if x.dtype() == Dtype::F32 { Ok(x) } else { backend.cast(&x, Dtype::F32) }
     }
 
     /// Accumulates the gradient of every trainable parameter, from the gradient with respect to the hidden states
@@ -143,16 +156,20 @@ impl<B: Backend> Decoder<B> {
             backend.scatter_add_rows(&dx, &input.pooled_scatter, &mut all)?;
             dx = all;
         }
-        let table_learns = self.embed_tokens.is_trainable();
+        let embeddings_learn = self.embed_tokens.is_trainable() || self.trained_tokens.is_some();
         for (layer, saved) in saved.blocks.into_iter().enumerate().rev() {
             let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
-            let below_learns = layer > 0 || table_learns;
+            let below_learns = layer > 0 || embeddings_learn;
             let below = self.blocks[layer].backward(&pass, dx, saved, selected, below_learns)?;
             ready.ready(&mut self.blocks[layer].parameters_mut())?;
             match below {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }
+        }
+        if let Some(trained) = &mut self.trained_tokens {
+            trained.backward(backend, &dx, input.lookup.as_ref())?;
+            return ready.ready(&mut std::iter::once(&mut trained.rows));
         }
         if let (_, Some(dtable)) = self.embed_tokens.values_and_grad(backend)? {
             backend.scatter_add_rows(&dx, &input.ids_scatter, dtable)?;
@@ -169,7 +186,7 @@ impl<B: Backend> Decoder<B> {
     /// Sets the dtype of activations and their gradients (f32 by default), and prepares the weights for it. In
     /// bf16, products multiply bf16 and accumulate in f32; the residual stream, trainable parameters and the
     /// result stay f32. `round_frozen` stores every frozen matrix as bf16, which halves its memory and is exact
-    /// if it was loaded from a bf16 file.
+    /// if it was loaded from a bf16 file; trained token embeddings stay f32, as they are in training.
     pub(crate) fn set_activations(
         &mut self,
         backend: &B,
@@ -178,7 +195,8 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<()> {
         self.activations = dtype;
         for parameter in self.parameters_mut() {
-            if round_frozen && !parameter.is_trainable() && parameter.is_matrix() {
+            let is_rounded = parameter.is_matrix() && parameter.name() != TRAINED_TOKENS;
+            if round_frozen && !parameter.is_trainable() && is_rounded {
                 parameter.round(backend)?;
             }
             parameter.prepare(backend, dtype)?;
@@ -218,6 +236,7 @@ impl<B: Backend> Decoder<B> {
     /// All parameters, in the order of the model.
     pub fn parameters(&self) -> impl Iterator<Item = &Parameter<B>> {
         std::iter::once(&self.embed_tokens)
+            .chain(self.trained_tokens.iter().map(|tokens| &tokens.rows))
             .chain(self.blocks.iter().flat_map(Block::parameters))
             .chain(std::iter::once(&self.norm.weight))
     }
@@ -225,6 +244,7 @@ impl<B: Backend> Decoder<B> {
     /// All parameters, mutable.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
         std::iter::once(&mut self.embed_tokens)
+            .chain(self.trained_tokens.iter_mut().map(|tokens| &mut tokens.rows))
             .chain(self.blocks.iter_mut().flat_map(Block::parameters_mut))
             .chain(std::iter::once(&mut self.norm.weight))
     }
@@ -256,9 +276,37 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// The token embeddings. `[vocab_size, d]`
-    pub(crate) fn embeddings(&self) -> &B::Tensor {
-        self.embed_tokens.values()
+    /// The token embeddings, without trained ones of single tokens. `[vocab_size, d]`
+    pub(crate) fn embeddings(&self) -> &Parameter<B> {
+        &self.embed_tokens
+    }
+
+    /// Tokens whose embeddings are not those of the table.
+    pub(crate) fn trained_tokens(&self) -> Option<&TrainedTokens<B>> {
+        self.trained_tokens.as_ref()
+    }
+
+    /// Replaces them; returns the earlier ones. The vocabulary then has all tokens with an embedding.
+    pub(crate) fn replace_trained_tokens(
+        &mut self,
+        tokens: Option<TrainedTokens<B>>,
+    ) -> Option<TrainedTokens<B>> {
+        let last = tokens.as_ref().and_then(|tokens| tokens.ids().last().copied());
+        let rows = self.embed_tokens.values().rows();
+        self.config.vocab_size = last.map_or(rows, |last| rows.max(last as usize + 1));
+        std::mem::replace(&mut self.trained_tokens, tokens)
+    }
+
+    /// A batch of this model's token ids on the device; see [`Input::new`].
+    pub(crate) fn input(
+        &self,
+        backend: &B,
+        batch: BatchView<'_>,
+        pooled_tokens: usize,
+        sequence_numbers: &[u32],
+    ) -> Result<Input<B>> {
+        let trained = self.trained_tokens.as_ref().map_or(&[][..], TrainedTokens::ids);
+        Input::new(backend, batch, pooled_tokens, sequence_numbers, trained)
     }
 }
 

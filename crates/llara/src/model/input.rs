@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::pass::{OutputRows, Pass, Rows};
+use super::trained_tokens::TokenLookup;
 use crate::Result;
 use crate::backend::{Backend, Layout, ScatterPlan, ScatterRows};
 use crate::data::BatchView;
@@ -14,6 +15,8 @@ pub struct Input<B: Backend> {
     pub(crate) ids: B::Index,
     /// Adds the gradient of each token's embedding to the gradient of the embedding table.
     pub(crate) ids_scatter: ScatterPlan<B>,
+    /// Where the embeddings are, if some tokens have one of their own.
+    pub(crate) lookup: Option<TokenLookup<B>>,
     /// All T tokens.
     pub(crate) all: Rows<B>,
     /// The R pooled tokens, grouped by sequence.
@@ -26,12 +29,14 @@ pub struct Input<B: Backend> {
 
 impl<B: Backend> Input<B> {
     /// Uploads `batch`, in one transfer; the last `pooled_tokens` tokens of each sequence (all, if it has
-    /// fewer) are pooled. `sequence_numbers` are the indices of the sequences in the whole step.
-    pub fn new(
+    /// fewer) are pooled. `sequence_numbers` are the indices of the sequences in the whole step. The tokens
+    /// `trained`, ascending, have embeddings of their own.
+    pub(crate) fn new(
         backend: &B,
         batch: BatchView<'_>,
         pooled_tokens: usize,
         sequence_numbers: &[u32],
+        trained: &[u32],
     ) -> Result<Self> {
         let mut all = HostRows::default();
         let mut pooled = HostRows::default();
@@ -79,6 +84,7 @@ impl<B: Backend> Input<B> {
         let longest = batch.longest();
         Ok(Input {
             ids,
+            lookup: TokenLookup::new(backend, batch.ids(), trained)?,
             ids_scatter: ScatterPlan::new(&by_id, [id_sources, id_targets, id_starts]),
             all: all.on_device(longest, [all_offsets, all_positions, all_sequences]),
             pooled: pooled.on_device(longest, [pooled_offsets, pooled_positions, pooled_sequences]),

@@ -16,6 +16,20 @@ pub struct LoraConfig {
     pub dropout: f32,
     /// Names of projections, such as `q_proj`.
     pub target_modules: Vec<String>,
+    /// Ids of the tokens whose embeddings are trained beside the adapters, ascending: new tokens, as a rule.
+    pub trained_tokens: Vec<u32>,
+    /// How these embeddings are saved.
+    pub saved_tokens: SavedTokens,
+}
+
+/// The form of the trained token embeddings in an adapter's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SavedTokens {
+    /// Only the trained rows: `trainable_token_indices` of PEFT, since its version 0.15.
+    #[default]
+    TrainableTokenIndices,
+    /// The embedding table with the trained rows in it: `modules_to_save` of PEFT.
+    ModulesToSave,
 }
 
 /// The projections of a layer, as adapter configurations name them.
@@ -29,6 +43,8 @@ impl Default for LoraConfig {
             alpha: 16.0,
             dropout: 0.1,
             target_modules: PROJECTIONS.map(str::to_owned).to_vec(),
+            trained_tokens: Vec::new(),
+            saved_tokens: SavedTokens::default(),
         }
     }
 }

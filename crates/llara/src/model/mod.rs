@@ -18,6 +18,7 @@ mod parameter;
 mod pass;
 mod rope;
 mod streamed;
+mod trained_tokens;
 pub mod weights;
 
 pub use config::{DecoderConfig, Family};
@@ -25,8 +26,9 @@ pub use decoder::{Decoder, SavedDecoder};
 pub use gradients_ready::GradientsReady;
 pub(crate) use input::mean_pool_backward;
 pub use input::{Input, mean_pool};
-pub use lora::{LoraConfig, PROJECTIONS};
+pub use lora::{LoraConfig, PROJECTIONS, SavedTokens};
 pub use parameter::{NamedTensor, Parameter, ParameterValues, Values};
 pub use pass::Dropout;
 pub use rope::RopeScaling;
 pub(crate) use streamed::embed_streamed;
+pub(crate) use trained_tokens::{TRAINED_TOKENS, check_gaps, place_rows};

@@ -205,11 +205,14 @@ fn is_marker(name: &OsStr) -> bool {
 /// to the user.
 fn belongs_to_a_model(name: &OsStr) -> bool {
     // Those of sentence-transformers too: they would give a new model the pooling of an earlier one.
-    const NAMES: [&str; 8] = [
+    // An earlier tokenizer would be taken for that of an adapter, which has one only if it has more tokens.
+    const NAMES: [&str; 10] = [
         WEIGHTS_FILE,
         INDEX_FILE,
         "adapter_model.safetensors",
         "llara_probes.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "modules.json",
         POOLING_FOLDER,
         "config_sentence_transformers.json",

@@ -10,4 +10,5 @@ mod tokenizer;
 pub use bpe::train_bpe;
 pub use prompt::PromptEncoder;
 pub use template::{Affixes, Role, Template};
+pub(crate) use tokenizer::TOKENIZER_FILE;
 pub use tokenizer::TextTokenizer;

@@ -146,7 +146,7 @@ impl PromptEncoder {
         .expected(format!("ids below {}", self.vocab_size))
         .hint(
             "use the tokenizer of this model; to add a template's tokens to a model, use llara finetune \
-             --use-lora false --add-special-tokens",
+             --add-special-tokens",
         ))
     }
 }
@@ -183,8 +183,8 @@ fn not_single_ids(template: &Template, tokens: &[impl AsRef<str>]) -> Error {
     .expected(format!("every special token of template `{}` as one id", template.name))
     .got("several ids for each, of which only some would be pooled")
     .hint(
-        "choose the template that the model was trained with (--template), or add the tokens by training \
-         all weights: llara finetune --use-lora false --add-special-tokens",
+        "choose the template that the model was trained with (--template), or add the tokens in training: \
+         llara finetune --add-special-tokens",
     )
 }
 

@@ -22,7 +22,8 @@ pub struct TextTokenizer {
     vocab_size: usize,
 }
 
-const TOKENIZER_FILE: &str = "tokenizer.json";
+/// The file of a folder that contains the tokenizer.
+pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 
 /// Largest tokenizer file that is read, in bytes; the largest published ones have about 40 MB.

@@ -314,13 +314,25 @@ impl ModelFolder {
 impl<B: Backend> Decoder<B> {
     /// Adds rows to the embedding table if it has fewer than `vocab_size`.
     pub(crate) fn grow_vocabulary(&mut self, backend: &B, vocab_size: usize) -> Result<()> {
-        let rows = self.embeddings().rows();
+        let rows = self.embeddings().values().rows();
         if vocab_size <= rows {
             return Ok(());
         }
-        let mut values = backend.download(self.embeddings())?;
+        let mut values = backend.download(self.embeddings().values())?;
         values.extend(new_rows(&values, rows, vocab_size - rows));
         self.replace_embeddings(backend, vocab_size, &values)
+    }
+
+    /// The rows that the tokens `ids`, ascending, have in the embedding table, or would have if the vocabulary
+    /// grew to contain them. `[ids, d]`
+    pub(crate) fn initial_embeddings(&self, backend: &B, ids: &[u32]) -> Result<Vec<f32>> {
+        let Some(&last) = ids.last() else { return Ok(Vec::new()) };
+        let table = self.embeddings().values();
+        let (rows, cols) = table.shape();
+        let mut values = backend.download(table)?;
+        values.extend(new_rows(&values, rows, (last as usize + 1).saturating_sub(rows)));
+        let row = |&id: &u32| &values[id as usize * cols..][..cols];
+        Ok(ids.iter().flat_map(row).copied().collect())
     }
 }
 

@@ -218,10 +218,16 @@ fn settings<B: Backend>(
         shortcuts: Shortcuts { last_layer_at_pooled, dedup_sequences },
     } = model.options();
     let unlimited = |limit: usize| (limit != usize::MAX).then_some(limit);
-    let lora = model.adapter().map(|LoraConfig { rank, alpha, dropout, target_modules }| {
-        json!({
+    let lora = model.adapter().map(|lora| {
+        let LoraConfig { rank, alpha, dropout, target_modules, trained_tokens, saved_tokens: _ } = lora;
+        let mut value = json!({
             "rank": rank, "alpha": alpha, "dropout": decimal(*dropout), "target-modules": target_modules,
-        })
+        });
+        // Checkpoints of versions without trained tokens can be resumed.
+        if !trained_tokens.is_empty() {
+            value["trained-tokens"] = json!(trained_tokens);
+        }
+        value
     });
     let value = json!({
         "base-model": model.source().map(fingerprint).transpose()?,

@@ -10,7 +10,7 @@ use crate::model::{DecoderConfig, LoraConfig};
 /// input and 2·P for its own gradient. A frozen matrix does not need the last, an adapter needs all three.
 /// Per pair of positions, attention needs 4 operations per head feature in the forward pass and 8 in the
 /// backward pass. The last block is counted only as far as the last `pooled` positions of a sequence depend on
-/// it. With adapters, the gradient of the first block's input is not counted.
+/// it. The gradient of the first block's input is counted if token embeddings are trained.
 pub(super) fn needed_flops(
     config: &DecoderConfig,
     lora: Option<&LoraConfig>,
@@ -26,7 +26,8 @@ pub(super) fn needed_flops(
         for matrix in &matrices {
             let rows = if last && !matrix.of_every_token { pooled_rows } else { tokens };
             // The first block's input depends only on the token embeddings.
-            let needs_input_gradient = lora.is_none() || layer > 0 || !matrix.of_block_input;
+            let embeddings_learn = lora.is_none_or(|lora| !lora.trained_tokens.is_empty());
+            let needs_input_gradient = embeddings_learn || layer > 0 || !matrix.of_block_input;
             total += rows as u64 * matrix.operations(lora, needs_input_gradient);
         }
         let from = |n: usize| if last { n.saturating_sub(pooled) } else { 0 };
