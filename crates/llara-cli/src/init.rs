@@ -72,7 +72,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let sources = DataSources::read(&args.train_data)?;
     let mut data: Vec<_> =
         args.train_data.iter().map(|path| ("training data", path.as_path())).collect();
-    data.extend(sources.sources.iter().map(|source| ("training data", source.path.as_path())));
+    data.extend(sources.paths().map(|path| ("training data", path)));
     paths::check_apart(&args.output_dir, &data)?;
     let _lock = output_folder::claim(&args.output_dir, args.overwrite_output_dir)?;
     let dataset = Dataset::open_sources(sources, args.on_bad_row)?;

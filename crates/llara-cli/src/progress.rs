@@ -190,8 +190,8 @@ impl Observer for TrainingProgress<'_> {
         Ok(())
     }
 
-    fn on_last_save_failed(&mut self, error: Error) -> Result<()> {
-        self.print(&format!("warning: the last checkpoint was not saved: {error}"));
+    fn on_save_failed(&mut self, error: Error) -> Result<()> {
+        self.print(&format!("warning: {error}"));
         Ok(())
     }
 

@@ -153,7 +153,10 @@ impl Source {
         }
         let normalized = normalized.unwrap_or(loader.recipe().normalized);
         let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
-        let mut model = loader.load(backend, options)?;
+        let mut model = loader.load(backend, options).map_err(|e| match &self.adapter {
+            Some(adapter) => name_recorded_base(e, adapter),
+            None => e,
+        })?;
         if let Some(adapter) = &self.adapter {
             model.attach_adapter(adapter).map_err(|e| name_recorded_base(e, adapter))?;
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use llara::Role;
-use llara::data::{BadRows, Sampling};
+use llara::data::{BadRows, BatchRows, Sampling};
 use llara::model::SavedTokens;
 use llara::retrieval::UnknownIds;
 
@@ -71,6 +71,14 @@ pub(super) fn sampling() -> impl TypedValueParser<Value = Sampling> {
             "Rows in file order, repeated from the start at the end of the data; the first passages",
             Sampling::Sequential,
         ),
+    ])
+}
+
+/// `mixed` or `per-file`.
+pub(super) fn batch_rows() -> impl TypedValueParser<Value = BatchRows> {
+    one_of(&[
+        ("mixed", "Rows of all files together", BatchRows::Mixed),
+        ("per-file", "Rows of one file", BatchRows::PerFile),
     ])
 }
 

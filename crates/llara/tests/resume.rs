@@ -306,8 +306,8 @@ fn a_damaged_checkpoint_is_skipped_and_named() {
     }
 }
 
-/// Records whether the run could not save its last checkpoint.
-struct Failed(bool);
+/// Records what could not be saved or removed while the run went on.
+struct Failed(Option<String>);
 
 impl Observer for Failed {
     fn on_step(&mut self, _: &StepRecord) -> Result<()> {
@@ -322,9 +322,8 @@ impl Observer for Failed {
         Ok(())
     }
 
-    fn on_last_save_failed(&mut self, error: Error) -> Result<()> {
-        assert!(error.to_string().contains("checkpoint-4"), "{error}");
-        self.0 = true;
+    fn on_save_failed(&mut self, error: Error) -> Result<()> {
+        self.0 = Some(error.to_string());
         Ok(())
     }
 }
@@ -333,30 +332,49 @@ impl Observer for Failed {
 #[test]
 fn a_checkpoint_that_cannot_be_finished_ends_the_run_but_does_not_lose_a_trained_model() {
     let saving = Saving { every: Some(2), keep: Some(1), dtype: SaveDtype::AsLoaded };
-    for (file, ends) in [(".removed-checkpoint-4", false), (".removed-checkpoint-2", true)] {
+    for (step, ends) in [(6, false), (4, true)] {
         let dir = tempfile::tempdir().unwrap();
         let config =
             TrainConfig { length: RunLength::Steps(6), saving, ..config(dir.path(), FULL) };
+        // The folder in which the checkpoint is written is a link to one in which no manifest can be written.
+        let hidden = config.output_dir.join(format!(".writing-checkpoint-{step}"));
+        fs::create_dir_all(dir.path().join("elsewhere/manifest.json")).unwrap();
         fs::create_dir(&config.output_dir).unwrap();
-        // A file in the place where an old checkpoint is moved before it is removed.
-        fs::write(config.output_dir.join(file), "").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &hidden).unwrap();
         let (dataset, mut model) = (dataset(dir.path()), model(FULL));
-        let mut failed = Failed(false);
+        let mut failed = Failed(None);
         let run = Trainer::new(&mut model, &dataset, &config).unwrap().run(&mut failed);
-        assert_eq!(failed.0, !ends);
-        match ends {
-            false => assert_eq!(run.unwrap().steps, 6),
-            true => {
-                let error = run.unwrap_err().to_string();
-                assert!(error.contains("checkpoint-2"), "{error}");
-                fs::remove_file(config.output_dir.join(file)).unwrap();
-                let other = TrainConfig { output_dir: dir.path().join("whole"), ..config.clone() };
-                train(dir.path(), &other, FULL, u64::MAX).unwrap();
-                assert_eq!(train(dir.path(), &config, FULL, u64::MAX).unwrap().steps, 6);
-                assert_same_files(&config.output_dir, &other.output_dir);
-            }
+        let before = config.output_dir.join(format!("checkpoint-{}", step - 2));
+        assert!(Checkpoint::open(&before).is_ok());
+        if !ends {
+            assert_eq!(run.unwrap().steps, 6);
+            assert!(failed.0.unwrap().contains("manifest.json"));
+            continue;
         }
+        let error = run.unwrap_err().to_string();
+        assert!(error.contains("manifest.json") && failed.0.is_none(), "{error}");
+        let whole = TrainConfig { output_dir: dir.path().join("whole"), ..config.clone() };
+        train(dir.path(), &whole, FULL, u64::MAX).unwrap();
+        assert_eq!(train(dir.path(), &config, FULL, u64::MAX).unwrap().steps, 6);
+        assert_same_files(&config.output_dir, &whole.output_dir);
     }
+}
+
+/// An old checkpoint that cannot be removed does not end the run.
+#[test]
+fn a_checkpoint_that_cannot_be_removed_is_reported() {
+    let saving = Saving { every: Some(2), keep: Some(1), dtype: SaveDtype::AsLoaded };
+    let dir = tempfile::tempdir().unwrap();
+    let config = TrainConfig { length: RunLength::Steps(6), saving, ..config(dir.path(), FULL) };
+    fs::create_dir(&config.output_dir).unwrap();
+    // A file in the place where an old checkpoint is moved before it is removed.
+    fs::write(config.output_dir.join(".removed-checkpoint-2"), "").unwrap();
+    let (dataset, mut model) = (dataset(dir.path()), model(FULL));
+    let mut failed = Failed(None);
+    let mut trainer = Trainer::new(&mut model, &dataset, &config).unwrap();
+    assert_eq!(trainer.run(&mut failed).unwrap().steps, 6);
+    assert!(failed.0.unwrap().contains("checkpoint-2"));
+    assert!(Checkpoint::open(&config.output_dir.join("checkpoint-6")).is_ok());
 }
 
 #[test]

@@ -149,7 +149,8 @@ pub(super) struct DataArgs {
     pub(super) sampling: Sampling,
     /// Rows of a batch: mixed (from all files together) or per-file (from one file each; an epoch is one pass
     /// over every file) [default: as the data set file says, or mixed]
-    #[arg(long, value_name = "HOW", value_parser = batch_rows)]
+    #[arg(long, value_name = "HOW", value_parser = crate::values::batch_rows())]
+    #[arg(hide_possible_values = true)]
     pub(super) batching: Option<BatchRows>,
     /// Shares of the batches of each file with --batching per-file, in the order of the files, such as 2,1,1
     /// [default: proportional to their rows]
@@ -190,14 +191,6 @@ impl DataArgs {
                 false => "--file-weights without --batching per-file",
             })),
         }
-    }
-}
-
-fn batch_rows(text: &str) -> std::result::Result<BatchRows, String> {
-    match text {
-        "mixed" => Ok(BatchRows::Mixed),
-        "per-file" => Ok(BatchRows::PerFile),
-        _ => Err("expected mixed or per-file".into()),
     }
 }
 

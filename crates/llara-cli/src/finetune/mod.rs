@@ -217,7 +217,7 @@ fn train<B: Backend>(
     let (first, total) = (trainer.state().step(), trainer.total_steps());
     say!("{about_model}");
     announce(args, normalized, (config, dataset), total);
-    announce_evaluation(evaluation);
+    announce_evaluation(evaluation, dataset);
     for note in notes {
         say!("note: {note}");
     }
@@ -270,23 +270,27 @@ fn say_stopped(summary: &Summary, total: u64, output_dir: &Path) {
 }
 
 /// Prints what is evaluated and when.
-fn announce_evaluation(evaluation: Option<&Evaluation>) {
+fn announce_evaluation(evaluation: Option<&Evaluation>, dataset: &Dataset) {
     let Some(evaluation) = evaluation else { return };
     let when = match evaluation.every {
         Some(1) => "after every step".to_owned(),
         Some(every) => format!("every {} and at the end", counted(every as usize, "step")),
         None => "at the end".to_owned(),
     };
+    let is_task = |name: &str| {
+        dataset.sources().sources.iter().any(|source| source.task.as_deref() == Some(name))
+    };
     for set in &evaluation.sets {
         say!(
-            "evaluate  {} ({}), {when}: {}, {}",
+            "evaluate  {} ({}), {when}: {}, {}{}",
             set.name,
             set.split,
             match set.dataset.queries.len() {
                 1 => "1 query".to_owned(),
                 queries => format!("{} queries", count(queries)),
             },
-            counted(set.dataset.corpus.len(), "passage")
+            counted(set.dataset.corpus.len(), "passage"),
+            if is_task(&set.name) { ", with the instructions of this task" } else { "" }
         );
     }
 }

@@ -220,8 +220,15 @@ fn loader<'d>(dir: &'d Path, recipe: &Recipe, adapter: &'d Adapter) -> llara::Re
 
 /// Reads configuration and tokenizer. Adding tokens to an adapter that exists already is refused.
 fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara::Result<Outline> {
+    let read = |add| loader(dir, recipe, adapter)?.add_special_tokens(add).outline();
+    let outline = match (args.model.add_special_tokens, adapter) {
+        (add, Adapter::None | Adapter::New(_)) => read(add)?,
+        // Its tokenizer may have other tokens without an embedding.
+        (add, Adapter::From(dir)) => read(false)
+            .or_else(|error| if add { read(true) } else { Err(error) })
+            .map_err(|error| trained_model::name_recorded_base(error, dir))?,
+    };
     let add = args.model.add_special_tokens;
-    let outline = loader(dir, recipe, adapter)?.add_special_tokens(add).outline()?;
     if args.lora.save_tokens_as.is_some() && outline.added_tokens.is_empty() {
         say!("note: --save-tokens-as has no effect: no token is added");
     }
@@ -274,7 +281,7 @@ fn check_apart(
         inputs.push(("the adapter", dir));
     }
     inputs.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
-    inputs.extend(sources.sources.iter().map(|source| ("training data", source.path.as_path())));
+    inputs.extend(sources.paths().map(|path| ("training data", path)));
     inputs.extend(args.evaluation.folders().map(|path| ("the evaluation data", path)));
     paths::check_apart(output_dir, &inputs)
 }

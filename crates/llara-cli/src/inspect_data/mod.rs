@@ -219,7 +219,10 @@ impl Args {
         let prompts = match &dir {
             Some(dir) => {
                 // Tokens that the tokenizer lacks are added in memory: lengths are as after training.
-                let loader = Loader::new(dir)?.with_recipe(recipe.clone());
+                let mut loader = Loader::new(dir)?.with_recipe(recipe.clone());
+                if let Some(adapter) = &self.from_peft {
+                    loader = loader.with_adapter(adapter);
+                }
                 let prompts = loader.add_special_tokens(true).outline()?.prompts;
                 check_lengths(&prompts, &recipe)?;
                 Some(prompts)

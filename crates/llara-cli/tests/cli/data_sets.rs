@@ -133,10 +133,35 @@ fn the_data_set_file_is_inspected_and_planned_with_its_instructions() {
         json["lengths"]["passage"]["tokens"]["mean"].as_f64().unwrap()
     };
     let long = lengths();
-    let args = ["plan", "--model", &model, "--train-data", &data, "--train-group-size", "2"];
-    llara(&args).json();
+    let planned = || {
+        let args = ["plan", "--model", &model, "--train-data", &data, "--train-group-size", "2"];
+        llara(&args).json()
+    };
+    let plan = planned();
     bench.write("data.toml", DATA_SET.replace("passage_instruction", "#"));
     assert!(lengths() < long);
+    assert_ne!(planned()["lengths"]["passage"], plan["lengths"]["passage"]);
+}
+
+#[test]
+fn an_evaluation_set_with_the_name_of_a_task_has_its_instructions() {
+    let bench = bench();
+    let sets = bench.path("beir");
+    let evaluated = |set: &str| {
+        let set = format!("{set}={sets}");
+        let rest = ["--eval-dataset", &set, "--eval-split", "test", "--overwrite-output-dir"];
+        let outcome = finetune(&bench, &["data.toml"], "out", &rest);
+        let shown = outcome.stderr.contains("with the instructions of this task");
+        let queries = fs::read_to_string(bench.at("out/eval_queries.json")).unwrap();
+        let json: Value = serde_json::from_str(&queries).unwrap();
+        let found = json.as_object().unwrap().values().next().unwrap()["worst"].clone();
+        (shown, found, outcome.json()["loss"].clone())
+    };
+    let (plants, other) = (evaluated("plants"), evaluated("other"));
+    assert!(plants.0 && !other.0);
+    // The scores of passages differ, and training does not.
+    assert_ne!(plants.1, other.1);
+    assert_eq!(plants.2, other.2);
 }
 
 #[test]

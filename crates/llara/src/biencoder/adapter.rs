@@ -218,7 +218,7 @@ impl<B: Backend> BiEncoderModel<B> {
     }
 
     /// Whether the tokenizer is not the base model's, as after adding tokens.
-    pub(super) fn has_own_tokenizer(&self) -> Result<bool> {
+    pub(crate) fn has_own_tokenizer(&self) -> Result<bool> {
         let Some(base) = self.folder.source() else { return Ok(true) };
         let of_base = read_file(&base.join(TOKENIZER_FILE)).ok();
         Ok(of_base.as_deref() != Some(&*self.prompts.tokenizer().contents()?))

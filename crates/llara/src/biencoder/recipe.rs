@@ -82,12 +82,12 @@ impl Recipe {
         })
     }
 
-    /// The instructions of a task, or the general ones if the model was not trained on a task of this name.
-    pub(crate) fn instructions_of(&self, task: &str) -> Instructions {
-        self.tasks.get(task).cloned().unwrap_or_else(|| Instructions {
+    /// The instructions for texts of no task.
+    pub(crate) fn instructions(&self) -> Instructions {
+        Instructions {
             query: self.query_instruction.clone(),
             passage: self.passage_instruction.clone(),
-        })
+        }
     }
 
     /// The recipe in a model folder, if it has one.

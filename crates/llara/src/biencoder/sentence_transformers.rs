@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Recipe;
 use crate::Result;
-use crate::data::Instructions;
+use crate::data::{Instructions, passage_prompt_name};
 use crate::text::{PromptEncoder, Role, TextTokenizer};
 
 /// Beginnings of texts: letters, digits, white space, punctuation, other scripts. If each of them gives the
@@ -71,6 +71,12 @@ impl StLayout {
                 ),
             });
         }
+        let clash =
+            recipe.tasks.keys().find(|t| recipe.tasks.contains_key(&passage_prompt_name(t)));
+        if let Some(task) = clash {
+            let what = format!("a task has the name of the passage prompt of the task `{task}`");
+            obstacles.push(Obstacle { what, hint: None });
+        }
         if !obstacles.is_empty() {
             return Ok(Err(obstacles));
         }
@@ -131,7 +137,7 @@ fn named_instructions(recipe: &Recipe) -> Vec<(String, Role, &str)> {
     let of_tasks = recipe.tasks.iter().flat_map(|(task, Instructions { query, passage })| {
         [
             (task.clone(), Role::Query, query.as_str()),
-            (format!("{task}-passage"), Role::Passage, passage.as_str()),
+            (passage_prompt_name(task), Role::Passage, passage.as_str()),
         ]
     });
     general.into_iter().chain(of_tasks).collect()

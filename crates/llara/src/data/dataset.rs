@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::file_batches::FileRows;
 use super::files::{data_files, open_data_file, read_rows};
-use super::{DataSources, TrainingRow};
+use super::{DataSource, DataSources, TrainingRow};
 use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
 
@@ -55,8 +55,8 @@ pub struct DataFile {
 #[derive(Debug)]
 struct SourceFile {
     path: PathBuf,
-    /// Index of its source.
-    source: usize,
+    /// Index of its [`DataSource`].
+    source_index: usize,
     /// Kept open, so that the checked contents are read even if another file replaces the path.
     file: File,
     /// Index of the file's first row.
@@ -82,6 +82,9 @@ const MAX_REASONS: usize = 10;
 impl Dataset {
     /// [`open_sources`](Self::open_sources) for the sources that `paths` name (see [`DataSources::read`]).
     ///
+    /// The batching and the general instructions of a data set file are settings of a run: the caller applies
+    /// them, from [`sources`](Self::sources) and [`weights_of_files`](Self::weights_of_files).
+    ///
     /// # Errors
     /// As for both.
     pub fn open(paths: &[PathBuf], on_bad_row: BadRows) -> Result<Dataset> {
@@ -104,8 +107,8 @@ impl Dataset {
             without_negatives: Vec::new(),
             skipped: Skipped::default(),
         };
-        for (source, path) in files {
-            dataset.index_file(source, path, on_bad_row)?;
+        for (source_index, path) in files {
+            dataset.index_file(source_index, path, on_bad_row)?;
         }
         dataset.check_not_empty()?;
         Ok(dataset)
@@ -206,7 +209,7 @@ impl Dataset {
     pub fn row(&self, index: usize) -> Result<TrainingRow> {
         let (file, entry) = self.entry(index)?;
         let row = TrainingRow::parse(&self.line(index)?, &file.path, entry.line.into())?;
-        Ok(row.with_instructions(&self.sources.sources[file.source]))
+        Ok(row.with_instructions(&self.sources.sources[file.source_index]))
     }
 
     /// Reads the line of a row.
@@ -255,13 +258,21 @@ impl Dataset {
         self.files.iter().zip(ends).map(file).collect()
     }
 
+    /// The source of each file of [`files`](Self::files).
+    pub fn sources_of_files(&self) -> impl Iterator<Item = &DataSource> {
+        self.files.iter().map(|file| &self.sources.sources[file.source_index])
+    }
+
+    /// The files that have rows, with their number of rows.
+    fn files_with_rows(&self) -> impl Iterator<Item = (&SourceFile, usize)> {
+        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
+        let files = self.files.iter().zip(ends).map(|(file, end)| (file, end - file.first_row));
+        files.filter(|&(_, rows)| rows > 0)
+    }
+
     /// The number of rows of each file that has any, in the order of the files.
     pub fn rows_of_files(&self) -> Vec<FileRows<'_>> {
-        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
-        let files = self.files.iter().zip(ends);
-        let rows =
-            files.map(|(file, end)| FileRows { path: &file.path, rows: end - file.first_row });
-        rows.filter(|file| file.rows > 0).collect()
+        self.files_with_rows().map(|(file, rows)| FileRows { path: &file.path, rows }).collect()
     }
 
     /// The sources of the rows.
@@ -272,18 +283,13 @@ impl Dataset {
     /// The weight of each file of [`rows_of_files`](Self::rows_of_files): those of the sources, divided among the
     /// files of a folder in proportion to their rows. Empty: there are no weights.
     pub fn weights_of_files(&self) -> Vec<f64> {
-        let ends = self.files.iter().skip(1).map(|file| file.first_row).chain([self.rows.len()]);
-        let files: Vec<(usize, usize)> = (self.files.iter().zip(ends))
-            .map(|(file, end)| (file.source, end - file.first_row))
-            .filter(|&(_, rows)| rows > 0)
-            .collect();
         let mut rows_of_source = vec![0; self.sources.sources.len()];
-        files.iter().for_each(|&(source, rows)| rows_of_source[source] += rows);
-        let weight = |&(source, rows): &(usize, usize)| {
-            let weight = self.sources.sources[source].weight?;
-            Some(weight * (rows as f64 / rows_of_source[source] as f64))
+        self.files_with_rows().for_each(|(file, rows)| rows_of_source[file.source_index] += rows);
+        let weight = |(file, rows): (&SourceFile, usize)| {
+            let weight = self.sources.sources[file.source_index].weight?;
+            Some(weight * (rows as f64 / rows_of_source[file.source_index] as f64))
         };
-        files.iter().map(weight).collect::<Option<_>>().unwrap_or_default()
+        self.files_with_rows().map(weight).collect::<Option<_>>().unwrap_or_default()
     }
 
     fn find(&self, index: usize) -> Option<(&SourceFile, &IndexEntry)> {
@@ -293,7 +299,12 @@ impl Dataset {
         Some((self.files.get(after.checked_sub(1)?)?, entry))
     }
 
-    fn index_file(&mut self, source: usize, path: PathBuf, on_bad_row: BadRows) -> Result<()> {
+    fn index_file(
+        &mut self,
+        source_index: usize,
+        path: PathBuf,
+        on_bad_row: BadRows,
+    ) -> Result<()> {
         let file = open_data_file(&path)?;
         let first_row = self.rows.len();
         read_rows(&path, &file, |line| {
@@ -315,7 +326,7 @@ impl Dataset {
             }
             Ok(())
         })?;
-        self.files.push(SourceFile { path, source, file, first_row });
+        self.files.push(SourceFile { path, source_index, file, first_row });
         Ok(())
     }
 }

@@ -21,4 +21,5 @@ pub use lengths::{Histogram, LengthSummary, Lengths};
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use row::TrainingRow;
 pub use sampler::{Draw, Group, Sampler, SamplerConfig, Sampling};
+pub(crate) use source::passage_prompt_name;
 pub use source::{BatchRows, DataSource, DataSources, Instructions};

@@ -143,7 +143,10 @@ impl DataSources {
             }
         }
         all.check_weights()?;
-        all.tasks(&Instructions::default())?;
+        all.tasks(&Instructions {
+            query: all.query_instruction.clone().unwrap_or_default(),
+            passage: all.passage_instruction.clone().unwrap_or_default(),
+        })?;
         Ok(all)
     }
 
@@ -154,9 +157,9 @@ impl DataSources {
                 .file(path)
                 .expected("at least one table `[[files]]` with `path`"));
         }
-        unite(&mut self.batching, file.batching, "batching", path)?;
-        unite(&mut self.query_instruction, file.query_instruction, "query_instruction", path)?;
-        unite(
+        set_once(&mut self.batching, file.batching, "batching", path)?;
+        set_once(&mut self.query_instruction, file.query_instruction, "query_instruction", path)?;
+        set_once(
             &mut self.passage_instruction,
             file.passage_instruction,
             "passage_instruction",
@@ -175,13 +178,6 @@ impl DataSources {
         if self.sources.iter().all(|source| source.weight.is_none()) {
             return Ok(());
         }
-        if self.batching != Some(BatchRows::PerFile) {
-            return Err(Error::new(
-                ErrorKind::Config,
-                "weights of files have no effect on mixed batches",
-            )
-            .expected("batching = \"per-file\" in the data set file that has weights"));
-        }
         let Some(at) = weights.position(|weight| !weight.is_some_and(is_share)) else {
             return Ok(());
         };
@@ -195,7 +191,7 @@ impl DataSources {
     /// The instructions of each task; those that a source does not have are the run's, `of_run`.
     ///
     /// # Errors
-    /// Two sources have the same task and different instructions.
+    /// Two sources have the same task and different instructions, or a task has the name `TASK-passage` of another.
     pub fn tasks(&self, of_run: &Instructions) -> Result<BTreeMap<String, Instructions>> {
         let mut tasks = BTreeMap::new();
         for source in &self.sources {
@@ -218,8 +214,29 @@ impl DataSources {
                 .hint("give one of them another `task`"));
             }
         }
-        Ok(tasks)
+        // Names of prompts in the files of sentence-transformers.
+        let clash = tasks.keys().find(|task| tasks.contains_key(&passage_prompt_name(task)));
+        match clash {
+            None => Ok(tasks),
+            Some(task) => Err(Error::new(
+                ErrorKind::Config,
+                format!("a task has the name of the passage prompt of the task `{task}`"),
+            )
+            .got(passage_prompt_name(task))
+            .hint("give one of them another `task`")),
+        }
     }
+
+    /// The paths of all sources.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.sources.iter().map(|source| source.path.as_path())
+    }
+}
+
+/// The name of a task's prompt for passages, in the files of sentence-transformers; that for queries has the name of
+/// the task.
+pub(crate) fn passage_prompt_name(task: &str) -> String {
+    format!("{task}-passage")
 }
 
 impl Entry {
@@ -237,18 +254,25 @@ impl Entry {
             .got(path.display()));
         }
         let has_instructions = query_instruction.is_some() || passage_instruction.is_some();
-        let default = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-        let task = task.or(default.filter(|_| has_instructions));
+        let task = task.or_else(|| has_instructions.then(|| default_task(&path)));
         if let Some(task) = task.as_ref().filter(|task| !is_task_name(task)) {
             return Err(Error::new(ErrorKind::Config, "this is not a task's name")
                 .expected(
                     "1 to 100 characters, no control characters, not \"query\" or \"passage\"",
                 )
-                .got(format!("{task:?}")));
+                .got(format!("{task:?}, for {}", path.display()))
+                .hint("give the file another `task`; the default is its name"));
         }
         let path = folder.join(path);
         Ok(DataSource { path, query_instruction, passage_instruction, task, weight })
     }
+}
+
+/// The name of a file without the extension of training data, or of a folder.
+fn default_task(path: &Path) -> String {
+    let is_data = path.extension().is_some_and(|e| e == "jsonl" || e == "json");
+    let name = if is_data { path.file_stem() } else { path.file_name() };
+    name.unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn is_share(weight: f64) -> bool {
@@ -265,7 +289,7 @@ fn is_task_name(task: &str) -> bool {
 }
 
 /// Sets a value that only one data set file may have, or several the same.
-fn unite<T: PartialEq + std::fmt::Debug>(
+fn set_once<T: PartialEq + std::fmt::Debug>(
     value: &mut Option<T>,
     new: Option<T>,
     key: &str,
@@ -315,8 +339,17 @@ mod tests {
             (&["batching = \"perfile\"\n[[files]]\npath = \"a\""], "per-file"),
             (&["[[files]]\npath = \"\""], "is empty"),
             (&["[[files]]\npath = \"b.toml\""], "cannot contain another"),
+            (
+                &["[[files]]\npath = \".\"\nquery_instruction = \"\""],
+                "give the file another `task`",
+            ),
+            (
+                &[
+                    "[[files]]\npath = \"a\"\ntask = \"x\"\n[[files]]\npath = \"b\"\ntask = \"x-passage\"",
+                ],
+                "passage prompt of the task `x`",
+            ),
             (&["[[files]]\npath = \"a\"\ntask = \"\\n\""], "not a task's name"),
-            (&["[[files]]\npath = \"a\"\nweight = 1.0"], "batching = \"per-file\""),
             (&["batching = \"per-file\"\n[[files]]\npath = \"a\"\nweight = -1.0"], "-1"),
             (&["batching = \"per-file\"\n[[files]]\npath = \"a\"\nweight = nan"], "NaN"),
             (
@@ -348,7 +381,9 @@ mod tests {
         let data = read(&["query_instruction = \"q: \"\n\
              [[files]]\npath = \"a.jsonl\"\npassage_instruction = \"p: \"\n\
              [[files]]\npath = \"b.jsonl\"\n\
-             [[files]]\npath = \"c.jsonl\"\ntask = \"other\"\nquery_instruction = \"\""])
+             [[files]]\npath = \"c.jsonl\"\ntask = \"other\"\nquery_instruction = \"\"\n\
+             [[files]]\npath = \"d-v1.0\"\nquery_instruction = \"q: \"\n\
+             [[files]]\npath = \"d\"\ntask = \"d-v1.0\""])
         .unwrap();
         assert_eq!(data.query_instruction.as_deref(), Some("q: "));
         let of_run = Instructions { query: "q: ".into(), passage: String::new() };
@@ -359,7 +394,11 @@ mod tests {
         };
         assert_eq!(
             tasks.into_iter().collect::<Vec<_>>(),
-            [("a".to_owned(), named("q: ", "p: ")), ("other".to_owned(), named("", ""))]
+            [
+                ("a".to_owned(), named("q: ", "p: ")),
+                ("d-v1.0".to_owned(), named("q: ", "")),
+                ("other".to_owned(), named("", "")),
+            ]
         );
     }
 

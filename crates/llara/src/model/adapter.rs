@@ -6,7 +6,7 @@ use super::block::Block;
 use super::decoder::Decoder;
 use super::lora::{Lora, LoraConfig, PROJECTIONS};
 use super::parameter::{NamedTensor, Parameter, ParameterValues, Values};
-use super::trained_tokens::{TRAINED_TOKENS, TrainedTokens};
+use super::trained_tokens::{TRAINED_TOKENS, TrainedTokens, check_gaps};
 use crate::backend::{Backend, Dtype, PreparedWeight, Shape};
 use crate::{Error, ErrorKind, Result};
 
@@ -115,6 +115,7 @@ impl<B: Backend> Decoder<B> {
         seed: u64,
     ) -> Result<()> {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
+        check_gaps(&config.trained_tokens, self.embeddings().values().rows())?;
         let mut embeddings = self.initial_embeddings(backend, &config.trained_tokens)?;
         self.attach_adapters(backend, config, &mut |name, shape| {
             let [rows, cols] = [shape[0], shape[1]];

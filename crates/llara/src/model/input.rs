@@ -28,7 +28,7 @@ pub struct Input<B: Backend> {
 }
 
 impl<B: Backend> Input<B> {
-    /// Uploads `batch`, in one transfer; the last `pooled_tokens` tokens of each sequence (all, if it has
+    /// Uploads `batch`, in one transfer (besides those of trained tokens); the last `pooled_tokens` tokens of each sequence (all, if it has
     /// fewer) are pooled. `sequence_numbers` are the indices of the sequences in the whole step. The tokens
     /// `trained`, ascending, have embeddings of their own.
     pub(crate) fn new(

@@ -40,11 +40,12 @@ pub trait Observer {
     fn on_step(&mut self, record: &StepRecord) -> Result<()>;
     /// When a record for the log is due: the steps since the last one.
     fn on_log(&mut self, record: &StepRecord) -> Result<()>;
-    /// After a checkpoint was saved. It is finished in the background: some steps may have been made since.
+    /// After a checkpoint was saved, on rank 0. It is finished in the background: some steps may have been made
+    /// since.
     fn on_save(&mut self, folder: &Path) -> Result<()>;
-    /// When all steps were made, but the last checkpoint could not be saved. The model in memory is complete; the
-    /// default is nevertheless to end with the error.
-    fn on_last_save_failed(&mut self, error: Error) -> Result<()> {
+    /// When an old checkpoint could not be removed, or when all steps were made and the last checkpoint could not
+    /// be saved. The run could go on, and the model in memory is complete; the default is to end with the error.
+    fn on_save_failed(&mut self, error: Error) -> Result<()> {
         Err(error)
     }
     /// While the model is evaluated: texts encoded so far, of all texts of all sets.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::batches::BatchSource;
 use super::checkpoint::{
-    BackgroundSave, Checkpoint, Identity, RunProgress, Saved, checkpoint_name, write,
+    BackgroundSave, Checkpoint, Finished, Identity, RunProgress, Saved, checkpoint_name, write,
 };
 use super::config::TrainConfig;
 use super::evaluation::{EvalHistory, EvalState, Evaluation, evaluate};
@@ -42,6 +42,8 @@ pub struct Trainer<'r, B: Backend> {
     evaluation: EvalState<'r>,
     /// The checkpoint that is being finished while training goes on.
     unfinished: BackgroundSave,
+    /// Whether the last checkpoint that ended in the background was saved; not agreed between processes yet.
+    save_status: Result<()>,
 }
 
 /// How a run goes on.
@@ -183,6 +185,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
                 total_steps,
             ),
             unfinished: BackgroundSave::default(),
+            save_status: Ok(()),
         };
         Ok((trainer, notes))
     }
@@ -247,12 +250,14 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let summary = self.run_steps(observer);
         let saved = self.finish_checkpoint(observer);
         let summary = summary?;
+        // A checkpoint that failed earlier, after which no step began.
+        let saved = std::mem::replace(&mut self.save_status, Ok(())).and(saved);
         if let Err(error) = self.collective.agree(saved) {
             // Without this checkpoint, weights would be lost.
             if summary.stopped || self.evaluation.loads_other_weights(summary.steps) {
                 return Err(error);
             }
-            observer.on_last_save_failed(error)?;
+            observer.on_save_failed(error)?;
         }
         self.model.eval();
         self.set_progress(&summary);
@@ -289,7 +294,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         // A step's time includes waiting for its input.
         let mut start = Instant::now();
         for (step, input) in (self.state.step()..self.total_steps).zip(inputs) {
-            let next = self.start_step(step, self.agreed(input)?)?;
+            let input = self.agreed(input)?;
+            let next = self.start_step(step, input)?;
             // An asynchronous device gets its next step before the results of this one are read, so
             // that it never waits for the host.
             if let Some(previous) = pending.replace(next) {
@@ -373,8 +379,9 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// and `None` if an observer stopped the evaluation.
     fn evaluate(&mut self, step: u64, observer: &mut dyn Observer) -> Result<Option<bool>> {
         let Some(evaluation) = self.evaluation.evaluation() else { return Ok(Some(false)) };
+        let tasks = self.batches.dataset.sources().tasks(&self.config.instructions())?;
         let found = evaluate(
-            evaluation,
+            (evaluation, &tasks),
             self.model,
             (step, self.epoch(step)),
             self.collective.as_ref(),
@@ -399,9 +406,9 @@ impl<'r, B: Backend> Trainer<'r, B> {
         step as f64 / self.batches.sampler.steps_per_epoch() as f64
     }
 
-    /// The input of a step, if all processes have theirs.
-    fn agreed(&self, input: Result<StepInput>) -> Result<StepInput> {
-        match input {
+    /// The input of a step, if all processes have theirs and no checkpoint failed in the background.
+    fn agreed(&mut self, input: Result<StepInput>) -> Result<StepInput> {
+        match std::mem::replace(&mut self.save_status, Ok(())).and(input) {
             Ok(input) => self.collective.agree(Ok(())).map(|()| input),
             Err(error) => {
                 let kind = error.kind();
@@ -450,10 +457,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
         let (record, stops) = self.read(step, start, observer.stops())?;
         progress.summary.stopped |= stops;
         progress.report(record, observer)?;
-        match self.unfinished.is_finished() {
-            true => self.finish_checkpoint(observer),
-            false => Ok(()),
+        if self.unfinished.is_finished() {
+            self.save_status = self.finish_checkpoint(observer);
         }
+        Ok(())
     }
 
     /// Reads what a step has computed on all processes, and whether any of them `stops`. The step's time is
@@ -501,6 +508,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// Writes a checkpoint of the run after `step` steps, and starts finishing it in the background.
     fn save(&mut self, step: u64, summary: &Summary, observer: &mut dyn Observer) -> Result<()> {
         let earlier = self.finish_checkpoint(observer);
+        let earlier = std::mem::replace(&mut self.save_status, Ok(())).and(earlier);
         self.collective.agree(earlier)?;
         self.set_progress(summary);
         let progress = RunProgress {
@@ -530,7 +538,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// It could not be finished.
     fn finish_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<()> {
         match self.unfinished.wait()? {
-            Some(folder) => observer.on_save(&folder),
+            Some(Finished { folder, removal }) => {
+                observer.on_save(&folder)?;
+                removal.or_else(|error| observer.on_save_failed(error))
+            }
             None => Ok(()),
         }
     }

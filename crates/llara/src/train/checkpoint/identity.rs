@@ -264,22 +264,35 @@ fn settings<B: Backend>(
     match value {
         Value::Object(mut settings) => {
             settings.extend(objective_settings(objective));
-            if let Batching::PerFile { weights } = batching {
-                settings.insert("batching".to_owned(), "per-file".into());
-                settings.insert("file-weights".to_owned(), weights.as_slice().into());
-            }
-            let sources = &dataset.sources().sources;
-            let instructions =
-                |source: &DataSource| json!([source.query_instruction, source.passage_instruction]);
-            let none = json!([null, null]);
-            if sources.iter().any(|source| instructions(source) != none) {
-                let all = sources.iter().map(instructions).collect();
-                settings.insert("instructions-of-files".to_owned(), all);
+            settings.extend(data_settings(batching, dataset));
+            // An adapter's tokenizer is not in the folder of the base model.
+            if model.has_own_tokenizer()? {
+                let mut tokenizer = Fingerprint::new();
+                tokenizer.add(&model.prompts().tokenizer().contents()?);
+                settings.insert("tokenizer".to_owned(), tokenizer.to_string().into());
             }
             Ok(settings)
         }
         _ => unreachable!("`json!` was given an object"),
     }
+}
+
+/// The settings of a data set file: batching, and task and instructions of each file.
+fn data_settings(batching: &Batching, dataset: &Dataset) -> Map<String, Value> {
+    let mut settings = Map::new();
+    if let Batching::PerFile { weights } = batching {
+        settings.insert("batching".to_owned(), "per-file".into());
+        settings.insert("file-weights".to_owned(), weights.as_slice().into());
+    }
+    let instructions = |source: &DataSource| {
+        json!([source.task, source.query_instruction, source.passage_instruction])
+    };
+    let none = instructions(&DataSource::default());
+    let all: Vec<Value> = dataset.sources_of_files().map(instructions).collect();
+    if all.iter().any(|of_file| *of_file != none) {
+        settings.insert("instructions-of-files".to_owned(), all.into());
+    }
+    settings
 }
 
 /// The settings of the objective that are not the default: checkpoints of versions without them can be resumed.

@@ -40,7 +40,7 @@ use format::{FORMAT, MAX_STATE_BYTES, STATE_FILE, State, list};
 pub(super) use identity::Identity;
 use tensors::SavedTensors;
 pub use write::remove_unfinished;
-pub(super) use write::{Saved, write};
+pub(super) use write::{Finished, Saved, write};
 
 /// A checkpoint whose files have been verified.
 #[derive(Debug)]

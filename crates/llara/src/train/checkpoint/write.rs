@@ -39,7 +39,7 @@ pub(in crate::train) struct Saved<'s, B: Backend> {
 /// to do needs no model: until the files are flushed, the page cache of the operating system is the snapshot of the
 /// weights.
 #[must_use]
-pub(in crate::train) struct Unfinished {
+pub(in crate::train) struct StagedCheckpoint {
     hidden: PathBuf,
     folder: PathBuf,
     model_files: StagedFolder,
@@ -47,6 +47,13 @@ pub(in crate::train) struct Unfinished {
     step: u64,
     /// The best evaluated step.
     best: Option<u64>,
+}
+
+/// A complete checkpoint.
+pub(in crate::train) struct Finished {
+    pub(in crate::train) folder: PathBuf,
+    /// Whether old checkpoints could be removed.
+    pub(in crate::train) removal: Result<()>,
 }
 
 /// Writes the files of `checkpoint-N` to a hidden folder: each rank its moments, rank 0 all other files. Returns what
@@ -57,7 +64,7 @@ pub(in crate::train) struct Unfinished {
 pub(in crate::train) fn write<B: Backend>(
     saved: &Saved<'_, B>,
     collective: &dyn Collective<B>,
-) -> Result<Option<Unfinished>> {
+) -> Result<Option<StagedCheckpoint>> {
     let Saved { config, progress, evaluation, .. } = saved;
     let name = checkpoint_name(progress.step);
     let hidden = config.output_dir.join(format!("{WRITING}{name}"));
@@ -67,7 +74,7 @@ pub(in crate::train) fn write<B: Backend>(
         let _ = fs::remove_dir_all(&hidden);
     }
     let best = evaluation.and_then(|history| history.best.as_ref()).map(|best| best.step);
-    Ok(model_files?.map(|model_files| Unfinished {
+    Ok(model_files?.map(|model_files| StagedCheckpoint {
         folder: config.output_dir.join(name),
         hidden,
         model_files,
@@ -77,15 +84,15 @@ pub(in crate::train) fn write<B: Backend>(
     }))
 }
 
-impl Unfinished {
+impl StagedCheckpoint {
     /// Compares the weights in the files with those that were written, flushes all files and writes the manifest,
     /// renames the checkpoint into place, and then removes the oldest checkpoints beyond the number that is kept,
-    /// except the best one. Returns the folder.
+    /// except the best one.
     ///
     /// # Errors
     /// If a file cannot be read, flushed or renamed. Earlier checkpoints are then unchanged.
-    pub(in crate::train) fn finish(self) -> Result<PathBuf> {
-        let Unfinished { hidden, folder, model_files, saving, step, best } = self;
+    pub(in crate::train) fn finish(self) -> Result<Finished> {
+        let StagedCheckpoint { hidden, folder, model_files, saving, step, best } = self;
         let complete = model_files.commit().and_then(|()| manifest::write(&hidden));
         if complete.is_err() {
             // The original error is reported.
@@ -93,8 +100,8 @@ impl Unfinished {
         }
         complete?;
         put_in_place(&hidden, &folder)?;
-        remove_old(folder.parent().unwrap_or(Path::new("")), &saving, step, best)?;
-        Ok(folder)
+        let removal = remove_old(folder.parent().unwrap_or(Path::new("")), &saving, step, best);
+        Ok(Finished { folder, removal })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Evaluating the model in memory on all sets.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::history::{EvalRecord, Evaluated};
@@ -8,14 +9,20 @@ use super::query_report::SetReport;
 use super::settings::{EvalSet, Evaluation};
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
+use crate::data::Instructions;
 use crate::dist::Collective;
 use crate::retrieval::{SearchOptions, TextEmbedder, evaluate_dataset};
 use crate::{Error, ErrorKind, Result};
+
+/// The instructions of tasks, by name.
+type Tasks = BTreeMap<String, Instructions>;
 
 /// Passages that are retrieved per query: as many as the metrics look at.
 const TOP_K: usize = 100;
 
 /// The figures of `model` and the reports of all sets; `None` if any process was told to stop.
+///
+/// A set that has the name of a task of the training data is encoded with the task's instructions.
 ///
 /// `stops` is called after each batch with the number of texts encoded so far and that of all texts; it returns
 /// whether the evaluation should end.
@@ -25,13 +32,13 @@ const TOP_K: usize = 100;
 /// # Errors
 /// When embeddings or scores are not finite, or the device or another process fails.
 pub(in crate::train) fn evaluate<B: Backend>(
-    evaluation: &Evaluation,
+    (evaluation, tasks): (&Evaluation, &Tasks),
     model: &BiEncoderModel<B>,
     (step, epoch): (u64, f64),
     collective: &dyn Collective<B>,
     stops: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<Option<(Evaluated, Vec<SetReport>)>> {
-    let result = evaluate_sets(evaluation, model, (step, epoch), stops);
+    let result = evaluate_sets((evaluation, tasks), model, (step, epoch), stops);
     let (found, status) = match result {
         Ok(found) => (found, Ok(())),
         Err(error) => (None, Err(error)),
@@ -60,7 +67,7 @@ pub(in crate::train) fn evaluate<B: Backend>(
 
 /// The figures of this process; `None` if it was told to stop.
 fn evaluate_sets<B: Backend>(
-    evaluation: &Evaluation,
+    (evaluation, tasks): (&Evaluation, &Tasks),
     model: &BiEncoderModel<B>,
     (step, epoch): (u64, f64),
     stops: &mut dyn FnMut(usize, usize) -> bool,
@@ -82,7 +89,8 @@ fn evaluate_sets<B: Backend>(
     let mut found = Vec::with_capacity(evaluation.sets.len());
     for set in &evaluation.sets {
         let start = Instant::now();
-        embedder.use_instructions(model.recipe().instructions_of(&set.name));
+        let of_task = tasks.get(&set.name);
+        embedder.use_instructions(of_task.cloned().unwrap_or(model.recipe().instructions()));
         let options =
             SearchOptions { top_k: TOP_K, ignore_identical_ids: set.ignore_identical_ids };
         let result = evaluate_dataset(&embedder, &embedder, &set.dataset, options, &mut |_| ());

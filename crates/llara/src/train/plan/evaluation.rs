@@ -28,7 +28,7 @@ pub struct EvaluationShape {
 }
 
 impl EvaluationShape {
-    /// The shape of a run's evaluation; `tasks` are those of the training data. No text is tokenized: a token is at least one byte.
+    /// The shape of a run's evaluation; `tasks` are those of the recipe. No text is tokenized: a token is at least one byte.
     ///
     /// # Errors
     /// The template cannot be tokenized.
