@@ -7,10 +7,11 @@
 
 use std::fmt;
 use std::process::exit;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use llara::{Error, ErrorKind, Result};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::talk::say;
@@ -44,6 +45,19 @@ impl Stopped {
     }
 }
 
+/// Lets a write beyond the limit of a file's size (`ulimit -f`) fail with an error, instead of ending the process.
+///
+/// # Errors
+/// When signals cannot be received.
+pub(super) fn report_file_size_limit() -> Result<()> {
+    let ignored = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGXFSZ, ignored).map(drop).map_err(cannot_receive)
+}
+
+fn cannot_receive(error: std::io::Error) -> Error {
+    Error::new(ErrorKind::Io, "cannot receive signals (Ctrl-C)").because(error)
+}
+
 /// Makes [`received`] return true after a signal. A second signal ends the program immediately.
 ///
 /// # Errors
@@ -71,16 +85,18 @@ pub(super) fn stop_at_once(message: impl Fn() -> String + Send + 'static) -> Res
 
 /// Calls `act` with each of these signals and whether it is the first.
 fn on_signal(signals: &[i32], act: impl Fn(i32, bool) + Send + 'static) -> Result<()> {
-    let failed =
-        |e: std::io::Error| Error::new(ErrorKind::Io, "cannot receive signals (Ctrl-C)").because(e);
-    let mut signals = Signals::new(signals).map_err(failed)?;
+    let mut signals = Signals::new(signals).map_err(cannot_receive)?;
     let listen = move || {
         for signal in signals.forever() {
             let before = RECEIVED.swap(signal, Ordering::SeqCst);
             act(signal, before == 0);
         }
     };
-    std::thread::Builder::new().name("signals".into()).spawn(listen).map(drop).map_err(failed)
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(listen)
+        .map(drop)
+        .map_err(cannot_receive)
 }
 
 /// Whether a signal was received.

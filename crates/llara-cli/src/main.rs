@@ -75,7 +75,8 @@ fn main() -> ExitCode {
 
 /// Runs the command line `args`, the program's name first.
 fn execute(args: Vec<OsString>) -> ExitCode {
-    let error = match parse(args).and_then(run) {
+    let parsed = interrupt::report_file_size_limit().map_err(Into::into).and_then(|()| parse(args));
+    let error = match parsed.and_then(run) {
         Ok(()) => return ExitCode::SUCCESS,
         Err(error) => error,
     };

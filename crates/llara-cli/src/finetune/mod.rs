@@ -221,10 +221,12 @@ fn train<B: Backend>(
     for note in notes {
         say!("note: {note}");
     }
+    let last = trainer.history().and_then(|history| history.last.as_ref());
+    let evaluated = last.map(|evaluated| evaluated.step);
     let log = match checkpoint {
         Some(checkpoint) => {
             say!("resumed   after step {first} of {total}, from {}", checkpoint.dir().display());
-            open_log(&config.output_dir, |output_dir| RunLog::resume(output_dir, first))?
+            open_log(&config.output_dir, |output_dir| RunLog::resume(output_dir, first, evaluated))?
         }
         None => {
             output_folder::remove_earlier_checkpoints(&config.output_dir)?;

@@ -11,7 +11,7 @@ use llara::retrieval::BLOCK_TEXTS;
 use llara::text::Template;
 use llara::train::plan::TextLengths;
 use llara::train::{Checkpoint, Evaluation, TrainConfig};
-use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Recipe, Role};
+use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Probes, Recipe, Role};
 
 use super::Args;
 use super::flag_table::OwnSettings;
@@ -184,7 +184,27 @@ impl<B: Backend> Prepared<B> {
             }
         }
         model.set_precision(precision)?;
+        self.check_probes(&model)?;
         Ok(model)
+    }
+
+    /// Compares the model, before it is trained, with the probes in its folder or in that of its adapter, as far
+    /// as this run computes embeddings as they were computed.
+    fn check_probes(&self, model: &BiEncoderModel<B>) -> llara::Result<()> {
+        let dir = match &self.adapter {
+            Adapter::From(dir) => dir,
+            Adapter::None | Adapter::New(_) => &self.dir,
+        };
+        let Some(saved) = Recipe::read(dir)? else { return Ok(()) };
+        let pooled = |recipe: &Recipe| (recipe.template.pooled_tokens, recipe.normalized);
+        if pooled(&saved) != pooled(model.recipe()) {
+            return Ok(());
+        }
+        let Some(probes) = Probes::read(dir)? else { return Ok(()) };
+        probes.check_embeddings(model).map_err(|error| match &self.adapter {
+            Adapter::From(adapter) => trained_model::name_recorded_base(error.file(dir), adapter),
+            Adapter::None | Adapter::New(_) => error.file(dir),
+        })
     }
 }
 

@@ -114,6 +114,13 @@ fn the_error_for_another_base_model_names_the_recorded_one() {
         &bench.path("v.npy"),
     ])
     .refused(&["the adapter was trained on", &bench.path("base")]);
+    // Training does not go on from a wrong base either.
+    let (adapter, further) = (bench.path("out"), bench.path("further"));
+    let rest = ["--model", &other, "--from-peft", &adapter, "--use-lora", "true"];
+    bench
+        .finetune(&[&rest[..], &["--output-dir", &further]].concat())
+        .refused(&["the adapter was trained on", "a probe embedding differs"]);
+    assert!(!bench.at("further").exists());
 }
 
 #[test]

@@ -123,6 +123,18 @@ impl Probes {
         self.compare(model, if same { SAME_WEIGHTS } else { ROUNDED_ACTIVATIONS })
     }
 
+    /// Recomputes the embeddings from the saved token ids, for a model whose maximum lengths may be others.
+    ///
+    /// # Errors
+    /// An embedding differs, or cannot be computed.
+    pub fn check_embeddings<B: Backend>(&self, model: &BiEncoderModel<B>) -> Result<()> {
+        let same = self.precision == model.precision();
+        let tolerance = if same { SAME_WEIGHTS } else { ROUNDED_ACTIVATIONS };
+        self.probes
+            .iter()
+            .try_for_each(|probe| probe.compare(&embed(model, &probe.input_ids)?, tolerance))
+    }
+
     /// Compares with probes of the same texts; the tolerance is 1e-5 of the largest element of an embedding.
     pub(super) fn compare_with(&self, other: &Probes) -> Result<()> {
         let same_texts = self.probes.len() == other.probes.len();

@@ -95,9 +95,12 @@ impl FileBatches {
             first_row += file.rows;
         }
         let batches: u64 = shares.iter().map(|share| share.per_pass).sum();
-        let total: f64 = weights.iter().sum();
+        // Relative to the largest one, the sum is finite.
+        let largest = weights.iter().fold(0.0f64, |max, &weight| max.max(weight));
+        let total: f64 = weights.iter().map(|weight| weight / largest).sum();
         for (share, weight) in shares.iter_mut().zip(weights) {
-            share.per_epoch = ((weight / total * batches as f64).round() as u64).max(1);
+            let part = weight / largest / total;
+            share.per_epoch = ((part * batches as f64).round() as u64).max(1);
         }
         Ok(FileBatches { files: shares })
     }
@@ -155,6 +158,15 @@ mod tests {
         assert_eq!(passes(2, 0), [(0, 8), (0, 9), (1, 0), (1, 1)]);
         assert_eq!(passes(0, 1)[..3], [(0, 0), (0, 1), (1, 0)]);
         assert_eq!(passes(1, 1)[0], (4, 1));
+    }
+
+    #[test]
+    fn large_and_small_weights_are_shares() {
+        for scale in [f64::MIN_POSITIVE, 1.0, f64::MAX] {
+            let batches =
+                FileBatches::new(&files(&[100, 100]), &[scale, scale], 10, false).unwrap();
+            assert_eq!(batches.steps_per_epoch(), 20);
+        }
     }
 
     #[test]

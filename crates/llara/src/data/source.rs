@@ -185,7 +185,8 @@ impl DataSources {
         Err(Error::new(ErrorKind::Config, "the weight of a file is missing or out of range")
             .file(&source.path)
             .expected("a positive number as `weight` of every file, or no weights")
-            .got(source.weight.map_or("no weight".to_owned(), |weight| weight.to_string())))
+            .got(source.weight.map_or("no weight".to_owned(), |weight| weight.to_string()))
+            .hint("list every file of the run in a data set file, with a `weight`"))
     }
 
     /// The instructions of each task; those that a source does not have are the run's, `of_run`.
@@ -257,9 +258,10 @@ impl Entry {
         let task = task.or_else(|| has_instructions.then(|| default_task(&path)));
         if let Some(task) = task.as_ref().filter(|task| !is_task_name(task)) {
             return Err(Error::new(ErrorKind::Config, "this is not a task's name")
-                .expected(
-                    "1 to 100 characters, no control characters, not \"query\" or \"passage\"",
-                )
+                .expected(format!(
+                    "1 to 100 characters, no control characters, none of {}",
+                    RESERVED.join(", ")
+                ))
                 .got(format!("{task:?}, for {}", path.display()))
                 .hint("give the file another `task`; the default is its name"));
         }
@@ -279,13 +281,15 @@ fn is_share(weight: f64) -> bool {
     weight.is_finite() && weight > 0.0
 }
 
-/// "query" and "passage" are the names of the general prompts in the files of sentence-transformers.
+/// Names of prompts that sentence-transformers uses for queries and for passages by itself.
+const RESERVED: [&str; 4] = ["query", "passage", "document", "corpus"];
+
 fn is_task_name(task: &str) -> bool {
     let length = task.chars().count();
     (1..=100).contains(&length)
         && !task.chars().any(char::is_control)
         && !task.trim().is_empty()
-        && !["query", "passage"].contains(&task)
+        && !RESERVED.contains(&task)
 }
 
 /// Sets a value that only one data set file may have, or several the same.
@@ -350,6 +354,7 @@ mod tests {
                 "passage prompt of the task `x`",
             ),
             (&["[[files]]\npath = \"a\"\ntask = \"\\n\""], "not a task's name"),
+            (&["[[files]]\npath = \"a\"\ntask = \"document\""], "not a task's name"),
             (&["batching = \"per-file\"\n[[files]]\npath = \"a\"\nweight = -1.0"], "-1"),
             (&["batching = \"per-file\"\n[[files]]\npath = \"a\"\nweight = nan"], "NaN"),
             (

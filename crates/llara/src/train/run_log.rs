@@ -46,6 +46,8 @@ struct Line {
 #[derive(Deserialize)]
 struct Logged {
     step: u64,
+    /// Of an evaluation.
+    eval_dataset: Option<String>,
 }
 
 impl RunLog {
@@ -63,17 +65,20 @@ impl RunLog {
         Self::open(output_dir, path, lines)
     }
 
-    /// Continues the logs of a run that is resumed after `steps` steps: later lines, of steps that are made
-    /// again, are removed.
-    pub fn resume(output_dir: &Path, steps: u64) -> Result<Self> {
+    /// Continues the logs of a run that is resumed after `steps` steps, of which the last evaluated one is
+    /// `evaluated`: lines of steps and evaluations that are made again are removed.
+    pub fn resume(output_dir: &Path, steps: u64, evaluated: Option<u64>) -> Result<Self> {
         let path = output_dir.join(LOG_FILE);
         let kept = match std::fs::read_to_string(&path) {
             Ok(text) => text
                 .split_inclusive('\n')
                 .filter(|line| {
                     // A last line that was cut off has no end.
-                    let step = serde_json::from_str::<Logged>(line).map(|logged| logged.step);
-                    line.ends_with('\n') && step.is_ok_and(|step| step <= steps)
+                    let stays = |logged: Logged| match logged.eval_dataset {
+                        Some(_) => evaluated.is_some_and(|last| logged.step <= last),
+                        None => logged.step <= steps,
+                    };
+                    line.ends_with('\n') && serde_json::from_str(line).is_ok_and(stays)
                 })
                 .collect(),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),

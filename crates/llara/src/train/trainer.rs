@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::batches::BatchSource;
 use super::checkpoint::{
-    BackgroundSave, Checkpoint, Finished, Identity, RunProgress, Saved, checkpoint_name, write,
+    BackgroundSave, Checkpoint, Finished, Identity, RunProgress, Saved, checkpoint_name,
+    remove_surplus, write,
 };
 use super::config::TrainConfig;
 use super::evaluation::{EvalHistory, EvalState, Evaluation, evaluate};
@@ -258,6 +259,11 @@ impl<'r, B: Backend> Trainer<'r, B> {
                 return Err(error);
             }
             observer.on_save_failed(error)?;
+        }
+        if self.collective.rank() == 0 {
+            let best = self.evaluation.best_step();
+            remove_surplus(self.config, summary.steps, best)
+                .or_else(|error| observer.on_save_failed(error))?;
         }
         self.model.eval();
         self.set_progress(&summary);

@@ -40,7 +40,7 @@ use format::{FORMAT, MAX_STATE_BYTES, STATE_FILE, State, list};
 pub(super) use identity::Identity;
 use tensors::SavedTensors;
 pub use write::remove_unfinished;
-pub(super) use write::{Finished, Saved, write};
+pub(super) use write::{Finished, Saved, remove_surplus, write};
 
 /// A checkpoint whose files have been verified.
 #[derive(Debug)]

@@ -231,6 +231,21 @@ fn remove_old(output_dir: &Path, saving: &Saving, step: u64, best: Option<u64>) 
     Ok(())
 }
 
+/// Removes what [`remove_old`] would have removed after the newest checkpoint of a run of `steps` steps: the process
+/// may have been killed in between.
+pub(in crate::train) fn remove_surplus(
+    config: &TrainConfig,
+    steps: u64,
+    best: Option<u64>,
+) -> Result<()> {
+    if config.saving.keep.is_none() {
+        return Ok(());
+    }
+    let checkpoints = list(&config.output_dir)?;
+    let newest = checkpoints.iter().map(|(step, _)| *step).filter(|&step| step <= steps).max();
+    newest.map_or(Ok(()), |step| remove_old(&config.output_dir, &config.saving, step, best))
+}
+
 /// Renames a file or folder that has the name of a checkpoint but is none, to the first unused name of
 /// `NAME.earlier-1`, `NAME.earlier-2`, ….
 fn move_aside(path: &Path) -> std::io::Result<()> {
