@@ -19,6 +19,7 @@ mod names;
 mod output_folder;
 mod paths;
 mod plan;
+mod pretrain;
 mod progress;
 mod report;
 mod run_file;
@@ -57,6 +58,7 @@ struct Cli {
 enum Verb {
     Init(init::Args),
     InspectData(inspect_data::Args),
+    Pretrain(Box<pretrain::Args>),
     Finetune(Box<finetune::Args>),
     /// Estimate memory, work and text lengths of a training run without training
     #[command(after_help = plan::AFTER_HELP)]
@@ -119,6 +121,17 @@ fn command() -> clap::Command {
                  llara finetune [OPTIONS] --config <FILE>",
             )
         })
+        .mut_subcommand("pretrain", |verb| {
+            // All weights are trained, and the model gets the tokens that it lacks, unless the user says otherwise.
+            verb.mut_arg(output, |arg| arg.required_unless_present("config"))
+                .mut_arg("use_lora", |arg| arg.default_value("false"))
+                .mut_arg("add_special_tokens", |arg| arg.default_value("true"))
+                .override_usage(
+                    "llara pretrain [OPTIONS] --model <DIR|HUB_ID> --text <PATH>... --output-dir <DIR>\n       \
+                     llara pretrain [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>... --output-dir <DIR>\n       \
+                     llara pretrain [OPTIONS] --config <FILE>",
+                )
+        })
         .mut_subcommand("plan", |verb| {
             verb.mut_arg(output, |arg| arg.hide(true)).override_usage(
                 "llara plan [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>...\n       \
@@ -143,6 +156,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.verb {
         Verb::Init(args) => init::run(&args),
         Verb::InspectData(args) => inspect_data::run(&args),
+        Verb::Pretrain(args) => pretrain::run(*args),
         Verb::Finetune(args) => finetune::run(*args),
         Verb::Plan(args) => plan::run(&args),
         Verb::Encode(args) => encode::run(&args),

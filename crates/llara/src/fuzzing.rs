@@ -6,8 +6,11 @@
 
 use std::path::Path;
 
+use crate::Result;
 use crate::biencoder::Recipe;
-use crate::data::{BadRows, DataSources, Dataset, Instructions, TrainingRow};
+use crate::data::{
+    BadRows, DataSources, Dataset, Instructions, PieceLength, PretrainingData, TrainingRow,
+};
 use crate::model::{DecoderConfig, LoraConfig};
 use crate::retrieval::{EmbeddingWriter, Origin, Qrels, TextFile};
 use crate::storage::SafetensorsFile;
@@ -132,6 +135,26 @@ pub fn rows(bytes: &[u8]) {
             }
         }
     });
+    pretraining(bytes);
+}
+
+/// Rows and texts of pretraining. What was indexed can be read.
+fn pretraining(bytes: &[u8]) {
+    let read = |data: Result<PretrainingData>| {
+        if let Ok(data) = data {
+            for index in 0..data.dataset().len() {
+                assert!(data.row(index).is_ok(), "row {index}");
+            }
+        }
+    };
+    let Ok(length) = PieceLength::new(20) else { return };
+    for name in ["texts.jsonl", "text.txt"] {
+        in_folder(name, bytes, |dir| {
+            let path = [dir.join(name)];
+            read(PretrainingData::open_rows(&path, BadRows::Skip));
+            read(PretrainingData::open_texts(&path, length, BadRows::Skip));
+        });
+    }
 }
 
 /// Relevance judgments.

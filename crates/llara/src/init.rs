@@ -17,9 +17,6 @@ use crate::{Error, Result};
 const INITIALIZER_RANGE: f32 = 0.02;
 /// Longest sequence that a new model supports, in tokens (`max_position_embeddings`).
 const MAX_POSITIONS: usize = 2048;
-/// The maximum lengths of a new model's recipe allow at least this number of tokens in addition to the template's.
-/// The default lengths may not: a tokenizer with a small vocabulary needs many tokens for the template.
-const MIN_TEXT_TOKENS: usize = 24;
 
 /// Sizes of a Llama model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,18 +66,11 @@ pub fn new_model<B: Backend>(
         ModelFolder::new(json).with_json("generation_config.json", &generation_config(&tokenizer));
     let prompts = PromptEncoder::new(tokenizer, template.clone(), config.vocab_size)?;
     let mut recipe = Recipe::new(template);
-    recipe.query_max_len = recipe.query_max_len.max(min_length(&prompts, Role::Query)?);
-    recipe.passage_max_len = recipe.passage_max_len.max(min_length(&prompts, Role::Passage)?);
+    recipe.make_room(&prompts);
     let parts = Parts { backend, decoder, folder, prompts: prompts.into(), recipe };
     let mut model = BiEncoderModel::new(parts, BiEncoderOptions::default())?;
     model.set_run_facts(RunFacts { steps: Some(0), ..RunFacts::default() });
     Ok(model)
-}
-
-/// The length of the template plus [`MIN_TEXT_TOKENS`], in tokens.
-fn min_length(prompts: &PromptEncoder, role: Role) -> Result<usize> {
-    let template = prompts.encode(role, "a", usize::MAX)?.len() - 1;
-    Ok(template + MIN_TEXT_TOKENS)
 }
 
 /// Trains on every text and on the words of the template, which occur in every sequence.
@@ -219,6 +209,6 @@ mod tests {
         assert!(template_len(&many) < template_len(&few));
         // BOS, quotes, eight words, colon, space, eight tokens.
         assert!(template_len(&many) <= 24);
-        assert_eq!(few.recipe().query_max_len, template_len(&few) + MIN_TEXT_TOKENS);
+        assert_eq!(few.recipe().query_max_len, template_len(&few) + Recipe::MIN_TEXT_TOKENS);
     }
 }

@@ -11,7 +11,9 @@ use llara::loss::{
 };
 use llara::model::{DecoderConfig, LoraConfig};
 use llara::train::Chunking;
-use llara::train::plan::{ChunkPolicy, DryRun, EvaluationShape, LargestBatch, Plan, RunShape};
+use llara::train::plan::{
+    ChunkPolicy, DryRun, EvaluationShape, LargestBatch, Plan, PlannedTask, RunShape,
+};
 use llara::{BiEncoderOptions, Loader};
 
 /// The fixture's tokenizer with a model that is large enough for activations to be a relevant part of memory.
@@ -35,7 +37,7 @@ fn shape() -> RunShape {
         precision: Dtype::F32,
         options: BiEncoderOptions::default(),
         evaluation: None,
-        objective: ObjectiveOptions::default(),
+        task: PlannedTask::Finetuning(ObjectiveOptions::default()),
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }
@@ -252,7 +254,8 @@ fn terms_of_the_objective_are_counted() {
         distillation: Some(distillation),
         ..ObjectiveOptions::default()
     };
-    let with_terms = one_pass(RunShape { objective, ..shape() }, &batch);
+    let with_terms =
+        one_pass(RunShape { task: PlannedTask::Finetuning(objective), ..shape() }, &batch);
     // Scores of 3 queries and 12 passages once and their gradients twice; the same for prefixes of 8 features,
     // and for 3 positives and 3 queries.
     let full = 2 * 3 * 12 * shape().decoder.hidden_size as u64 * 3;

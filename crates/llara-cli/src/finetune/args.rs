@@ -5,10 +5,9 @@ use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, BatchRows, DataSources, Dataset, Instructions, Sampling};
 use llara::loss::ObjectiveOptions;
-use llara::train::{Batching, Chunking, RunLength, TrainConfig};
+use llara::train::{Batching, Chunking, TrainConfig};
 use llara::{BiEncoderOptions, Error, ErrorKind, Recipe, Result, Shortcuts};
 
 use super::eval_args::EvalArgs;
@@ -17,7 +16,7 @@ use super::objective_args::ObjectiveArgs;
 use super::optimizer_args::OptimizerArgs;
 use super::output_args::OutputArgs;
 use super::trainer_flags::TrainerFlags;
-use super::training_args::TrainingArgs;
+use super::training_args::{ContrastiveArgs, TrainingArgs};
 use crate::compute::{Compute, Precision};
 
 /// Fine-tune a model on queries with positive and negative passages.
@@ -67,6 +66,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) training: TrainingArgs,
     #[command(flatten)]
+    pub(super) contrastive: ContrastiveArgs,
+    #[command(flatten)]
     pub(super) objective: ObjectiveArgs,
     #[command(flatten)]
     pub(super) lora: LoraArgs,
@@ -86,29 +87,29 @@ pub(crate) struct Args {
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Model")]
-pub(super) struct ModelArgs {
+pub(crate) struct ModelArgs {
     /// Folder of the model to train, or its name on the Hugging Face Hub (org/name)
     #[arg(long, alias = "model-name-or-path", value_name = "DIR|HUB_ID")]
     #[arg(required_unless_present = "config")]
-    pub(super) model: Option<String>,
+    pub(crate) model: Option<String>,
     /// Cache folder of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
     #[arg(long, value_name = "DIR")]
-    pub(super) cache_dir: Option<PathBuf>,
+    pub(crate) cache_dir: Option<PathBuf>,
     /// Template of queries and passages: llara, e5-mistral, qwen3-embedding, or a TOML file
     /// [default: as the model was trained, or llara]
     #[arg(long, value_name = "NAME|FILE.toml")]
-    pub(super) template: Option<String>,
+    pub(crate) template: Option<String>,
     /// Add the template's special tokens that the tokenizer lacks; their embeddings are trained, with an
     /// adapter as well, and saved
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) add_special_tokens: bool,
+    pub(crate) add_special_tokens: bool,
     /// Whether embeddings are L2-normalized [default: as the model was trained, or true]
     #[arg(long, alias = "normlized", value_name = "BOOL", num_args = 0..=1)]
     #[arg(default_missing_value = "true", value_parser = BoolishValueParser::new())]
     #[arg(hide_possible_values = true)]
-    pub(super) normalized: Option<bool>,
+    pub(crate) normalized: Option<bool>,
 }
 
 #[derive(clap::Args)]
@@ -231,10 +232,7 @@ impl Args {
         let (data, training, optimizer) = (&self.data, &self.training, &self.optimizer);
         TrainConfig {
             output_dir,
-            length: match u64::try_from(training.max_steps) {
-                Ok(steps) => RunLength::Steps(steps),
-                Err(_) => RunLength::Epochs(training.num_train_epochs),
-            },
+            length: training.length(),
             batch_size: training.per_device_train_batch_size,
             group_size: data.train_group_size,
             query_max_len: recipe.query_max_len,
@@ -256,26 +254,16 @@ impl Args {
         }
     }
 
-    /// The number format of activations: `--dtype`, or bf16 with the reference's flag `--bf16`.
-    pub(super) fn precision(&self, backend: &impl Backend) -> Dtype {
-        if self.training.bf16 { Dtype::Bf16 } else { self.precision.dtype(backend) }
-    }
-
-    /// Whether the number format of activations depends on the device.
-    pub(super) fn has_auto_precision(&self) -> bool {
-        !self.training.bf16 && self.precision.is_auto()
-    }
-
     /// The options of the model. With one process `--negatives-cross-device` has no effect.
     pub(super) fn model_options(&self, recipe: &Recipe) -> BiEncoderOptions {
         BiEncoderOptions {
             normalized: recipe.normalized,
             negatives_cross_device: false,
-            temperature: self.training.temperature,
+            temperature: self.contrastive.temperature,
             sub_batch_size: None,
             shortcuts: Shortcuts {
                 last_layer_at_pooled: self.training.last_layer_at_pooled,
-                dedup_sequences: self.training.dedup_sequences,
+                dedup_sequences: self.contrastive.dedup_sequences,
             },
         }
     }
@@ -285,7 +273,7 @@ impl Args {
 mod tests {
     use super::*;
     use clap::Parser;
-    use llara::train::{Saving, Warmup};
+    use llara::train::{RunLength, Saving, Warmup};
 
     #[derive(Parser)]
     #[command(no_binary_name = true)]

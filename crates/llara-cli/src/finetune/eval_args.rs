@@ -14,7 +14,7 @@ use crate::talk::{counted, say};
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Evaluation")]
-pub(super) struct EvalArgs {
+pub(crate) struct EvalArgs {
     /// Test collections on which the model is evaluated during training: folders as for `llara evaluate`;
     /// NAME is used in the log [default: the folder's name]
     #[arg(long, value_name = "[NAME=]DIR", num_args = 1.., value_parser = named_folder)]
@@ -107,12 +107,12 @@ impl NamedFolder {
 
 impl EvalArgs {
     /// Whether the model is evaluated during the run.
-    pub(super) fn evaluates(&self) -> bool {
+    pub(crate) fn evaluates(&self) -> bool {
         !self.eval_dataset.is_empty() && self.eval_strategy != Some(EvalStrategy::No)
     }
 
     /// The folders of the collections.
-    pub(super) fn folders(&self) -> impl Iterator<Item = &Path> {
+    pub(crate) fn folders(&self) -> impl Iterator<Item = &Path> {
         self.eval_dataset.iter().map(|set| set.folder.as_path())
     }
 
@@ -120,7 +120,7 @@ impl EvalArgs {
     ///
     /// # Errors
     /// An option needs an evaluation, and there is no `--eval-dataset`; a number is out of range.
-    pub(super) fn check(&self) -> Result<Vec<String>> {
+    pub(crate) fn check(&self) -> Result<Vec<String>> {
         let mut notes = Vec::new();
         if let Some(EvalStrategy::Steps | EvalStrategy::Epoch) = self.eval_strategy
             && self.eval_dataset.is_empty()
@@ -176,7 +176,7 @@ impl EvalArgs {
     ///
     /// # Errors
     /// A collection cannot be read, or does not have the split; a setting is out of its range.
-    pub(super) fn open(
+    pub(crate) fn open(
         &self,
         output: &OutputArgs,
         steps_per_epoch: u64,

@@ -16,21 +16,21 @@ pub(super) enum Treatment {
 /// Which values of a flag are accepted.
 pub(super) struct Limited {
     /// Whether a value is accepted.
-    pub(super) is_accepted: fn(&str, &OwnSettings<'_>) -> bool,
+    pub(crate) is_accepted: fn(&str, &OwnSettings<'_>) -> bool,
     /// What other values ask for.
-    pub(super) asks_for: &'static str,
+    pub(crate) asks_for: &'static str,
     /// What to do instead.
-    pub(super) hint: &'static str,
+    pub(crate) hint: &'static str,
 }
 
 /// Options of the run that some flags repeat.
-pub(super) struct OwnSettings<'a> {
+pub(crate) struct OwnSettings<'a> {
     /// The model as it is named on the command line.
-    pub(super) model: &'a str,
+    pub(crate) model: &'a str,
     /// The run's seed.
-    pub(super) seed: u64,
+    pub(crate) seed: u64,
     /// Whether the model is evaluated during the run.
-    pub(super) evaluates: bool,
+    pub(crate) evaluates: bool,
 }
 
 const ONE_PROCESS: &str = "the run is one process on one device";
@@ -165,7 +165,7 @@ pub(super) const FLAGS: &[(&str, Treatment)] = &[
     ("include-num-input-tokens-seen", NoEffect(LOGS)),
     ("include-tokens-per-second", NoEffect(LOGS)),
     ("skip-memory-metrics", NoEffect(LOGS)),
-    ("do-train", NoEffect("finetune always trains")),
+    ("do-train", NoEffect("the verb always trains")),
     ("save-safetensors", NoEffect("weights are always saved as safetensors")),
     ("low-cpu-mem-usage", NoEffect("weights are always read tensor by tensor")),
     ("use-slow-tokenizer", NoEffect("tokenizer.json is always used")),

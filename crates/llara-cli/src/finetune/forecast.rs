@@ -4,12 +4,13 @@ use std::fmt::Write;
 
 use llara::backend::{Backend, Dtype};
 use llara::model::LoraConfig;
-use llara::train::Chunking;
 use llara::train::plan::{
-    ChunkPolicy, DryRun, EvaluationShape, LargestBatch, MachineMemory, Plan, RunShape,
+    ChunkPolicy, DryRun, EvaluationShape, LargestBatch, MachineMemory, Plan, PlannedTask, RunShape,
 };
+use llara::train::{Checkpoint, Chunking};
 use llara::{Error, ErrorKind, Result, Role};
 
+use super::training_args::TrainingArgs;
 use super::{Args, Prepared, resume};
 use crate::talk::{bytes, count, counted, operations};
 
@@ -24,6 +25,15 @@ pub(crate) struct Forecast {
     machine: MachineMemory,
     shape: RunShape,
     policy: ChunkPolicy,
+    max_len: MaxLen,
+}
+
+/// The maximum length by which the longest sequences of a run can be shortened.
+pub(crate) struct MaxLen {
+    pub(crate) option: &'static str,
+    pub(crate) tokens: usize,
+    /// The smallest valid value.
+    pub(crate) smallest: usize,
 }
 
 /// Chunks of one sequence and no kept activations: the minimum of memory.
@@ -39,35 +49,52 @@ impl Forecast {
         let prompts = &prepared.outline.prompts;
         let shape = |e| EvaluationShape::of(e, config, prompts, &prepared.recipe.tasks);
         let evaluation = evaluation.as_ref().map(shape).transpose()?;
-        let mut shape = RunShape {
+        let shape = RunShape {
             decoder: prepared.outline.decoder.clone(),
             prompts: prompts.clone(),
             lora: prepared.lora()?,
             precision: prepared.precision,
             options: args.model_options(&prepared.recipe),
             evaluation,
-            objective: prepared.config.objective.clone(),
+            task: PlannedTask::Finetuning(prepared.config.objective.clone()),
             memory: prepared.backend.memory(),
             process_bytes: 0,
         };
         let batch =
             LargestBatch::of_run(dataset, &shape.prompts, config, shape.dedups_sequences())?;
+        let max_len = MaxLen {
+            option: "--passage-max-len",
+            tokens: config.passage_max_len,
+            smallest: prompts.encode(Role::Passage, "", usize::MAX)?.len() + 1,
+        };
+        let checkpoint = prepared.checkpoint.as_ref();
+        Self::of(shape, batch, (&args.training, checkpoint), max_len, &prepared.backend)
+    }
+
+    /// Plans a step of `batch`, with the data of the run in memory; the shape's process memory is set here.
+    pub(crate) fn of(
+        mut shape: RunShape,
+        batch: LargestBatch,
+        (training, checkpoint): (&TrainingArgs, Option<&Checkpoint>),
+        max_len: MaxLen,
+        backend: &impl Backend,
+    ) -> Result<Self> {
         // Read here, with tokenizer and data in memory.
-        let machine = MachineMemory::of(&prepared.backend)?;
-        shape.process_bytes = match prepared.backend.free_and_total_bytes()? {
+        let machine = MachineMemory::of(backend)?;
+        shape.process_bytes = match backend.free_and_total_bytes()? {
             None => machine.process_in_training(),
             Some(_) => 0,
         };
-        let given = args.training.memory_budget;
+        let given = training.memory_budget;
         let budget = match given {
             Some(budget) => Some(budget.bytes(machine.total.unwrap_or(u64::MAX))),
             None => machine.usable(),
         };
-        let policy = args.training.chunk_policy();
-        let policy = resume::chunk_policy(policy, prepared.checkpoint.as_ref());
+        let policy = resume::chunk_policy(training.chunk_policy(), checkpoint);
         let limit = budget.unwrap_or(u64::MAX);
         let plan = DryRun::new(shape.clone())?.choose(&batch, policy, limit)?;
-        Ok(Forecast { plan, batch, budget, is_given: given.is_some(), machine, shape, policy })
+        let is_given = given.is_some();
+        Ok(Forecast { plan, batch, budget, is_given, machine, shape, policy, max_len })
     }
 
     /// Whether the peak memory is within the limit.
@@ -106,6 +133,9 @@ impl Forecast {
             counted(chunks.count, "chunk"),
             count(chunks.largest_tokens)
         );
+        if chunks.recomputed_share == 0.0 {
+            return text;
+        }
         if chunks.kept > 0 {
             let _ = write!(text, ", activations of {} kept", count(chunks.kept));
         }
@@ -120,15 +150,15 @@ impl Forecast {
     }
 
     /// Refuses a run that exceeds the given memory limit or the machine's memory.
-    pub(super) fn refuse_if_too_large(&self, prepared: &Prepared<impl Backend>) -> Result<()> {
-        match self.refusal(prepared)? {
+    pub(crate) fn refuse_if_too_large(&self) -> Result<()> {
+        match self.refusal()? {
             Some(refusal) => Err(refusal),
             None => Ok(()),
         }
     }
 
     /// The error for a run that does not fit, with settings that would fit.
-    pub(crate) fn refusal(&self, prepared: &Prepared<impl Backend>) -> Result<Option<Error>> {
+    pub(crate) fn refusal(&self) -> Result<Option<Error>> {
         let limit = if self.is_given { self.budget } else { self.machine.total };
         let Some(limit) = limit.filter(|&limit| self.plan.peak_bytes() > limit) else {
             return Ok(None);
@@ -145,7 +175,7 @@ impl Forecast {
             ChunkPolicy::Auto if plan.peak_phase() == "training" => " with the smallest chunks",
             _ => "",
         };
-        let remedies = self.remedies(prepared, limit)?;
+        let remedies = self.remedies(limit)?;
         let hint = match remedies.as_slice() {
             [] => "use a smaller model or a machine with more memory".to_owned(),
             remedies => remedies.join("; "),
@@ -167,7 +197,7 @@ impl Forecast {
     }
 
     /// Settings with which the run would fit, each with its peak memory.
-    fn remedies(&self, prepared: &Prepared<impl Backend>, limit: u64) -> Result<Vec<String>> {
+    fn remedies(&self, limit: u64) -> Result<Vec<String>> {
         let mut remedies = Vec::new();
         let mut consider = |option: &str, shape: &RunShape, batch: &LargestBatch, policy| {
             let peak = DryRun::new(shape.clone())?.choose(batch, policy, limit)?.peak_bytes();
@@ -200,11 +230,14 @@ impl Forecast {
         }
         // Shorter texts do not reduce the memory of the weights.
         let fixed = self.plan.training.without_activations();
-        let mut max_len = prepared.config.passage_max_len / 2;
-        let is_valid = |max_len| self.shape.prompts.check_max_len(Role::Passage, max_len).is_ok();
-        while is_valid(max_len) && fixed.max(self.plan.saving_bytes) < limit {
-            let batch = self.batch.with_passages_truncated(max_len)?;
-            let option = format!("--passage-max-len {max_len}");
+        let MaxLen { option, tokens, smallest: least } = self.max_len;
+        let mut max_len = tokens / 2;
+        while max_len >= least && fixed.max(self.plan.saving_bytes) < limit {
+            let batch = match self.shape.task {
+                PlannedTask::Finetuning(_) => self.batch.with_passages_truncated(max_len)?,
+                PlannedTask::Pretraining => self.batch.with_all_truncated(max_len)?,
+            };
+            let option = format!("{option} {max_len}");
             if consider(&option, &self.shape, &batch, smallest)? {
                 break;
             }

@@ -11,12 +11,12 @@ use super::ranges::require;
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "LoRA")]
-pub(super) struct LoraArgs {
+pub(crate) struct LoraArgs {
     /// Train a LoRA adapter with frozen weights and save it in PEFT's format; false: train all weights
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) use_lora: bool,
+    pub(crate) use_lora: bool,
     /// Rank of the adapter [default: 64]
     #[arg(long, value_name = "N")]
     lora_rank: Option<usize>,
@@ -42,11 +42,11 @@ pub(super) struct LoraArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) save_merged_lora_model: bool,
+    pub(crate) save_merged_lora_model: bool,
 }
 
 /// The adapter that is trained.
-pub(super) enum Adapter {
+pub(crate) enum Adapter {
     /// None: all weights are trained.
     None,
     /// A new adapter.
@@ -57,7 +57,7 @@ pub(super) enum Adapter {
 
 impl LoraArgs {
     /// Whether options of adapters are given although no adapter is trained.
-    pub(super) fn are_ignored(&self) -> bool {
+    pub(crate) fn are_ignored(&self) -> bool {
         let others = self.are_set() || self.save_merged_lora_model;
         !self.use_lora && others
     }
@@ -75,7 +75,7 @@ impl LoraArgs {
     ///
     /// # Errors
     /// Options contradict each other or are out of range.
-    pub(super) fn adapter(&self) -> Result<Adapter> {
+    pub(crate) fn adapter(&self) -> Result<Adapter> {
         let invalid = |what: &str| Error::new(ErrorKind::Argument, what);
         if !self.use_lora {
             if let Some(dir) = &self.from_peft {

@@ -7,10 +7,10 @@ use super::steps::whole_steps;
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Optimizer")]
-pub(super) struct OptimizerArgs {
+pub(crate) struct OptimizerArgs {
     /// Learning rate after the warm-up
     #[arg(long, value_name = "X", default_value_t = 5e-5)]
-    pub(super) learning_rate: f64,
+    pub(crate) learning_rate: f64,
     /// Learning-rate schedule after the warm-up: linear (to 0), cosine (to 0), constant_with_warmup, or
     /// constant (without warm-up)
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Scheduler::Linear)]
@@ -18,25 +18,25 @@ pub(super) struct OptimizerArgs {
     lr_scheduler_type: Scheduler,
     /// Warm-up, in which the learning rate increases from 0, as a fraction of the steps
     #[arg(long, value_name = "X", default_value_t = 0.0)]
-    pub(super) warmup_ratio: f64,
+    pub(crate) warmup_ratio: f64,
     /// Number of warm-up steps; if it is not 0, it is used instead of --warmup-ratio
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole_steps)]
-    pub(super) warmup_steps: u64,
+    pub(crate) warmup_steps: u64,
     /// Decoupled weight decay of all parameters except norms and biases
     #[arg(long, value_name = "X", default_value_t = 0.0)]
-    pub(super) weight_decay: f64,
+    pub(crate) weight_decay: f64,
     /// AdamW's beta1, the decay rate of the first moment
     #[arg(long, value_name = "X", default_value_t = 0.9)]
-    pub(super) adam_beta1: f64,
+    pub(crate) adam_beta1: f64,
     /// AdamW's beta2, the decay rate of the second moment
     #[arg(long, value_name = "X", default_value_t = 0.999)]
-    pub(super) adam_beta2: f64,
+    pub(crate) adam_beta2: f64,
     /// AdamW's epsilon, added to the square root of the second moment
     #[arg(long, value_name = "X", default_value_t = 1e-8)]
-    pub(super) adam_epsilon: f64,
+    pub(crate) adam_epsilon: f64,
     /// Maximum global norm of the gradients; 0: no clipping
     #[arg(long, value_name = "X", default_value_t = 1.0)]
-    pub(super) max_grad_norm: f64,
+    pub(crate) max_grad_norm: f64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -54,7 +54,7 @@ enum Scheduler {
 
 impl OptimizerArgs {
     /// The settings of AdamW.
-    pub(super) fn adamw(&self) -> AdamWConfig {
+    pub(crate) fn adamw(&self) -> AdamWConfig {
         AdamWConfig {
             beta1: self.adam_beta1,
             beta2: self.adam_beta2,
@@ -65,7 +65,7 @@ impl OptimizerArgs {
     }
 
     /// The shape of the learning-rate schedule after the warm-up.
-    pub(super) fn decay(&self) -> Decay {
+    pub(crate) fn decay(&self) -> Decay {
         match self.lr_scheduler_type {
             Scheduler::Linear => Decay::Linear,
             Scheduler::Cosine => Decay::Cosine,
@@ -74,7 +74,7 @@ impl OptimizerArgs {
     }
 
     /// The warm-up of the learning rate.
-    pub(super) fn warmup(&self) -> Warmup {
+    pub(crate) fn warmup(&self) -> Warmup {
         match (self.lr_scheduler_type, self.warmup_steps) {
             (Scheduler::Constant, _) => Warmup::Steps(0),
             (_, 0) => Warmup::Ratio(self.warmup_ratio),
@@ -83,7 +83,7 @@ impl OptimizerArgs {
     }
 
     /// Whether a warm-up is given with a schedule that has none.
-    pub(super) fn ignores_warmup(&self) -> bool {
+    pub(crate) fn ignores_warmup(&self) -> bool {
         self.lr_scheduler_type == Scheduler::Constant
             && (self.warmup_steps > 0 || self.warmup_ratio > 0.0)
     }

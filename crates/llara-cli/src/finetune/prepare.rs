@@ -72,12 +72,13 @@ impl<B: Backend> Prepared<B> {
         let (output_dir, lock, checkpoint) = match &purpose {
             Purpose::Run(output_dir) => {
                 check_apart(args, output_dir, &adapter, &model_name, &sources)?;
-                let (lock, checkpoint) = resume::claim(args, output_dir)?;
+                let (lock, checkpoint) = resume::claim(&args.output, output_dir)?;
                 (output_dir.clone(), Some(lock), checkpoint)
             }
             Purpose::Plan => (PathBuf::new(), None, None),
         };
-        let precision = resume::precision(args, checkpoint.as_ref(), &backend);
+        let precision = (&args.training, &args.precision);
+        let precision = resume::precision(precision, checkpoint.as_ref(), &backend);
         let group_size = args.data.train_group_size;
         let mut dataset = Dataset::open_sources(sources, args.data.on_bad_row)?;
         if args.data.on_bad_row == BadRows::Skip {
@@ -209,7 +210,7 @@ impl<B: Backend> Prepared<B> {
 }
 
 /// The initial recipe: that of the adapter, of the model, or the default one.
-fn starting_recipe(
+pub(crate) fn starting_recipe(
     dir: &Path,
     adapter: &Adapter,
     template: Option<&Template>,
@@ -229,7 +230,11 @@ fn starting_recipe(
 }
 
 /// The loader of the model that is trained: the embeddings of added tokens are in the adapter, if there is one.
-fn loader<'d>(dir: &'d Path, recipe: &Recipe, adapter: &'d Adapter) -> llara::Result<Loader<'d>> {
+pub(crate) fn loader<'d>(
+    dir: &'d Path,
+    recipe: &Recipe,
+    adapter: &'d Adapter,
+) -> llara::Result<Loader<'d>> {
     let loader = Loader::new(dir)?.with_recipe(recipe.clone());
     Ok(match adapter {
         Adapter::None => loader,
@@ -275,7 +280,7 @@ fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara
 }
 
 /// The usage error for a required option that is missing.
-pub(super) fn missing(option: &str) -> clap::Error {
+pub(crate) fn missing(option: &str) -> clap::Error {
     let text = format!("{option} is required, on the command line or in the run file\n");
     clap::Error::raw(Usage::MissingRequiredArgument, text)
 }
@@ -337,7 +342,7 @@ fn check_vocabulary(
 }
 
 /// The same for the texts of an evaluation.
-fn check_evaluated_texts(
+pub(crate) fn check_evaluated_texts(
     config: &TrainConfig,
     evaluation: &Evaluation,
     outline: &Outline,

@@ -5,14 +5,16 @@ use std::fmt::Display;
 use llara::{Error, ErrorKind, Result};
 
 use super::args::Args;
-use super::training_args::ChunkTokens;
+use super::optimizer_args::OptimizerArgs;
+use super::output_args::OutputArgs;
+use super::training_args::{ChunkTokens, TrainingArgs};
 use crate::trained_model::MAX_LEN;
 
 /// Fails unless `fits`.
 ///
 /// # Errors
 /// [`ErrorKind::Argument`] with `what`, the `expected` values, and the option with its value.
-pub(super) fn require(
+pub(crate) fn require(
     fits: bool,
     (option, value): (&str, impl Display),
     what: &str,
@@ -30,6 +32,7 @@ pub(super) fn require(
 /// The first number that is out of range.
 pub(super) fn check(args: &Args) -> Result<()> {
     let (data, training) = (&args.data, &args.training);
+    let temperature = args.contrastive.temperature;
     require(
         data.train_group_size >= 1,
         ("--train-group-size", data.train_group_size),
@@ -67,6 +70,24 @@ pub(super) fn check(args: &Args) -> Result<()> {
         "fewer than 4,294,967,295 passages per step",
     )?;
     require(
+        temperature.is_finite() && temperature > 0.0,
+        ("--temperature", temperature),
+        "the temperature is out of range",
+        "a positive number, such as 0.02",
+    )?;
+    check_loop(training, &args.optimizer, &args.output)
+}
+
+/// Checks the numbers of the options of the training loop.
+///
+/// # Errors
+/// The first number that is out of range.
+pub(crate) fn check_loop(
+    training: &TrainingArgs,
+    optimizer: &OptimizerArgs,
+    output: &OutputArgs,
+) -> Result<()> {
+    require(
         training.max_steps > 0 || training.max_steps == -1,
         ("--max-steps", training.max_steps),
         "the number of steps is out of range",
@@ -86,28 +107,21 @@ pub(super) fn check(args: &Args) -> Result<()> {
         "at least 1",
     )?;
     require(
-        training.temperature.is_finite() && training.temperature > 0.0,
-        ("--temperature", training.temperature),
-        "the temperature is out of range",
-        "a positive number, such as 0.02",
-    )?;
-    require(
         training.chunk_tokens != ChunkTokens::Tokens(0),
         ("--chunk-tokens", 0),
         "the chunk size is 0",
         "1 or more, such as 4096, or auto",
     )?;
     require(
-        args.output.logging_steps > 0,
+        output.logging_steps > 0,
         ("--logging-steps", 0),
         "the logging interval is 0",
         "1 or more",
     )?;
-    check_optimizer(args)
+    check_optimizer(optimizer)
 }
 
-fn check_optimizer(args: &Args) -> Result<()> {
-    let optimizer = &args.optimizer;
+fn check_optimizer(optimizer: &OptimizerArgs) -> Result<()> {
     let share = |x: f64| (0.0..1.0).contains(&x);
     for (option, value, fits, name, expected) in [
         (

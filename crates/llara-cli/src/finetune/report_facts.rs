@@ -60,17 +60,9 @@ fn settings<B: Backend>(
     config: &TrainConfig,
 ) -> llara::Result<Vec<(String, String)>> {
     let recipe = &prepared.recipe;
-    let adapter = match prepared.lora()? {
-        None => "none, all weights are trained".to_owned(),
-        Some(LoraConfig { rank, alpha, dropout, target_modules, .. }) => {
-            let modules: Vec<String> = target_modules.iter().map(ToString::to_string).collect();
-            format!("rank {rank}, alpha {alpha}, dropout {dropout}, on {}", modules.join(", "))
-        }
-    };
-    let adamw = &config.adamw;
-    let rows = [
+    let mut rows = vec![
         ("model", prepared.model_name.clone()),
-        ("adapter", adapter),
+        ("adapter", adapter(prepared.lora()?)),
         ("device", prepared.backend.description()),
         ("dtype", prepared.precision.to_string()),
         ("template", recipe.template.name.clone()),
@@ -81,8 +73,30 @@ fn settings<B: Backend>(
         ("query instruction", config.query_instruction.clone()),
         ("passage instruction", config.passage_instruction.clone()),
         ("objective", objective(&config.objective)),
-        ("temperature", args.training.temperature.to_string()),
+        ("temperature", args.contrastive.temperature.to_string()),
         ("normalized", recipe.normalized.to_string()),
+        ("batching", batching(&config.batching)),
+    ];
+    rows.extend(common_settings(config));
+    let given = rows.into_iter().filter(|(_, value)| !value.is_empty());
+    Ok(given.map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
+/// The adapter that is trained, if there is one.
+pub(crate) fn adapter(lora: Option<LoraConfig>) -> String {
+    match lora {
+        None => "none, all weights are trained".to_owned(),
+        Some(LoraConfig { rank, alpha, dropout, target_modules, .. }) => {
+            let modules: Vec<String> = target_modules.iter().map(ToString::to_string).collect();
+            format!("rank {rank}, alpha {alpha}, dropout {dropout}, on {}", modules.join(", "))
+        }
+    }
+}
+
+/// The settings of the optimizer and of the order of the rows.
+pub(crate) fn common_settings(config: &TrainConfig) -> [(&'static str, String); 7] {
+    let adamw = &config.adamw;
+    [
         ("learning rate", format!("{:e}", config.learning_rate)),
         ("schedule", format!("{:?}, warm-up {:?}", config.decay, config.warmup)),
         ("weight decay", adamw.weight_decay.to_string()),
@@ -92,11 +106,8 @@ fn settings<B: Backend>(
             adamw.max_grad_norm.map_or("none".to_owned(), |norm| norm.to_string()),
         ),
         ("sampling", format!("{:?}", config.sampling)),
-        ("batching", batching(&config.batching)),
         ("seed", config.seed.to_string()),
-    ];
-    let given = rows.into_iter().filter(|(_, value)| !value.is_empty());
-    Ok(given.map(|(name, value)| (name.to_owned(), value)).collect())
+    ]
 }
 
 fn batching(batching: &Batching) -> String {

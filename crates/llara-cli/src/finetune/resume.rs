@@ -8,16 +8,20 @@ use llara::train::plan::ChunkPolicy;
 use llara::train::{Checkpoint, Latest};
 use llara::{Error, ErrorKind, FolderLock, Result};
 
-use super::Args;
-use super::output_args::ResumeFrom;
+use super::output_args::{OutputArgs, ResumeFrom};
+use super::training_args::TrainingArgs;
+use crate::compute::Precision;
 use crate::output_folder;
 use crate::talk::{counted, say};
 
 /// Locks the output folder and finds the checkpoint to continue from, if the option is given. Without a
 /// checkpoint, a folder that is not empty is refused unless it may be overwritten.
-pub(super) fn claim(args: &Args, output_dir: &Path) -> Result<(FolderLock, Option<Checkpoint>)> {
-    let overwrite = args.output.overwrite_output_dir;
-    match &args.output.resume_from_checkpoint {
+pub(crate) fn claim(
+    output: &OutputArgs,
+    output_dir: &Path,
+) -> Result<(FolderLock, Option<Checkpoint>)> {
+    let overwrite = output.overwrite_output_dir;
+    match &output.resume_from_checkpoint {
         None | Some(ResumeFrom::Nothing) => {
             Ok((output_folder::claim(output_dir, overwrite)?, None))
         }
@@ -77,21 +81,23 @@ fn latest(output_dir: &Path) -> Result<Option<Checkpoint>> {
 
 /// The number format of activations. A resumed run takes the choices of `--dtype auto` and of the kernels from
 /// the checkpoint instead of another measurement, which could change the rounding of results.
-pub(super) fn precision(
-    args: &Args,
+pub(crate) fn precision(
+    (training, precision): (&TrainingArgs, &Precision),
     checkpoint: Option<&Checkpoint>,
     backend: &impl Backend,
 ) -> Dtype {
-    let Some(checkpoint) = checkpoint else { return args.precision(backend) };
+    let Some(checkpoint) = checkpoint else { return training.dtype(precision, backend) };
     if checkpoint.dtype() == Dtype::Bf16 {
         backend.use_kernels(checkpoint.kernels());
     }
-    if args.has_auto_precision() { checkpoint.dtype() } else { args.precision(backend) }
+    // With `auto` the number format depends on the device.
+    let is_auto = !training.bf16 && precision.is_auto();
+    if is_auto { checkpoint.dtype() } else { training.dtype(precision, backend) }
 }
 
 /// Which properties of the chunks are chosen. A resumed run takes those that depend on the free memory from the
 /// checkpoint: other chunks would change the rounding of results.
-pub(super) fn chunk_policy(given: ChunkPolicy, checkpoint: Option<&Checkpoint>) -> ChunkPolicy {
+pub(crate) fn chunk_policy(given: ChunkPolicy, checkpoint: Option<&Checkpoint>) -> ChunkPolicy {
     let Some(chunking) = checkpoint.map(Checkpoint::chunking) else { return given };
     match given {
         ChunkPolicy::Auto => ChunkPolicy::Fixed(chunking),

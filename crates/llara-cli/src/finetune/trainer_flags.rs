@@ -8,7 +8,7 @@ use super::flag_table::{FLAGS, OwnSettings, Treatment};
 
 /// The flags that are given.
 #[derive(Default)]
-pub(super) struct TrainerFlags {
+pub(crate) struct TrainerFlags {
     /// Name and values.
     given: Vec<(&'static str, Vec<String>)>,
 }
@@ -18,7 +18,7 @@ impl TrainerFlags {
     ///
     /// # Errors
     /// The first flag that asks for an unsupported feature.
-    pub(super) fn check(&self, own: &OwnSettings<'_>) -> Result<Vec<String>> {
+    pub(crate) fn check(&self, own: &OwnSettings<'_>) -> Result<Vec<String>> {
         let mut notes = Vec::new();
         for (name, treatment) in FLAGS {
             let Some(values) = self.values(name) else { continue };

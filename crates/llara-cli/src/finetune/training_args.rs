@@ -1,24 +1,60 @@
-//! Options of `llara finetune` about the training loop: its length, the batch and its chunks.
+//! Options of `llara finetune` and `llara pretrain` about the training loop: its length, the batch and its chunks.
 
 use std::time::Duration;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
-use llara::train::Chunking;
+use llara::backend::{Backend, Dtype};
 use llara::train::plan::{ChunkPolicy, MemoryBudget};
+use llara::train::{Chunking, RunLength};
+
+use crate::compute::Precision;
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Training")]
-pub(super) struct TrainingArgs {
+pub(crate) struct TrainingArgs {
     /// Number of steps, instead of --num-train-epochs; −1: not set
     #[arg(long, value_name = "N", default_value_t = -1)]
-    pub(super) max_steps: i64,
+    pub(crate) max_steps: i64,
     /// Number of epochs
     #[arg(long, value_name = "X", default_value_t = 3.0)]
-    pub(super) num_train_epochs: f64,
-    /// Number of queries per step
+    pub(crate) num_train_epochs: f64,
+    /// Number of rows per step
     #[arg(long, value_name = "N", default_value_t = 8)]
-    pub(super) per_device_train_batch_size: usize,
+    pub(crate) per_device_train_batch_size: usize,
+    /// Maximum number of tokens in a chunk of a batch: smaller chunks need less memory and more work,
+    /// the gradient is the same; auto: one chunk if it fits in memory, otherwise the cheapest division
+    #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = chunk_tokens)]
+    pub(crate) chunk_tokens: ChunkTokens,
+    /// Memory limit of the process, such as 8GiB, 800MB or 50% [default: 90 % of the free memory]
+    #[arg(long, value_name = "SIZE", value_parser = memory_budget)]
+    pub(crate) memory_budget: Option<MemoryBudget>,
+    /// Maximum number of sequences in a chunk of a batch; −1: no limit
+    #[arg(long, value_name = "N", default_value_t = -1)]
+    pub(crate) sub_batch_size: i64,
+    /// Compute the last layer, except keys and values, only at the pooled positions: less work, the same
+    /// result
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "true", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(crate) last_layer_at_pooled: bool,
+    /// The reference's name for --dtype bf16
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set, hide = true)]
+    #[arg(value_parser = BoolishValueParser::new(), conflicts_with = "dtype")]
+    pub(crate) bf16: bool,
+    /// Stop after this time since the start, such as 3h50m or 90m, in the same way as after a signal
+    #[arg(long, value_name = "TIME", value_parser = crate::values::duration)]
+    pub(crate) max_time: Option<Duration>,
+    /// Seed of all random numbers
+    #[arg(long, value_name = "N", default_value_t = 42, value_parser = whole_number)]
+    pub(crate) seed: u64,
+}
+
+/// Options about the comparison of queries with passages.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Training")]
+pub(super) struct ContrastiveArgs {
     /// Divisor of the similarities in the loss; always 1.0 with --normalized false
     #[arg(long, value_name = "X", default_value_t = 0.02)]
     pub(super) temperature: f32,
@@ -27,43 +63,16 @@ pub(super) struct TrainingArgs {
     #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) negatives_cross_device: bool,
-    /// Maximum number of tokens in a chunk of a batch: smaller chunks need less memory and more work,
-    /// the gradient is the same; auto: one chunk if it fits in memory, otherwise the cheapest division
-    #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = chunk_tokens)]
-    pub(super) chunk_tokens: ChunkTokens,
-    /// Memory limit of the process, such as 8GiB, 800MB or 50% [default: 90 % of the free memory]
-    #[arg(long, value_name = "SIZE", value_parser = memory_budget)]
-    pub(super) memory_budget: Option<MemoryBudget>,
-    /// Maximum number of sequences in a chunk of a batch; −1: no limit
-    #[arg(long, value_name = "N", default_value_t = -1)]
-    pub(super) sub_batch_size: i64,
-    /// Compute the last layer, except keys and values, only at the pooled positions: less work, the same
-    /// result
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(default_value = "true", action = ArgAction::Set)]
-    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) last_layer_at_pooled: bool,
     /// Encode equal texts of a batch only once; has no effect with dropout
     #[arg(long, alias = "equal-once", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) dedup_sequences: bool,
-    /// The reference's name for --dtype bf16
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(default_value = "false", action = ArgAction::Set, hide = true)]
-    #[arg(value_parser = BoolishValueParser::new(), conflicts_with = "dtype")]
-    pub(super) bf16: bool,
-    /// Stop after this time since the start, such as 3h50m or 90m, in the same way as after a signal
-    #[arg(long, value_name = "TIME", value_parser = crate::values::duration)]
-    pub(super) max_time: Option<Duration>,
-    /// Seed of all random numbers
-    #[arg(long, value_name = "N", default_value_t = 42, value_parser = whole_number)]
-    pub(super) seed: u64,
 }
 
 /// The size of the chunks of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ChunkTokens {
+pub(crate) enum ChunkTokens {
     /// Depends on the available memory.
     Auto,
     /// At most this number of tokens.
@@ -88,9 +97,22 @@ fn whole_number(text: &str) -> Result<u64, String> {
 }
 
 impl TrainingArgs {
+    /// The length of the run.
+    pub(crate) fn length(&self) -> RunLength {
+        match u64::try_from(self.max_steps) {
+            Ok(steps) => RunLength::Steps(steps),
+            Err(_) => RunLength::Epochs(self.num_train_epochs),
+        }
+    }
+
+    /// The number format of activations: `--dtype`, or bf16 with the reference's flag `--bf16`.
+    pub(crate) fn dtype(&self, precision: &Precision, backend: &impl Backend) -> Dtype {
+        if self.bf16 { Dtype::Bf16 } else { precision.dtype(backend) }
+    }
+
     /// Which properties of the chunks are chosen. With a given size, no activations are kept between the
     /// passes, unless a memory budget is given too.
-    pub(super) fn chunk_policy(&self) -> ChunkPolicy {
+    pub(crate) fn chunk_policy(&self) -> ChunkPolicy {
         let sequences = usize::try_from(self.sub_batch_size).ok().filter(|&n| n > 0);
         let max_sequences = sequences.unwrap_or(usize::MAX);
         let chunks_of = |max_tokens| Chunking { max_tokens, max_sequences, kept_tokens: 0 };

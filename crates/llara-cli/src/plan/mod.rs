@@ -72,7 +72,7 @@ fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
     for line in forecast.lines() {
         say!("{line}");
     }
-    let refusal = forecast.refusal(&prepared)?;
+    let refusal = forecast.refusal()?;
     if let Some(refusal) = &refusal {
         say!("finetune would refuse: {refusal}");
     }

@@ -18,6 +18,7 @@ mod model_card;
 mod objectives;
 mod output_folder;
 mod plan;
+mod pretrain;
 mod reference_command;
 mod report;
 mod report_in_browser;

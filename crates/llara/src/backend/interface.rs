@@ -347,6 +347,20 @@ pub trait Backend: Clone + Send + Sync + 'static {
         weight: f32,
         dscores: &mut Self::Tensor,
     ) -> Result<Self::Tensor>;
+    /// The loss of predicting a set of columns from several rows together (Llama2Vec, Li et al. 2023). The rows are
+    /// divided into bags of `bag_rows` rows. With `m_v` the maximum of column `v` over the rows of a bag, and
+    /// `T` the columns that `sets` lists for that bag, at least one and each once, the loss of the bag is
+    /// `−1/|T| · Σ_{v ∈ T} log softmax(m)_v`.
+    ///
+    /// Returns the mean over the bags `[1, 1]`, and its gradient `[n · bag_rows, m]` with respect to the logits:
+    /// `(softmax(m)_v − 1[v ∈ T] / |T|) / n` in the first row of the bag that has the maximum of column `v`, 0 in
+    /// its other rows. A NaN among the logits of a bag makes the loss NaN.
+    fn set_cross_entropy(
+        &self,
+        logits: &Self::Tensor,
+        bag_rows: usize,
+        sets: &ListedColumns<Self>,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
     /// `sum[0] += Σ x²` over the elements `range` of x, in row-major order. sum `[1, 1]`
     fn add_sum_of_squares(
         &self,
@@ -378,14 +392,14 @@ pub struct ScoreMask<B: Backend> {
     /// groups do not matter.
     pub group_size: Option<usize>,
     /// Columns that are listed.
-    pub columns: Option<MaskedColumns<B>>,
+    pub columns: Option<ListedColumns<B>>,
     /// Columns whose score is larger than the target's by more than this.
     pub margin: Option<f32>,
 }
 
-/// Columns of each row of a matrix.
-pub struct MaskedColumns<B: Backend> {
-    /// Those of row `i` are `starts[i]..starts[i + 1]` of `columns`. `[n + 1]`
+/// Columns of each row, or of each bag of rows, of a matrix.
+pub struct ListedColumns<B: Backend> {
+    /// Those of row or bag `i` are `starts[i]..starts[i + 1]` of `columns`. `[n + 1]`
     pub starts: B::Index,
     /// Column numbers.
     pub columns: B::Index,

@@ -37,7 +37,7 @@ pub use counting::{CountedTensor, CountingBackend};
 pub use cpu::{Cpu, gemm};
 pub use cuda::{Cuda, CudaDownload, CudaIndex, CudaTensor, CudaWeight, KernelTime};
 pub use interface::{
-    AttentionInput, AttentionOutput, Backend, Layout, MaskedColumns, PreparedWeight, RopeTable,
+    AttentionInput, AttentionOutput, Backend, Layout, ListedColumns, PreparedWeight, RopeTable,
     ScatterPlan, ScoreMask, TokenIds,
 };
 pub use memory::{DeviceMemory, OffsetAllocator};

@@ -31,6 +31,7 @@ pub struct Loader<'d> {
     vocabulary_in_adapter: bool,
     adapter: Option<&'d Path>,
     matrices: Dtype,
+    head: bool,
 }
 
 impl<'d> Loader<'d> {
@@ -55,6 +56,7 @@ impl<'d> Loader<'d> {
             vocabulary_in_adapter: false,
             adapter: None,
             matrices: Dtype::F32,
+            head: false,
         })
     }
 
@@ -99,6 +101,12 @@ impl<'d> Loader<'d> {
     /// or learns by adapters alone. Exact where the folder has bf16.
     pub fn matrices(mut self, dtype: Dtype) -> Self {
         self.matrices = dtype;
+        self
+    }
+
+    /// Also loads the language-model head, for pretraining.
+    pub fn language_model_head(mut self, load: bool) -> Self {
+        self.head = load;
         self
     }
 
@@ -173,6 +181,9 @@ impl<'d> Loader<'d> {
         options: BiEncoderOptions,
     ) -> Result<BiEncoderModel<B>> {
         let (folder, mut decoder) = ModelFolder::load(&backend, self.dir, self.matrices)?;
+        if self.head {
+            folder.load_head(&backend, &mut decoder)?;
+        }
         if !self.vocabulary_in_adapter {
             decoder.grow_vocabulary(&backend, outline.decoder.vocab_size)?;
         }

@@ -478,6 +478,19 @@ impl<B: Backend> BiEncoderModel<B> {
     }
 
     fn input(&self, batch: BatchView<'_>, sequence_numbers: &[u32]) -> Result<Input<B>> {
+        let pooled_tokens = self.prompts.template().pooled_tokens;
+        let counts = std::iter::repeat_n(pooled_tokens, batch.len());
+        self.input_with_output_rows(batch, counts, sequence_numbers)
+    }
+
+    /// Some sequences of a training batch on the device; the decoder returns the hidden states of the last
+    /// `counts[s]` positions of each sequence.
+    pub(crate) fn input_with_output_rows(
+        &self,
+        batch: BatchView<'_>,
+        counts: impl IntoIterator<Item = usize>,
+        sequence_numbers: &[u32],
+    ) -> Result<Input<B>> {
         let vocab_size = self.decoder.config().vocab_size;
         if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= vocab_size) {
             return Err(Error::new(ErrorKind::Data, "a token id is beyond the model's vocabulary")
@@ -485,7 +498,6 @@ impl<B: Backend> BiEncoderModel<B> {
                 .got(id)
                 .hint("the tokenizer and the weights must come from the same model"));
         }
-        let pooled_tokens = self.prompts.template().pooled_tokens;
-        self.decoder.input(&self.backend, batch, pooled_tokens, sequence_numbers)
+        self.decoder.input(&self.backend, batch, counts, sequence_numbers)
     }
 }

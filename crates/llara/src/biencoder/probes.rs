@@ -178,7 +178,8 @@ impl Probes {
         let batch = Batch::from_sequences(self.probes.iter().map(|probe| &probe.input_ids))?;
         let sequences = vec![0; batch.len()];
         let pooled_tokens = recipe.template.pooled_tokens;
-        let input = Input::new(backend, batch.view(), pooled_tokens, &sequences, &[])?;
+        let counts = sequences.iter().map(|_| pooled_tokens);
+        let input = Input::new(backend, batch.view(), counts, &sequences, &[])?;
         let mut embeddings = embed_streamed(backend, config, values, &input)?;
         if recipe.normalized {
             embeddings = backend.normalize(&embeddings)?.0;

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Instructions;
-use crate::text::{Role, Template};
+use crate::text::{PromptEncoder, Role, Template};
 use crate::{Error, ErrorKind, Result};
 
 /// The file of a model folder that contains the recipe.
@@ -48,6 +48,20 @@ impl Recipe {
             passage_instruction: String::new(),
             tasks: BTreeMap::new(),
         }
+    }
+
+    /// Tokens that [`make_room`](Self::make_room) leaves for a text.
+    pub const MIN_TEXT_TOKENS: usize = 24;
+
+    /// Raises maximum lengths that leave fewer than [`MIN_TEXT_TOKENS`](Self::MIN_TEXT_TOKENS) beside the template: a
+    /// tokenizer with a small vocabulary needs many tokens for the template.
+    pub fn make_room(&mut self, prompts: &PromptEncoder) {
+        let least = |role| {
+            let (prefix, suffix) = prompts.affixes(role);
+            prefix.len() + suffix.len() + Self::MIN_TEXT_TOKENS
+        };
+        self.query_max_len = self.query_max_len.max(least(Role::Query));
+        self.passage_max_len = self.passage_max_len.max(least(Role::Passage));
     }
 
     /// The maximum length for a role.

@@ -42,7 +42,10 @@ impl<B: Backend> BiEncoderModel<B> {
 
     fn read_all_weights(&mut self, dir: &Path) -> Result<()> {
         let backend = self.backend.clone();
-        let (_, mut saved) = ModelFolder::load(&backend, dir, Dtype::F32)?;
+        let (folder, mut saved) = ModelFolder::load(&backend, dir, Dtype::F32)?;
+        if self.decoder.has_head() {
+            folder.load_head(&backend, &mut saved)?;
+        }
         let mut saved = saved.parameters_mut();
         for parameter in self.decoder.parameters_mut() {
             let fits = saved.next().filter(|other| {

@@ -76,8 +76,20 @@ pub(crate) fn read_rows(
     Ok(())
 }
 
-/// The files of sources, with folders replaced by the files in them: the index of the source, and the path.
+/// Extensions of files of training rows.
+pub(super) const ROW_FILES: &[&str] = &["jsonl", "json"];
+
+/// The files of sources, with folders replaced by the files of training rows in them: the index of the source, and
+/// the path.
 pub(crate) fn data_files(sources: &[DataSource]) -> Result<Vec<(usize, PathBuf)>> {
+    files_with_extensions(sources, ROW_FILES)
+}
+
+/// The same for files that have one of these extensions.
+pub(super) fn files_with_extensions(
+    sources: &[DataSource],
+    extensions: &[&str],
+) -> Result<Vec<(usize, PathBuf)>> {
     let mut files = Vec::new();
     for (index, DataSource { path, .. }) in sources.iter().enumerate() {
         let failed = |e| Error::io("read training data", path, e);
@@ -88,14 +100,14 @@ pub(crate) fn data_files(sources: &[DataSource]) -> Result<Vec<(usize, PathBuf)>
             let before = files.len();
             for entry in fs::read_dir(path).map_err(failed)? {
                 let file = entry.map_err(failed)?.path();
-                if is_data_file(&file) {
+                if is_data_file(&file, extensions) {
                     files.push((index, file));
                 }
             }
             if files.len() == before {
                 return Err(Error::new(ErrorKind::Data, "the folder has no training data")
                     .file(path)
-                    .expected("files whose names end in .jsonl or .json"));
+                    .expected(format!("files whose names end in .{}", extensions.join(" or ."))));
             }
             files[before..].sort();
         } else {
@@ -109,8 +121,8 @@ pub(crate) fn data_files(sources: &[DataSource]) -> Result<Vec<(usize, PathBuf)>
     Ok(files)
 }
 
-fn is_data_file(path: &Path) -> bool {
+fn is_data_file(path: &Path, extensions: &[&str]) -> bool {
     let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    !hidden && matches!(extension, "jsonl" | "json") && path.is_file()
+    !hidden && extensions.contains(&extension) && path.is_file()
 }

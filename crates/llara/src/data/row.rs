@@ -46,25 +46,7 @@ impl TrainingRow {
     /// consists of white space; or the scores differ in number from their passages or are not finite.
     pub fn parse(bytes: &[u8], path: impl AsRef<Path>, line: u64) -> Result<TrainingRow> {
         let location = Location { path: path.as_ref(), line };
-        let text = std::str::from_utf8(bytes).map_err(|e| {
-            location
-                .error("not UTF-8")
-                .got(format!("an invalid byte at column {}", e.valid_up_to() + 1))
-                .hint("convert the file to UTF-8")
-        })?;
-        let value: Value = serde_json::from_str(text).map_err(|e| {
-            location
-                .error(format!("not JSON at column {}", e.column()))
-                .because(e)
-                .hint("each line must be one complete JSON object")
-        })?;
-        let Value::Object(mut fields) = value else {
-            return Err(location
-                .error("not a JSON object")
-                .expected("{\"query\": …, \"pos\": […], \"neg\": […]}")
-                .got(describe(&value)));
-        };
-
+        let mut fields = location.fields(bytes, "{\"query\": …, \"pos\": […], \"neg\": […]}")?;
         let query = location.text("query", location.required(&mut fields, "query")?)?;
         let pos = location.texts("pos", location.required(&mut fields, "pos")?)?;
         if pos.is_empty() {
@@ -105,21 +87,39 @@ impl TrainingRow {
 }
 
 /// The file and line of a row; creates its errors.
-struct Location<'a> {
-    path: &'a Path,
-    line: u64,
+pub(super) struct Location<'a> {
+    pub(super) path: &'a Path,
+    pub(super) line: u64,
 }
 
 impl Location<'_> {
-    fn error(&self, what: impl Into<String>) -> Error {
+    /// The fields of a line that is one JSON object. `expected` is an example for the error.
+    pub(super) fn fields(&self, bytes: &[u8], expected: &str) -> Result<Map<String, Value>> {
+        let text = std::str::from_utf8(bytes).map_err(|e| {
+            self.error("not UTF-8")
+                .got(format!("an invalid byte at column {}", e.valid_up_to() + 1))
+                .hint("convert the file to UTF-8")
+        })?;
+        let value: Value = serde_json::from_str(text).map_err(|e| {
+            self.error(format!("not JSON at column {}", e.column()))
+                .because(e)
+                .hint("each line must be one complete JSON object")
+        })?;
+        match value {
+            Value::Object(fields) => Ok(fields),
+            value => Err(self.error("not a JSON object").expected(expected).got(describe(&value))),
+        }
+    }
+
+    pub(super) fn error(&self, what: impl Into<String>) -> Error {
         Error::new(ErrorKind::Data, what).line(self.path, self.line)
     }
 
-    fn wrong_type(&self, field: &str, expected: &str, got: &Value) -> Error {
+    pub(super) fn wrong_type(&self, field: &str, expected: &str, got: &Value) -> Error {
         self.error(format!("`{field}` has the wrong type")).expected(expected).got(describe(got))
     }
 
-    fn required(&self, fields: &mut Map<String, Value>, name: &str) -> Result<Value> {
+    pub(super) fn required(&self, fields: &mut Map<String, Value>, name: &str) -> Result<Value> {
         fields.remove(name).ok_or_else(|| {
             self.error(format!("`{name}` is missing")).got(match fields.len() {
                 0 => "no other field".to_owned(),
@@ -128,7 +128,7 @@ impl Location<'_> {
         })
     }
 
-    fn text(&self, field: &str, value: Value) -> Result<String> {
+    pub(super) fn text(&self, field: &str, value: Value) -> Result<String> {
         match value {
             Value::String(text) if text.trim().is_empty() => {
                 Err(self.error(format!("`{field}` is empty")).got(format!("{:?}", preview(&text))))

@@ -7,7 +7,7 @@ use super::info_nce::{InfoNce, Scored};
 use super::options::{Distillation, ObjectiveOptions};
 use super::terms::{ComparedEmbeddings, Directions, Gradients, Reverse, Terms};
 use super::text_keys::{ColumnLists, TextKeys};
-use crate::backend::{Backend, Dtype, MaskedColumns, ScatterPlan, ScatterRows, ScoreMask, Shape};
+use crate::backend::{Backend, Dtype, ListedColumns, ScatterPlan, ScatterRows, ScoreMask, Shape};
 use crate::dist::Collective;
 use crate::{Error, ErrorKind, Result};
 
@@ -244,7 +244,7 @@ impl<B: Backend> Contrastive<B> {
             Some(listed) => {
                 let [starts, columns] =
                     backend.upload_indices([&listed.starts, &listed.columns])?;
-                Some(MaskedColumns { starts, columns })
+                Some(ListedColumns { starts, columns })
             }
         };
         let is_empty = group_size.is_none() && margin.is_none() && columns.is_none();

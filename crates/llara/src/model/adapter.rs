@@ -162,7 +162,7 @@ impl<B: Backend> Decoder<B> {
         if let Some(table) = table {
             self.replace_trained_tokens(None);
             let rows = table.len() / self.config().hidden_size;
-            self.replace_embeddings(backend, rows, &table)?;
+            self.replace_vocabulary(backend, rows, &table, None)?;
         }
         let linears = self.blocks_mut().flat_map(Block::linears_mut);
         for (linear, unrounded) in linears.zip(unrounded) {

@@ -25,6 +25,16 @@ pub enum Family {
 }
 
 impl Family {
+    /// The class in transformers of a model with a language-model head.
+    pub(crate) fn causal_lm_class(self) -> &'static str {
+        match self {
+            Family::Llama => "LlamaForCausalLM",
+            Family::Mistral => "MistralForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+
     const ALL: [(&'static str, Family); 4] = [
         ("llama", Family::Llama),
         ("mistral", Family::Mistral),

@@ -4,6 +4,7 @@ use super::attention::Attention;
 use super::block::{Block, SavedBlock};
 use super::config::DecoderConfig;
 use super::gradients_ready::GradientsReady;
+use super::head::Head;
 use super::input::Input;
 use super::linear::{Linear, Projection};
 use super::lora::PROJECTIONS;
@@ -17,14 +18,16 @@ use crate::Result;
 use crate::backend::{AttentionShape, Backend, CountingBackend, Cpu, Dtype, Shape};
 use crate::data::BatchView;
 
-/// A decoder without its language-model head: token ids in, hidden states out.
+/// A decoder: token ids in, hidden states out. For pretraining it has a language-model head too.
 pub struct Decoder<B: Backend> {
     config: DecoderConfig,
-    embed_tokens: Parameter<B>,
+    pub(super) embed_tokens: Parameter<B>,
     /// Tokens whose embeddings are not those of the table.
     trained_tokens: Option<TrainedTokens<B>>,
     blocks: Vec<Block<B>>,
     norm: RmsNorm<B>,
+    /// Attached for pretraining only.
+    pub(super) head: Option<Head<B>>,
     rope: Rope<B>,
     last_block_at_pooled_rows: bool,
     activations: Dtype,
@@ -59,6 +62,7 @@ impl<B: Backend> Decoder<B> {
             trained_tokens: None,
             blocks,
             norm,
+            head: None,
             rope,
             last_block_at_pooled_rows,
             activations,
@@ -239,6 +243,7 @@ impl<B: Backend> Decoder<B> {
             .chain(self.trained_tokens.iter().map(|tokens| &tokens.rows))
             .chain(self.blocks.iter().flat_map(Block::parameters))
             .chain(std::iter::once(&self.norm.weight))
+            .chain(self.head.iter().filter_map(Head::untied))
     }
 
     /// All parameters, mutable.
@@ -247,6 +252,7 @@ impl<B: Backend> Decoder<B> {
             .chain(self.trained_tokens.iter_mut().map(|tokens| &mut tokens.rows))
             .chain(self.blocks.iter_mut().flat_map(Block::parameters_mut))
             .chain(std::iter::once(&mut self.norm.weight))
+            .chain(self.head.iter_mut().filter_map(Head::untied_mut))
     }
 
     /// The tensors of the weight files, in the order of the model.
@@ -259,21 +265,40 @@ impl<B: Backend> Decoder<B> {
         self.parameters_mut().for_each(Parameter::clear_grad);
     }
 
+    /// Sets all gradients to zero, for a process that has no sequence in a step.
+    pub(crate) fn set_zero_gradients(&mut self, backend: &B) -> Result<()> {
+        self.trainable_parameters_mut().try_for_each(|parameter| parameter.set_zero_grad(backend))
+    }
+
     /// Frees the memory of all gradients.
     pub fn drop_gradients(&mut self) {
         self.parameters_mut().for_each(Parameter::drop_grad);
     }
 
-    /// Replaces the token embeddings by a table with more rows. `[vocab_size, d]`
-    pub(crate) fn replace_embeddings(
+    /// Replaces the token embeddings, and the weight of an untied head if `head` has its values, by matrices with
+    /// more rows. `[vocab_size, d]`
+    pub(crate) fn replace_vocabulary(
         &mut self,
         backend: &B,
         vocab_size: usize,
         table: &[f32],
+        head: Option<&[f32]>,
     ) -> Result<()> {
         self.embed_tokens.grow(backend, vocab_size, table)?;
+        if let (Some(values), Some(weight)) = (head, self.untied_head_mut()) {
+            weight.grow(backend, vocab_size, values)?;
+        }
         self.config.vocab_size = vocab_size;
         Ok(())
+    }
+
+    /// The weight of an untied head that is attached. `[vocab_size, d]`
+    pub(crate) fn untied_head(&self) -> Option<&B::Tensor> {
+        self.head.as_ref().and_then(Head::untied).map(Parameter::values)
+    }
+
+    fn untied_head_mut(&mut self) -> Option<&mut Parameter<B>> {
+        self.head.as_mut().and_then(Head::untied_mut)
     }
 
     /// The token embeddings, without trained ones of single tokens. `[vocab_size, d]`
@@ -297,16 +322,21 @@ impl<B: Backend> Decoder<B> {
         std::mem::replace(&mut self.trained_tokens, tokens)
     }
 
-    /// A batch of this model's token ids on the device; see [`Input::new`].
-    pub(crate) fn input(
+    /// A batch of this model's token ids on the device. [`forward`](Self::forward) returns the hidden states of the
+    /// last `counts[s]` positions of each sequence (all, if it has fewer). `sequence_numbers` are the indices of the
+    /// sequences in the whole step, on which dropout depends.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub fn input(
         &self,
         backend: &B,
         batch: BatchView<'_>,
-        pooled_tokens: usize,
+        counts: impl IntoIterator<Item = usize>,
         sequence_numbers: &[u32],
     ) -> Result<Input<B>> {
         let trained = self.trained_tokens.as_ref().map_or(&[][..], TrainedTokens::ids);
-        Input::new(backend, batch, pooled_tokens, sequence_numbers, trained)
+        Input::new(backend, batch, counts, sequence_numbers, trained)
     }
 }
 

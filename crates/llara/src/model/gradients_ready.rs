@@ -5,7 +5,7 @@ use crate::Result;
 use crate::backend::Backend;
 
 /// Receives parameters during a backward pass, as soon as no later part of the pass adds to their
-/// gradients: those of the final norm, then those of each layer from the last to the first, then the
+/// gradients: those of an untied language-model head, of the final norm, then those of each layer from the last to the first, then the
 /// embeddings. The sum over processes can therefore run during the rest of the pass.
 ///
 /// `()` ignores them.

@@ -28,22 +28,22 @@ pub struct Input<B: Backend> {
 }
 
 impl<B: Backend> Input<B> {
-    /// Uploads `batch`, in one transfer (besides those of trained tokens); the last `pooled_tokens` tokens of each sequence (all, if it has
-    /// fewer) are pooled. `sequence_numbers` are the indices of the sequences in the whole step. The tokens
-    /// `trained`, ascending, have embeddings of their own.
+    /// Uploads `batch`, in one transfer (besides those of trained tokens). The last `counts[s]` tokens of each
+    /// sequence (all, if it has fewer) are pooled: the decoder returns their hidden states. `sequence_numbers` are
+    /// the indices of the sequences in the whole step. The tokens `trained`, ascending, have embeddings of their own.
     pub(crate) fn new(
         backend: &B,
         batch: BatchView<'_>,
-        pooled_tokens: usize,
+        counts: impl IntoIterator<Item = usize>,
         sequence_numbers: &[u32],
         trained: &[u32],
     ) -> Result<Self> {
         let mut all = HostRows::default();
         let mut pooled = HostRows::default();
-        let mut pooled_rows = Vec::with_capacity(batch.len() * pooled_tokens);
-        for (bounds, &number) in batch.bounds().zip(sequence_numbers) {
+        let mut pooled_rows = Vec::new();
+        for ((bounds, &number), count) in batch.bounds().zip(sequence_numbers).zip(counts) {
             let length = bounds.end - bounds.start;
-            let first_pooled = length.saturating_sub(pooled_tokens as u32);
+            let first_pooled = length.saturating_sub(count as u32);
             pooled_rows.extend(bounds.start + first_pooled..bounds.end);
             pooled.push(number, first_pooled..length);
             all.push(number, 0..length);

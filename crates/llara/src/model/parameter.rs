@@ -43,7 +43,8 @@ impl ParameterValues {
 enum Kind {
     /// Matrices `[out, in]`, stacked by rows; products multiply by them.
     Stacked,
-    /// An embedding table `[rows, d]`, for lookups of rows.
+    /// An embedding table `[rows, d]`, for lookups of rows; products multiply by it too if it is also the
+    /// language-model head.
     Table,
     /// Vectors `[n]`, concatenated in one row.
     Vector,
@@ -72,6 +73,8 @@ pub struct Parameter<B: Backend> {
     purpose: WeightUse,
     /// A frozen parameter has no gradient and no optimizer state.
     trainable: bool,
+    /// Whether products multiply by the values.
+    multiplied: bool,
     /// Allocated once; before the first step if there is an optimizer.
     grad: Option<B::Tensor>,
 }
@@ -194,7 +197,15 @@ impl<B: Backend> Parameter<B> {
             Kind::Table | Kind::Vector => WeightUse::Elementwise,
         };
         let weight = backend.prepare(matrix, purpose)?;
-        Ok(Parameter { kind, parts, weight, purpose, trainable: true, grad: None })
+        Ok(Parameter {
+            kind,
+            parts,
+            weight,
+            purpose,
+            trainable: true,
+            multiplied: kind == Kind::Stacked,
+            grad: None,
+        })
     }
 
     /// A view of some rows of the matrix, or of some columns if the parts are vectors.
@@ -362,12 +373,17 @@ impl<B: Backend> Parameter<B> {
         self.drop_grad();
     }
 
+    /// Makes [`prepare`](Self::prepare) prepare a table for products.
+    pub(crate) fn set_multiplied(&mut self) {
+        self.multiplied = true;
+    }
+
     /// Prepares the weight for products with activations of this dtype.
     pub(crate) fn prepare(&mut self, backend: &B, activations: Dtype) -> Result<()> {
-        let purpose = match (self.kind, self.trainable) {
-            (Kind::Table | Kind::Vector, _) => WeightUse::Elementwise,
-            (Kind::Stacked, true) => WeightUse::Trainable(activations),
-            (Kind::Stacked, false) => WeightUse::Frozen(activations),
+        let purpose = match (self.multiplied, self.trainable) {
+            (false, _) => WeightUse::Elementwise,
+            (true, true) => WeightUse::Trainable(activations),
+            (true, false) => WeightUse::Frozen(activations),
         };
         if purpose == self.purpose {
             return Ok(());
@@ -394,6 +410,19 @@ impl<B: Backend> Parameter<B> {
         self.set_values(backend, change(values)?)
     }
 
+    /// Replaces the values by others of the same shape, in row-major order, as f32.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    ///
+    /// # Panics
+    /// If the number of values differs.
+    pub fn write_values(&mut self, backend: &B, values: &[f32]) -> Result<()> {
+        let (rows, cols) = self.values().shape();
+        let values = backend.upload(values, rows, cols)?;
+        self.set_values(backend, values)
+    }
+
     /// Takes the values, which [`set_values`](Self::set_values) must replace.
     pub(crate) fn take_values(&mut self, backend: &B) -> Result<B::Tensor> {
         let nothing = backend.prepare(backend.zeros(0, 0, Dtype::F32)?, WeightUse::Elementwise)?;
@@ -406,7 +435,7 @@ impl<B: Backend> Parameter<B> {
         Ok(())
     }
 
-    /// Replaces the values of a table by one of `rows` rows.
+    /// Replaces the values of a parameter of one matrix by one of `rows` rows.
     pub(crate) fn grow(&mut self, backend: &B, rows: usize, values: &[f32]) -> Result<()> {
         let table = backend.upload(values, rows, self.values().cols())?;
         self.weight = backend.prepare(table, self.purpose)?;

@@ -201,7 +201,7 @@ mod tests {
     fn input(backend: &Cpu, decoder: &Decoder<Cpu>) -> Input<Cpu> {
         let batch =
             Batch::from_sequences([&[3u32, 384, 9, 385, 384][..], &[7, 7, 385], &[1, 2]]).unwrap();
-        decoder.input(backend, batch.view(), 2, &[0, 1, 2]).unwrap()
+        decoder.input(backend, batch.view(), [2; 3], &[0, 1, 2]).unwrap()
     }
 
     /// A fixed weight of each element of the output, of both signs.

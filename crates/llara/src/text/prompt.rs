@@ -74,6 +74,17 @@ impl PromptEncoder {
         Ok(ids)
     }
 
+    /// The ids of a text alone, without its template, of at most `max_tokens` tokens; may be empty.
+    ///
+    /// # Errors
+    /// A token is not in the model's vocabulary.
+    pub fn encode_text(&self, text: &str, max_tokens: usize) -> Result<Vec<u32>> {
+        let mut ids = self.tokenizer.encode(text, false)?;
+        ids.truncate(max_tokens);
+        self.check_ids(&ids)?;
+        Ok(ids)
+    }
+
     /// [`PromptEncoder::encode`] for many texts, in parallel. The result has the order of `texts`.
     ///
     /// # Errors

@@ -109,6 +109,27 @@ impl TextTokenizer {
         added.into_values().filter(|token| token.special).map(|token| token.content).collect()
     }
 
+    /// The ids of the special tokens, without those that stand for a byte of a text (`<0x0A>`), which some
+    /// tokenizers list as special.
+    pub fn special_ids(&self) -> HashSet<u32> {
+        let is_byte = |text: &str| {
+            let digits = text.strip_prefix("<0x").and_then(|text| text.strip_suffix('>'));
+            digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())
+        };
+        let added = self.inner.get_added_tokens_decoder().into_iter();
+        let special = added.filter(|(_, token)| token.special && !is_byte(&token.content));
+        special.map(|(id, _)| id).collect()
+    }
+
+    /// Number of special tokens that the post-processor adds to a text.
+    ///
+    /// # Errors
+    /// The tokenizer cannot encode a short text.
+    pub fn added_special_tokens(&self) -> Result<usize> {
+        let encoding = guarded(|| self.inner.encode_fast("a", true)).map_err(cannot_encode)?;
+        Ok(encoding.get_special_tokens_mask().iter().filter(|&&mask| mask == 1).count())
+    }
+
     /// The highest id plus one, added tokens included: the number of rows that an embedding matrix needs.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size

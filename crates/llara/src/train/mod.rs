@@ -1,22 +1,27 @@
 //! Training: from rows to trained weights.
 //!
-//! [`Trainer`] is the loop; [`accumulate_gradients`] computes the gradients of one batch, [`AdamW`] and
+//! [`Trainer`] is the loop for any [`Task`]: [`Finetuning`] or [`Pretraining`]. [`accumulate_gradients`] and
+//! [`accumulate_pretraining_gradients`] compute the gradients of one batch, [`AdamW`] and
 //! [`Schedule`] update the weights, [`RunLog`] records the run; [`plan`] predicts its memory and work.
 
 mod batches;
 mod checkpoint;
 mod config;
 mod evaluation;
+mod finetuning;
 mod flat_layout;
+mod loss_terms;
 mod observer;
 mod optimizer;
 pub mod plan;
+mod pretraining;
 mod reduction;
 mod run_log;
 mod schedule;
 mod state;
 mod step;
 mod step_input;
+mod task;
 mod tensorboard;
 mod trainer;
 
@@ -28,13 +33,21 @@ pub use evaluation::{
     BestMetric, EarlyStopping, EvalHistory, EvalMetric, EvalRecord, EvalSet, Evaluated, Evaluation,
     FoundPassage, MissedPassage, QueryReport, SetReport,
 };
+pub use finetuning::Finetuning;
 pub use flat_layout::{FlatLayout, ParameterSlice};
+pub use loss_terms::LossTerms;
 pub use observer::{EvalEvent, Observer, StepRecord, Summary};
 pub use optimizer::{AdamW, AdamWConfig, is_decayed};
+pub use pretraining::{
+    LossWeights, Pretraining, PretrainingEncoder, PretrainingInput, PretrainingLoss,
+    PretrainingOptions, PretrainingSample, SetObjective, TrainingSequence,
+    accumulate_pretraining_gradients,
+};
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
 pub use state::TrainState;
 pub use step::{Chunking, accumulate_gradients, accumulate_gradients_with};
 pub use step_input::StepInput;
+pub use task::{Task, TaskInput};
 pub use tensorboard::EventWriter;
 pub use trainer::Trainer;

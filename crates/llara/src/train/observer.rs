@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::evaluation::{EvalHistory, Evaluated, SetReport};
+use super::loss_terms::LossTerms;
 use crate::{Error, Result};
 
 /// The results of one step, or of several where not every step is logged.
@@ -17,11 +18,13 @@ pub struct StepRecord {
     pub epoch: f64,
     /// Mean loss of these steps, before their updates.
     pub loss: f32,
+    /// The terms of the loss, if the task has several.
+    pub terms: LossTerms,
     /// Global gradient norm of the last step, before clipping.
     pub grad_norm: f32,
     /// Learning rate of the last step.
     pub learning_rate: f64,
-    /// Tokens of these steps, queries and passages.
+    /// Tokens of these steps.
     pub tokens: u64,
     /// Time that these steps took.
     pub elapsed: Duration,
@@ -81,7 +84,7 @@ pub struct Summary {
     pub steps: u64,
     /// Loss of the last step, before its update.
     pub loss: f32,
-    /// Tokens, queries and passages.
+    /// Tokens of all steps.
     pub tokens: u64,
     /// Wall time of the steps.
     pub elapsed: Duration,
@@ -132,6 +135,7 @@ fn joined(records: &[StepRecord], last: StepRecord) -> StepRecord {
     let mean = records.iter().map(|r| f64::from(r.loss)).sum::<f64>() / records.len() as f64;
     StepRecord {
         loss: mean as f32,
+        terms: LossTerms::mean(records.iter().map(|r| &r.terms)),
         tokens: records.iter().map(|r| r.tokens).sum(),
         elapsed: records.iter().map(|r| r.elapsed).sum(),
         ..last

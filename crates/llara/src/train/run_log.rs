@@ -6,6 +6,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::evaluation::{EvalMetric, SetReport};
 use super::observer::{EvalEvent, StepRecord};
@@ -35,6 +36,9 @@ struct Line {
     step: u64,
     epoch: f64,
     loss: f32,
+    /// `loss_NAME` of each term.
+    #[serde(flatten)]
+    terms: Map<String, Value>,
     grad_norm: f32,
     learning_rate: f64,
     tokens: u64,
@@ -105,10 +109,12 @@ impl RunLog {
 
     /// Adds one record to both.
     pub fn write(&mut self, record: &StepRecord) -> Result<()> {
+        let named = |(name, value)| (format!("loss_{name}"), Value::from(value));
         let line = Line {
             step: record.step,
             epoch: record.epoch,
             loss: record.loss,
+            terms: record.terms.iter().map(named).collect(),
             grad_norm: record.grad_norm,
             learning_rate: record.learning_rate,
             tokens: record.tokens,
@@ -124,6 +130,9 @@ impl RunLog {
             ("speed/tokens_per_second", record.tokens_per_second() as f32),
         ] {
             self.events.scalar(record.step, tag, value)?;
+        }
+        for (name, value) in record.terms.iter() {
+            self.events.scalar(record.step, &format!("train/loss_{name}"), value)?;
         }
         self.events.flush()
     }

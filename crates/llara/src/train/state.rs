@@ -3,13 +3,12 @@
 use super::config::TrainConfig;
 use super::optimizer::AdamW;
 use super::reduction::{BUCKET_ELEMENTS, GradientReduction};
-use super::step::{Chunking, accumulate_gradients, accumulate_gradients_with};
-use super::step_input::StepInput;
+use super::step::Chunking;
+use super::task::Task;
 use crate::Result;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::dist::Collective;
-use crate::loss::Objective;
 
 /// The state of a run between two steps. Together with the model's trainable parameters, which are the weights
 /// in f32, it determines all following steps.
@@ -28,7 +27,7 @@ pub struct TrainState<B: Backend> {
 
 /// The results of a step, on the device.
 pub(super) struct StepResult<B: Backend> {
-    /// Mean loss of this process's rows. `[1, 1]`
+    /// The loss of this process, and its terms. `[1, 1 + terms]`
     pub(super) loss: B::Tensor,
     /// Global norm of the gradients and the clipping factor. `[1, 2]`
     pub(super) clip: B::Tensor,
@@ -79,23 +78,23 @@ impl<B: Backend> TrainState<B> {
     ///
     /// # Errors
     /// When an operation of the device or of the group fails.
-    pub(super) fn advance(
+    pub(super) fn advance<T: Task<B>>(
         &mut self,
         model: &mut BiEncoderModel<B>,
-        objective: &dyn Objective<B>,
-        input: &StepInput,
+        task: &T,
+        input: &T::Input,
         (chunking, learning_rate): (&Chunking, f64),
         collective: &dyn Collective<B>,
     ) -> Result<StepResult<B>> {
         let backend = model.backend().clone();
         let loss = match collective.size() {
-            1 => accumulate_gradients(model, objective, input, chunking)?,
+            1 => task.accumulate_gradients(model, input, chunking, &mut ())?,
             _ => {
                 let layout = self.optimizer.layout();
                 let decoder = model.decoder();
                 let mut sums =
                     GradientReduction::new(layout, decoder, collective, self.bucket_elements)?;
-                let loss = accumulate_gradients_with(model, objective, input, chunking, &mut sums)?;
+                let loss = task.accumulate_gradients(model, input, chunking, &mut sums)?;
                 sums.finish(model.decoder_mut())?;
                 loss
             }

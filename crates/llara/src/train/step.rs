@@ -164,9 +164,7 @@ fn no_sequences<B: Backend>(
     let LossAndGradient { loss, .. } =
         objective.loss_and_gradient(&backend, embeddings, &input.labels(), &input.rows_per_rank)?;
     let decoder = model.decoder_mut();
-    decoder
-        .trainable_parameters_mut()
-        .try_for_each(|parameter| parameter.set_zero_grad(&backend))?;
+    decoder.set_zero_gradients(&backend)?;
     ready.ready(&mut decoder.parameters_mut())?;
     Ok(loss)
 }

@@ -4,32 +4,30 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::batches::BatchSource;
 use super::checkpoint::{
     BackgroundSave, Checkpoint, Finished, Identity, RunProgress, Saved, checkpoint_name,
     remove_surplus, write,
 };
 use super::config::TrainConfig;
 use super::evaluation::{EvalHistory, EvalState, Evaluation, evaluate};
+use super::finetuning::Finetuning;
+use super::loss_terms::LossTerms;
 use super::observer::{EvalEvent, Observer, Progress, StepRecord, Summary};
 use super::schedule::Schedule;
 use super::state::TrainState;
-use super::step_input::StepInput;
+use super::task::{Task, TaskInput};
 use crate::backend::Backend;
 use crate::biencoder::{BiEncoderModel, RunFacts};
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::dist::{Collective, Solo};
-use crate::loss::{Contrastive, Objective, ObjectiveContext};
-use crate::model::LoraConfig;
 use crate::{Error, ErrorKind, Result};
 
-/// Trains one model on one dataset.
-pub struct Trainer<'r, B: Backend> {
+/// Trains one model for one [`Task`].
+pub struct Trainer<'r, B: Backend, T: Task<B> = Finetuning<'r, B>> {
     model: &'r mut BiEncoderModel<B>,
     config: &'r TrainConfig,
-    /// Shared with the thread that makes batches.
-    batches: Arc<BatchSource<'r>>,
-    objective: Box<dyn Objective<B>>,
+    /// Shared with the thread that makes its inputs.
+    task: Arc<T>,
     collective: Arc<dyn Collective<B>>,
     state: TrainState<B>,
     schedule: Schedule,
@@ -63,9 +61,9 @@ struct PendingStep<B: Backend> {
     /// Everything but loss and gradient norm.
     record: StepRecord,
     rows: Vec<Draw>,
-    /// This process's share of the global batch.
-    share: f64,
-    /// `[1, 1]`, on its way to the host.
+    /// The factor of this process's loss in the global one.
+    weight: f64,
+    /// The loss and its terms, on their way to the host. `[1, 1 + terms]`
     loss: B::Download,
     /// `[norm, factor]`, on its way to the host.
     clip: B::Download,
@@ -113,8 +111,25 @@ impl<'r, B: Backend> Trainer<'r, B> {
         collective: Arc<dyn Collective<B>>,
         checkpoint: Option<&Checkpoint>,
     ) -> Result<(Self, Vec<String>)> {
-        let sampler = config.sampler(dataset, collective.size())?;
-        let total_steps = config.length.steps(sampler.steps_per_epoch())?;
+        let task = Finetuning::new(model, dataset, config, &collective)?;
+        Self::with_task(model, task, config, collective, checkpoint)
+    }
+}
+
+impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
+    /// The trainer of a task, of one process of a group, from the start or from a checkpoint; see
+    /// [`in_group`](Trainer::in_group).
+    ///
+    /// # Errors
+    /// As for [`resumed`](Trainer::resumed), or when another process fails.
+    pub fn with_task(
+        model: &'r mut BiEncoderModel<B>,
+        task: T,
+        config: &'r TrainConfig,
+        collective: Arc<dyn Collective<B>>,
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<(Self, Vec<String>)> {
+        let total_steps = config.length.steps(task.steps_per_epoch())?;
         let schedule =
             Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;
         if config.logging_steps == 0 || config.saving.every == Some(0) {
@@ -125,17 +140,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
             .expected("1 step or more")
             .got(0));
         }
-        model.set_max_lens(config.query_max_len, config.passage_max_len)?;
-        model.set_instructions(&config.query_instruction, &config.passage_instruction);
-        model.add_tasks(dataset.sources().tasks(&config.instructions())?);
-        dataset.check_group(config.group_size)?;
-        config.objective.check(&ObjectiveContext {
-            dimension: model.dimension(),
-            group_size: config.group_size,
-            negatives_cross_device: model.options().negatives_cross_device,
-        })?;
         let rank = (collective.rank(), collective.size());
-        let identity = Identity::of(model, dataset, config, (total_steps, collective.size()))?;
+        let identity = Identity::of(model, &task, config, (total_steps, collective.size()))?;
         model.set_run_facts(identity.facts());
         let mut notes = Vec::new();
         if let Some(checkpoint) = checkpoint {
@@ -157,23 +163,10 @@ impl<'r, B: Backend> Trainer<'r, B> {
             summary = Summary { steps, loss, tokens, elapsed, stopped: false };
         }
         model.train();
-        let prompts = model.shared_prompts();
-        let info_nce = model.objective(Arc::clone(&collective))?;
-        let objective = Box::new(Contrastive { options: config.objective.clone(), ..info_nce });
-        let batches = Arc::new(BatchSource {
-            dataset,
-            config,
-            sampler,
-            prompts,
-            deduplicate: model.options().shortcuts.dedup_sequences,
-            has_dropout: model.adapter().is_some_and(LoraConfig::has_dropout),
-            rank,
-        });
         let trainer = Trainer {
             model,
             config,
-            batches,
-            objective,
+            task: Arc::new(task),
             collective,
             state,
             schedule,
@@ -280,8 +273,8 @@ impl<'r, B: Backend> Trainer<'r, B> {
         };
         match next {
             Next::Step => {
-                let batches = Arc::clone(&self.batches);
-                let inputs = (step..self.total_steps).map(|step| batches.input(step));
+                let task = Arc::clone(&self.task);
+                let inputs = (step..self.total_steps).map(|step| task.input(step));
                 summary = prefetch(inputs, |inputs| self.make_steps(inputs, observer))?;
             }
             Next::Stopped => summary.stopped = true,
@@ -292,7 +285,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
 
     fn make_steps(
         &mut self,
-        inputs: &mut Prefetched<Result<StepInput>>,
+        inputs: &mut Prefetched<Result<T::Input>>,
         observer: &mut dyn Observer,
     ) -> Result<Summary> {
         let mut progress = Progress::new(self.config.logging_steps, self.total_steps, self.summary);
@@ -385,7 +378,7 @@ impl<'r, B: Backend> Trainer<'r, B> {
     /// and `None` if an observer stopped the evaluation.
     fn evaluate(&mut self, step: u64, observer: &mut dyn Observer) -> Result<Option<bool>> {
         let Some(evaluation) = self.evaluation.evaluation() else { return Ok(Some(false)) };
-        let tasks = self.batches.dataset.sources().tasks(&self.config.instructions())?;
+        let tasks = self.task.dataset().sources().tasks(&self.config.instructions())?;
         let found = evaluate(
             (evaluation, &tasks),
             self.model,
@@ -409,11 +402,11 @@ impl<'r, B: Backend> Trainer<'r, B> {
 
     /// The epoch, with its fraction, after `step` steps.
     fn epoch(&self, step: u64) -> f64 {
-        step as f64 / self.batches.sampler.steps_per_epoch() as f64
+        step as f64 / self.task.steps_per_epoch() as f64
     }
 
     /// The input of a step, if all processes have theirs and no checkpoint failed in the background.
-    fn agreed(&mut self, input: Result<StepInput>) -> Result<StepInput> {
+    fn agreed(&mut self, input: Result<T::Input>) -> Result<T::Input> {
         match std::mem::replace(&mut self.save_status, Ok(())).and(input) {
             Ok(input) => self.collective.agree(Ok(())).map(|()| input),
             Err(error) => {
@@ -425,11 +418,11 @@ impl<'r, B: Backend> Trainer<'r, B> {
     }
 
     /// Asks the device for gradients and update of a step, counted from 0.
-    fn start_step(&mut self, step: u64, input: StepInput) -> Result<PendingStep<B>> {
+    fn start_step(&mut self, step: u64, input: T::Input) -> Result<PendingStep<B>> {
         let learning_rate = self.schedule.rate(step);
         let result = self.state.advance(
             self.model,
-            self.objective.as_ref(),
+            self.task.as_ref(),
             &input,
             (&self.config.chunking, learning_rate),
             self.collective.as_ref(),
@@ -439,17 +432,18 @@ impl<'r, B: Backend> Trainer<'r, B> {
             total_steps: self.total_steps,
             epoch: self.epoch(step + 1),
             loss: f32::NAN,
+            terms: LossTerms::new(&[], &[]),
             grad_norm: f32::NAN,
             learning_rate,
-            tokens: input.tokens as u64,
+            tokens: input.tokens(),
             elapsed: Duration::ZERO,
         };
-        let share = input.rows_per_rank.share(self.collective.rank());
+        let weight = input.loss_weight(self.collective.rank());
         // Asked for now, so that reading them later does not wait for the next step.
         let backend = self.model.backend();
         let loss = backend.start_download(&result.loss)?;
         let clip = backend.start_download(&result.clip)?;
-        Ok(PendingStep { record, rows: input.rows, share, loss, clip })
+        Ok(PendingStep { record, rows: input.rows().to_vec(), weight, loss, clip })
     }
 
     /// Reads what a step has computed, reports it, and notes whether any process wants to stop.
@@ -478,24 +472,26 @@ impl<'r, B: Backend> Trainer<'r, B> {
         stops: bool,
     ) -> Result<(StepRecord, bool)> {
         let backend = self.model.backend();
-        let loss = backend.finish_download(step.loss)?[0];
+        let losses = backend.finish_download(step.loss)?;
         let grad_norm = backend.finish_download(step.clip)?[0];
-        let wish = f64::from(u8::from(stops));
-        let mut totals = [f64::from(loss) * step.share, step.record.tokens as f64, wish];
+        let mut totals = vec![step.record.tokens as f64, f64::from(u8::from(stops))];
+        totals.extend(losses.iter().map(|&loss| f64::from(loss) * step.weight));
         self.collective.all_reduce_scalars(&mut totals)?;
-        let (loss, tokens) = (totals[0] as f32, totals[1] as u64);
+        let (tokens, stops) = (totals[0] as u64, totals[1] > 0.0);
+        let losses: Vec<f32> = totals[2..].iter().map(|&loss| loss as f32).collect();
+        let (loss, terms) = (losses[0], LossTerms::new(T::TERMS, &losses[1..]));
         if !(loss.is_finite() && grad_norm.is_finite()) {
             return Err(self.diverged(step.record.step - 1, &step.rows, loss, grad_norm));
         }
         let elapsed = std::mem::replace(start, Instant::now()).elapsed();
-        let record = StepRecord { loss, grad_norm, tokens, elapsed, ..step.record };
-        Ok((record, totals[2] > 0.0))
+        let record = StepRecord { loss, terms, grad_norm, tokens, elapsed, ..step.record };
+        Ok((record, stops))
     }
 
     fn diverged(&self, step: u64, draws: &[Draw], loss: f32, grad_norm: f32) -> Error {
         let rows: Vec<String> = draws
             .iter()
-            .filter_map(|draw| self.batches.dataset.location(draw.row))
+            .filter_map(|draw| self.task.dataset().location(draw.row))
             .map(|(path, line)| format!("{}:{line}", path.display()))
             .collect();
         Error::new(ErrorKind::Numeric, format!("training diverged at step {}", step + 1))

@@ -3,7 +3,7 @@
 use super::reference::{self, Matrix};
 use super::suite::{Bound, Suite};
 use crate::Result;
-use crate::backend::{Backend, DistillationLoss, MaskedColumns, ScoreMask};
+use crate::backend::{Backend, DistillationLoss, ListedColumns, ScoreMask};
 
 /// A mask on the host.
 #[derive(Default)]
@@ -75,7 +75,7 @@ fn masked<B: Backend>(
                 Some(*end)
             }));
             let [starts, columns] = suite.backend.upload_indices([&starts, &columns.concat()])?;
-            Some(MaskedColumns { starts, columns })
+            Some(ListedColumns { starts, columns })
         }
     };
     let on_device = ScoreMask { group_size: mask.group_size, columns, margin: mask.margin };

@@ -217,6 +217,9 @@ fn products<B: Backend>(
         let mut got = copy(suite, &onto_y.narrow)?;
         backend.linear_add(x_on, weight, got.view_mut())?;
         agree(suite, &format!("{what}, added"), &got, &want, bf16)?;
+        let mut got = copy(suite, &onto_y.wide)?;
+        backend.linear_add(x_on, weight, got.view_mut())?;
+        agree(suite, &format!("{what}, added in f32"), &got, &want, f32)?;
         suite.case("mixed, linear_input_grad");
         let want = backend.linear_input_grad(dy.wide.view(), wide, 1.0, None)?;
         let got = backend.linear_input_grad(dy_on, weight, 1.0, None)?;
@@ -226,6 +229,10 @@ fn products<B: Backend>(
         let onto = Some(copy(suite, &onto_x.narrow)?);
         let got = backend.linear_input_grad(dy_on, weight, 1.0, onto)?;
         agree(suite, &format!("{what}, onto"), &got, &want, bf16)?;
+        let onto = Some(copy(suite, &onto_x.wide)?);
+        let got = backend.linear_input_grad(dy_on, weight, 1.0, onto)?;
+        let f32 = (Dtype::F32, Bound::sum(output).at_least(magnitude));
+        agree(suite, &format!("{what}, onto f32"), &got, &want, f32)?;
     }
     suite.case("mixed, linear_weight_grad");
     let (mut got, mut want) = (copy(suite, &w.wide)?, copy(suite, &w.wide)?);

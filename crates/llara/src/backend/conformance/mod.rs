@@ -22,6 +22,7 @@ mod pointwise;
 mod products;
 mod reference;
 mod rows;
+mod sets;
 mod suite;
 
 pub use attention::attention;

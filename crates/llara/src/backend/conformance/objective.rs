@@ -5,11 +5,12 @@ use std::ops::Range;
 use super::case::Case;
 use super::masks_and_distillation::{distillation, mask_scores};
 use super::reference::{self, Matrix};
+use super::sets::set_cross_entropy;
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{AdamWStep, Backend, Dtype, Epilogue, PreparedWeight, Shape, WeightUse};
 
-/// `cross_entropy`, `mask_scores`, `distillation`, `add_sum_of_squares`, `clip_factor` and `adamw`.
+/// `cross_entropy`, `mask_scores`, `distillation`, `set_cross_entropy`, `add_sum_of_squares`, `clip_factor` and `adamw`.
 ///
 /// # Errors
 /// Errors of the backend are returned unchanged.
@@ -42,6 +43,7 @@ pub fn objective<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     failed_step(&mut suite)?;
     mask_scores(&mut suite)?;
     distillation(&mut suite)?;
+    set_cross_entropy(&mut suite)?;
     Ok(suite.finish())
 }
 

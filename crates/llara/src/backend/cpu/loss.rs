@@ -6,7 +6,7 @@ use super::buffer::CpuTensor;
 use super::device::Cpu;
 use super::vector::{exp_scaled_sum, max, vectorised};
 use crate::Result;
-use crate::backend::{DistillationLoss, ScoreMask, Shape};
+use crate::backend::{DistillationLoss, ListedColumns, ScoreMask, Shape};
 
 /// `dscores = (softmax(scores) − onehot(target)) / n`.
 pub(super) fn cross_entropy(
@@ -42,6 +42,89 @@ vectorised! {
         // In f64, because near convergence the loss is a small difference of large terms.
         let above = f64::from(largest) - f64::from(scores[target]);
         above + f64::from(sum).ln()
+    }
+}
+
+pub(super) fn set_cross_entropy(
+    cpu: &Cpu,
+    logits: &CpuTensor,
+    bag_rows: usize,
+    sets: &ListedColumns<Cpu>,
+) -> Result<(CpuTensor, CpuTensor)> {
+    let (rows, cols) = logits.shape();
+    let bags = sets.starts.len() - 1;
+    assert_eq!(rows, bags * bag_rows, "set_cross_entropy: rows");
+    let mut grad = cpu.unspecified(rows, cols)?;
+    let mut bag_losses = vec![0.0f64; bags];
+    grad.as_mut_slice()
+        .par_chunks_mut(bag_rows * cols)
+        .zip(logits.as_slice().par_chunks(bag_rows * cols))
+        .zip(sets.starts.par_windows(2))
+        .zip(&mut bag_losses)
+        .for_each(|(((grad, logits), bounds), loss)| {
+            let set = &sets.columns[bounds[0] as usize..bounds[1] as usize];
+            *loss = bag_loss(grad, logits, set, bag_rows, bags);
+        });
+    let mut loss = cpu.unspecified(1, 1)?;
+    loss.as_mut_slice()[0] = (bag_losses.iter().sum::<f64>() / bags as f64) as f32;
+    Ok((loss, grad))
+}
+
+vectorised! {
+    /// The loss of one bag. The first row of `grad` holds the maxima, then their softmax, then the gradient with
+    /// respect to the maxima.
+    fn bag_loss(grad: &mut [f32], logits: &[f32], set: &[u32], bag_rows: usize, bags: usize) -> f64 {
+        let cols = logits.len() / bag_rows;
+        let (dmaxima, others) = grad.split_at_mut(cols);
+        dmaxima.copy_from_slice(&logits[..cols]);
+        for row in logits[cols..].chunks_exact(cols) {
+            for (m, &x) in dmaxima.iter_mut().zip(row) {
+                // A NaN is kept, so that the loss shows it.
+                *m = if x > *m || x.is_nan() { x } else { *m };
+            }
+        }
+        let largest = max(dmaxima);
+        let of_set: f64 = set.iter().map(|&v| f64::from(dmaxima[v as usize])).sum();
+        let sum = exp_scaled_sum(dmaxima, 1.0, largest);
+        let share = 1.0 / (sum * bags as f32);
+        dmaxima.iter_mut().for_each(|d| *d *= share);
+        let one = 1.0 / (set.len() as f32 * bags as f32);
+        set.iter().for_each(|&v| dmaxima[v as usize] -= one);
+        spread(dmaxima, others, logits);
+        f64::from(largest) + f64::from(sum).ln() - of_set / set.len() as f64
+    }
+}
+
+/// Columns that [`spread`] handles together.
+const SPREAD_COLUMNS: usize = 64;
+
+/// Moves the gradient of each column from the first row to the first row that has the maximum of the column; all
+/// other elements become 0. `others` are the rows after the first one.
+#[inline(always)]
+fn spread(first: &mut [f32], others: &mut [f32], logits: &[f32]) {
+    let cols = first.len();
+    for start in (0..cols).step_by(SPREAD_COLUMNS) {
+        let block = start..(start + SPREAD_COLUMNS).min(cols);
+        let mut maxima = [0.0f32; SPREAD_COLUMNS];
+        let mut places = [0u32; SPREAD_COLUMNS];
+        maxima[..block.len()].copy_from_slice(&logits[block.clone()]);
+        for (row, logits) in (1..).zip(logits[cols..].chunks_exact(cols)) {
+            let columns = maxima.iter_mut().zip(&mut places).zip(&logits[block.clone()]);
+            for ((maximum, place), &x) in columns {
+                let higher = x > *maximum;
+                *maximum = if higher { x } else { *maximum };
+                *place = if higher { row } else { *place };
+            }
+        }
+        for (row, grad) in (1..).zip(others.chunks_exact_mut(cols)) {
+            let columns = grad[block.clone()].iter_mut().zip(&places).zip(&first[block.clone()]);
+            for ((grad, &place), &d) in columns {
+                *grad = if place == row { d } else { 0.0 };
+            }
+        }
+        for (d, &place) in first[block].iter_mut().zip(&places) {
+            *d = if place == 0 { *d } else { 0.0 };
+        }
     }
 }
 

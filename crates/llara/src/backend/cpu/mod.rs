@@ -32,8 +32,8 @@ use unit::Unit;
 
 use super::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, Backend,
-    DeviceMemory, DistillationLoss, DropoutKey, Dtype, Elements, Epilogue, RopeDirection,
-    RopeTable, ScatterPlan, ScoreMask, TokenIds, View, ViewMut, WeightUse,
+    DeviceMemory, DistillationLoss, DropoutKey, Dtype, Elements, Epilogue, ListedColumns,
+    RopeDirection, RopeTable, ScatterPlan, ScoreMask, TokenIds, View, ViewMut, WeightUse,
 };
 use crate::Result;
 
@@ -398,6 +398,15 @@ impl Backend for Cpu {
         dscores: &mut CpuTensor,
     ) -> Result<CpuTensor> {
         loss::distillation(self, (scores, firsts), teacher, loss, (weight, dscores))
+    }
+
+    fn set_cross_entropy(
+        &self,
+        logits: &CpuTensor,
+        bag_rows: usize,
+        sets: &ListedColumns<Self>,
+    ) -> Result<(CpuTensor, CpuTensor)> {
+        loss::set_cross_entropy(self, logits, bag_rows, sets)
     }
 
     fn add_sum_of_squares(

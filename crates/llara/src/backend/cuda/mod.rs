@@ -36,8 +36,8 @@ use tensor::Block;
 
 use super::{
     Accumulate, AdamWStep, AttentionGradients, AttentionInput, AttentionOutput, Backend,
-    DeviceMemory, DistillationLoss, DropoutKey, Dtype, Elements, Epilogue, RopeDirection,
-    RopeTable, ScatterPlan, ScoreMask, Shape, TokenIds, View, ViewMut, WeightUse,
+    DeviceMemory, DistillationLoss, DropoutKey, Dtype, Elements, Epilogue, ListedColumns,
+    RopeDirection, RopeTable, ScatterPlan, ScoreMask, Shape, TokenIds, View, ViewMut, WeightUse,
 };
 use crate::Result;
 
@@ -428,6 +428,15 @@ impl Backend for Cuda {
         dscores: &mut CudaTensor,
     ) -> Result<CudaTensor> {
         self.device.distillation((scores, firsts), teacher, loss, (weight, dscores))
+    }
+
+    fn set_cross_entropy(
+        &self,
+        logits: &CudaTensor,
+        bag_rows: usize,
+        sets: &ListedColumns<Self>,
+    ) -> Result<(CudaTensor, CudaTensor)> {
+        self.device.set_cross_entropy(logits, bag_rows, sets)
     }
 
     fn add_sum_of_squares(

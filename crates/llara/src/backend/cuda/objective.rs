@@ -1,4 +1,4 @@
-//! Cross entropy and its masks, distillation, the gradient norm and AdamW.
+//! Cross entropy, its masks and its form for sets, distillation, the gradient norm and AdamW.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use super::device::{BLOCK, Cuda, Device, kernel_args};
 use super::rows::octets;
 use super::tensor::{Block, CudaIndex, CudaTensor, CudaWeight, elements};
 use crate::Result;
-use crate::backend::{AdamWStep, DistillationLoss, Dtype, ScoreMask, Shape};
+use crate::backend::{AdamWStep, DistillationLoss, Dtype, ListedColumns, ScoreMask, Shape};
 
 kernel_args!(CrossEntropyArgs {
     scores: u64,
@@ -39,6 +39,17 @@ kernel_args!(DistillationArgs {
     group: u64,
     scale: f32,
     weight: f32,
+});
+kernel_args!(SetCrossEntropyArgs {
+    logits: u64,
+    starts: u64,
+    columns: u64,
+    grad: u64,
+    losses: u64,
+    bags: u64,
+    rows: u64,
+    cols: u64,
+    wide: u32,
 });
 kernel_args!(SquaresArgs { x: u64, partial: u64, count: u64, wide: u32 });
 kernel_args!(TotalArgs { x: u64, out: u64, count: u64, factor: f64, add: u32 });
@@ -170,6 +181,37 @@ impl Device {
         self.launch(kernel, [rows, 1], 32, args)?;
         self.mean(&losses, &mean)?;
         Ok(mean)
+    }
+
+    pub(super) fn set_cross_entropy(
+        &self,
+        logits: &CudaTensor,
+        bag_rows: usize,
+        sets: &ListedColumns<Cuda>,
+    ) -> Result<(CudaTensor, CudaTensor)> {
+        let (rows, cols) = logits.shape();
+        let bags = sets.starts.len - 1;
+        assert_eq!(rows, bags * bag_rows, "set_cross_entropy: rows");
+        assert_eq!(logits.dtype(), Dtype::F32, "set_cross_entropy: dtype");
+        let grad = self.unspecified(rows, cols, Dtype::F32)?;
+        let loss = self.unspecified(1, 1, Dtype::F32)?;
+        let losses = self.unspecified(bags, 2, Dtype::F32)?;
+        // The start of every row is aligned if the first one and the length of a row are.
+        let aligned = [logits, &grad].map(|x| Block::from(x).is_aligned());
+        let args = SetCrossEntropyArgs {
+            logits: logits.pointer(),
+            starts: sets.starts.pointer(),
+            columns: sets.columns.pointer(),
+            grad: grad.pointer(),
+            losses: losses.pointer(),
+            bags: bags as u64,
+            rows: bag_rows as u64,
+            cols: cols as u64,
+            wide: u32::from(aligned == [true, true]),
+        };
+        self.launch("set_cross_entropy", [bags, 1], BLOCK, args)?;
+        self.mean(&losses, &loss)?;
+        Ok((loss, grad))
     }
 
     pub(super) fn add_sum_of_squares(

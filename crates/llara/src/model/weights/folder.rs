@@ -8,9 +8,9 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use super::files::{WeightFiles, index_name, single_name};
-use super::load::{load_decoder, prefix_of, standard_normal};
+use super::load::{load_decoder, load_head, prefix_of, standard_normal};
 use crate::backend::{Backend, Shape};
-use crate::model::{Decoder, DecoderConfig, NamedTensor};
+use crate::model::{Decoder, DecoderConfig, HEAD_WEIGHT, NamedTensor};
 use crate::storage::{
     Declaration, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile, read_file,
 };
@@ -103,6 +103,21 @@ impl ModelFolder {
         Ok((ModelFolder { source, config: json, prefix, other_files: Vec::new() }, decoder))
     }
 
+    /// Reads the language-model head from the files of `decoder`'s model and attaches it.
+    ///
+    /// # Errors
+    /// The model is new, or has no head that can be read.
+    pub(crate) fn load_head<B: Backend>(
+        &self,
+        backend: &B,
+        decoder: &mut Decoder<B>,
+    ) -> Result<()> {
+        match &self.source {
+            Some((_, files)) => load_head(backend, decoder, files),
+            None => Err(Error::new(ErrorKind::Argument, "a new model has no files yet")),
+        }
+    }
+
     /// The layout of a new causal language model with this `config.json`.
     pub fn new(config: Value) -> Self {
         ModelFolder { source: None, config, prefix: "model.", other_files: Vec::new() }
@@ -133,7 +148,10 @@ impl ModelFolder {
 
     /// The name in the weight files of a tensor of the decoder.
     pub(crate) fn name_in_files(&self, parameter: &str) -> String {
-        format!("{}{parameter}", self.prefix)
+        match parameter {
+            HEAD_WEIGHT => parameter.to_owned(),
+            _ => format!("{}{parameter}", self.prefix),
+        }
     }
 
     /// Bytes of the files that [`write`](Self::write) writes, without those of the tokenizer.
@@ -230,7 +248,7 @@ impl ModelFolder {
         };
         let Some((_, files)) = &self.source else {
             let all = decoder.tensors().map(|p| {
-                let name = format!("{}{}", self.prefix, p.name());
+                let name = self.name_in_files(p.name());
                 planned(name, Dtype::F32, p.shape().to_vec(), Some(p.name().to_owned()))
             });
             return vec![(single_name().to_owned(), all.collect())];
@@ -247,7 +265,7 @@ impl ModelFolder {
                         tensors.push(planned(name, info.dtype, p.shape().to_vec(), parameter));
                     }
                     // A tied head is the embedding table; the copy in the source is not up to date.
-                    None if name == "lm_head.weight" && config.tie_word_embeddings => {}
+                    None if name == HEAD_WEIGHT && config.tie_word_embeddings => {}
                     None => {
                         let mut shape = info.shape.clone();
                         if name.starts_with("lm_head.") && !shape.is_empty() {
@@ -299,6 +317,10 @@ impl ModelFolder {
     fn config_for<B: Backend>(&self, decoder: &Decoder<B>, dtype: SaveDtype) -> Value {
         let mut config = self.config.clone();
         config["vocab_size"] = json!(decoder.config().vocab_size);
+        if decoder.has_head() {
+            let class = decoder.config().family.causal_lm_class();
+            config["architectures"] = json!([class]);
+        }
         let name = match dtype {
             SaveDtype::AsLoaded => return config,
             SaveDtype::F32 => "float32",
@@ -312,15 +334,21 @@ impl ModelFolder {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Adds rows to the embedding table if it has fewer than `vocab_size`.
+    /// Adds rows to the embedding table, and to an untied head that is attached, if they have fewer than
+    /// `vocab_size`.
     pub(crate) fn grow_vocabulary(&mut self, backend: &B, vocab_size: usize) -> Result<()> {
         let rows = self.embeddings().values().rows();
         if vocab_size <= rows {
             return Ok(());
         }
-        let mut values = backend.download(self.embeddings().values())?;
-        values.extend(new_rows(&values, rows, vocab_size - rows));
-        self.replace_embeddings(backend, vocab_size, &values)
+        let grown = |matrix: &B::Tensor| -> Result<Vec<f32>> {
+            let mut values = backend.download(matrix)?;
+            values.extend(new_rows(&values, rows, vocab_size - rows));
+            Ok(values)
+        };
+        let table = grown(self.embeddings().values())?;
+        let head = self.untied_head().map(grown).transpose()?;
+        self.replace_vocabulary(backend, vocab_size, &table, head.as_deref())
     }
 
     /// The rows that the tokens `ids`, ascending, have in the embedding table, or would have if the vocabulary

@@ -9,7 +9,7 @@ use rand::{Rng, RngExt, SeedableRng, rngs::ChaCha8Rng};
 use super::files::WeightFiles;
 use crate::backend::{Backend, Dtype};
 use crate::model::decoder::NamedShape;
-use crate::model::{Decoder, DecoderConfig, ParameterValues};
+use crate::model::{Decoder, DecoderConfig, HEAD_WEIGHT, ParameterValues};
 use crate::storage::is_readable;
 use crate::{Error, ErrorKind, Result};
 
@@ -19,7 +19,7 @@ const CAUSAL_LM_PREFIX: &str = "model.";
 /// Whether a folder may have this tensor in addition to those of the decoder: the language-model head, and
 /// buffers in old exports.
 fn is_ignored(name: &str) -> bool {
-    name == "lm_head.weight"
+    name == HEAD_WEIGHT
         || name == "lm_head.bias"
         || name.ends_with(".rotary_emb.inv_freq")
         || name == "rotary_emb.inv_freq"
@@ -48,6 +48,39 @@ pub fn load_decoder<B: Backend>(
         let dtype = if shape.len() == 2 { matrices } else { Dtype::F32 };
         Ok(ParameterValues::rounded(values, dtype))
     })
+}
+
+/// Reads the language-model head of `files` and attaches it to the decoder that was loaded from them.
+///
+/// # Errors
+/// The head is not tied to the embedding table, and the files have no weight for it, or one of another shape; it
+/// has a bias; or the weight cannot be read.
+pub(crate) fn load_head<B: Backend>(
+    backend: &B,
+    decoder: &mut Decoder<B>,
+    files: &WeightFiles,
+) -> Result<()> {
+    let bad = |what: &str| Error::new(ErrorKind::Weights, what).file(files.path());
+    if files.info("lm_head.bias").is_some() {
+        return Err(bad("the language-model head has a bias, which is not supported")
+            .got("a tensor `lm_head.bias`"));
+    }
+    let shape = [decoder.config().vocab_size, decoder.config().hidden_size];
+    if !decoder.config().tie_word_embeddings {
+        let Some(info) = files.info(HEAD_WEIGHT) else {
+            return Err(bad("the model has no language-model head")
+                .expected(format!(
+                    "a tensor `{HEAD_WEIGHT}` {shape:?}, or `\"tie_word_embeddings\": true` in config.json"
+                ))
+                .hint("use a causal language model (…ForCausalLM), not a model without its head"));
+        };
+        if info.shape != shape || !is_readable(info.dtype) {
+            return Err(bad("the language-model head does not fit config.json")
+                .expected(format!("`{HEAD_WEIGHT}` {shape:?} in F32, F16 or BF16"))
+                .got(format!("{:?} in {:?}", info.shape, info.dtype)));
+        }
+    }
+    decoder.attach_head(backend, &mut |name, _| Ok(ParameterValues::F32(files.read_f32(name)?)))
 }
 
 /// A decoder initialized as a new model of Hugging Face: matrices from a normal

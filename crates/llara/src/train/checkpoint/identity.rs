@@ -17,6 +17,7 @@ use crate::loss::{
 use crate::model::LoraConfig;
 use crate::storage::Fingerprint;
 use crate::train::config::{Batching, TrainConfig};
+use crate::train::task::Task;
 use crate::{Error, ErrorKind, Result};
 
 /// The inputs on which the results of a run depend.
@@ -33,9 +34,10 @@ pub(in crate::train) struct Identity {
 }
 
 impl Identity {
-    pub(in crate::train) fn of<B: Backend>(
+    /// The identity of a run of `task`.
+    pub(in crate::train) fn of<B: Backend, T: Task<B>>(
         model: &BiEncoderModel<B>,
-        dataset: &Dataset,
+        task: &T,
         config: &TrainConfig,
         (total_steps, processes): (u64, usize),
     ) -> Result<Self> {
@@ -45,8 +47,11 @@ impl Identity {
         rounding.insert("processes".to_owned(), processes.into());
         Ok(Identity {
             total_steps,
-            settings: settings(model, config, processes, dataset)?,
-            data: dataset.files(),
+            settings: settings(model, config, processes)?
+                .into_iter()
+                .chain(task.settings(model))
+                .collect(),
+            data: task.dataset().files(),
             rounding,
         })
     }
@@ -179,43 +184,43 @@ fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
     }
 }
 
-/// The settings that results depend on, by the names of the command line's options where there are any.
+/// The settings that the results of any task depend on, by the names of the command line's options where there are
+/// any; [`finetuning_settings`] has the rest of the same structures.
 ///
 /// The structures are destructured, so that a new field must be added here or explicitly omitted.
 fn settings<B: Backend>(
     model: &BiEncoderModel<B>,
     config: &TrainConfig,
     processes: usize,
-    dataset: &Dataset,
 ) -> Result<Map<String, Value>> {
     let TrainConfig {
         output_dir: _,
         length: _,
         batch_size,
-        group_size,
-        query_max_len,
-        passage_max_len,
-        objective,
+        group_size: _,
+        query_max_len: _,
+        passage_max_len: _,
+        objective: _,
         sampling,
-        batching,
+        batching: _,
         drop_last,
         seed,
         learning_rate,
         decay,
         warmup,
         adamw,
-        query_instruction,
-        passage_instruction,
+        query_instruction: _,
+        passage_instruction: _,
         chunking,
         logging_steps: _,
         saving: _,
     } = config;
     let BiEncoderOptions {
-        normalized,
-        negatives_cross_device,
+        normalized: _,
+        negatives_cross_device: _,
         temperature: _,
         sub_batch_size: _, // of encoding only
-        shortcuts: Shortcuts { last_layer_at_pooled, dedup_sequences },
+        shortcuts: Shortcuts { last_layer_at_pooled, dedup_sequences: _ },
     } = model.options();
     let unlimited = |limit: usize| (limit != usize::MAX).then_some(limit);
     let lora = model.adapter().map(|lora| {
@@ -233,19 +238,10 @@ fn settings<B: Backend>(
         "base-model": model.source().map(fingerprint).transpose()?,
         "vocabulary": model.decoder().config().vocab_size,
         "template": model.recipe().template,
-        "normalized": normalized,
-        "temperature": decimal(model.options().effective_temperature()),
-        "negatives-cross-device": negatives_cross_device,
         "last-layer-at-pooled": last_layer_at_pooled,
-        "dedup-sequences": dedup_sequences,
         "lora": lora,
         "dtype": model.precision(),
         "batch-size": batch_size * processes,
-        "train-group-size": group_size,
-        "query-max-len": query_max_len,
-        "passage-max-len": passage_max_len,
-        "query-instruction": query_instruction,
-        "passage-instruction": passage_instruction,
         "sampling": sampling,
         "dataloader-drop-last": drop_last,
         "seed": seed,
@@ -261,20 +257,43 @@ fn settings<B: Backend>(
         "chunk-sequences": unlimited(chunking.max_sequences),
         "kept-tokens": unlimited(chunking.kept_tokens),
     });
+    let mut settings = object(value);
+    // An adapter's tokenizer is not in the folder of the base model.
+    if model.has_own_tokenizer()? {
+        let mut tokenizer = Fingerprint::new();
+        tokenizer.add(&model.prompts().tokenizer().contents()?);
+        settings.insert("tokenizer".to_owned(), tokenizer.to_string().into());
+    }
+    Ok(settings)
+}
+
+fn object(value: Value) -> Map<String, Value> {
     match value {
-        Value::Object(mut settings) => {
-            settings.extend(objective_settings(objective));
-            settings.extend(data_settings(batching, dataset));
-            // An adapter's tokenizer is not in the folder of the base model.
-            if model.has_own_tokenizer()? {
-                let mut tokenizer = Fingerprint::new();
-                tokenizer.add(&model.prompts().tokenizer().contents()?);
-                settings.insert("tokenizer".to_owned(), tokenizer.to_string().into());
-            }
-            Ok(settings)
-        }
+        Value::Object(object) => object,
         _ => unreachable!("`json!` was given an object"),
     }
+}
+
+/// The settings that only the results of fine-tuning depend on.
+pub(in crate::train) fn finetuning_settings(
+    options: &BiEncoderOptions,
+    config: &TrainConfig,
+    dataset: &Dataset,
+) -> Map<String, Value> {
+    let mut settings = object(json!({
+        "normalized": options.normalized,
+        "temperature": decimal(options.effective_temperature()),
+        "negatives-cross-device": options.negatives_cross_device,
+        "dedup-sequences": options.shortcuts.dedup_sequences,
+        "train-group-size": config.group_size,
+        "query-max-len": config.query_max_len,
+        "passage-max-len": config.passage_max_len,
+        "query-instruction": config.query_instruction,
+        "passage-instruction": config.passage_instruction,
+    }));
+    settings.extend(objective_settings(&config.objective));
+    settings.extend(data_settings(&config.batching, dataset));
+    settings
 }
 
 /// The settings of a data set file: batching, and task and instructions of each file.
@@ -327,7 +346,7 @@ fn objective_settings(objective: &ObjectiveOptions) -> impl Iterator<Item = (Str
 }
 
 /// The decimal number that the user wrote, such as 0.1, instead of the digits of the nearest f32.
-fn decimal(x: f32) -> f64 {
+pub(in crate::train) fn decimal(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(f64::from(x))
 }
 

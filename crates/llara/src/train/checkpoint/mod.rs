@@ -37,7 +37,7 @@ pub(super) use background::BackgroundSave;
 pub use format::RunProgress;
 pub(super) use format::checkpoint_name;
 use format::{FORMAT, MAX_STATE_BYTES, STATE_FILE, State, list};
-pub(super) use identity::Identity;
+pub(super) use identity::{Identity, decimal, finetuning_settings};
 use tensors::SavedTensors;
 pub use write::remove_unfinished;
 pub(super) use write::{Finished, Saved, remove_surplus, write};

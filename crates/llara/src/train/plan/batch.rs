@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::data::{Batch, Dataset};
+use crate::data::{Batch, Dataset, PretrainingData};
 use crate::text::PromptEncoder;
 use crate::train::batches::{BatchSource, Tokenized};
 use crate::train::config::TrainConfig;
+use crate::train::pretraining::{
+    PretrainingEncoder, PretrainingOptions, PretrainingSource, SetObjective,
+};
 
 /// Number of batches that are sampled, at regular intervals.
 const STEPS: u64 = 32;
@@ -20,9 +23,9 @@ const DEVIATIONS: f64 = 4.0;
 /// The largest expected batch of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LargestBatch {
-    /// `B` queries.
+    /// `B` queries; in pretraining, the sequences that predict the following text.
     pub query: Batch,
-    /// `B·G` passages.
+    /// `B·G` passages; in pretraining, the sequences that predict the text itself.
     pub passage: Batch,
     /// Number of steps of the run.
     pub steps: u64,
@@ -63,10 +66,49 @@ impl LargestBatch {
             has_dropout: false,
             rank: (0, 1),
         };
-        let sample = |step| -> Result<Sample> {
+        let max_lens = (config.query_max_len, config.passage_max_len);
+        Self::sampled((steps, texts), max_lens, dedup_sequences, &mut |step| {
             let Tokenized { queries, passages, .. } = batches.tokenized(step)?;
-            let query = Batch::from_sequences(queries)?;
-            let passage = Batch::from_sequences(passages)?;
+            Ok((Batch::from_sequences(queries)?, Batch::from_sequences(passages)?))
+        })
+    }
+
+    /// [`of_run`](Self::of_run) for a run of pretraining.
+    ///
+    /// # Errors
+    /// As for [`of_run`](Self::of_run).
+    pub fn of_pretraining(
+        data: &PretrainingData,
+        prompts: &Arc<PromptEncoder>,
+        config: &TrainConfig,
+        options: &PretrainingOptions,
+    ) -> Result<Self> {
+        let sampler = config.sampler(data.dataset(), 1)?;
+        let steps = config.length.steps(sampler.steps_per_epoch())?;
+        let texts = config.batch_size.min(data.dataset().len()).max(1) * 2;
+        let encoder = PretrainingEncoder::new(Arc::clone(prompts), options)?;
+        let source = PretrainingSource { data, config, sampler, encoder, rank: (0, 1) };
+        let max_lens = (options.cutoff_len, options.cutoff_len);
+        Self::sampled((steps, texts), max_lens, false, &mut |step| {
+            let (_, _, rows) = source.encoded(step)?;
+            let of = |objective: SetObjective| {
+                let sequences = rows.iter().flatten();
+                let of_objective = sequences.filter(|sequence| sequence.objective == objective);
+                Batch::from_sequences(of_objective.map(|sequence| &sequence.ids))
+            };
+            Ok((of(SetObjective::AutoRegress)?, of(SetObjective::AutoEncode)?))
+        })
+    }
+
+    /// The largest expected batch of `steps` steps with `texts` texts each, from samples of them.
+    fn sampled(
+        (steps, texts): (u64, usize),
+        max_lens: (usize, usize),
+        dedup_sequences: bool,
+        batch_of_step: &mut dyn FnMut(u64) -> Result<(Batch, Batch)>,
+    ) -> Result<Self> {
+        let mut sample = |step| -> Result<Sample> {
+            let (query, passage) = batch_of_step(step)?;
             let encoded = encoded_tokens(&query, &passage, dedup_sequences)?;
             Ok(Sample { query, passage, encoded })
         };
@@ -87,12 +129,12 @@ impl LargestBatch {
             Some(largest) => largest,
             None => sample(0)?,
         };
-        let rows = largest.query.len() as f64;
+        let rows = largest.query.len().max(1) as f64;
         let margin = DEVIATIONS * deviation(&tokens_of_rows) * rows.sqrt();
         let expected = if sampled_steps < steps { (mean_encoded + margin) as usize } else { 0 };
         let Sample { query, passage, encoded } = largest;
         let (query, passage) = match expected > encoded {
-            true => lengthened(&query, &passage, config, expected, dedup_sequences)?,
+            true => lengthened(&query, &passage, max_lens, expected, dedup_sequences)?,
             false => (query, passage),
         };
         Ok(LargestBatch { query, passage, steps, sampled_steps })
@@ -103,9 +145,21 @@ impl LargestBatch {
     /// # Errors
     /// `max_len` is 0.
     pub fn with_passages_truncated(&self, max_len: usize) -> Result<Self> {
-        let cut = self.passage.sequences().map(|passage| &passage[..max_len.min(passage.len())]);
-        Ok(LargestBatch { passage: Batch::from_sequences(cut)?, ..self.clone() })
+        Ok(LargestBatch { passage: truncated(&self.passage, max_len)?, ..self.clone() })
     }
+
+    /// The same batch with all sequences truncated to `max_len` tokens.
+    ///
+    /// # Errors
+    /// `max_len` is 0.
+    pub fn with_all_truncated(&self, max_len: usize) -> Result<Self> {
+        let [query, passage] = [&self.query, &self.passage].map(|batch| truncated(batch, max_len));
+        Ok(LargestBatch { query: query?, passage: passage?, ..self.clone() })
+    }
+}
+
+fn truncated(batch: &Batch, max_len: usize) -> Result<Batch> {
+    Batch::from_sequences(batch.sequences().map(|ids| &ids[..max_len.min(ids.len())]))
 }
 
 fn encoded_tokens(query: &Batch, passage: &Batch, dedup_sequences: bool) -> Result<usize> {
@@ -116,10 +170,11 @@ fn encoded_tokens(query: &Batch, passage: &Batch, dedup_sequences: bool) -> Resu
     Ok(Batch::deduplicated(both)?.0.tokens())
 }
 
-/// The number of tokens of each row: its query and its passages.
+/// The number of tokens of each row: its query and its passages. In pretraining a row may have no query; the tokens
+/// of the others are a sample of the same size.
 fn row_tokens(batch: &Sample) -> Vec<f64> {
     let lengths: Vec<usize> = batch.passage.sequences().map(<[u32]>::len).collect();
-    let groups = lengths.chunks(lengths.len() / batch.query.len().max(1));
+    let groups = lengths.chunks((lengths.len() / batch.query.len().max(1)).max(1));
     let rows = batch.query.sequences().zip(groups);
     rows.map(|(query, group)| (query.len() + group.iter().sum::<usize>()) as f64).collect()
 }
@@ -135,18 +190,15 @@ fn deviation(values: &[f64]) -> f64 {
 fn lengthened(
     query: &Batch,
     passage: &Batch,
-    config: &TrainConfig,
+    (query_max_len, passage_max_len): (usize, usize),
     tokens: usize,
     dedup_sequences: bool,
 ) -> Result<(Batch, Batch)> {
     let by = |factor: f64| -> Result<(Batch, Batch)> {
-        Ok((
-            stretched(query, factor, config.query_max_len)?,
-            stretched(passage, factor, config.passage_max_len)?,
-        ))
+        Ok((stretched(query, factor, query_max_len)?, stretched(passage, factor, passage_max_len)?))
     };
     // With the factor `long`, every sequence has the maximum length of its role.
-    let (mut short, mut long) = (1.0, config.query_max_len.max(config.passage_max_len) as f64);
+    let (mut short, mut long) = (1.0, query_max_len.max(passage_max_len) as f64);
     for _ in 0..16 {
         let middle = f64::midpoint(short, long);
         let (query, passage) = by(middle)?;
@@ -180,19 +232,19 @@ mod tests {
 
     #[test]
     fn a_batch_is_lengthened_within_the_maximum_lengths() {
-        let config = TrainConfig { query_max_len: 10, passage_max_len: 40, ..TrainConfig::new("") };
+        let max_lens = (10, 40);
         let (query, passage) = (batch(&[4, 9]), batch(&[10, 20, 30, 40]));
         for wanted in [113, 120, 140, 170] {
-            let (q, p) = lengthened(&query, &passage, &config, wanted, false).unwrap();
+            let (q, p) = lengthened(&query, &passage, max_lens, wanted, false).unwrap();
             let tokens = q.tokens() + p.tokens();
             assert!((wanted..wanted + 8).contains(&tokens), "{wanted}: {tokens}");
             assert_eq!((q.len(), p.len()), (2, 4));
         }
-        let (q, p) = lengthened(&query, &passage, &config, 100_000, false).unwrap();
+        let (q, p) = lengthened(&query, &passage, max_lens, 100_000, false).unwrap();
         assert_eq!((q.tokens(), p.tokens()), (20, 160));
         // Passages 0 and 2 are equal.
         let twice = Batch::from_sequences([vec![1; 10], vec![2; 20], vec![1; 10]]).unwrap();
-        let (q, p) = lengthened(&query, &twice, &config, 60, true).unwrap();
+        let (q, p) = lengthened(&query, &twice, max_lens, 60, true).unwrap();
         assert_eq!(p.sequences().next(), p.sequences().nth(2));
         assert!((60..66).contains(&encoded_tokens(&q, &p, true).unwrap()));
     }

@@ -1,6 +1,6 @@
 //! Chooses the division of a batch into chunks with the least work among those that fit into memory.
 
-use super::{DryRun, LargestBatch, Plan};
+use super::{DryRun, LargestBatch, Plan, PlannedTask};
 use crate::Result;
 use crate::train::step::Chunking;
 
@@ -22,6 +22,9 @@ const SIZES: [usize; 16] =
 /// The overhead of a chunk, in tokens of work: products with fewer rows are slower, and each chunk reads the
 /// weights and their gradients once.
 const CHUNK_OVERHEAD_TOKENS: f64 = 64.0;
+
+/// Size of chunks that need nothing of each other, in tokens: larger ones would be no faster.
+const LARGEST_INDEPENDENT: usize = 8192;
 
 /// The factor by which chunks of this size increase the work of a step.
 fn overhead(max_tokens: usize) -> f64 {
@@ -59,6 +62,9 @@ impl DryRun {
     ) -> Result<Plan> {
         match policy {
             ChunkPolicy::Fixed(chunking) => self.plan(batch, chunking),
+            ChunkPolicy::FixedSize(chunking) if self.shape().task == PlannedTask::Pretraining => {
+                self.plan(batch, chunking)
+            }
             ChunkPolicy::FixedSize(chunking) => self.keep_most(batch, chunking, budget),
             ChunkPolicy::Auto => self.cheapest(batch, budget),
         }
@@ -67,6 +73,9 @@ impl DryRun {
     fn cheapest(&mut self, batch: &LargestBatch, budget: u64) -> Result<Plan> {
         let whole = Chunking::default();
         let tokens = self.encoded(batch)?.tokens();
+        if self.shape().task == PlannedTask::Pretraining {
+            return self.largest(batch, budget);
+        }
         // A batch that is larger than the expected one is divided into two chunks.
         let one_pass =
             self.plan(batch, Chunking { max_tokens: tokens, kept_tokens: tokens, ..whole })?;
@@ -89,6 +98,18 @@ impl DryRun {
             Some((_, plan)) => Ok(plan),
             None => self.keep_most(batch, Chunking { max_tokens: 1, ..whole }, budget),
         }
+    }
+
+    /// The plan with the largest chunks that fit, up to [`LARGEST_INDEPENDENT`]: chunks of pretraining cost nothing
+    /// but slower products. If none fits, that with the smallest ones.
+    fn largest(&mut self, batch: &LargestBatch, budget: u64) -> Result<Plan> {
+        for max_tokens in SIZES.into_iter().filter(|&size| size <= LARGEST_INDEPENDENT) {
+            let plan = self.plan(batch, Chunking { max_tokens, ..Chunking::default() })?;
+            if plan.training.total() <= budget {
+                return Ok(plan);
+            }
+        }
+        self.plan(batch, Chunking { max_tokens: 1, ..Chunking::default() })
     }
 
     /// The plan that keeps the activations of as many chunks as fit.

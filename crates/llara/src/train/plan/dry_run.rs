@@ -13,11 +13,15 @@ use crate::backend::{CountingBackend, DeviceMemory, Dtype};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
-use crate::loss::{Contrastive, ObjectiveOptions};
+use crate::loss::{Contrastive, ObjectiveOptions, RowsPerRank};
 use crate::model::weights::ModelFolder;
 use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
-use crate::text::PromptEncoder;
+use crate::text::{PromptEncoder, Role};
 use crate::train::optimizer::{AdamW, AdamWConfig};
+use crate::train::pretraining::{
+    LossWeights, PretrainingInput, PretrainingLoss, SetObjective, TrainingSequence,
+    accumulate_pretraining_gradients,
+};
 use crate::train::step::{Chunking, accumulate_gradients};
 use crate::train::step_input::StepInput;
 
@@ -36,12 +40,21 @@ pub struct RunShape {
     pub options: BiEncoderOptions,
     /// The evaluation during the run, if there is one.
     pub evaluation: Option<EvaluationShape>,
-    /// The terms of the loss.
-    pub objective: ObjectiveOptions,
+    /// What is trained for.
+    pub task: PlannedTask,
     /// How the device of the run allocates memory.
     pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
     pub process_bytes: u64,
+}
+
+/// The task of a run, as far as it determines memory and work.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PlannedTask {
+    /// Fine-tuning with these terms of the loss.
+    Finetuning(ObjectiveOptions),
+    /// Pretraining, with the language-model head.
+    Pretraining,
 }
 
 impl RunShape {
@@ -169,15 +182,24 @@ impl DryRun {
                 kept: kept.len(),
                 largest_tokens: chunks.iter().map(size).max().unwrap_or(0),
                 tokens: encoded.tokens(),
-                recomputed_share: 1.0 - kept_tokens as f64 / encoded.tokens().max(1) as f64,
+                recomputed_share: match self.shape.task {
+                    PlannedTask::Finetuning(_) => {
+                        1.0 - kept_tokens as f64 / encoded.tokens().max(1) as f64
+                    }
+                    PlannedTask::Pretraining => 0.0,
+                },
             },
             work: Work {
-                needed_flops: needed_flops(
-                    &self.shape.decoder,
-                    self.shape.lora.as_ref(),
-                    pooled,
-                    &lengths,
-                )?,
+                needed_flops: match self.shape.task {
+                    PlannedTask::Finetuning(_) => needed_flops(
+                        &self.shape.decoder,
+                        self.shape.lora.as_ref(),
+                        pooled,
+                        &lengths,
+                    )?,
+                    // Nothing is computed twice.
+                    PlannedTask::Pretraining => counted.flops,
+                },
                 done_flops: counted.flops,
             },
         })
@@ -186,33 +208,78 @@ impl DryRun {
     /// Runs one step including the optimizer's update.
     pub(super) fn step(&mut self, batch: &LargestBatch, chunking: &Chunking) -> Result<Counted> {
         let input = self.input(batch)?;
-        let info_nce = self.model.objective(Arc::new(Solo))?;
-        let objective = Contrastive { options: self.shape.objective.clone(), ..info_nce };
         self.counting.reset_peak();
         let before = self.counting.flops();
-        drop(accumulate_gradients(&mut self.model, &objective, &input, chunking)?);
+        match input {
+            PlannedInput::Finetuning(input, options) => {
+                let info_nce = self.model.objective(Arc::new(Solo))?;
+                let objective = Contrastive { options, ..info_nce };
+                drop(accumulate_gradients(&mut self.model, &objective, &input, chunking)?);
+            }
+            PlannedInput::Pretraining(input) => {
+                let weights = LossWeights::default();
+                let loss = PretrainingLoss { weights, collective: Arc::new(Solo) };
+                let model = &mut self.model;
+                let ready = &mut ();
+                drop(accumulate_pretraining_gradients(model, &loss, &input, chunking, ready)?);
+            }
+        }
         drop(self.optimizer.step(&self.counting, self.model.decoder_mut(), 0.0)?);
         Ok(Counted { peak: self.counting.peak(), flops: self.counting.flops() - before })
     }
 
     /// The sequences that a step encodes, in order.
     pub(super) fn encoded(&self, batch: &LargestBatch) -> Result<Batch> {
-        Ok(self.input(batch)?.batch)
+        Ok(match self.input(batch)? {
+            PlannedInput::Finetuning(input, _) => input.batch,
+            PlannedInput::Pretraining(input) => input.batch().clone(),
+        })
     }
 
-    fn input(&self, batch: &LargestBatch) -> Result<StepInput> {
+    fn input(&self, batch: &LargestBatch) -> Result<PlannedInput> {
         let dropout = self.shape.has_dropout().then_some(Dropout { seed: 0, step: 0 });
+        let objective = match &self.shape.task {
+            PlannedTask::Finetuning(objective) => objective,
+            PlannedTask::Pretraining => return self.pretraining_input(batch, dropout),
+        };
         let deduplicate = self.shape.options.shortcuts.dedup_sequences;
         let mut input =
             StepInput::from_batches(&batch.query, &batch.passage, deduplicate, dropout)?;
-        let objective = &self.shape.objective;
         if objective.false_negatives.mask_equal {
             input = input.with_text_keys(&vec![Vec::new(); batch.query.len()]);
         }
         if objective.distillation.is_some() {
             input.teacher_scores = Some(vec![0.0; batch.passage.len()]);
         }
-        Ok(input)
+        Ok(PlannedInput::Finetuning(Box::new(input), objective.clone()))
+    }
+
+    /// The rows of `batch`, each with a set of one target; a set takes no memory of the device to speak of.
+    fn pretraining_input(
+        &self,
+        batch: &LargestBatch,
+        dropout: Option<Dropout>,
+    ) -> Result<PlannedInput> {
+        let prompts = &self.shape.prompts;
+        let (prefix, suffix) = prompts.affixes(Role::Passage);
+        let sequence = |ids: &[u32], labels, objective| TrainingSequence {
+            ids: ids.to_vec(),
+            labels,
+            objective,
+            targets: vec![0],
+        };
+        let mut queries = batch.query.sequences();
+        let rows = batch.passage.sequences().map(|ids| {
+            let end = ids.len().saturating_sub(suffix.len()).max(1);
+            let labels = prefix.len().clamp(1, end)..end;
+            let passage = sequence(ids, labels, SetObjective::AutoEncode);
+            let query = queries.next().map(|ids| sequence(ids, 0..0, SetObjective::AutoRegress));
+            std::iter::once(passage).chain(query).collect()
+        });
+        let rows: Vec<Vec<TrainingSequence>> = rows.collect();
+        let all = (&RowsPerRank::one(rows.len(), 1), 0);
+        let pooled = prompts.template().pooled_tokens;
+        Ok(PlannedInput::Pretraining(PretrainingInput::share(&rows, all, pooled, dropout)?))
     }
 
     /// Memory of the process while the model is evaluated, in bytes.
@@ -231,12 +298,21 @@ impl DryRun {
     }
 }
 
+/// The input of the step that is counted.
+enum PlannedInput {
+    Finetuning(Box<StepInput>, ObjectiveOptions),
+    Pretraining(PretrainingInput),
+}
+
 /// Allocates a model like loading does: frozen matrices in the run's number format, then the adapter.
 fn load(counting: &CountingBackend, shape: &RunShape) -> Result<BiEncoderModel<CountingBackend>> {
     let matrices = if shape.lora.is_some() { shape.precision } else { Dtype::F32 };
-    let decoder = Decoder::build(counting, shape.decoder.clone(), &mut |_, sizes| {
+    let mut decoder = Decoder::build(counting, shape.decoder.clone(), &mut |_, sizes| {
         Ok(ParameterValues::Zeros(if sizes.len() == 2 { matrices } else { Dtype::F32 }))
     })?;
+    if shape.task == PlannedTask::Pretraining {
+        decoder.attach_head(counting, &mut |_, _| Ok(ParameterValues::Zeros(Dtype::F32)))?;
+    }
     let parts = ModelParts {
         backend: counting.clone(),
         decoder,

@@ -19,7 +19,7 @@ use serde::Serialize;
 pub use batch::LargestBatch;
 pub use budget::MemoryBudget;
 pub use choose::ChunkPolicy;
-pub use dry_run::{DryRun, RunShape};
+pub use dry_run::{DryRun, PlannedTask, RunShape};
 pub use evaluation::EvaluationShape;
 pub use lengths::TextLengths;
 pub use machine::MachineMemory;

@@ -152,6 +152,44 @@ pub(super) fn cross_entropy(scores: &Matrix, targets: &[u32]) -> f64 {
     losses.sum::<f64>() / scores.rows as f64
 }
 
+/// The mean over bags of `rows` rows of the loss of their sets of columns.
+pub(super) fn set_cross_entropy(logits: &Matrix, rows: usize, sets: &[Vec<u32>]) -> f64 {
+    let of_bag = |(bag, set): (usize, &Vec<u32>)| {
+        let of_column = |v: usize| {
+            let column = (bag * rows..(bag + 1) * rows).map(|row| logits.row(row)[v]);
+            column.fold(f64::NEG_INFINITY, f64::max)
+        };
+        let maxima: Vec<f64> = (0..logits.cols).map(of_column).collect();
+        let of_set: f64 = set.iter().map(|&v| maxima[v as usize]).sum();
+        log_of_sum_of_exp(&maxima) - of_set / set.len() as f64
+    };
+    sets.iter().enumerate().map(of_bag).sum::<f64>() / sets.len() as f64
+}
+
+/// Its gradient, in the first row that has the maximum of a column.
+pub(super) fn set_cross_entropy_grad(logits: &Matrix, rows: usize, sets: &[Vec<u32>]) -> Matrix {
+    let mut grad = Matrix::zeros(logits.rows, logits.cols);
+    for (bag, set) in sets.iter().enumerate() {
+        let place = |v: usize| {
+            let mut place = bag * rows;
+            for row in bag * rows..(bag + 1) * rows {
+                if logits.row(row)[v] > logits.row(place)[v] {
+                    place = row;
+                }
+            }
+            place
+        };
+        let places: Vec<usize> = (0..logits.cols).map(place).collect();
+        let maxima: Vec<f64> = places.iter().enumerate().map(|(v, &p)| logits.row(p)[v]).collect();
+        let lse = log_of_sum_of_exp(&maxima);
+        for (v, &place) in places.iter().enumerate() {
+            let in_set = if set.contains(&(v as u32)) { 1.0 / set.len() as f64 } else { 0.0 };
+            grad.row_mut(place)[v] = ((maxima[v] - lse).exp() - in_set) / sets.len() as f64;
+        }
+    }
+    grad
+}
+
 /// The mean over rows of the loss of a group, the columns from `firsts[i]` on.
 pub(super) fn distillation(
     scores: &Matrix,

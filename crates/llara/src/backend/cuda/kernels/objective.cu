@@ -1,4 +1,4 @@
-// Cross entropy and its masks, distillation, the gradient norm and AdamW.
+// Cross entropy, its masks and its form for sets, distillation, the gradient norm and AdamW.
 #include "elements.cuh"
 
 /// grad = (softmax(scores) − onehot(target)) / rows, losses[row] = −log softmax(scores)[target]. One block per
@@ -141,6 +141,94 @@ KERNEL(32, 1) margin_mse(DistillationArgs a) {
     }
     loss = warp_sum(loss), of_positive = warp_sum(of_positive);
     if (threadIdx.x == 0) a.losses[row] = loss, grad[0] += (float)of_positive;
+}
+
+/// The loss of a bag of rows and the set columns[starts[bag]] to columns[starts[bag + 1]]: losses[bag] = −mean over the
+/// set of log softmax(m), with m the maximum of each column over the rows of the bag. grad = (softmax(m) − 1[in the
+/// set] / size of the set) / bags in the first row that has the maximum, else 0. The first row of grad holds m at
+/// first. One block a bag.
+struct SetCrossEntropyArgs {
+    const float* logits;
+    const u32* starts;
+    const u32* columns;
+    float* grad;
+    double* losses;
+    u64 bags;
+    u64 rows;
+    u64 cols;
+    u32 wide;
+};
+/// The first row that has the maximum of a column.
+DEVICE u64 row_of_maximum(const float* column, u64 rows, u64 cols) {
+    u64 place = 0;
+    float largest = column[0];
+    for (u64 row = 1; row < rows; row++) {
+        const float x = column[row * cols];
+        if (x > largest) largest = x, place = row;
+    }
+    return place;
+}
+KERNEL(256, 1) set_cross_entropy(SetCrossEntropyArgs a) {
+    const u64 bag = blockIdx.x;
+    const float* logits = a.logits + bag * a.rows * a.cols;
+    float* grad = a.grad + bag * a.rows * a.cols;
+    const u32 first = a.starts[bag], end = a.starts[bag + 1];
+    float largest = -INFINITY;
+    for (u64 col = threadIdx.x * OCTET; col < a.cols; col += blockDim.x * OCTET) {
+        float m[OCTET];
+        load8(m, logits + col, a.cols - col, a.wide);
+        for (u64 row = 1; row < a.rows; row++) {
+            float x[OCTET];
+            load8(x, logits + row * a.cols + col, a.cols - col, a.wide);
+            // A NaN is kept, so that the loss shows it.
+#pragma unroll
+            for (u32 j = 0; j < OCTET; j++) m[j] = x[j] > m[j] || x[j] != x[j] ? x[j] : m[j];
+        }
+#pragma unroll
+        for (u32 j = 0; j < OCTET; j++) if (col + j < a.cols) largest = fmaxf(largest, m[j]);
+        store8(grad + col, m, a.cols - col, a.wide);
+    }
+    largest = block_largest(largest); // the maxima are written
+    double of_set = 0.0;
+    for (u64 i = first + threadIdx.x; i < end; i += blockDim.x) of_set += (double)grad[a.columns[i]];
+    of_set = block_total(of_set);
+    float sum = 0.0f;
+    for (u64 col = threadIdx.x * OCTET; col < a.cols; col += blockDim.x * OCTET) {
+        float m[OCTET];
+        load8(m, grad + col, a.cols - col, a.wide);
+#pragma unroll
+        for (u32 j = 0; j < OCTET; j++) if (col + j < a.cols) sum += expf(m[j] - largest);
+    }
+    sum = block_total(sum);
+    const float share = 1.0f / (sum * (float)a.bags);
+    for (u64 col = threadIdx.x * OCTET; col < a.cols; col += blockDim.x * OCTET) {
+        float d[OCTET], maxima[OCTET];
+        u32 places[OCTET];
+        load8(d, grad + col, a.cols - col, a.wide);
+        load8(maxima, logits + col, a.cols - col, a.wide);
+#pragma unroll
+        for (u32 j = 0; j < OCTET; j++) d[j] = expf(d[j] - largest) * share, places[j] = 0;
+        for (u64 row = 1; row < a.rows; row++) {
+            float x[OCTET];
+            load8(x, logits + row * a.cols + col, a.cols - col, a.wide);
+#pragma unroll
+            for (u32 j = 0; j < OCTET; j++) if (x[j] > maxima[j]) maxima[j] = x[j], places[j] = (u32)row;
+        }
+        for (u64 row = 0; row < a.rows; row++) {
+            float x[OCTET];
+#pragma unroll
+            for (u32 j = 0; j < OCTET; j++) x[j] = places[j] == row ? d[j] : 0.0f;
+            store8(grad + row * a.cols + col, x, a.cols - col, a.wide);
+        }
+    }
+    __syncthreads(); // the gradient without the set is written
+    const float one = 1.0f / ((float)(end - first) * (float)a.bags);
+    for (u64 i = first + threadIdx.x; i < end; i += blockDim.x) {
+        const u64 col = a.columns[i];
+        grad[row_of_maximum(logits + col, a.rows, a.cols) * a.cols + col] -= one;
+    }
+    if (threadIdx.x == 0)
+        a.losses[bag] = (double)largest + log((double)sum) - of_set / (double)(end - first);
 }
 
 /// partial[block] = Σ x² over elements 16384 · block and following.

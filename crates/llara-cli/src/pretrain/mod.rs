@@ -1,0 +1,210 @@
+//! `llara pretrain`: adapt a language model to embedding texts. All inputs are checked before files are written.
+
+mod args;
+mod prepare;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use llara::backend::Backend;
+use llara::data::Sampling;
+use llara::train::plan::{EvaluationShape, LargestBatch, PlannedTask, RunShape};
+use llara::train::{Pretraining, PretrainingOptions};
+use llara::{Result, hub};
+
+use crate::compute::on_device;
+use crate::finetune::{Forecast, MaxLen, Run, adapter_setting, common_settings, missing};
+use crate::report::{Lengths, ReportFacts};
+use crate::talk::{count, counted, say};
+pub(super) use args::Args;
+use prepare::{Prepared, lora_config};
+
+/// Bins of the histogram of text lengths.
+const BINS: usize = 24;
+/// The largest fraction of truncated texts without a warning.
+const TRUNCATED_SHARE: f64 = 0.2;
+
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
+    let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
+    on_device!(args.compute, backend => pretrain(&args, output_dir, deadline, backend))
+}
+
+fn pretrain(
+    args: &Args,
+    output_dir: PathBuf,
+    deadline: Option<Instant>,
+    backend: impl Backend,
+) -> anyhow::Result<()> {
+    let mut prepared = Prepared::new(args, output_dir, backend)?;
+    let forecast = forecast(args, &prepared)?;
+    forecast.refuse_if_too_large()?;
+    for line in forecast.lines() {
+        say!("{line}");
+    }
+    warn_of_long_texts(&prepared);
+    let facts = facts(&prepared, &forecast)?;
+    prepared.config.chunking = forecast.plan.chunks.chunking;
+
+    let mut model = prepared.load(args)?;
+    model.set_base_name(hub::model_name(&prepared.model_name));
+    model.set_max_lens(prepared.recipe.query_max_len, prepared.recipe.passage_max_len)?;
+    let Prepared { config, options, data, checkpoint, evaluation, .. } = &prepared;
+    let positions = model.decoder().config().max_position_embeddings;
+    if options.cutoff_len > positions {
+        say!(
+            "warning: --cutoff-len is {} tokens, but the model supports {positions} \
+             (max_position_embeddings)",
+            options.cutoff_len
+        );
+    }
+    let run = Run {
+        config,
+        dataset: data.dataset(),
+        checkpoint: checkpoint.as_ref(),
+        evaluation: evaluation.as_ref(),
+        model_name: &prepared.model_name,
+        saves_merged: args.lora.save_merged_lora_model,
+        created_output_dir: prepared.created_output_dir(),
+        deadline,
+    };
+    run.complete(
+        model,
+        facts,
+        |model, collective| Pretraining::new(model, data, config, options, Arc::clone(collective)),
+        |steps| announce(args, &prepared, steps),
+    )
+}
+
+/// Plans a step of the largest expected batch.
+fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast> {
+    let Prepared { config, options, data, evaluation, outline, .. } = prepared;
+    let prompts = &outline.prompts;
+    let shape = |e| EvaluationShape::of(e, config, prompts, &prepared.recipe.tasks);
+    let evaluation = evaluation.as_ref().map(shape).transpose()?;
+    let shape = RunShape {
+        decoder: outline.decoder.clone(),
+        prompts: prompts.clone(),
+        lora: lora_config(&prepared.adapter)?,
+        precision: prepared.precision,
+        options: args.model_options(&prepared.recipe),
+        evaluation,
+        task: PlannedTask::Pretraining,
+        memory: prepared.backend.memory(),
+        process_bytes: 0,
+    };
+    let batch = LargestBatch::of_pretraining(data, prompts, config, options)?;
+    let max_len = MaxLen {
+        option: "--cutoff-len",
+        tokens: options.cutoff_len,
+        smallest: options.cutoff_len - prepared.sample.text_tokens + 1,
+    };
+    let checkpoint = prepared.checkpoint.as_ref();
+    Forecast::of(shape, batch, (&args.training, checkpoint), max_len, &prepared.backend)
+}
+
+fn warn_of_long_texts<B: Backend>(prepared: &Prepared<B>) {
+    let sample = &prepared.sample;
+    let longer = sample.lengths.longer_than(sample.text_tokens);
+    let share = longer as f64 / sample.lengths.texts().max(1) as f64;
+    if share > TRUNCATED_SHARE {
+        let cutoff_len = prepared.options.cutoff_len;
+        let option = match prepared.data.piece_length() {
+            Some(_) => "decrease --piece-characters",
+            None => "increase --cutoff-len",
+        };
+        say!(
+            "warning: {:.0} % of the texts are longer than the {} that --cutoff-len {cutoff_len} leaves and are \
+             truncated: {option}",
+            100.0 * share,
+            counted(sample.text_tokens, "token"),
+        );
+    }
+}
+
+fn announce<B: Backend>(args: &Args, prepared: &Prepared<B>, steps: u64) {
+    let Prepared { config, options, data, .. } = prepared;
+    let batch = config.batch_size;
+    if let Some(length) = data.piece_length() {
+        say!("pieces    of at most {}", counted(length.characters(), "character"));
+    }
+    say!(
+        "steps     {}: {} with at most {} of text each",
+        count(steps as usize),
+        counted(batch, "row"),
+        counted(prepared.sample.text_tokens, "token")
+    );
+    say!("targets   {}", targets(options));
+    if config.sampling == Sampling::Random && batch > data.dataset().len() {
+        say!(
+            "note: the batch size {batch} is larger than the data: a step has only {}",
+            counted(data.dataset().len(), "row"),
+        );
+    }
+    if args.lora.are_ignored() {
+        say!("note: --use-lora is false, so other options of adapters have no effect");
+    }
+    if args.optimizer.ignores_warmup() {
+        say!("note: the schedule `constant` has no warm-up; use constant_with_warmup");
+    }
+}
+
+fn targets(options: &PretrainingOptions) -> String {
+    match options.stop_words {
+        Some(_) => "all words but stop words".to_owned(),
+        None => "all words".to_owned(),
+    }
+}
+
+/// What the report says of a run that is about to start.
+fn facts<B: Backend>(prepared: &Prepared<B>, forecast: &Forecast) -> Result<ReportFacts> {
+    let Prepared { config, options, data, sample, .. } = prepared;
+    let dataset = data.dataset();
+    let steps_per_epoch = config.sampler(dataset, 1)?.steps_per_epoch();
+    let plan = &forecast.plan;
+    let weights = &options.weights;
+    let mut settings = vec![
+        ("model", prepared.model_name.clone()),
+        ("task", "pretraining".to_owned()),
+        ("adapter", adapter_setting(lora_config(&prepared.adapter)?)),
+        ("device", prepared.backend.description()),
+        ("dtype", prepared.precision.to_string()),
+        ("template", prepared.recipe.template.name.clone()),
+        ("rows per step", config.batch_size.to_string()),
+        ("cutoff length", options.cutoff_len.to_string()),
+        ("targets", targets(options)),
+        (
+            "weights",
+            format!(
+                "language model {}, auto-encode {}, auto-regress {}",
+                weights.language_model, weights.auto_encode, weights.auto_regress
+            ),
+        ),
+    ];
+    if let Some(length) = data.piece_length() {
+        settings.push(("pieces", counted(length.characters(), "character")));
+    }
+    settings.extend(common_settings(config));
+    let files = dataset.files().into_iter().map(|file| {
+        let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        (name, file.rows)
+    });
+    let truncated = sample.lengths.longer_than(sample.text_tokens);
+    Ok(ReportFacts {
+        llara: env!("CARGO_PKG_VERSION").to_owned(),
+        settings: settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        data: files.collect(),
+        total_steps: config.length.steps(steps_per_epoch)?,
+        planned_memory: plan.training.named().map(|(name, part)| (name.to_owned(), part)).into(),
+        planned_peak: (plan.peak_bytes(), plan.peak_phase().to_owned()),
+        measured_peak: None,
+        lengths: vec![Lengths {
+            role: "texts".to_owned(),
+            max_len: sample.text_tokens,
+            truncated_share: truncated as f64 / sample.lengths.texts().max(1) as f64,
+            summary: sample.lengths.summary(),
+            histogram: sample.lengths.histogram(BINS),
+        }],
+    })
+}

@@ -1,0 +1,277 @@
+//! Preparation of a run before the weights are read: settings, model configuration, tokenizer, data.
+
+use std::path::{Path, PathBuf};
+
+use llara::backend::{Backend, Dtype};
+use llara::data::{PieceLength, PretrainingData, first_characters};
+use llara::model::LoraConfig;
+use llara::text::PromptEncoder;
+use llara::train::{
+    Checkpoint, Evaluation, PretrainingEncoder, PretrainingOptions, PretrainingSample,
+    SetObjective, TrainConfig,
+};
+use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Outline, Recipe, Result};
+
+use super::args::Args;
+use crate::finetune::{
+    Adapter, OwnSettings, check_evaluated_texts, check_loop, claim, loader, missing, precision,
+    require, starting_recipe,
+};
+use crate::talk::say;
+use crate::trained_model::MAX_LEN;
+use crate::{paths, trained_model};
+
+/// Characters of the first texts on which the length of tokens is measured.
+const MEASURED_CHARACTERS: usize = 1 << 18;
+/// Share of the room for a text that a piece of average tokens takes, so that most pieces fit.
+const FILLED: f64 = 0.9;
+/// Rows whose lengths and targets are looked at before the run.
+const SAMPLED_ROWS: usize = 2_000;
+
+/// A run before its weights are read.
+pub(super) struct Prepared<B: Backend> {
+    pub(super) model_name: String,
+    pub(super) config: TrainConfig,
+    pub(super) options: PretrainingOptions,
+    pub(super) adapter: Adapter,
+    pub(super) data: PretrainingData,
+    pub(super) sample: PretrainingSample,
+    pub(super) evaluation: Option<Evaluation>,
+    pub(super) recipe: Recipe,
+    pub(super) outline: Outline,
+    pub(super) backend: B,
+    pub(super) checkpoint: Option<Checkpoint>,
+    pub(super) precision: Dtype,
+    /// The model's folder.
+    dir: PathBuf,
+    lock: FolderLock,
+}
+
+impl<B: Backend> Prepared<B> {
+    /// Checks the options, then the model's configuration and tokenizer, then the data.
+    pub(super) fn new(args: &Args, output_dir: PathBuf, backend: B) -> anyhow::Result<Self> {
+        let model_name = args.model.model.clone().ok_or_else(|| missing("--model"))?;
+        if args.data.train_data.is_empty() && args.data.text.is_empty() {
+            return Err(missing("--train-data or --text").into());
+        }
+        let own = OwnSettings {
+            model: &model_name,
+            seed: args.training.seed,
+            evaluates: args.evaluation.evaluates(),
+        };
+        let mut notes = args.trainer_flags.check(&own)?;
+        notes.extend(args.evaluation.check()?);
+        for line in notes {
+            say!("note: {line}");
+        }
+        check_ranges(args)?;
+        let options = args.options()?;
+        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
+        let adapter = args.lora.adapter()?;
+        check_apart(args, &output_dir, &adapter, &model_name)?;
+        let (lock, checkpoint) = claim(&args.output, &output_dir)?;
+        let dtype = (&args.training, &args.precision);
+        let precision = precision(dtype, checkpoint.as_ref(), &backend);
+
+        let cache = args.model.cache_dir.as_deref();
+        let dir = trained_model::find(&model_name, cache, "--from-peft")?;
+        let mut recipe = starting_recipe(&dir, &adapter, template.as_ref())?;
+        recipe.normalized = args.model.normalized.unwrap_or(recipe.normalized);
+        let outline = outline(args.model.add_special_tokens, &dir, &recipe, &adapter)?;
+        recipe.make_room(&outline.prompts);
+        let encoder = PretrainingEncoder::new(outline.prompts.clone(), &options)
+            .map_err(|e| e.got(format!("--cutoff-len {}", options.cutoff_len)))?;
+
+        let data = open_data(args, &outline.prompts, encoder.text_tokens())?;
+        let dataset = data.dataset();
+        checkpoint.iter().try_for_each(|checkpoint| checkpoint.check_data(dataset))?;
+        let mut config = args.train_config(output_dir, &recipe, 0);
+        let steps_per_epoch = config.sampler(dataset, 1)?.steps_per_epoch();
+        config.saving = args.output.saving(steps_per_epoch);
+        let evaluation = args.evaluation.open(&args.output, steps_per_epoch)?;
+        check_vocabulary(&data, &encoder, &outline)?;
+        evaluation.iter().try_for_each(|e| check_evaluated_texts(&config, e, &outline))?;
+        let sample = PretrainingSample::of(&data, &encoder, SAMPLED_ROWS)?;
+        check_targets(&sample, &options)?;
+        Ok(Prepared {
+            model_name,
+            config,
+            options,
+            adapter,
+            data,
+            sample,
+            evaluation,
+            recipe,
+            outline,
+            backend,
+            checkpoint,
+            precision,
+            dir,
+            lock,
+        })
+    }
+
+    /// Whether the output folder was created for this run.
+    pub(super) fn created_output_dir(&self) -> bool {
+        self.lock.created_folder()
+    }
+
+    /// Reads the weights, with the language-model head, and attaches the adapter.
+    pub(super) fn load(&self, args: &Args) -> Result<BiEncoderModel<B>> {
+        let mut loader = loader(&self.dir, &self.recipe, &self.adapter)?;
+        if !matches!(self.adapter, Adapter::None) {
+            loader = loader.matrices(self.precision);
+        }
+        let (backend, options) = (self.backend.clone(), args.model_options(&self.recipe));
+        let mut model = loader.language_model_head(true).load_weights(
+            self.outline.clone(),
+            backend,
+            options,
+        )?;
+        match &self.adapter {
+            Adapter::None => {}
+            Adapter::New(lora) => model.attach_new_adapter(lora, self.config.seed)?,
+            Adapter::From(dir) => {
+                model.attach_adapter(dir).map_err(|e| trained_model::name_recorded_base(e, dir))?
+            }
+        }
+        model.set_precision(self.precision)?;
+        Ok(model)
+    }
+}
+
+/// Reads configuration and tokenizer. Adding tokens is refused with an adapter: the language-model head would have no
+/// rows for them.
+fn outline(add: bool, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> Result<Outline> {
+    let read = |add| loader(dir, recipe, adapter)?.add_special_tokens(add).outline();
+    if !add || matches!(adapter, Adapter::None) {
+        return read(add);
+    }
+    read(false).map_err(|error| match read(true) {
+        Ok(_) => Error::new(
+            ErrorKind::Argument,
+            "pretraining with an adapter needs a model that has all tokens of the template",
+        )
+        .hint(
+            "train all weights with --use-lora false, or do so in a first run and train an adapter on its \
+             model",
+        ),
+        Err(_) => error,
+    })
+}
+
+/// The settings of an adapter, if there is one.
+pub(super) fn lora_config(adapter: &Adapter) -> Result<Option<LoraConfig>> {
+    Ok(match adapter {
+        Adapter::None => None,
+        Adapter::New(lora) => Some(lora.clone()),
+        Adapter::From(dir) => Some(LoraConfig::from_peft(dir)?),
+    })
+}
+
+/// Checks the numbers of the options, before files are read.
+fn check_ranges(args: &Args) -> Result<()> {
+    let data = &args.data;
+    require(
+        (1..=MAX_LEN).contains(&data.cutoff_len),
+        ("--cutoff-len", data.cutoff_len),
+        "the cutoff is out of range",
+        &format!("1 to {MAX_LEN} tokens"),
+    )?;
+    require(
+        data.piece_characters.is_none() || !data.text.is_empty(),
+        ("--piece-characters", "without --text"),
+        "rows in the reference's form are not cut into pieces",
+        "--piece-characters with --text",
+    )?;
+    if let Some(characters) = data.piece_characters {
+        let checked = PieceLength::new(characters);
+        checked.map_err(|e| e.got(format!("--piece-characters {characters}")))?;
+    }
+    let rows = args.training.per_device_train_batch_size;
+    require(
+        rows < 1 << 31,
+        ("--per-device-train-batch-size", rows),
+        "the batch size is too large",
+        "fewer than 2,147,483,648 rows per step",
+    )?;
+    check_loop(&args.training, &args.optimizer, &args.output)
+}
+
+/// Opens the rows, or the texts in pieces that fit `text_tokens` tokens.
+fn open_data(args: &Args, prompts: &PromptEncoder, text_tokens: usize) -> Result<PretrainingData> {
+    let data = &args.data;
+    if data.text.is_empty() {
+        return PretrainingData::open_rows(&data.train_data, data.on_bad_row);
+    }
+    let characters = match data.piece_characters {
+        Some(characters) => characters,
+        None => {
+            let text = first_characters(&data.text, MEASURED_CHARACTERS)?;
+            let tokens = prompts.encode_text(&text, usize::MAX)?.len().max(1);
+            let of_token = text.chars().count().max(1) as f64 / tokens as f64;
+            let room = FILLED * text_tokens as f64 * of_token;
+            (room as usize).clamp(1, PieceLength::MAX)
+        }
+    };
+    PretrainingData::open_texts(&data.text, PieceLength::new(characters)?, data.on_bad_row)
+}
+
+/// Refuses an output folder that contains an input or is inside one.
+fn check_apart(args: &Args, output_dir: &Path, adapter: &Adapter, model: &str) -> Result<()> {
+    let mut inputs = vec![("the model", Path::new(model))];
+    if let Adapter::From(dir) = adapter {
+        inputs.push(("the adapter", dir));
+    }
+    let data = args.data.train_data.iter().chain(&args.data.text);
+    inputs.extend(data.map(|path| ("training data", path.as_path())));
+    inputs.extend(args.objective.stop_words.iter().map(|path| ("the stop words", path.as_path())));
+    inputs.extend(args.evaluation.folders().map(|path| ("the evaluation data", path)));
+    paths::check_apart(output_dir, &inputs)
+}
+
+/// Refuses data with tokens for which the model has no embedding. All texts are tokenized for that only if the
+/// tokenizer's vocabulary is larger than the model's.
+fn check_vocabulary(
+    data: &PretrainingData,
+    encoder: &PretrainingEncoder,
+    outline: &Outline,
+) -> Result<()> {
+    if outline.prompts.tokenizer().vocab_size() <= outline.decoder.vocab_size {
+        return Ok(());
+    }
+    (0..data.dataset().len()).try_for_each(|index| {
+        let encoded = encoder.encode(&data.row(index)?).map(drop);
+        encoded.map_err(|e| match data.dataset().location(index) {
+            Some((path, line)) => e.line(path, line),
+            None => e,
+        })
+    })
+}
+
+/// Refuses data without targets, and notes how many rows of the sample have none.
+fn check_targets(sample: &PretrainingSample, options: &PretrainingOptions) -> Result<()> {
+    let counts = [SetObjective::AutoEncode, SetObjective::AutoRegress]
+        .map(|objective| sample.with(objective));
+    if counts == [0, 0] {
+        let hint = match options.stop_words {
+            Some(_) => "all words were removed as stop words: check the list, or omit it",
+            None => "check `output_summarize` and `output_predict`",
+        };
+        return Err(Error::new(ErrorKind::Data, "no row has words to predict")
+            .expected("target words in `output_summarize` or `output_predict`")
+            .got(format!("none in {} rows", sample.rows))
+            .hint(hint));
+    }
+    for (count, what) in counts.into_iter().zip(["of their own text", "of a following text"]) {
+        let without = sample.rows - count;
+        if without > 0 {
+            say!(
+                "note: {without} of {} sampled rows have no words {what} to predict; that part of the loss is the \
+                 mean over the other rows",
+                sample.rows
+            );
+        }
+    }
+    Ok(())
+}
