@@ -1,12 +1,14 @@
 //! JSON Lines files as one indexed list of rows: checked once, then read row by row from disk.
 
+mod other_rows;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::file_batches::FileRows;
-use super::files::{RowLine, data_files, files_with_extensions, open_data_file, read_rows};
+use super::files::{data_files, open_data_file, read_rows};
 use super::{DataSource, DataSources, TrainingRow};
 use crate::storage::Fingerprint;
 use crate::{Error, ErrorKind, Result};
@@ -76,10 +78,6 @@ struct IndexEntry {
     line: u32,
 }
 
-/// Reads the rows of a file and passes them on in order; see [`Dataset::open_with`].
-pub(super) type ReadFile<'r> =
-    dyn FnMut(&Path, &File, &mut dyn FnMut(RowLine<'_>) -> Result<()>) -> Result<()> + 'r;
-
 /// Number of reasons that are stored for skipped rows.
 const MAX_REASONS: usize = 10;
 
@@ -120,45 +118,6 @@ impl Dataset {
             without_negatives: Vec::new(),
             skipped: Skipped::default(),
         }
-    }
-
-    /// Indexes rows of another form, in files with these extensions: `read` calls its last argument with each row of
-    /// a file, in order.
-    ///
-    /// # Errors
-    /// A path cannot be read, `read` fails, a row is an error and not to be skipped, or no row remains.
-    pub(super) fn open_with(
-        (paths, extensions): (&[PathBuf], &[&str]),
-        on_bad_row: BadRows,
-        read: &mut ReadFile<'_>,
-    ) -> Result<Dataset> {
-        let sources = paths.iter().cloned().map(DataSource::from).collect();
-        let sources = DataSources { sources, ..DataSources::default() };
-        let files = files_with_extensions(&sources.sources, extensions)?;
-        let mut dataset = Dataset::empty(sources);
-        for (source_index, path) in files {
-            let file = open_data_file(&path)?;
-            let first_row = dataset.rows.len();
-            read(&path, &file, &mut |line| match (line.bytes, on_bad_row) {
-                (Ok(bytes), _) => {
-                    dataset.rows.push(IndexEntry {
-                        offset: line.offset,
-                        checksum: checksum(bytes),
-                        length: bytes.len() as u32, // at most MAX_LINE_BYTES
-                        line: line.number,
-                    });
-                    Ok(())
-                }
-                (Err(reason), BadRows::Error) => Err(reason),
-                (Err(reason), BadRows::Skip) => {
-                    dataset.skipped.add(&reason);
-                    Ok(())
-                }
-            })?;
-            dataset.files.push(SourceFile { path, source_index, file, first_row });
-        }
-        dataset.check_not_empty()?;
-        Ok(dataset)
     }
 
     fn check_not_empty(&self) -> Result<()> {
