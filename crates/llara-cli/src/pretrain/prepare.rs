@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use llara::backend::{Backend, Dtype};
 use llara::data::{PieceLength, PretrainingData, first_characters};
-use llara::model::LoraConfig;
+use llara::model::{DecoderConfig, LoraConfig};
 use llara::text::PromptEncoder;
 use llara::train::{
     Checkpoint, Evaluation, PretrainingEncoder, PretrainingOptions, PretrainingSample,
@@ -79,8 +79,7 @@ impl<B: Backend> Prepared<B> {
         recipe.normalized = args.model.normalized.unwrap_or(recipe.normalized);
         let outline = outline(args.model.add_special_tokens, &dir, &recipe, &adapter)?;
         recipe.make_room(&outline.prompts);
-        let encoder = PretrainingEncoder::new(outline.prompts.clone(), &options)
-            .map_err(|e| e.got(format!("--cutoff-len {}", options.cutoff_len)))?;
+        let encoder = PretrainingEncoder::new(outline.prompts.clone(), &options)?;
 
         let data = open_data(args, &outline.prompts, encoder.text_tokens())?;
         let dataset = data.dataset();
@@ -147,17 +146,28 @@ fn outline(add: bool, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> Result<
     if !add || matches!(adapter, Adapter::None) {
         return read(add);
     }
-    read(false).map_err(|error| match read(true) {
-        Ok(_) => Error::new(
+    let refused = || {
+        Error::new(
             ErrorKind::Argument,
             "pretraining with an adapter needs a model that has all tokens of the template",
         )
         .hint(
             "train all weights with --use-lora false, or do so in a first run and train an adapter on its \
              model",
-        ),
+        )
+    };
+    let outline = read(false).map_err(|error| match read(true) {
+        Ok(_) => refused(),
         Err(_) => error,
-    })
+    })?;
+    // An adapter may have embeddings of its own for tokens that the model lacks.
+    let rows = DecoderConfig::from_file(&dir.join("config.json"))?.vocab_size;
+    match outline.decoder.vocab_size > rows {
+        true => Err(refused()
+            .expected(format!("{rows} tokens, as the model"))
+            .got(format!("{} tokens with the adapter", outline.decoder.vocab_size))),
+        false => Ok(outline),
+    }
 }
 
 /// The settings of an adapter, if there is one.

@@ -172,6 +172,12 @@ fn tokens_are_added_and_adapters_are_refused_then() {
     with(&["--add-special-tokens", "false"]).refused(&["no single tokens for <s1>"]);
     with(&["--use-lora", "true"])
         .refused(&["needs a model that has all tokens of the template", "--use-lora false"]);
+    // Nor from an adapter that has tokens of its own: the language-model head has no rows for them.
+    let adapter = ["--use-lora", "true", "--lora-rank", "2", "--add-special-tokens"];
+    let lengths = ["--query-max-len", "260", "--passage-max-len", "260", "--overwrite-output-dir"];
+    bench.finetune(&[&plain[..4], &adapter, &lengths].concat()).json();
+    with(&["--use-lora", "true", "--from-peft", &bench.path("out")])
+        .refused(&["needs a model that has all tokens of the template", "with the adapter"]);
     with(&[]).json();
     let config = |name: &str| -> Value {
         serde_json::from_slice(&fs::read(bench.at(name).join("config.json")).unwrap()).unwrap()

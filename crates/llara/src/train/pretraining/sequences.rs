@@ -66,7 +66,7 @@ impl PretrainingEncoder {
         }
         if query_suffix == passage_suffix && query_prefix == passage_prefix {
             return Err(unfit(
-                "the template of queries equals that of passages: it cannot tell the text itself from the \\
+                "the template of queries equals that of passages: it cannot tell the text itself from the \
                  following one",
             ));
         }
@@ -79,7 +79,7 @@ impl PretrainingEncoder {
                     affixes + 1,
                     template.name
                 ))
-                .got(options.cutoff_len));
+                .got(format!("--cutoff-len {}", options.cutoff_len)));
         }
         let tokenizer = prompts.tokenizer();
         let (special, special_ids) = (tokenizer.added_special_tokens()?, tokenizer.special_ids());

@@ -100,13 +100,14 @@ impl<B: Backend> Task<B> for Pretraining<'_, B> {
         self.source.sampler.steps_per_epoch()
     }
 
-    fn settings(&self, _model: &BiEncoderModel<B>) -> Map<String, Value> {
+    fn settings(&self, model: &BiEncoderModel<B>) -> Map<String, Value> {
         let PretrainingOptions { cutoff_len, stop_words, weights } = self.options;
         let LossWeights { language_model, auto_encode, auto_regress } = weights;
         let pieces = self.source.data.piece_length().map(|length| length.characters());
         let stop_words = stop_words.as_ref().map(|words| format!("{:016x}", words.fingerprint()));
         let value = json!({
             "task": "pretraining",
+            "normalized": model.options().normalized,
             "cutoff-len": cutoff_len,
             "stop-words": stop_words,
             "piece-characters": pieces,
