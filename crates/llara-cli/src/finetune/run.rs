@@ -132,7 +132,6 @@ impl Run<'_> {
         };
         interrupt::stop_after_step()?;
         let report = OwnReport::new(config.output_dir.clone(), facts, in_process);
-        let last = trainer.history().and_then(|history| history.last.as_ref());
         let evaluations = evaluation.map(|evaluation| (evaluation, last.map(Evaluated::seconds)));
         let mut progress =
             TrainingProgress::new(log, report, (first, total), evaluations, deadline);

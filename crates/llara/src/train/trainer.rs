@@ -242,10 +242,8 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
     /// (a checkpoint is saved then), or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         let summary = self.run_steps(observer);
-        let saved = self.finish_checkpoint(observer);
+        let saved = self.wait_for_checkpoint(observer);
         let summary = summary?;
-        // A checkpoint that failed earlier, after which no step began.
-        let saved = std::mem::replace(&mut self.save_status, Ok(())).and(saved);
         if let Err(error) = self.collective.agree(saved) {
             // Without this checkpoint, weights would be lost.
             if summary.stopped || self.evaluation.loads_other_weights(summary.steps) {
@@ -407,7 +405,7 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
 
     /// The input of a step, if all processes have theirs and no checkpoint failed in the background.
     fn agreed(&mut self, input: Result<T::Input>) -> Result<T::Input> {
-        match std::mem::replace(&mut self.save_status, Ok(())).and(input) {
+        match self.take_save_status().and(input) {
             Ok(input) => self.collective.agree(Ok(())).map(|()| input),
             Err(error) => {
                 let kind = error.kind();
@@ -509,8 +507,7 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
 
     /// Writes a checkpoint of the run after `step` steps, and starts finishing it in the background.
     fn save(&mut self, step: u64, summary: &Summary, observer: &mut dyn Observer) -> Result<()> {
-        let earlier = self.finish_checkpoint(observer);
-        let earlier = std::mem::replace(&mut self.save_status, Ok(())).and(earlier);
+        let earlier = self.wait_for_checkpoint(observer);
         self.collective.agree(earlier)?;
         self.set_progress(summary);
         let progress = RunProgress {
@@ -532,6 +529,20 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
             self.unfinished.start(unfinished);
         }
         Ok(())
+    }
+
+    /// Waits for the checkpoint that is being finished, and reports it.
+    ///
+    /// # Errors
+    /// It could not be finished, or an earlier one failed since the last agreement.
+    fn wait_for_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let last = self.finish_checkpoint(observer);
+        self.take_save_status().and(last)
+    }
+
+    /// What is to be agreed about checkpoints that ended in the background.
+    fn take_save_status(&mut self) -> Result<()> {
+        std::mem::replace(&mut self.save_status, Ok(()))
     }
 
     /// Waits for the checkpoint that is being finished, and reports it.
