@@ -19,6 +19,9 @@ pub(super) struct Compute {
     device: String,
     #[command(flatten)]
     threads: Threads,
+    /// The number of threads that is used without `--threads`; `None`: one per core.
+    #[arg(skip)]
+    default_threads: Option<usize>,
 }
 
 /// The number of threads.
@@ -46,12 +49,19 @@ impl Threads {
 
     /// Checks the number of threads and starts them.
     pub(super) fn start(&self) -> Result<()> {
+        self.start_or(None)
+    }
+
+    /// [`start`](Self::start) with another default number of threads than one per core.
+    fn start_or(&self, default: Option<usize>) -> Result<()> {
         self.check()?;
-        if let Some(threads) = self.threads {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
+        // The environment variable is rayon's, and it means what --threads does.
+        let default = default.filter(|_| std::env::var_os("RAYON_NUM_THREADS").is_none());
+        if let Some(threads) = self.threads.map(usize::from).or(default) {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
             // Fails only if the global thread pool was started before.
             if let Err(e) = pool.build_global() {
-                say!("note: --threads {threads}: {e}");
+                say!("note: {threads} threads: {e}");
             }
         }
         Ok(())
@@ -59,6 +69,11 @@ impl Threads {
 }
 
 impl Compute {
+    /// Sets the number of threads that is used without `--threads`.
+    pub(super) fn set_default_threads(&mut self, threads: usize) {
+        self.default_threads = Some(threads);
+    }
+
     /// Checks the options, starts the threads and opens the device. Verbs call it through [`on_device`].
     pub(super) fn start(&self) -> Result<Device> {
         self.threads.check()?;
@@ -76,7 +91,7 @@ impl Compute {
                 }
             },
         };
-        self.threads.start()?;
+        self.threads.start_or(self.default_threads)?;
         Ok(device)
     }
 }

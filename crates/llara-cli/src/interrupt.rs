@@ -7,17 +7,20 @@
 
 use std::fmt;
 use std::process::exit;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use llara::{Error, ErrorKind, Result};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
-use super::talk::say;
+use super::talk::{self, say};
 
 /// The first signal; 0: none yet.
 static RECEIVED: AtomicI32 = AtomicI32::new(0);
+
+/// What this process of several is doing, in words.
+static DESCRIBE: OnceLock<Box<dyn Fn() -> String + Send + Sync>> = OnceLock::new();
 
 /// The exit code of a run that `--max-time` stopped: EX_TEMPFAIL of sysexits.h, a failure that a repetition
 /// of the command may not have.
@@ -39,10 +42,22 @@ impl fmt::Display for Stopped {
 impl std::error::Error for Stopped {}
 
 impl Stopped {
-    /// The reason is the signal that was received, or else the time limit.
-    pub(super) fn now() -> Self {
-        Stopped { code: signal_code().unwrap_or(TIME_LIMIT) }
+    /// By the signal that was received, if there was one.
+    pub(super) fn by_signal() -> Option<Self> {
+        signal_code().map(|code| Stopped { code })
     }
+
+    /// By the time limit.
+    pub(super) fn by_time_limit() -> Self {
+        Stopped { code: TIME_LIMIT }
+    }
+}
+
+/// Prints what `describe` returns at every first signal: a launcher ends all processes when one has failed, and
+/// their messages say what each was waiting for.
+pub(super) fn describe_with(describe: impl Fn() -> String + Send + Sync + 'static) {
+    // Set once, by the one call in a process.
+    let _ = DESCRIBE.set(Box::new(describe));
 }
 
 /// Lets a write beyond the limit of a file's size (`ulimit -f`) fail with an error, instead of ending the process.
@@ -64,10 +79,15 @@ fn cannot_receive(error: std::io::Error) -> Error {
 /// When signals cannot be received.
 pub(super) fn stop_after_step() -> Result<()> {
     on_signal(&[SIGINT, SIGTERM, SIGUSR1], |signal, first| match first {
-        true => say!(
-            "interrupted: saving a checkpoint after this step, then stopping; repeat to stop \
-             immediately"
-        ),
+        true => {
+            if let Some(describe) = DESCRIBE.get() {
+                talk::report(&format!("received signal {signal}: {}", describe()));
+            }
+            say!(
+                "interrupted: saving a checkpoint after this step, then stopping; repeat to stop \
+                 immediately"
+            );
+        }
         false => exit(128 + signal),
     })
 }

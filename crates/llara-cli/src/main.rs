@@ -20,6 +20,7 @@ mod output_folder;
 mod paths;
 mod plan;
 mod pretrain;
+mod processes;
 mod progress;
 mod report;
 mod run_file;
@@ -33,8 +34,6 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-
-use talk::say;
 
 /// Fine-tune decoder language models into text-embedding models, and use them.
 #[derive(Parser)]
@@ -62,7 +61,7 @@ enum Verb {
     Finetune(Box<finetune::Args>),
     /// Estimate memory, work and text lengths of a training run without training
     #[command(after_help = plan::AFTER_HELP)]
-    Plan(Box<finetune::Args>),
+    Plan(Box<plan::PlanArgs>),
     Encode(encode::Args),
     Evaluate(evaluate::Args),
     Search(search::Args),
@@ -92,9 +91,11 @@ fn execute(args: Vec<OsString>) -> ExitCode {
             if let Some(stopped) = error.downcast_ref::<interrupt::Stopped>() {
                 return ExitCode::from(stopped.code);
             }
-            // The faults of a folder were printed already.
-            if error.downcast_ref::<check::Faulty>().is_none() {
-                say!("error: {error}");
+            // The faults of a folder, and an error of several processes, were printed already.
+            if error.downcast_ref::<check::Faulty>().is_none()
+                && error.downcast_ref::<processes::Reported>().is_none()
+            {
+                talk::report(&format!("error: {error}"));
             }
             ExitCode::FAILURE
         }
@@ -153,6 +154,9 @@ fn command() -> clap::Command {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
+    if !matches!(cli.verb, Verb::Finetune(_)) {
+        processes::refuse_several()?;
+    }
     match cli.verb {
         Verb::Init(args) => init::run(&args),
         Verb::InspectData(args) => inspect_data::run(&args),

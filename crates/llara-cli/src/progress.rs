@@ -196,8 +196,42 @@ impl Observer for TrainingProgress<'_> {
     }
 
     fn stops(&mut self) -> bool {
-        interrupt::received() || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+        stops(self.deadline)
     }
+}
+
+/// The observer of a process that neither logs nor prints: it only stops the run.
+pub(super) struct Follower {
+    /// When the run stops.
+    pub(super) deadline: Option<Instant>,
+}
+
+impl Observer for Follower {
+    fn on_step(&mut self, _: &StepRecord) -> Result<()> {
+        Ok(())
+    }
+
+    fn on_log(&mut self, _: &StepRecord) -> Result<()> {
+        Ok(())
+    }
+
+    fn on_save(&mut self, _: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn on_save_failed(&mut self, _: Error) -> Result<()> {
+        // The first process prints it.
+        Ok(())
+    }
+
+    fn stops(&mut self) -> bool {
+        stops(self.deadline)
+    }
+}
+
+/// Whether a signal was received, or the time of the run is over.
+fn stops(deadline: Option<Instant>) -> bool {
+    interrupt::received() || deadline.is_some_and(|deadline| Instant::now() >= deadline)
 }
 
 /// Shows the progress of encoding texts.

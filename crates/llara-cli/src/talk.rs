@@ -3,8 +3,30 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use indicatif::{BinaryBytes, HumanCount};
+
+/// Rank of this process.
+static RANK: AtomicUsize = AtomicUsize::new(0);
+
+/// Sets the rank of this process. Other processes than the first one print nothing but [`report`]s.
+pub(super) fn set_rank(rank: usize) {
+    RANK.store(rank, Ordering::Relaxed);
+}
+
+fn is_first() -> bool {
+    RANK.load(Ordering::Relaxed) == 0
+}
+
+/// Prints a line to standard error on any process, with its rank unless it is the first.
+pub(super) fn report(text: &str) {
+    let line = match RANK.load(Ordering::Relaxed) {
+        0 => text.to_owned(),
+        rank => format!("rank {rank}: {text}"),
+    };
+    let _ = writeln!(io::stderr().lock(), "{}", llara::escape_controls(&line));
+}
 
 /// Prints a message to standard error.
 macro_rules! say {
@@ -12,14 +34,20 @@ macro_rules! say {
 }
 pub(super) use say;
 
-/// Prints a line to standard error with control characters escaped. Does nothing if it is closed.
+/// Prints a line to standard error with control characters escaped. Does nothing if it is closed, or if this is not
+/// the first process.
 pub(super) fn line(text: fmt::Arguments<'_>) {
-    let text = text.to_string();
-    let _ = writeln!(io::stderr().lock(), "{}", llara::escape_controls(&text));
+    if is_first() {
+        report(&text.to_string());
+    }
 }
 
 /// Prints a line to standard output. A closed pipe is not an error: its reader needs no more data.
+/// Does nothing if this is not the first process.
 pub(super) fn print(text: impl fmt::Display) -> llara::Result<()> {
+    if !is_first() {
+        return Ok(());
+    }
     let mut out = io::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use llara::backend::{Backend, Cpu, Shape};
+use llara::backend::{Backend, Cpu};
 use llara::data::{BadRows, Dataset};
-use llara::dist::{Bucket, Collective, FlatPart, Solo, ThreadGroup, ThreadRank};
+use llara::dist::{Collective, Solo, ThreadGroup, ThreadRank};
 use llara::loss::{
     Distillation, DistillationKind, FalseNegatives, MatryoshkaPrefix, ObjectiveOptions,
 };
@@ -19,7 +19,7 @@ use llara::train::{
     Batching, Chunking, Observer, RunLength, StepInput, StepRecord, TrainConfig, Trainer,
     accumulate_gradients,
 };
-use llara::{BiEncoderModel, BiEncoderOptions, Error, ErrorKind, Result, Role};
+use llara::{BiEncoderModel, BiEncoderOptions, Result, Role};
 
 /// Rows of the data. With batches of 6, every second batch has 5 rows, which 2 and 3 processes cannot divide evenly.
 const ROWS: usize = 11;
@@ -60,6 +60,8 @@ struct Case {
     bucket: usize,
     /// Whether the objective has all of its terms, and batches are of one file each.
     all_terms: bool,
+    /// Whether the moments are divided among the processes.
+    shard: bool,
 }
 
 /// The losses and results of one rank.
@@ -102,6 +104,7 @@ fn config(dir: &Path, batch_size: usize, case: Case) -> TrainConfig {
             true => Batching::PerFile { weights: vec![1.0, 2.0] },
             false => Batching::Mixed,
         },
+        shard_optimizer: case.shard,
         ..TrainConfig::new(dir)
     }
 }
@@ -217,8 +220,14 @@ const WHOLE: Chunking =
     Chunking { max_tokens: usize::MAX, max_sequences: usize::MAX, kept_tokens: usize::MAX };
 const PIECES: Chunking = Chunking { max_tokens: usize::MAX, max_sequences: 4, kept_tokens: 100 };
 
-const CASE: Case =
-    Case { lora: false, chunking: WHOLE, cross_device: true, bucket: usize::MAX, all_terms: false };
+const CASE: Case = Case {
+    lora: false,
+    chunking: WHOLE,
+    cross_device: true,
+    bucket: usize::MAX,
+    all_terms: false,
+    shard: true,
+};
 
 #[test]
 fn all_weights_on_several_processes() {
@@ -233,6 +242,109 @@ fn all_terms_of_the_objective_on_several_processes() {
 #[test]
 fn all_weights_on_several_processes_in_chunks() {
     processes_agree_with_one(Case { chunking: PIECES, bucket: 1000, ..CASE });
+}
+
+#[test]
+fn moments_on_every_process() {
+    processes_agree_with_one(Case { shard: false, bucket: 1000, ..CASE });
+}
+
+#[test]
+fn moments_of_adapters_on_every_process() {
+    let case = Case { lora: true, chunking: PIECES, shard: false, ..CASE };
+    processes_agree_with_one(case);
+}
+
+#[test]
+fn each_process_has_a_part_of_the_moments() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path(), ROWS);
+    let elements = |size: usize, shard: bool| {
+        let config = config(dir.path(), 2, Case { shard, ..CASE });
+        in_group(size, |rank| {
+            let mut model = model();
+            let collective: Arc<dyn Collective<Cpu>> = Arc::new(rank);
+            let (mut trainer, _) =
+                Trainer::in_group(&mut model, &dataset, &config, collective, None).unwrap();
+            trainer.state().optimizer().elements()
+        })
+    };
+    let [all] = elements(1, true)[..] else { panic!("one process") };
+    for size in [2, 4] {
+        let parts = elements(size, true);
+        assert_eq!(parts.iter().sum::<usize>(), all);
+        // Parts are multiples of 64 elements.
+        assert!(parts.iter().all(|part| part.abs_diff(all / size) <= 64 * size), "{parts:?}");
+        assert!(elements(size, false).iter().all(|part| *part == all));
+    }
+}
+
+#[test]
+fn the_references_scale_is_the_gradient_divided_by_the_number_of_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path(), ROWS);
+    let norms = |scaled: bool| {
+        let mut config = config(dir.path(), 3, CASE);
+        config.length = RunLength::Steps(1);
+        config.objective.reference_gradient_scale = scaled;
+        in_group(2, |rank| train(&dataset, &config, CASE, Arc::new(rank))).remove(0).norms[0]
+    };
+    assert_close("norm", norms(true), norms(false) / 2.0, 1e-6);
+}
+
+#[test]
+fn forward_in_training_mode_returns_the_batches_of_all_processes() {
+    let texts = |from: usize, count: usize| -> Vec<String> {
+        (from..from + count).map(|i| format!("Bell {i} hangs in the north tower.")).collect()
+    };
+    let batches = |model: &BiEncoderModel, first: usize, rows: usize| {
+        let query = model.batch(Role::Query, &texts(first, rows), 48).unwrap();
+        (query, model.batch(Role::Passage, &texts(100 + 2 * first, 2 * rows), 64).unwrap())
+    };
+    let mut whole = model();
+    whole.train();
+    let (query, passage) = batches(&whole, 0, 6);
+    let expected = whole.forward(Some(&query), Some(&passage)).unwrap();
+    let outputs = in_group(3, |rank| {
+        let mut model = model();
+        model.set_negatives_cross_device(true);
+        model.train();
+        let (query, passage) = batches(&model, 2 * Collective::<Cpu>::rank(&rank), 2);
+        // Without a group there are no other processes.
+        assert!(model.forward(Some(&query), Some(&passage)).is_err());
+        let gathered = model.forward_in_group(&query, &passage, &rank).unwrap();
+        model.set_negatives_cross_device(false);
+        let local = model.forward_in_group(&query, &passage, &rank).unwrap();
+        assert_eq!(local.scores.unwrap().dim(), (2, 4));
+        model.set_negatives_cross_device(true);
+        model.eval();
+        let eval = model.forward_in_group(&query, &passage, &rank).unwrap();
+        assert_eq!((eval.scores.unwrap().dim(), eval.loss), ((2, 4), None));
+        gathered
+    });
+    for output in outputs {
+        assert_eq!(output.scores.as_ref().unwrap().dim(), (6, 12));
+        assert_eq!(output.q_reps, expected.q_reps);
+        assert_eq!(output.p_reps, expected.p_reps);
+        assert_eq!((output.scores, output.loss), (expected.scores.clone(), expected.loss));
+    }
+}
+
+#[test]
+fn processes_with_other_settings_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path(), ROWS);
+    let errors = in_group(3, |rank| {
+        let mut config = config(dir.path(), 2, CASE);
+        if Collective::<Cpu>::rank(&rank) == 1 {
+            config.learning_rate = 2e-3;
+        }
+        let mut model = model();
+        Trainer::in_group(&mut model, &dataset, &config, Arc::new(rank), None).err()
+    });
+    for error in errors {
+        assert!(error.unwrap().to_string().contains("rank 1 has other settings"));
+    }
 }
 
 #[test]
@@ -296,81 +408,4 @@ fn with_local_negatives_the_gradient_is_the_mean_over_processes() {
     }
     assert_close("loss", runs[0].losses[0], (losses[0] + losses[1]) / 2.0, 1e-5);
     assert_close("norm", runs[0].norms[0], squares.sqrt(), 1e-5);
-}
-
-fn part(tensor: &mut <Cpu as Backend>::Tensor) -> FlatPart<'_, Cpu> {
-    FlatPart { tensor, elements: 1..7, start: 2 }
-}
-
-#[test]
-fn operations_of_a_group() {
-    let results = in_group(3, |rank| {
-        let backend = Cpu::new();
-        let me = Collective::<Cpu>::rank(&rank);
-        let counts = [2, 0, 1];
-        let own: Vec<f32> = (0..counts[me] * 2).map(|i| (10 * me + i) as f32).collect();
-        let x = backend.upload(&own, counts[me], 2).unwrap();
-        let all = rank.all_gather_rows(x, &counts).unwrap();
-        assert_eq!(all.shape(), (3, 2));
-        let back = rank.reduce_scatter_rows(all, &counts).unwrap();
-        let threefold: Vec<f32> = own.iter().map(|x| 3.0 * x).collect();
-        assert_eq!(backend.download(&back).unwrap(), threefold);
-
-        let mut x = backend.upload(&[me as f32, 1.0], 1, 2).unwrap();
-        rank.all_reduce(&mut x).unwrap();
-        assert_eq!(backend.download(&x).unwrap(), [3.0, 3.0]);
-        let mut x = backend.upload(&[me as f32], 1, 1).unwrap();
-        rank.broadcast(&mut x, 2).unwrap();
-        assert_eq!(backend.download(&x).unwrap(), [2.0]);
-        let mut totals = [0.25 * me as f64, 1.0];
-        Collective::<Cpu>::all_reduce_scalars(&rank, &mut totals).unwrap();
-        assert_eq!(totals, [0.75, 3.0]);
-
-        // Flat indices 2..8 with 4 per rank: rank 0 owns 2 and 3, rank 1 the others.
-        let bucket = Bucket { range: 2..8, shard: 4 };
-        let mut tensor = backend.upload(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1, 7).unwrap();
-        let mut sum = rank.gradient_sum(&bucket).unwrap();
-        sum.add(part(&mut tensor)).unwrap();
-        sum.start().unwrap();
-        // Another operation may run in between.
-        Collective::<Cpu>::barrier(&rank).unwrap();
-        sum.finish(&mut [part(&mut tensor)]).unwrap();
-        let got = backend.download(&tensor).unwrap();
-        let owned: &[f32] = [&[3.0, 6.0][..], &[9.0, 12.0, 15.0, 18.0], &[]][me];
-        let range = [1..3, 3..7, 0..0][me].clone();
-        assert_eq!((got[0], &got[range]), (0.0, owned));
-        rank.all_gather_weights(&bucket, &mut [part(&mut tensor)]).unwrap();
-        let got = backend.download(&tensor).unwrap();
-        assert_eq!(got, [0.0, 3.0, 6.0, 9.0, 12.0, 15.0, 18.0]);
-
-        let status = if me == 1 { Err(Error::new(ErrorKind::Data, "a bad row")) } else { Ok(()) };
-        Collective::<Cpu>::agree(&rank, status).unwrap_err().to_string()
-    });
-    assert!(results[1].contains("a bad row") && !results[1].contains("rank 1"), "{results:?}");
-    for other in [&results[0], &results[2]] {
-        assert!(other.contains("rank 1 failed: a bad row"), "{other}");
-    }
-}
-
-#[test]
-fn a_rank_that_has_ended_or_is_late_is_named() {
-    let backend = Cpu::new();
-    let mut ranks = ThreadGroup::ranks(3, &backend, Duration::from_millis(50));
-    let error = Collective::<Cpu>::barrier(&ranks[1]).unwrap_err().to_string();
-    assert!(error.contains("barrier") && error.contains("rank 0, 2"), "{error}");
-    drop(ranks.remove(2));
-    let error = Collective::<Cpu>::barrier(&ranks[0]).unwrap_err().to_string();
-    // Rank 1 has called the operation.
-    assert!(error.contains("rank 2 has ended"), "{error}");
-}
-
-#[test]
-fn different_operations_are_refused() {
-    let errors = in_group(2, |rank| match Collective::<Cpu>::rank(&rank) {
-        0 => Collective::<Cpu>::barrier(&rank).err(),
-        _ => Collective::<Cpu>::agree(&rank, Ok(())).err(),
-    });
-    assert!(errors.iter().all(Option::is_some));
-    let texts: Vec<_> = errors.into_iter().flatten().map(|e| e.to_string()).collect();
-    assert!(texts.iter().any(|text| text.contains("different operations")), "{texts:?}");
 }

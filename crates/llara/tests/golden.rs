@@ -3,7 +3,8 @@
 //!
 //! The fixtures were created by `fixtures/generate.py` with transformers. To compare with another set in the same
 //! format, give its folder, its rows, the number of rows that are used, and its passage length:
-//! `LLARA_GOLDEN=dir:rows.jsonl:10:96 cargo test --test golden`.
+//! `LLARA_GOLDEN=dir:rows.jsonl:10:96 cargo test --test golden`. The numbers of the reference with cross-device
+//! negatives on two processes, if its folder is given too: `LLARA_GOLDEN_DISTRIBUTED=dir`.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
@@ -11,11 +12,18 @@ mod batch_gradients;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use batch_gradients::batch_gradients;
-use llara::backend::Backend;
+use llara::backend::{Backend, Cpu};
 use llara::data::{BadRows, Batch, Dataset, Sampler, SamplerConfig, Sampling};
-use llara::train::{AdamW, AdamWConfig, Chunking};
+use llara::dist::{Collective, ThreadGroup};
+use llara::loss::{Contrastive, ObjectiveOptions, RowsPerRank};
+use llara::train::{
+    AdamW, AdamWConfig, Chunking, Decay, Observer, RunLength, StepInput, StepRecord, TrainConfig,
+    Trainer, accumulate_gradients,
+};
 use llara::{BiEncoderModel, BiEncoderOptions, Role};
 use ndarray::ArrayView2;
 use safetensors::SafeTensors;
@@ -64,13 +72,16 @@ fn on_all(check: impl Fn(&Golden, &Path)) {
     }
 }
 
-/// The tensors of a file, f32 or i64 as f64.
+/// The tensors of a file, f32, f64 or i64 as f64.
 fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let values = |view: &safetensors::tensor::TensorView<'_>| match view.dtype() {
         safetensors::Dtype::I64 => {
             view.data().as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f64).collect()
+        }
+        safetensors::Dtype::F64 => {
+            view.data().as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect()
         }
         safetensors::Dtype::F32 => {
             view.data().as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect()
@@ -279,4 +290,192 @@ fn adapters() {
         let merged = model.encode(&passage).unwrap().unwrap();
         within(&at("merged"), max_difference(&merged, &golden["p_reps"].1), 1e-5);
     });
+}
+
+/// Calls `f` on two threads, each a rank with its own model.
+fn on_two_ranks<T: Send>(f: impl Fn(Arc<dyn Collective<Cpu>>) -> T + Sync) -> Vec<T> {
+    let ranks = ThreadGroup::ranks(2, &Cpu::new(), Duration::from_secs(60));
+    let f = &f;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            ranks.into_iter().map(|rank| scope.spawn(move || f(Arc::new(rank)))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Batches of two rows for a rank of two: rows `(4 * step + 2 * rank + i) % row_count`.
+fn rows_of_rank(set: &Golden, model: &BiEncoderModel, step: usize, rank: usize) -> (Batch, Batch) {
+    let dataset = Dataset::open(std::slice::from_ref(&set.rows), BadRows::Error).unwrap();
+    let (mut queries, mut passages) = (Vec::new(), Vec::new());
+    for i in 0..2 {
+        let row = dataset.row((4 * step + 2 * rank + i) % set.row_count).unwrap();
+        queries.push(row.query.clone());
+        passages.extend(row.pos.iter().take(1).chain(&row.neg).take(GROUP).cloned());
+    }
+    assert_eq!(passages.len(), 2 * GROUP);
+    (
+        model.batch(Role::Query, &queries, QUERY_MAX_LEN).unwrap(),
+        model.batch(Role::Passage, &passages, set.passage_max_len).unwrap(),
+    )
+}
+
+/// The input of a rank, and its objective with the reference's scale of gradients.
+fn step_of_rank(
+    set: &Golden,
+    model: &BiEncoderModel,
+    step: usize,
+    collective: &Arc<dyn Collective<Cpu>>,
+) -> (StepInput, Contrastive<Cpu>) {
+    let (query, passage) = rows_of_rank(set, model, step, collective.rank());
+    let ids = |batch: &Batch| batch.sequences().map(<[u32]>::to_vec).collect::<Vec<_>>();
+    let share = (RowsPerRank::divided(4, 2, 2, GROUP), collective.rank());
+    let input = StepInput::share(&ids(&query), &ids(&passage), share, true, None).unwrap();
+    let options =
+        ObjectiveOptions { reference_gradient_scale: true, ..ObjectiveOptions::default() };
+    let objective = model.objective(Arc::clone(collective)).unwrap();
+    (input, Contrastive { options, ..objective })
+}
+
+fn model_of_rank(dir: &Path) -> BiEncoderModel {
+    let mut model = model(dir, true);
+    model.set_negatives_cross_device(true);
+    model.train();
+    model
+}
+
+#[test]
+fn cross_device_negatives_on_two_processes() {
+    let Ok(folder) = std::env::var("LLARA_GOLDEN_DISTRIBUTED") else {
+        println!("skipped: LLARA_GOLDEN_DISTRIBUTED is not set");
+        return;
+    };
+    let set = sets().pop().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder);
+    let mut families = 0;
+    for family in FAMILIES.map(|family| folder.join(family)).iter().filter(|dir| dir.is_dir()) {
+        let name = family.file_name().unwrap().to_string_lossy().into_owned();
+        let golden = tensors(&family.join("golden_distributed.safetensors"));
+        let dir = set.dir.join(&name);
+        compare_step(&set, &dir, &name, &golden);
+        compare_updates(&set, &dir, &name, &golden);
+        families += 1;
+    }
+    assert!(families > 0, "{} has no numbers", folder.display());
+}
+
+/// Embeddings, scores, loss and gradients of the first step.
+fn compare_step(
+    set: &Golden,
+    dir: &Path,
+    name: &str,
+    golden: &BTreeMap<String, (Vec<usize>, Vec<f64>)>,
+) {
+    let ranks = on_two_ranks(|collective| {
+        let mut model = model_of_rank(dir);
+        let (query, passage) = rows_of_rank(set, &model, 0, collective.rank());
+        let output = model.forward_in_group(&query, &passage, collective.as_ref()).unwrap();
+        let (input, objective) = step_of_rank(set, &model, 0, &collective);
+        accumulate_gradients(&mut model, &objective, &input, &Chunking::default()).unwrap();
+        let grads: Vec<(String, Vec<f32>)> = model
+            .decoder()
+            .tensors()
+            .map(|t| {
+                let grad = model.backend().download_view(t.grad().unwrap()).unwrap();
+                (t.name().to_owned(), grad)
+            })
+            .collect();
+        (output, grads)
+    });
+    let want = |key: &str| golden[key].1.as_slice();
+    for (rank, (output, _)) in ranks.iter().enumerate() {
+        for (key, got) in [("q_reps", &output.q_reps), ("p_reps", &output.p_reps)] {
+            let difference =
+                max_difference(got.as_ref().unwrap(), want(&format!("rank{rank}.{key}")));
+            within(&format!("{name} rank {rank} {key}"), difference, 1e-5);
+        }
+        let scale = largest(want("scores").iter().copied());
+        let scores = max_difference(output.scores.as_ref().unwrap(), want("scores"));
+        within(&format!("{name} rank {rank} scores"), scores / scale, 1e-5);
+        let loss = want("losses_of_ranks")[rank];
+        let difference = (f64::from(output.loss.unwrap()) - loss).abs() / loss;
+        within(&format!("{name} rank {rank} loss"), difference, 1e-5);
+    }
+    for ((tensor, first), (_, second)) in ranks[0].1.iter().zip(&ranks[1].1) {
+        let sum: Vec<f32> = first.iter().zip(second).map(|(a, b)| a + b).collect();
+        let what = format!("{name} grad.{tensor}");
+        within(&what, relative_norm(&sum, want(&format!("grad.{tensor}"))), 1e-4);
+    }
+}
+
+/// Losses, norms and weights of all steps.
+fn compare_updates(
+    set: &Golden,
+    dir: &Path,
+    name: &str,
+    golden: &BTreeMap<String, (Vec<usize>, Vec<f64>)>,
+) {
+    let (shape, steps) = &golden["losses_and_grad_norms"];
+    // The trainer reads the rows in order, without the end of an epoch.
+    let copies = tempfile::tempdir().unwrap();
+    let path = copies.path().join("rows.jsonl");
+    let text = std::fs::read_to_string(&set.rows).unwrap();
+    let lines: Vec<&str> = text.lines().take(set.row_count).collect();
+    let rows: String =
+        lines.iter().cycle().take(4 * shape[0]).map(|line| format!("{line}\n")).collect();
+    std::fs::write(&path, rows).unwrap();
+    let dataset = Dataset::open(&[path], BadRows::Error).unwrap();
+    let mut config = TrainConfig {
+        length: RunLength::Steps(shape[0] as u64),
+        batch_size: 2,
+        group_size: GROUP,
+        query_max_len: QUERY_MAX_LEN,
+        passage_max_len: set.passage_max_len,
+        sampling: Sampling::Sequential,
+        learning_rate: 1e-3,
+        decay: Decay::Constant,
+        ..TrainConfig::new(copies.path())
+    };
+    config.objective.reference_gradient_scale = true;
+    let config = &config;
+    let results = on_two_ranks(|collective| {
+        let mut model = model_of_rank(dir);
+        let mut records = Records::default();
+        let (mut trainer, _) =
+            Trainer::in_group(&mut model, &dataset, config, collective, None).unwrap();
+        trainer.run(&mut records).unwrap();
+        let weights = model
+            .decoder()
+            .tensors()
+            .map(|t| (t.name().to_owned(), model.backend().download_view(t.values()).unwrap()));
+        (records.0, weights.collect::<Vec<_>>())
+    });
+    for (records, weights) in results {
+        for (record, want) in records.iter().zip(steps.chunks_exact(2)) {
+            let at = |what| format!("{name} step {} {what}", record.step);
+            within(&at("loss"), (f64::from(record.loss) - want[0]).abs() / want[0], 5e-5);
+            within(&at("norm"), (f64::from(record.grad_norm) - want[1]).abs() / want[1], 2e-4);
+        }
+        for (tensor, values) in weights {
+            let what = format!("{name} final.{tensor}");
+            within(&what, relative_norm(&values, &golden[&format!("final.{tensor}")].1), 1e-4);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Records(Vec<StepRecord>);
+
+impl Observer for Records {
+    fn on_step(&mut self, record: &StepRecord) -> llara::Result<()> {
+        self.0.push(*record);
+        Ok(())
+    }
+
+    fn on_log(&mut self, _: &StepRecord) -> llara::Result<()> {
+        Ok(())
+    }
+
+    fn on_save(&mut self, _: &Path) -> llara::Result<()> {
+        Ok(())
+    }
 }

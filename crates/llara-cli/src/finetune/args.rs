@@ -10,6 +10,7 @@ use llara::loss::ObjectiveOptions;
 use llara::train::{Batching, Chunking, TrainConfig};
 use llara::{BiEncoderOptions, Error, ErrorKind, Recipe, Result, Shortcuts};
 
+use super::distributed_args::DistributedArgs;
 use super::eval_args::EvalArgs;
 use super::lora_args::LoraArgs;
 use super::objective_args::ObjectiveArgs;
@@ -41,6 +42,7 @@ Examples:
   llara finetune --model base --train-data train.jsonl --output-dir tuned --eval-dataset beir/nfcorpus \
       --eval-steps 200 --load-best-model-at-end --early-stopping-patience 5
   llara finetune --config run.toml --resume-from-checkpoint --max-time 3h50m
+  mpirun -n 4 llara finetune --config run.toml --negatives-cross-device
 
 run.toml contains options without the leading dashes; options of the command line override it:
   model = \"base\"
@@ -73,6 +75,8 @@ pub(crate) struct Args {
     pub(super) lora: LoraArgs,
     #[command(flatten)]
     pub(super) optimizer: OptimizerArgs,
+    #[command(flatten)]
+    pub(super) distributed: DistributedArgs,
     #[command(flatten)]
     pub(super) output: OutputArgs,
     #[command(flatten)]
@@ -251,14 +255,20 @@ impl Args {
             chunking: Chunking::default(), // chosen once the data is known
             logging_steps: self.output.logging_steps,
             saving: self.output.saving(steps_per_epoch),
+            shard_optimizer: self.distributed.shard_optimizer,
         }
     }
 
-    /// The options of the model. With one process `--negatives-cross-device` has no effect.
-    pub(super) fn model_options(&self, recipe: &Recipe) -> BiEncoderOptions {
+    /// Whether queries are scored against the passages of all processes.
+    pub(crate) fn has_cross_device_negatives(&self) -> bool {
+        self.contrastive.negatives_cross_device
+    }
+
+    /// The options of the model in a run on so many processes. With one, `--negatives-cross-device` has no effect.
+    pub(super) fn model_options(&self, recipe: &Recipe, processes: usize) -> BiEncoderOptions {
         BiEncoderOptions {
             normalized: recipe.normalized,
-            negatives_cross_device: false,
+            negatives_cross_device: self.contrastive.negatives_cross_device && processes > 1,
             temperature: self.contrastive.temperature,
             sub_batch_size: None,
             shortcuts: Shortcuts {
@@ -343,7 +353,16 @@ mod tests {
         let saving = Saving { every: Some(500), ..Saving::default() };
         let expected = TrainConfig { warmup: Warmup::Ratio(0.0), saving, ..TrainConfig::new("o") };
         assert_eq!(config(&[]), expected);
-        assert_eq!(parse(&[]).model_options(&recipe()), BiEncoderOptions::default());
+        assert_eq!(parse(&[]).model_options(&recipe(), 1), BiEncoderOptions::default());
+    }
+
+    #[test]
+    fn cross_device_negatives_need_several_processes() {
+        let given = parse(&["--negatives_cross_device"]);
+        let of = |args: &Args, processes| {
+            args.model_options(&recipe(), processes).negatives_cross_device
+        };
+        assert_eq!([of(&given, 1), of(&given, 2), of(&parse(&[]), 2)], [false, true, false]);
     }
 
     #[test]

@@ -54,7 +54,7 @@ impl Forecast {
             prompts: prompts.clone(),
             lora: prepared.lora()?,
             precision: prepared.precision,
-            options: args.model_options(&prepared.recipe),
+            options: args.model_options(&prepared.recipe, prepared.ranks),
             evaluation,
             task: PlannedTask::Finetuning(prepared.config.objective.clone()),
             memory: prepared.backend.memory(),
@@ -68,19 +68,21 @@ impl Forecast {
             smallest: prompts.encode(Role::Passage, "", usize::MAX)?.len() + 1,
         };
         let checkpoint = prepared.checkpoint.as_ref();
-        Self::of(shape, batch, (&args.training, checkpoint), max_len, &prepared.backend)
+        let machine = (&prepared.backend, prepared.local_processes);
+        Self::of(shape, batch, (&args.training, checkpoint), max_len, machine)
     }
 
-    /// Plans a step of `batch`, with the data of the run in memory; the shape's process memory is set here.
+    /// Plans a step of `batch`, with the data of the run in memory; the shape's process memory is set here. The memory
+    /// of the machine is shared by `local_processes` processes.
     pub(crate) fn of(
         mut shape: RunShape,
         batch: LargestBatch,
         (training, checkpoint): (&TrainingArgs, Option<&Checkpoint>),
         max_len: MaxLen,
-        backend: &impl Backend,
+        (backend, local_processes): (&impl Backend, usize),
     ) -> Result<Self> {
         // Read here, with tokenizer and data in memory.
-        let machine = MachineMemory::of(backend)?;
+        let machine = MachineMemory::of(backend)?.shared_by(local_processes);
         shape.process_bytes = match backend.free_and_total_bytes()? {
             None => machine.process_in_training(),
             Some(_) => 0,

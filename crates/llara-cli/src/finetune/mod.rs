@@ -1,6 +1,7 @@
 //! `llara finetune`: train a model. All inputs are checked before files are written.
 
 mod args;
+mod distributed_args;
 mod eval_args;
 mod flag_table;
 mod forecast;
@@ -15,6 +16,7 @@ mod report_facts;
 mod resume;
 mod run;
 mod steps;
+mod traffic;
 mod trainer_flags;
 mod training_args;
 
@@ -24,10 +26,12 @@ use std::time::Instant;
 use llara::backend::Backend;
 use llara::data::{Dataset, Sampling};
 use llara::inspect::{Settings, inspect_first_rows};
-use llara::train::{Finetuning, TrainConfig};
+use llara::train::{Chunking, Finetuning, TrainConfig};
 use llara::{Role, hub};
 
 use super::compute::on_device;
+use super::processes::Processes;
+use super::report::ReportFacts;
 use super::talk::{count, counted, say};
 use super::{inspect_data, trained_model};
 pub(super) use args::{Args, ModelArgs};
@@ -54,10 +58,22 @@ const TEXTS: usize = 2_000;
 /// Bytes of the first rows that are inspected before training. It takes a tenth of a second.
 const INSPECTED_BYTES: usize = 8 << 20;
 
-pub(super) fn run(args: Args) -> anyhow::Result<()> {
+pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
     let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
-    on_device!(args.compute, backend => finetune(&args, output_dir, deadline, backend))
+    let processes = Processes::start(args.distributed.collective_timeout)?;
+    args.compute.set_default_threads(processes.placement().threads);
+    let result = run_on_device(&args, output_dir, deadline, &processes);
+    processes.end(result)
+}
+
+fn run_on_device(
+    args: &Args,
+    output_dir: PathBuf,
+    deadline: Option<Instant>,
+    processes: &Processes,
+) -> anyhow::Result<()> {
+    on_device!(args.compute, backend => finetune(args, output_dir, deadline, backend, processes))
 }
 
 fn finetune(
@@ -65,24 +81,13 @@ fn finetune(
     output_dir: PathBuf,
     deadline: Option<Instant>,
     backend: impl Backend,
+    processes: &Processes,
 ) -> anyhow::Result<()> {
-    let mut prepared = Prepared::new(args, Purpose::Run(output_dir), backend)?;
-    let forecast = Forecast::new(args, &prepared)?;
-    forecast.refuse_if_too_large()?;
-    for line in forecast.lines() {
-        say!("{line}");
-    }
-    let lengths = prepared.lengths(TEXTS)?;
-    for line in lengths::warnings(&lengths, &prepared.outline.prompts)? {
-        say!("{line}");
-    }
-    for line in noteworthy(&prepared)? {
-        say!("{line}");
-    }
-    let facts = report_facts::facts(args, &prepared, &forecast, &lengths)?;
-    prepared.config.chunking = forecast.plan.chunks.chunking;
+    let mut prepared = Prepared::new(args, Purpose::Run(output_dir), backend, processes)?;
+    let (facts, chunking) = processes.agree(foresee(args, &prepared))?;
+    prepared.config.chunking = of_all(chunking, processes)?;
 
-    let mut model = prepared.load(args)?;
+    let mut model = processes.agree(prepared.load(args).map_err(Into::into))?;
     model.set_base_name(hub::model_name(&prepared.model_name));
     let Prepared { config, dataset, checkpoint, evaluation, .. } = &prepared;
     let run = Run {
@@ -94,6 +99,7 @@ fn finetune(
         saves_merged: args.lora.save_merged_lora_model,
         created_output_dir: prepared.created_output_dir(),
         deadline,
+        processes,
     };
     for (role, max_len) in
         [(Role::Query, config.query_max_len), (Role::Passage, config.passage_max_len)]
@@ -105,8 +111,38 @@ fn finetune(
         model,
         facts,
         |model, collective| Finetuning::new(model, dataset, config, collective),
-        |total| announce(args, normalized, (config, dataset), total),
+        |total| announce(args, normalized, (config, dataset), total, processes),
     )
+}
+
+/// Estimates the memory of the run, and prints what is noteworthy about memory and data. Returns the facts for the
+/// report, and the chunks of a batch.
+fn foresee(
+    args: &Args,
+    prepared: &Prepared<impl Backend>,
+) -> anyhow::Result<(ReportFacts, Chunking)> {
+    let forecast = Forecast::new(args, prepared)?;
+    forecast.refuse_if_too_large()?;
+    for line in forecast.lines() {
+        say!("{line}");
+    }
+    let lengths = prepared.lengths(TEXTS)?;
+    for line in lengths::warnings(&lengths, &prepared.outline.prompts)? {
+        say!("{line}");
+    }
+    for line in noteworthy(prepared)? {
+        say!("{line}");
+    }
+    let facts = report_facts::facts(args, prepared, &forecast, &lengths)?;
+    Ok((facts, forecast.plan.chunks.chunking))
+}
+
+/// The smallest chunks that any process has chosen for its memory: with equal chunks, results are equal.
+fn of_all(chunking: Chunking, processes: &Processes) -> llara::Result<Chunking> {
+    let Chunking { max_tokens, max_sequences, kept_tokens } = chunking;
+    let [max_tokens, max_sequences, kept_tokens] =
+        processes.smallest([max_tokens, max_sequences, kept_tokens])?;
+    Ok(Chunking { max_tokens, max_sequences, kept_tokens })
 }
 
 /// What is noteworthy about the data, from its first rows: `llara inspect-data` has the rest.
@@ -129,8 +165,13 @@ fn announce(
     normalized: bool,
     (config, dataset): (&TrainConfig, &Dataset),
     steps: u64,
+    processes: &Processes,
 ) {
-    let (batch, group) = (config.batch_size, config.group_size);
+    let ranks = processes.size();
+    if ranks > 1 {
+        announce_processes(args, config, processes);
+    }
+    let (batch, group) = (config.batch_size.saturating_mul(ranks), config.group_size);
     let of_row = group.saturating_mul(config.passage_max_len).saturating_add(config.query_max_len);
     let tokens = batch.saturating_mul(of_row);
     say!(
@@ -149,7 +190,7 @@ fn announce(
     if args.lora.are_ignored() {
         say!("note: --use-lora is false, so other options of adapters have no effect");
     }
-    if args.contrastive.negatives_cross_device {
+    if args.contrastive.negatives_cross_device && ranks == 1 {
         say!("note: --negatives-cross-device has no effect with one process");
     }
     if !normalized {
@@ -158,4 +199,27 @@ fn announce(
     if args.optimizer.ignores_warmup() {
         say!("note: the schedule `constant` has no warm-up; use constant_with_warmup");
     }
+}
+
+/// Prints how the work is divided.
+fn announce_processes(args: &Args, config: &TrainConfig, processes: &Processes) {
+    let (ranks, placement) = (processes.size(), processes.placement());
+    say!(
+        "processes {ranks}, {} on the first host with {} each by default; {} per step each",
+        placement.local_processes,
+        counted(placement.threads, "thread"),
+        if config.batch_size == 1 {
+            "1 query".into()
+        } else {
+            format!("{} queries", config.batch_size)
+        },
+    );
+    say!(
+        "          negatives of {}; moments {}",
+        match args.has_cross_device_negatives() {
+            true => "all processes",
+            false => "the own process",
+        },
+        if config.shard_optimizer { "divided among them" } else { "on every process" },
+    );
 }

@@ -82,6 +82,7 @@ impl ObjectiveArgs {
             symmetric: self.symmetric,
             matryoshka: self.matryoshka()?,
             distillation: self.distillation()?,
+            ..ObjectiveOptions::default()
         })
     }
 
@@ -161,6 +162,7 @@ mod tests {
             symmetric: true,
             matryoshka: vec![prefix(8, 2.0), prefix(16, 0.5)],
             distillation: Some(Distillation { kind, weight: 3.0, temperature: 10.0 }),
+            reference_gradient_scale: false,
         };
         assert_eq!(parse(&args).unwrap(), expected);
         let unweighted = parse(&["--matryoshka-dims", "8,16"]).unwrap();

@@ -5,18 +5,22 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, DataSources, Dataset};
-use llara::loss::ObjectiveContext;
+use llara::loss::{ObjectiveContext, ObjectiveOptions};
 use llara::model::{LoraConfig, SavedTokens};
 use llara::retrieval::BLOCK_TEXTS;
 use llara::text::Template;
 use llara::train::plan::TextLengths;
 use llara::train::{Checkpoint, Evaluation, TrainConfig};
-use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Loader, Outline, Probes, Recipe, Role};
+use llara::{
+    BiEncoderModel, BiEncoderOptions, Error, ErrorKind, FolderLock, Loader, Outline, Probes,
+    Recipe, Role,
+};
 
 use super::Args;
 use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
 use super::{ranges, resume};
+use crate::processes::Processes;
 use crate::talk::{counted, say};
 use crate::{paths, trained_model};
 
@@ -42,43 +46,52 @@ pub(crate) struct Prepared<B: Backend> {
     pub(super) recipe: Recipe,
     pub(crate) outline: Outline,
     pub(super) backend: B,
-    /// The lock of the output folder.
+    /// The lock of the output folder; the first process has it.
     lock: Option<FolderLock>,
     /// The checkpoint that the run continues from.
     pub(super) checkpoint: Option<Checkpoint>,
     /// The number format of activations.
     pub(super) precision: Dtype,
+    /// Number of processes.
+    pub(super) ranks: usize,
+    /// Number of processes on this host.
+    pub(super) local_processes: usize,
 }
 
 impl<B: Backend> Prepared<B> {
-    /// Checks the options, then the data, then the model's configuration and tokenizer.
-    pub(crate) fn new(args: &Args, purpose: Purpose, backend: B) -> anyhow::Result<Self> {
-        let model_name = required(args)?;
-        let own = OwnSettings {
-            model: &model_name,
-            seed: args.training.seed,
-            evaluates: args.evaluation.evaluates(),
-        };
-        let mut notes = args.trainer_flags.check(&own)?;
-        notes.extend(args.evaluation.check()?);
-        for line in notes {
-            say!("note: {line}");
-        }
-        ranges::check(args)?;
-        let objective = args.objective.objective()?;
-        let sources = DataSources::read(&args.data.train_data)?;
-        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
-        let adapter = args.lora.adapter()?;
+    /// Checks the options, then the data, then the model's configuration and tokenizer. Every process does; an
+    /// error of one is an error of all.
+    pub(crate) fn new(
+        args: &Args,
+        purpose: Purpose,
+        backend: B,
+        processes: &Processes,
+    ) -> anyhow::Result<Self> {
+        let options = processes.agree(Options::check(args, &purpose))?;
         let (output_dir, lock, checkpoint) = match &purpose {
             Purpose::Run(output_dir) => {
-                check_apart(args, output_dir, &adapter, &model_name, &sources)?;
-                let (lock, checkpoint) = resume::claim(&args.output, output_dir)?;
-                (output_dir.clone(), Some(lock), checkpoint)
+                let (lock, checkpoint) = resume::claim_by_first(args, output_dir, processes)?;
+                (output_dir.clone(), lock, checkpoint)
             }
             Purpose::Plan => (PathBuf::new(), None, None),
         };
-        let precision = (&args.training, &args.precision);
-        let precision = resume::precision(precision, checkpoint.as_ref(), &backend);
+        let precision = resume::precision_of_first(args, checkpoint.as_ref(), &backend, processes)?;
+        let claimed = Claimed { output_dir, lock, checkpoint, precision };
+        processes.agree(Self::read(args, purpose, backend, options, claimed, processes))
+    }
+
+    /// Reads and checks data, configuration and tokenizer.
+    fn read(
+        args: &Args,
+        purpose: Purpose,
+        backend: B,
+        options: Options,
+        claimed: Claimed,
+        processes: &Processes,
+    ) -> anyhow::Result<Self> {
+        let Options { model_name, objective, sources, template, adapter } = options;
+        let Claimed { output_dir, lock, checkpoint, precision } = claimed;
+        let ranks = processes.size();
         let group_size = args.data.train_group_size;
         let mut dataset = Dataset::open_sources(sources, args.data.on_bad_row)?;
         if args.data.on_bad_row == BadRows::Skip {
@@ -99,7 +112,7 @@ impl<B: Backend> Prepared<B> {
         objective.check(&ObjectiveContext {
             dimension: outline.decoder.hidden_size,
             group_size,
-            negatives_cross_device: args.model_options(&recipe).negatives_cross_device,
+            negatives_cross_device: args.model_options(&recipe, ranks).negatives_cross_device,
         })?;
         if let Some(distillation) = &objective.distillation {
             dataset.check_teacher_scores(distillation.temperature)?;
@@ -107,7 +120,7 @@ impl<B: Backend> Prepared<B> {
         config.objective = objective;
         config.batching = args.data.batching(&dataset)?;
         // Errors of the sampler are reported before a large model is read.
-        let steps_per_epoch = config.sampler(&dataset, 1)?.steps_per_epoch();
+        let steps_per_epoch = config.sampler(&dataset, ranks)?.steps_per_epoch();
         config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
         let evaluation = args.evaluation.open(&args.output, steps_per_epoch)?;
         for (role, option, max_len) in [
@@ -132,6 +145,8 @@ impl<B: Backend> Prepared<B> {
             lock,
             checkpoint,
             precision,
+            ranks,
+            local_processes: processes.placement().local_processes,
         })
     }
 
@@ -173,8 +188,11 @@ impl<B: Backend> Prepared<B> {
         if !matches!(self.adapter, Adapter::None) {
             loader = loader.matrices(precision);
         }
-        let (backend, options) = (self.backend.clone(), args.model_options(&self.recipe));
-        let mut model = loader.load_weights(self.outline.clone(), backend, options)?;
+        let options = args.model_options(&self.recipe, self.ranks);
+        // A model is loaded as that of one process.
+        let alone = BiEncoderOptions { negatives_cross_device: false, ..options };
+        let mut model = loader.load_weights(self.outline.clone(), self.backend.clone(), alone)?;
+        model.set_negatives_cross_device(options.negatives_cross_device);
         match &self.adapter {
             Adapter::None => {}
             Adapter::New(lora) => {
@@ -206,6 +224,49 @@ impl<B: Backend> Prepared<B> {
             Adapter::From(adapter) => trained_model::name_recorded_base(error.file(dir), adapter),
             Adapter::None | Adapter::New(_) => error.file(dir),
         })
+    }
+}
+
+/// The options that were checked without reading a model or data.
+struct Options {
+    model_name: String,
+    objective: ObjectiveOptions,
+    sources: DataSources,
+    template: Option<Template>,
+    adapter: Adapter,
+}
+
+/// What the first process has decided for all.
+struct Claimed {
+    output_dir: PathBuf,
+    lock: Option<FolderLock>,
+    checkpoint: Option<Checkpoint>,
+    precision: Dtype,
+}
+
+impl Options {
+    fn check(args: &Args, purpose: &Purpose) -> anyhow::Result<Self> {
+        let model_name = required(args)?;
+        let own = OwnSettings {
+            model: &model_name,
+            seed: args.training.seed,
+            evaluates: args.evaluation.evaluates(),
+        };
+        let mut notes = args.trainer_flags.check(&own)?;
+        notes.extend(args.evaluation.check()?);
+        for line in notes {
+            say!("note: {line}");
+        }
+        ranges::check(args)?;
+        let mut objective = args.objective.objective()?;
+        objective.reference_gradient_scale = args.distributed.reference_gradient_scale;
+        let sources = DataSources::read(&args.data.train_data)?;
+        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
+        let adapter = args.lora.adapter()?;
+        if let Purpose::Run(output_dir) = purpose {
+            check_apart(args, output_dir, &adapter, &model_name, &sources)?;
+        }
+        Ok(Options { model_name, objective, sources, template, adapter })
     }
 }
 

@@ -23,7 +23,7 @@ pub(super) fn facts<B: Backend>(
     lengths: &[TextLengths],
 ) -> llara::Result<ReportFacts> {
     let Prepared { config, dataset, .. } = prepared;
-    let steps_per_epoch = config.sampler(dataset, 1)?.steps_per_epoch();
+    let steps_per_epoch = config.sampler(dataset, prepared.ranks)?.steps_per_epoch();
     let plan = &forecast.plan;
     let memory = plan.training.named().map(|(name, part)| (name.to_owned(), part));
     let files = dataset.files().into_iter().map(|file| {
@@ -66,7 +66,7 @@ fn settings<B: Backend>(
         ("device", prepared.backend.description()),
         ("dtype", prepared.precision.to_string()),
         ("template", recipe.template.name.clone()),
-        ("queries per step", config.batch_size.to_string()),
+        ("queries per step", config.batch_size.saturating_mul(prepared.ranks).to_string()),
         ("passages per query", config.group_size.to_string()),
         ("query max length", config.query_max_len.to_string()),
         ("passage max length", config.passage_max_len.to_string()),
@@ -129,6 +129,7 @@ fn objective(options: &ObjectiveOptions) -> String {
         symmetric,
         matryoshka,
         distillation,
+        reference_gradient_scale,
     } = options;
     let mut parts = vec![if *symmetric { "symmetric InfoNCE" } else { "InfoNCE" }.to_owned()];
     if !in_batch_negatives {
@@ -148,6 +149,9 @@ fn objective(options: &ObjectiveOptions) -> String {
     if let Some(Distillation { kind, weight, temperature }) = distillation {
         let kind = format!("{kind:?}").to_lowercase();
         parts.push(format!("distillation {kind}, weight {weight}, temperature {temperature}"));
+    }
+    if *reference_gradient_scale {
+        parts.push("gradients scaled as in the reference".to_owned());
     }
     parts.join("; ")
 }

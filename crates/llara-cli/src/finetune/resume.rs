@@ -8,11 +8,31 @@ use llara::train::plan::ChunkPolicy;
 use llara::train::{Checkpoint, Latest};
 use llara::{Error, ErrorKind, FolderLock, Result};
 
+use super::Args;
 use super::output_args::{OutputArgs, ResumeFrom};
 use super::training_args::TrainingArgs;
 use crate::compute::Precision;
 use crate::output_folder;
+use crate::processes::Processes;
 use crate::talk::{counted, say};
+
+/// [`claim`] by the first process. The others have no lock, and open the checkpoint that it has chosen.
+pub(super) fn claim_by_first(
+    args: &Args,
+    output_dir: &Path,
+    processes: &Processes,
+) -> anyhow::Result<(Option<FolderLock>, Option<Checkpoint>)> {
+    let claimed = processes.first(|| Ok(claim(&args.output, output_dir)?))?;
+    let (lock, checkpoint) = claimed.map_or((None, None), |(lock, found)| (Some(lock), found));
+    let folder = checkpoint.as_ref().map(|checkpoint| checkpoint.dir().display().to_string());
+    let folder = processes.choose(folder.unwrap_or_default())?;
+    let opened = || match (processes.is_first(), folder.as_str()) {
+        (true, _) => Ok(checkpoint),
+        (false, "") => Ok(None),
+        (false, folder) => Ok(Some(Checkpoint::open(Path::new(folder))?)),
+    };
+    Ok((lock, processes.agree(opened())?))
+}
 
 /// Locks the output folder and finds the checkpoint to continue from, if the option is given. Without a
 /// checkpoint, a folder that is not empty is refused unless it may be overwritten.
@@ -77,6 +97,29 @@ fn latest(output_dir: &Path) -> Result<Option<Checkpoint>> {
         }
         (None, _) => Ok(None),
     }
+}
+
+/// The number format of activations, and the kernels for it: those of the first process, which may have measured
+/// which are the fastest. See [`precision`].
+pub(super) fn precision_of_first(
+    args: &Args,
+    checkpoint: Option<&Checkpoint>,
+    backend: &impl Backend,
+    processes: &Processes,
+) -> Result<Dtype> {
+    let own = precision((&args.training, &args.precision), checkpoint, backend);
+    if processes.size() == 1 {
+        return Ok(own);
+    }
+    let name = |dtype| if dtype == Dtype::Bf16 { "bf16" } else { "f32" };
+    let chosen = processes.choose(name(own).to_owned())?;
+    let dtype = if chosen == name(Dtype::Bf16) { Dtype::Bf16 } else { Dtype::F32 };
+    // Without f32 here: its kernels do not depend on a measurement.
+    if dtype == Dtype::Bf16 {
+        let kernels = processes.choose(backend.kernels(dtype))?;
+        backend.use_kernels(&kernels);
+    }
+    Ok(dtype)
 }
 
 /// The number format of activations. A resumed run takes the choices of `--dtype auto` and of the kernels from

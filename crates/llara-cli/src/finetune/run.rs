@@ -8,14 +8,16 @@ use std::time::Instant;
 
 use llara::backend::{Backend, Dtype};
 use llara::data::Dataset;
-use llara::dist::{Collective, Solo};
+use llara::dist::Collective;
 use llara::train::{
-    Checkpoint, EvalHistory, Evaluated, Evaluation, RunLog, Summary, Task, TrainConfig, Trainer,
-    state_bytes,
+    Checkpoint, EvalHistory, Evaluated, Evaluation, Observer, RunLog, Summary, Task, TrainConfig,
+    Trainer, state_bytes,
 };
-use llara::{BiEncoderModel, Error, Loader};
+use llara::{BiEncoderModel, BiEncoderOptions, Error, Loader};
 
-use crate::progress::TrainingProgress;
+use super::traffic::{CountingObserver, Traffic};
+use crate::processes::Processes;
+use crate::progress::{Follower, TrainingProgress};
 use crate::report::{OwnReport, ReportFacts};
 use crate::talk::{count, counted, print, say};
 use crate::{eval_report, interrupt, output_folder};
@@ -34,11 +36,13 @@ pub(crate) struct Run<'r> {
     pub(crate) created_output_dir: bool,
     /// When the run stops.
     pub(crate) deadline: Option<Instant>,
+    /// The processes that train the model together; the first one logs and saves.
+    pub(crate) processes: &'r Processes,
 }
 
 impl Run<'_> {
-    /// Trains and saves the model, and prints the result. `make_task` makes the task of a process of a group,
-    /// `announce` prints its settings; its argument is the number of steps.
+    /// Trains and saves the model, and prints the result. Every process calls it. `make_task` makes the task of a
+    /// process of a group, `announce` prints its settings; its argument is the number of steps.
     pub(crate) fn complete<B: Backend, T: Task<B>>(
         &self,
         mut model: BiEncoderModel<B>,
@@ -46,18 +50,21 @@ impl Run<'_> {
         make_task: impl FnOnce(&mut BiEncoderModel<B>, &Arc<dyn Collective<B>>) -> llara::Result<T>,
         announce: impl FnOnce(u64),
     ) -> anyhow::Result<()> {
-        let Run { config, saves_merged, .. } = *self;
-        let collective: Arc<dyn Collective<B>> = Arc::new(Solo);
-        let task = make_task(&mut model, &collective)?;
-        self.check_space(&model, config.length.steps(task.steps_per_epoch())?)?;
+        let Run { config, saves_merged, processes, .. } = *self;
+        let collective = processes.collective(model.backend());
+        let task = processes.agree(make_task(&mut model, &collective).map_err(Into::into))?;
+        let steps_per_epoch = task.steps_per_epoch();
+        processes.first(|| Ok(self.check_space(&model, config.length.steps(steps_per_epoch)?)?))?;
         let trained = self.train((&mut model, task, collective), facts, announce);
         let trained = trained.and_then(|trained| {
             if trained.summary.stopped {
-                return Err(interrupt::Stopped::now().into());
+                return Err(processes.stopped());
             }
-            load_best(&mut model, &trained)
-                .and_then(|()| save(model, config, saves_merged))
-                .inspect_err(|_| output_folder::say_what_is_left(&config.output_dir))?;
+            processes.first(|| {
+                Ok(load_best(&mut model, &trained)
+                    .and_then(|()| save(model, config, saves_merged))
+                    .inspect_err(|_| output_folder::say_what_is_left(&config.output_dir))?)
+            })?;
             Ok(trained)
         });
         if trained.is_err() && self.created_output_dir {
@@ -99,13 +106,17 @@ impl Run<'_> {
         facts: ReportFacts,
         announce: impl FnOnce(u64),
     ) -> anyhow::Result<Trained> {
-        let Run { config, dataset, checkpoint, evaluation, deadline, .. } = *self;
+        let Run { config, dataset, checkpoint, evaluation, deadline, processes, .. } = *self;
         let about_model = describe(model, self.model_name);
         let in_process = model.backend().free_and_total_bytes()?.is_none();
-        let (mut trainer, notes) = Trainer::with_task(model, task, config, collective, checkpoint)?;
-        if let Some(evaluation) = evaluation {
-            trainer.set_evaluation(evaluation)?;
-        }
+        let made = Trainer::with_task(model, task, config, collective, checkpoint);
+        let made = made.map_err(anyhow::Error::from).and_then(|(mut trainer, notes)| {
+            if let Some(evaluation) = evaluation {
+                trainer.set_evaluation(evaluation)?;
+            }
+            Ok((trainer, notes))
+        });
+        let (mut trainer, notes) = processes.agree(made)?;
         let (first, total) = (trainer.state().step(), trainer.total_steps());
         say!("{about_model}");
         say!("data      {}, {} skipped", counted(dataset.len(), "row"), dataset.skipped().count);
@@ -117,26 +128,36 @@ impl Run<'_> {
         }
         let last = trainer.history().and_then(|history| history.last.as_ref());
         let evaluated = last.map(|evaluated| evaluated.step);
-        let log = match checkpoint {
+        let log = processes.first(|| match checkpoint {
             Some(checkpoint) => {
                 let folder = checkpoint.dir().display();
                 say!("resumed   after step {first} of {total}, from {folder}");
-                open_log(&config.output_dir, |output_dir| {
+                Ok(open_log(&config.output_dir, |output_dir| {
                     RunLog::resume(output_dir, first, evaluated)
-                })?
+                })?)
             }
             None => {
                 output_folder::remove_earlier_checkpoints(&config.output_dir)?;
-                open_log(&config.output_dir, RunLog::create)?
+                Ok(open_log(&config.output_dir, RunLog::create)?)
             }
-        };
+        })?;
         interrupt::stop_after_step()?;
-        let report = OwnReport::new(config.output_dir.clone(), facts, in_process);
         let evaluations = evaluation.map(|evaluation| (evaluation, last.map(Evaluated::seconds)));
-        let mut progress =
-            TrainingProgress::new(log, report, (first, total), evaluations, deadline);
-        let result = trainer.run(&mut progress);
-        progress.finish();
+        let mut follower = Follower { deadline };
+        let mut progress = log.map(|log| {
+            let report = OwnReport::new(config.output_dir.clone(), facts, in_process);
+            TrainingProgress::new(log, report, (first, total), evaluations, deadline)
+        });
+        let observer: &mut dyn Observer = match &mut progress {
+            Some(progress) => progress,
+            None => &mut follower,
+        };
+        let mut counting = CountingObserver::new(observer, processes);
+        let result = trainer.run(&mut counting);
+        let traffic = counting.traffic(trainer.traffic().bytes_sent(0));
+        if let Some(progress) = progress {
+            progress.finish();
+        }
         let summary = result?;
         match summary.stopped {
             true => say_stopped(&summary, total, &config.output_dir),
@@ -150,7 +171,7 @@ impl Run<'_> {
         let loads = evaluation.is_some_and(|evaluation| evaluation.save_best)
             && best.is_some_and(|best| best.step != summary.steps);
         let best_checkpoint = trainer.best_checkpoint().filter(|_| loads);
-        Ok(Trained { summary, history, best_checkpoint })
+        Ok(Trained { summary, traffic, history, best_checkpoint })
     }
 }
 
@@ -178,7 +199,8 @@ fn save<B: Backend>(
             && let Some(base) = model.source().map(Path::to_owned)
         {
             // The weights in memory were rounded; the adapter must be added to the original ones.
-            let (backend, options) = (model.backend().clone(), *model.options());
+            let backend = model.backend().clone();
+            let options = BiEncoderOptions { negatives_cross_device: false, ..*model.options() };
             let (facts, base_name) =
                 (model.run_facts().clone(), model.base_name().map(str::to_owned));
             let loader = Loader::new(&base)?.with_recipe(model.recipe().clone());
@@ -197,6 +219,8 @@ fn save<B: Backend>(
 /// The result of a run.
 struct Trained {
     summary: Summary,
+    /// What was sent, if there are several processes.
+    traffic: Option<Traffic>,
     /// The figures of its evaluations.
     history: Option<EvalHistory>,
     /// The checkpoint whose weights are to be saved instead of those of the last step.
@@ -299,7 +323,7 @@ pub(crate) fn say_skipped(dataset: &Dataset) {
 }
 
 fn report(output_dir: &Path, trained: &Trained) -> anyhow::Result<()> {
-    let Trained { summary, history, .. } = trained;
+    let Trained { summary, traffic, history, .. } = trained;
     let seconds = summary.elapsed.as_secs_f64();
     let tokens_per_second = summary.tokens as f64 / seconds.max(1e-9);
     say!(
@@ -316,6 +340,9 @@ fn report(output_dir: &Path, trained: &Trained) -> anyhow::Result<()> {
         "tokens_per_second": tokens_per_second,
         "output_dir": output_dir.to_string_lossy(),
     });
+    if let Some(traffic) = traffic {
+        result.as_object_mut().into_iter().for_each(|result| traffic.add_to(result));
+    }
     if let Some(history) = history {
         result["eval"] = eval_report::json(history);
     }

@@ -19,7 +19,7 @@ pub(crate) struct TrainingArgs {
     /// Number of epochs
     #[arg(long, value_name = "X", default_value_t = 3.0)]
     pub(crate) num_train_epochs: f64,
-    /// Number of rows per step
+    /// Number of rows per step and process
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) per_device_train_batch_size: usize,
     /// Maximum number of tokens in a chunk of a batch: smaller chunks need less memory and more work,

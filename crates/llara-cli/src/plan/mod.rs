@@ -1,6 +1,7 @@
 //! `llara plan`: estimates memory and work of a training run from its data, the model's configuration
 //! and the tokenizer, without reading weights.
 
+mod network;
 mod picture;
 
 use serde_json::json;
@@ -9,7 +10,9 @@ use llara::backend::Backend;
 
 use super::compute::on_device;
 use super::finetune::{self, Forecast, Prepared, Purpose};
+use super::processes::Processes;
 use super::talk::{count, counted, print, say};
+use network::{NetworkArgs, NetworkPlan};
 
 /// Number of texts whose lengths are measured.
 const TEXTS: usize = 10_000;
@@ -22,16 +25,27 @@ Examples:
   llara plan --model Qwen/Qwen3-0.6B --template qwen3-embedding --train-data data/ \\
       --use-lora --per-device-train-batch-size 64 --memory-budget 12GiB
   llara plan --config run.toml --memory-budget 50%
+  llara plan --config run.toml --processes 8 --network 25GB/s --negatives-cross-device
 
 Prints one JSON object: memory by category in bytes, chunks, work of a step, text lengths, and
-whether the run fits into memory.";
+whether the run fits into memory; with --processes also network: memory of each process, bytes
+sent and the time for that.";
 
-pub(super) fn run(args: &finetune::Args) -> anyhow::Result<()> {
-    on_device!(args.compute, backend => plan(args, backend))
+/// The options of a run, and those of its network.
+#[derive(clap::Args)]
+pub(super) struct PlanArgs {
+    #[command(flatten)]
+    run: finetune::Args,
+    #[command(flatten)]
+    network: NetworkArgs,
 }
 
-fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
-    let prepared = Prepared::new(args, Purpose::Plan, backend)?;
+pub(super) fn run(args: &PlanArgs) -> anyhow::Result<()> {
+    on_device!(args.run.compute, backend => plan(&args.run, &args.network, backend))
+}
+
+fn plan(args: &finetune::Args, network: &NetworkArgs, backend: impl Backend) -> anyhow::Result<()> {
+    let prepared = Prepared::new(args, Purpose::Plan, backend, &Processes::one())?;
     let forecast = Forecast::new(args, &prepared)?;
     let prompts = &prepared.outline.prompts;
     let lengths = prepared.lengths(TEXTS)?;
@@ -72,6 +86,11 @@ fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
     for line in forecast.lines() {
         say!("{line}");
     }
+    let negatives_cross_device = args.has_cross_device_negatives();
+    let network = NetworkPlan::new(network, &forecast, &prepared, negatives_cross_device);
+    for line in network.iter().flat_map(NetworkPlan::lines) {
+        say!("{line}");
+    }
     let refusal = forecast.refusal()?;
     if let Some(refusal) = &refusal {
         say!("finetune would refuse: {refusal}");
@@ -83,7 +102,7 @@ fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
         summary["cut_share"] = texts.truncated_share().into();
         summary
     });
-    Ok(print(json!({
+    let mut result = json!({
         "peak_bytes": forecast.plan.peak_bytes(),
         "peak_phase": forecast.plan.peak_phase(),
         "budget_bytes": forecast.budget,
@@ -97,5 +116,9 @@ fn plan(args: &finetune::Args, backend: impl Backend) -> anyhow::Result<()> {
             "sampled_steps": batch.sampled_steps,
         },
         "lengths": { "query": query, "passage": passage },
-    }))?)
+    });
+    if let Some(network) = network {
+        result["network"] = network.json();
+    }
+    Ok(print(result)?)
 }

@@ -171,6 +171,7 @@ impl Args {
             chunking: Chunking::default(), // chosen once the data is known
             logging_steps: self.output.logging_steps,
             saving: self.output.saving(steps_per_epoch),
+            shard_optimizer: true,
         }
     }
 

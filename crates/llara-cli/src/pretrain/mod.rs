@@ -15,6 +15,7 @@ use llara::{Result, hub};
 
 use crate::compute::on_device;
 use crate::finetune::{Forecast, MaxLen, Run, adapter_setting, common_settings, missing};
+use crate::processes::Processes;
 use crate::report::{Lengths, ReportFacts};
 use crate::talk::{count, counted, say};
 pub(super) use args::Args;
@@ -68,6 +69,7 @@ fn pretrain(
         saves_merged: args.lora.save_merged_lora_model,
         created_output_dir: prepared.created_output_dir(),
         deadline,
+        processes: &Processes::one(),
     };
     run.complete(
         model,
@@ -101,7 +103,7 @@ fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast>
         smallest: options.cutoff_len - prepared.sample.text_tokens + 1,
     };
     let checkpoint = prepared.checkpoint.as_ref();
-    Forecast::of(shape, batch, (&args.training, checkpoint), max_len, &prepared.backend)
+    Forecast::of(shape, batch, (&args.training, checkpoint), max_len, (&prepared.backend, 1))
 }
 
 fn warn_of_long_texts<B: Backend>(prepared: &Prepared<B>) {

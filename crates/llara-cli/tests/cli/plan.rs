@@ -103,3 +103,31 @@ fn a_run_that_cannot_fit_is_refused_with_what_would() {
         assert_eq!(plan(&bench, &args).code, Some(2));
     }
 }
+
+#[test]
+fn several_processes_are_planned_with_their_network() {
+    let bench = Bench::new();
+    let one = plan(&bench, &["--use-lora", "false"]).json();
+    assert!(one.get("network").is_none());
+    let planned = plan(
+        &bench,
+        &[
+            "--use-lora=false",
+            "--processes=4",
+            "--network=1MB/s",
+            "--negatives-cross-device",
+            "--step-seconds=0.5",
+        ],
+    );
+    let json = planned.json();
+    let of = |name: &str| json["network"][name].as_f64().unwrap();
+    let moments = json["plan"]["training"]["optimizer"].as_f64().unwrap();
+    assert!((of("optimizer_bytes") / moments - 0.25).abs() < 0.01, "{json}");
+    // Gradients and weights of three quarters of the parameters; embeddings of four rows of two passages.
+    let expected = moments * 0.75 + 8.0 * 3.0 * 4.0 * 2.0 * 128.0;
+    assert!((of("bytes_sent_per_step") / expected - 1.0).abs() < 0.05, "{json}");
+    assert_eq!(of("communication_seconds"), of("bytes_sent_per_step") / 1e6);
+    assert!(of("communication_share") > 0.5 && planned.stderr.contains("sent per step"));
+    let wrong = plan(&bench, &["--processes", "4", "--network", "fast"]);
+    assert!(wrong.code == Some(2) && wrong.stderr.contains("25GB/s"), "{}", wrong.stderr);
+}

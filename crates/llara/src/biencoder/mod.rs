@@ -353,8 +353,15 @@ impl<B: Backend> BiEncoderModel<B> {
     /// # Errors
     /// When the passages are not a multiple of the queries, or a token id is beyond the vocabulary.
     pub fn forward(&self, query: Option<&Batch>, passage: Option<&Batch>) -> Result<EncoderOutput> {
+        if self.mode == Mode::Train && query.is_some() && passage.is_some() {
+            self.options.check(1)?;
+        }
         let encode = |batch: Option<&Batch>| batch.map(|b| self.encode_batch(b)).transpose();
-        let (q, p) = (encode(query)?, encode(passage)?);
+        self.compare(encode(query)?, encode(passage)?)
+    }
+
+    /// The output for the embeddings of queries and passages.
+    fn compare(&self, q: Option<B::Tensor>, p: Option<B::Tensor>) -> Result<EncoderOutput> {
         let host = |x: &B::Tensor| -> Result<Array2<f32>> {
             Ok(output::matrix(self.backend.download(x)?, x.rows(), x.cols()))
         };
@@ -370,13 +377,42 @@ impl<B: Backend> BiEncoderModel<B> {
             Mode::Eval => out.scores = Some(host(&self.backend.scores(&q, &p, 1.0)?)?),
             Mode::Train => {
                 let embeddings = Embeddings { queries: q, passages: p };
-                let objective = self.objective(Arc::new(Solo))?;
+                // All passages are here already.
+                let objective = Contrastive {
+                    negatives_cross_device: false,
+                    ..self.objective_in(Arc::new(Solo))
+                };
                 let scored = objective.score(&self.backend, embeddings, &positives)?;
                 out.scores = Some(host(&scored.scores)?);
                 out.loss = self.backend.download(&scored.loss)?.first().copied();
             }
         }
         Ok(out)
+    }
+
+    /// [`forward`](Self::forward) of a process of a group, in which every process has as many queries and
+    /// passages. In training mode with cross-device negatives, all results are those of the batches of all `W`
+    /// processes, end to end, and equal on every rank: embeddings of queries `(W·B, d)` and passages `(W·B·G, d)`,
+    /// scores `(W·B, W·B·G)`, and their loss. Otherwise they are those of the own batch.
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward), or when the group fails.
+    pub fn forward_in_group(
+        &self,
+        query: &Batch,
+        passage: &Batch,
+        collective: &dyn Collective<B>,
+    ) -> Result<EncoderOutput> {
+        self.options.check(collective.size())?;
+        if self.mode == Mode::Eval || !self.options.negatives_cross_device {
+            return self
+                .compare(Some(self.encode_batch(query)?), Some(self.encode_batch(passage)?));
+        }
+        let gathered = |batch: &Batch| {
+            let counts = vec![batch.len(); collective.size()];
+            collective.all_gather_rows(self.encode_batch(batch)?, &counts)
+        };
+        self.compare(Some(gathered(query)?), Some(gathered(passage)?))
     }
 
     /// InfoNCE as the options describe it, for a run on the processes of `collective`. Further terms are
@@ -386,14 +422,18 @@ impl<B: Backend> BiEncoderModel<B> {
     /// If cross-device negatives are enabled and there is only one process.
     pub fn objective(&self, collective: Arc<dyn Collective<B>>) -> Result<Contrastive<B>> {
         self.options.check(collective.size())?;
-        let info_nce = InfoNce { temperature: self.options.effective_temperature() };
-        Ok(Contrastive {
-            info_nce,
+        Ok(self.objective_in(collective))
+    }
+
+    fn objective_in(&self, collective: Arc<dyn Collective<B>>) -> Contrastive<B> {
+        Contrastive {
+            info_nce: InfoNce { temperature: self.options.effective_temperature() },
             options: ObjectiveOptions::default(),
             normalized: self.options.normalized,
             negatives_cross_device: self.options.negatives_cross_device,
             collective,
-        })
+            block_scores: Contrastive::<B>::BLOCK_SCORES,
+        }
     }
 
     /// Embeddings of one batch, without state for a backward pass. `[S, d]`

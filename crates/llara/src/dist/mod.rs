@@ -1,16 +1,19 @@
 //! Collective communication between the processes of a training run.
 //!
 //! Every rank calls the same operations in the same order. One process is a group of size 1 and runs
-//! the same code ([`Solo`]). [`ThreadGroup`] runs several ranks as threads of one process.
+//! the same code ([`Solo`]). [`ThreadGroup`] runs several ranks as threads of one process, [`MpiWorld`] as
+//! processes that `mpirun` or `srun` started.
 //!
 //! Operations on tensors are ordered with the operations of the backend: they run after the operations that were
 //! enqueued before them, and operations that are enqueued later use their result.
 
+mod mpi;
 mod solo;
 mod threads;
 
 use std::ops::Range;
 
+pub use mpi::{Launch, MpiRank, MpiWorld, Placement, message_bytes};
 pub use solo::Solo;
 pub use threads::{ThreadGroup, ThreadRank};
 
@@ -27,6 +30,8 @@ pub trait Collective<B: Backend>: Send + Sync {
     fn rank(&self) -> usize;
     /// Number of processes, `W`.
     fn size(&self) -> usize;
+    /// Sets the number of the training step, from 1, that errors of later operations name.
+    fn begin_step(&self, _step: u64) {}
 
     /// The rows of all ranks, in the order of ranks: `[counts[rank], d]` → `[Σ counts, d]`. `counts` has
     /// the number of rows of each rank; some may be 0.
@@ -100,6 +105,23 @@ pub struct FlatPart<'t, B: Backend> {
     pub elements: Range<usize>,
     /// Flat index of the first element.
     pub start: usize,
+}
+
+impl<B: Backend> FlatPart<'_, B> {
+    /// The range of the part in a buffer of the bucket's elements.
+    fn within(&self, bucket: &Bucket) -> Range<usize> {
+        let start = self.start - bucket.range.start;
+        start..start + self.elements.len()
+    }
+
+    /// The elements of the part that are in a range of flat indices: as elements of the tensor, and as flat
+    /// indices.
+    fn owned(&self, range: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+        let first = self.start.max(range.start);
+        let last = (self.start + self.elements.len()).min(range.end);
+        let at = |flat: usize| self.elements.start + flat - self.start;
+        (first < last).then(|| (at(first)..at(last), first..last))
+    }
 }
 
 /// A sum of gradients over ranks, created by [`Collective::gradient_sum`].

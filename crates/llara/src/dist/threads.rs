@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -282,14 +281,6 @@ impl<B: Backend> Collective<B> for ThreadRank<B> {
     }
 }
 
-impl<B: Backend> FlatPart<'_, B> {
-    /// The range of the part in a buffer of the bucket's elements.
-    fn within(&self, bucket: &Bucket) -> Range<usize> {
-        let start = self.start - bucket.range.start;
-        start..start + self.elements.len()
-    }
-}
-
 impl<B: Backend> Drop for ThreadRank<B> {
     fn drop(&mut self) {
         self.exchange.lock().dropped[self.rank] = true;
@@ -333,12 +324,10 @@ impl<B: Backend> GradientSum<B> for ThreadSum<B> {
         let sum = added(&messages(&self.exchange, number)?)?;
         let own = self.bucket.owned_by(self.rank);
         for part in parts {
-            let (start, end) = (part.start, part.start + part.elements.len());
-            let (first, last) = (start.max(own.start), end.min(own.end));
-            if first < last {
-                let at = part.elements.start + first - start;
+            if let Some((elements, flat)) = part.owned(&own) {
                 let base = self.bucket.range.start;
-                self.backend.write_elements(part.tensor, at, &sum[first - base..last - base])?;
+                let within = flat.start - base..flat.end - base;
+                self.backend.write_elements(part.tensor, elements.start, &sum[within])?;
             }
         }
         Ok(())

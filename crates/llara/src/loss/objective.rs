@@ -116,9 +116,16 @@ pub struct Contrastive<B: Backend> {
     pub negatives_cross_device: bool,
     /// The processes that train together.
     pub collective: Arc<dyn Collective<B>>,
+    /// The most scores of queries by passages that are held at a time, at least those of one query. The queries are
+    /// divided into blocks for that: each query's softmax is over all of its passages, so only the order of sums over
+    /// queries depends on it.
+    pub block_scores: usize,
 }
 
 impl<B: Backend> Contrastive<B> {
+    /// The usual limit of scores that are held at a time: 64 MiB of f32.
+    pub const BLOCK_SCORES: usize = 1 << 24;
+
     /// Scores and InfoNCE loss of this process's queries, without masks, further terms and gradients. Every
     /// process must have the same number of rows.
     ///
@@ -190,26 +197,35 @@ impl<B: Backend> Contrastive<B> {
         Ok(Some((TextKeys::from_words(&lists, rows.group_size)?, first..first + count)))
     }
 
-    /// Which scores are compared, on the device. `keys` are those of all rows that are compared.
+    /// The blocks of queries whose scores by `passages` passages are held at a time.
+    fn blocks(&self, queries: usize, passages: usize) -> Vec<Range<usize>> {
+        let size = (self.block_scores / passages.max(1)).clamp(1, queries);
+        (0..queries).step_by(size).map(|start| start..queries.min(start + size)).collect()
+    }
+
+    /// Which scores of the queries `block` are compared, on the device. `keys` are those of all rows that are
+    /// compared.
     fn directions(
         &self,
         backend: &B,
         labels: &Labels<'_>,
         rows: &RowsPerRank,
-        keys: Option<(TextKeys, Range<usize>)>,
+        keys: Option<&(TextKeys, Range<usize>)>,
+        block: Range<usize>,
     ) -> Result<Directions<B>> {
-        let targets = self.targets(labels.positives, rows);
+        let targets = self.targets(&labels.positives[block.clone()], rows);
         let group_size = (!self.options.in_batch_negatives).then_some(rows.group_size);
-        let listed = keys.as_ref().map(|(keys, rows)| keys.false_negatives(rows.clone()));
+        let of_block = |own: &Range<usize>| own.start + block.start..own.start + block.end;
+        let listed = keys.map(|(keys, own)| keys.false_negatives(of_block(own)));
         let reverse = match self.options.symmetric {
             false => None,
             true => {
-                let listed =
-                    keys.as_ref().map(|(keys, rows)| keys.false_negative_queries(rows.clone()));
+                let listed = keys.map(|(keys, own)| keys.false_negative_queries(of_block(own)));
                 let first = match self.negatives_cross_device {
-                    true => rows.before(self.collective.rank()) as u32,
+                    true => rows.before(self.collective.rank()),
                     false => 0,
                 };
+                let first = (first + block.start) as u32;
                 let queries: Vec<u32> = (first..).take(targets.len()).collect();
                 Some(Reverse {
                     targets: upload(backend, &queries)?,
@@ -222,12 +238,14 @@ impl<B: Backend> Contrastive<B> {
             None => None,
             Some(Distillation { temperature, .. }) => {
                 let scores = labels.teacher_scores.ok_or_else(|| lacks("scores of a teacher"))?;
-                let scores: Vec<f32> = scores.iter().map(|score| score / temperature).collect();
+                let groups = block.start * rows.group_size..block.end * rows.group_size;
+                let scores: Vec<f32> =
+                    scores[groups].iter().map(|score| score / temperature).collect();
                 Some(backend.upload(&scores, targets.len(), rows.group_size)?)
             }
         };
         let mask = self.mask(backend, group_size, listed)?;
-        Ok(Directions { targets: upload(backend, &targets)?, mask, reverse, teacher })
+        Ok(Directions { rows: block, targets: upload(backend, &targets)?, mask, reverse, teacher })
     }
 
     /// The mask of scores, if anything is left out.
@@ -260,9 +278,12 @@ impl<B: Backend> Contrastive<B> {
     }
 
     /// The factor that converts the gradient of this process's loss to its part of the gradient of the global
-    /// loss, which is the mean over all rows. The sum of the parts is the gradient that one process would compute.
+    /// loss, which is the mean over all rows. The sum of the parts is the gradient that one process would compute,
+    /// unless the scale of the reference is asked for.
     fn gradient_factor(&self, rows: &RowsPerRank) -> f32 {
-        rows.share(self.collective.rank()) as f32
+        let scaled = self.options.reference_gradient_scale && self.negatives_cross_device;
+        let divisor = if scaled { self.collective.size() } else { 1 };
+        (rows.share(self.collective.rank()) / divisor as f64) as f32
     }
 }
 
@@ -287,7 +308,10 @@ impl<B: Backend> Objective<B> for Contrastive<B> {
                 dall_queries: all_queries.as_ref().map(zeros).transpose()?,
             }
         } else {
-            let directions = self.directions(backend, labels, rows, keys)?;
+            let blocks = self.blocks(queries.rows(), passages.rows()).into_iter();
+            let directions = blocks
+                .map(|block| self.directions(backend, labels, rows, keys.as_ref(), block))
+                .collect::<Result<Vec<_>>>()?;
             let embeddings = ComparedEmbeddings {
                 queries: &queries,
                 passages: &passages,

@@ -18,6 +18,10 @@ pub struct ObjectiveOptions {
     pub matryoshka: Vec<MatryoshkaPrefix>,
     /// Adds the distance to a teacher's scores.
     pub distillation: Option<Distillation>,
+    /// Divides gradients by the number of processes where negatives are cross-device, as in the reference: it
+    /// averages over processes the gradients of the whole loss by the rows of each. For comparisons with it; the
+    /// default is the gradient of the loss.
+    pub reference_gradient_scale: bool,
 }
 
 /// Which passages are left out of the denominator of a query. Its positive never is.
@@ -78,6 +82,7 @@ impl Default for ObjectiveOptions {
             symmetric: false,
             matryoshka: Vec::new(),
             distillation: None,
+            reference_gradient_scale: false,
         }
     }
 }
@@ -217,6 +222,7 @@ mod tests {
             symmetric: true,
             matryoshka: prefixes(&[16, 64]),
             distillation: Some(Distillation { kind, weight: 1.0, temperature: 1.0 }),
+            reference_gradient_scale: true,
         }
     }
 

@@ -1,4 +1,9 @@
 //! The terms of the objective, from embeddings that are all in this process to their gradients.
+//!
+//! Queries are compared in blocks, one after another, so that the memory of scores does not grow with the product of
+//! queries and passages.
+
+use std::ops::Range;
 
 use super::info_nce::{InfoNce, Scored};
 use super::options::ObjectiveOptions;
@@ -27,25 +32,27 @@ pub(super) struct Gradients<B: Backend> {
     pub(super) dall_queries: Option<B::Tensor>,
 }
 
-/// Which scores are compared in which softmax.
+/// Which scores of a block of queries are compared in which softmax.
 pub(super) struct Directions<B: Backend> {
-    /// The positive of each query among the passages. `[B]`
+    /// The `b` queries of the block.
+    pub(super) rows: Range<usize>,
+    /// The positive of each query among the passages. `[b]`
     pub(super) targets: B::Index,
     /// Passages that are left out.
     pub(super) mask: Option<ScoreMask<B>>,
     /// Positives against queries, for the symmetric loss.
     pub(super) reverse: Option<Reverse<B>>,
-    /// The teacher's scores of each query's group, divided by its temperature. `[B, G]`
+    /// The teacher's scores of each query's group, divided by its temperature. `[b, G]`
     pub(super) teacher: Option<B::Tensor>,
 }
 
 /// The direction from positives to queries.
 pub(super) struct Reverse<B: Backend> {
-    /// The query of each positive among the queries. `[B]`
+    /// The query of each positive among the queries. `[b]`
     pub(super) targets: B::Index,
     /// Queries that are left out.
     pub(super) mask: Option<ScoreMask<B>>,
-    /// Adds gradients of positives `[B, d]` to those of passages.
+    /// Adds gradients of positives `[b, d]` to those of passages.
     pub(super) scatter: ScatterPlan<B>,
 }
 
@@ -64,7 +71,7 @@ impl Terms<'_> {
         &self,
         backend: &B,
         embeddings: &ComparedEmbeddings<'_, B>,
-        directions: &Directions<B>,
+        directions: &[Directions<B>],
         factor: f32,
     ) -> Result<Gradients<B>> {
         if self.options.matryoshka.is_empty() {
@@ -100,15 +107,58 @@ impl Terms<'_> {
         Ok(sum)
     }
 
-    /// Queries against passages; with `reverse`, the mean of that and of positives against queries.
+    /// The sum over blocks of queries, with the blocks' shares of the rows as weights.
     fn evaluate_whole<B: Backend>(
         &self,
         backend: &B,
         embeddings: &ComparedEmbeddings<'_, B>,
-        directions: &Directions<B>,
+        directions: &[Directions<B>],
         factor: f32,
     ) -> Result<Gradients<B>> {
         let ComparedEmbeddings { queries, passages, all_queries } = *embeddings;
+        if let [all] = directions {
+            return self.evaluate_block(backend, queries, embeddings, all, factor);
+        }
+        let zeros = |x: &B::Tensor| backend.zeros(x.rows(), x.cols(), Dtype::F32);
+        let mut sum = Gradients::<B> {
+            loss: backend.zeros(1, 1, Dtype::F32)?,
+            dqueries: zeros(queries)?,
+            dpassages: zeros(passages)?,
+            dall_queries: all_queries.map(zeros).transpose()?,
+        };
+        for block in directions {
+            let rows = block.rows.clone();
+            let share = rows.len() as f32 / queries.rows() as f32;
+            let mut own = backend.zeros(rows.len(), queries.cols(), Dtype::F32)?;
+            backend.copy(queries.view().with_rows(rows.clone()), own.view_mut())?;
+            let of_block = self.evaluate_block(backend, &own, embeddings, block, factor * share)?;
+            backend.add_scaled(of_block.loss.view(), share, sum.loss.view_mut())?;
+            let dqueries = sum.dqueries.view_mut().with_rows(rows);
+            backend.add_scaled(of_block.dqueries.view(), 1.0, dqueries)?;
+            backend.add_scaled(of_block.dpassages.view(), 1.0, sum.dpassages.view_mut())?;
+            if let Some(dcandidates) = of_block.dall_queries {
+                // Positives are compared with the queries of all blocks.
+                let target = sum.dall_queries.as_mut().unwrap_or(&mut sum.dqueries);
+                backend.add_scaled(dcandidates.view(), 1.0, target.view_mut())?;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// The queries of a block against passages; with `reverse`, the mean of that and of their positives against
+    /// queries.
+    ///
+    /// `dqueries` are those of the block. `dall_queries` are those that positives are scored against, if these are not
+    /// exactly `queries`.
+    fn evaluate_block<B: Backend>(
+        &self,
+        backend: &B,
+        queries: &B::Tensor,
+        embeddings: &ComparedEmbeddings<'_, B>,
+        directions: &Directions<B>,
+        factor: f32,
+    ) -> Result<Gradients<B>> {
+        let ComparedEmbeddings { queries: own, passages, all_queries } = *embeddings;
         let weight = if directions.reverse.is_some() { 0.5 } else { 1.0 };
         let (loss, dscores) = self.forward(backend, (queries, passages), directions, weight)?;
         let (mut dqueries, mut dpassages) =
@@ -118,7 +168,7 @@ impl Terms<'_> {
             return Ok(Gradients { loss, dqueries, dpassages, dall_queries: None });
         };
         let positives = backend.gather_rows(passages, &directions.targets)?;
-        let candidates = all_queries.unwrap_or(queries);
+        let candidates = all_queries.unwrap_or(own);
         let Scored { loss: of_reverse, dscores, .. } = self.info_nce.forward(
             backend,
             &positives,
@@ -129,12 +179,12 @@ impl Terms<'_> {
         let (dpositives, dcandidates) =
             self.info_nce.backward(backend, &positives, candidates, &dscores, factor * weight)?;
         backend.scatter_add_rows(&dpositives, &reverse.scatter, &mut dpassages)?;
-        let dall_queries = match all_queries {
-            Some(_) => Some(dcandidates),
-            None => {
+        let dall_queries = match all_queries.is_none() && queries.rows() == own.rows() {
+            true => {
                 backend.add_scaled(dcandidates.view(), 1.0, dqueries.view_mut())?;
                 None
             }
+            false => Some(dcandidates),
         };
         let loss = weighted_sum(backend, [(&loss, weight), (&of_reverse, weight)])?;
         Ok(Gradients { loss, dqueries, dpassages, dall_queries })

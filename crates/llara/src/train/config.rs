@@ -104,6 +104,9 @@ pub struct TrainConfig {
     pub logging_steps: u64,
     /// Models saved on the way.
     pub saving: Saving,
+    /// Whether the optimizer's moments are divided among the processes (ZeRO stage 1); otherwise every process
+    /// has all of them. No effect with one process.
+    pub shard_optimizer: bool,
 }
 
 impl TrainConfig {
@@ -169,6 +172,7 @@ impl TrainConfig {
             chunking: Chunking::default(),
             logging_steps: 10,
             saving: Saving::default(),
+            shard_optimizer: true,
         }
     }
 }

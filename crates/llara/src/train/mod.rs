@@ -23,6 +23,7 @@ mod step;
 mod step_input;
 mod task;
 mod tensorboard;
+mod traffic;
 mod trainer;
 
 #[cfg(any(test, feature = "fuzzing"))]
@@ -43,6 +44,7 @@ pub use pretraining::{
     PretrainingOptions, PretrainingSample, SetObjective, TrainingSequence,
     accumulate_pretraining_gradients,
 };
+pub use reduction::BUCKET_ELEMENTS;
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
 pub use state::TrainState;
@@ -50,4 +52,5 @@ pub use step::{Chunking, accumulate_gradients, accumulate_gradients_with};
 pub use step_input::StepInput;
 pub use task::{Task, TaskInput};
 pub use tensorboard::EventWriter;
+pub use traffic::StepTraffic;
 pub use trainer::Trainer;

@@ -131,6 +131,11 @@ impl<B: Backend> AdamW<B> {
         &self.layout
     }
 
+    /// Number of parameters' elements whose moments this rank has; each takes 8 bytes.
+    pub fn elements(&self) -> usize {
+        self.owned.iter().map(|owned| owned.slice.elements.len()).sum()
+    }
+
     /// Number of updates so far.
     pub fn steps(&self) -> u64 {
         self.steps

@@ -9,7 +9,7 @@ use crate::model::{Decoder, GradientsReady, Parameter};
 use crate::{Error, ErrorKind, Result};
 
 /// Elements of a bucket: 25 MB of f32, as in PyTorch's DistributedDataParallel.
-pub(super) const BUCKET_ELEMENTS: usize = 25 * (1 << 20) / 4;
+pub const BUCKET_ELEMENTS: usize = 25 * (1 << 20) / 4;
 
 /// Receives gradients of the last chunk of a step and starts the sum of each bucket as soon as its
 /// gradients are complete.
@@ -92,6 +92,23 @@ impl<B: Backend> GradientsReady<B> for GradientReduction<'_, B> {
         }
         Ok(())
     }
+}
+
+/// Replaces the gradients by the sums of the ranks that own them, so that every rank has all sums.
+///
+/// # Errors
+/// Errors of the process group.
+pub(super) fn all_gather_gradients<B: Backend>(
+    layout: &FlatLayout,
+    decoder: &mut Decoder<B>,
+    collective: &dyn Collective<B>,
+    bucket_elements: usize,
+) -> Result<()> {
+    for bucket in layout.buckets(bucket_elements) {
+        let mut parts = parts(layout, &bucket, decoder, Parameter::grad_mut)?;
+        collective.all_gather_weights(&bucket, &mut parts)?;
+    }
+    Ok(())
 }
 
 /// The parts of a bucket: gradients or weights of the decoder, selected by `tensor`.

@@ -1,8 +1,9 @@
 //! The state of a training run between steps, except for the weights.
 
 use super::config::TrainConfig;
+use super::flat_layout::FlatLayout;
 use super::optimizer::AdamW;
-use super::reduction::{BUCKET_ELEMENTS, GradientReduction};
+use super::reduction::{BUCKET_ELEMENTS, GradientReduction, all_gather_gradients};
 use super::step::Chunking;
 use super::task::Task;
 use crate::Result;
@@ -13,14 +14,16 @@ use crate::dist::Collective;
 /// The state of a run between two steps. Together with the model's trainable parameters, which are the weights
 /// in f32, it determines all following steps.
 ///
-/// - The moments and the number of updates are in the optimizer, flat and divided among ranks
-///   ([`FlatLayout`](super::FlatLayout)).
+/// - The moments and the number of updates are in the optimizer, flat and divided among ranks ([`FlatLayout`]),
+///   or all on every rank.
 /// - There is no generator state. Every random number is a function of the seed and of its use: the order of the
 ///   rows of an epoch is a function of (seed, epoch), the passages of a row of (seed, epoch, row), dropout of
 ///   (seed, step, module, sequence, position, feature). At step `n` the random state is (seed, `n`).
 /// - The position in the data is the number of steps: the batch of step `n` is a function of (seed, `n`).
 pub struct TrainState<B: Backend> {
     optimizer: AdamW<B>,
+    /// Which rank sums which gradients.
+    layout: FlatLayout,
     seed: u64,
     bucket_elements: usize,
 }
@@ -45,8 +48,10 @@ impl<B: Backend> TrainState<B> {
         (rank, ranks): (usize, usize),
     ) -> Result<Self> {
         let backend = model.backend().clone();
-        let optimizer = AdamW::sharded(&backend, model.decoder_mut(), config.adamw, (rank, ranks))?;
-        Ok(TrainState { optimizer, seed: config.seed, bucket_elements: BUCKET_ELEMENTS })
+        let shard = if config.shard_optimizer { (rank, ranks) } else { (0, 1) };
+        let optimizer = AdamW::sharded(&backend, model.decoder_mut(), config.adamw, shard)?;
+        let layout = FlatLayout::of(model.decoder(), ranks);
+        Ok(TrainState { optimizer, layout, seed: config.seed, bucket_elements: BUCKET_ELEMENTS })
     }
 
     /// The optimizer, mutable, to restore it.
@@ -67,6 +72,16 @@ impl<B: Backend> TrainState<B> {
     /// The moments and the number of updates.
     pub fn optimizer(&self) -> &AdamW<B> {
         &self.optimizer
+    }
+
+    /// Which rank sums which gradients.
+    pub fn layout(&self) -> &FlatLayout {
+        &self.layout
+    }
+
+    /// Number of elements of a bucket, whose gradients are summed over processes at once.
+    pub fn bucket_elements(&self) -> usize {
+        self.bucket_elements
     }
 
     /// Sets the number of elements of a bucket, whose gradients are summed over processes at once.
@@ -90,17 +105,27 @@ impl<B: Backend> TrainState<B> {
         let loss = match collective.size() {
             1 => task.accumulate_gradients(model, input, chunking, &mut ())?,
             _ => {
-                let layout = self.optimizer.layout();
                 let decoder = model.decoder();
-                let mut sums =
-                    GradientReduction::new(layout, decoder, collective, self.bucket_elements)?;
+                let buckets = self.bucket_elements;
+                let mut sums = GradientReduction::new(&self.layout, decoder, collective, buckets)?;
                 let loss = task.accumulate_gradients(model, input, chunking, &mut sums)?;
                 sums.finish(model.decoder_mut())?;
+                if !self.is_sharded() {
+                    all_gather_gradients(&self.layout, model.decoder_mut(), collective, buckets)?;
+                }
                 loss
             }
         };
         let decoder = model.decoder_mut();
-        let clip = self.optimizer.step_in_group(&backend, decoder, learning_rate, collective)?;
+        let clip = match self.is_sharded() {
+            true => self.optimizer.step_in_group(&backend, decoder, learning_rate, collective)?,
+            false => self.optimizer.step(&backend, decoder, learning_rate)?,
+        };
         Ok(StepResult { loss, clip })
+    }
+
+    /// Whether each rank has the moments of a part of the parameters only.
+    pub(super) fn is_sharded(&self) -> bool {
+        self.optimizer.layout().ranks() > 1
     }
 }

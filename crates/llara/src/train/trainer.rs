@@ -16,10 +16,12 @@ use super::observer::{EvalEvent, Observer, Progress, StepRecord, Summary};
 use super::schedule::Schedule;
 use super::state::TrainState;
 use super::task::{Task, TaskInput};
+use super::traffic::StepTraffic;
 use crate::backend::Backend;
 use crate::biencoder::{BiEncoderModel, RunFacts};
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::dist::{Collective, Solo};
+use crate::loss::RowsPerRank;
 use crate::{Error, ErrorKind, Result};
 
 /// Trains one model for one [`Task`].
@@ -142,6 +144,7 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         }
         let rank = (collective.rank(), collective.size());
         let identity = Identity::of(model, &task, config, (total_steps, collective.size()))?;
+        check_same(&identity, collective.as_ref())?;
         model.set_run_facts(identity.facts());
         let mut notes = Vec::new();
         if let Some(checkpoint) = checkpoint {
@@ -227,6 +230,20 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         &mut self.state
     }
 
+    /// What the processes exchange in a step of fine-tuning with a full batch.
+    pub fn traffic(&self) -> StepTraffic {
+        let TrainConfig { batch_size, group_size, shard_optimizer, .. } = *self.config;
+        let ranks = self.collective.size();
+        StepTraffic {
+            layout: self.state.layout().clone(),
+            bucket_elements: self.state.bucket_elements(),
+            rows: RowsPerRank::divided(batch_size * ranks, batch_size, ranks, group_size),
+            dimension: self.model.dimension(),
+            negatives_cross_device: self.model.options().negatives_cross_device,
+            shard_optimizer,
+        }
+    }
+
     /// Steps that the run will make.
     pub fn total_steps(&self) -> u64 {
         self.total_steps
@@ -291,6 +308,7 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         // A step's time includes waiting for its input.
         let mut start = Instant::now();
         for (step, input) in (self.state.step()..self.total_steps).zip(inputs) {
+            self.collective.begin_step(step + 1);
             let input = self.agreed(input)?;
             let next = self.start_step(step, input)?;
             // An asynchronous device gets its next step before the results of this one are read, so
@@ -557,5 +575,25 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
             }
             None => Ok(()),
         }
+    }
+}
+
+/// Checks that all processes have the same settings, data and model.
+///
+/// # Errors
+/// The first rank that differs from rank 0, on every rank.
+fn check_same<B: Backend>(identity: &Identity, collective: &dyn Collective<B>) -> Result<()> {
+    let hashes = collective.all_gather_words(&[identity.hash()])?;
+    match hashes.iter().position(|hash| *hash != hashes[0]) {
+        None => Ok(()),
+        Some(rank) => Err(Error::new(
+            ErrorKind::Distributed,
+            format!("rank {rank} has other settings, data or another model than rank 0"),
+        )
+        .expected("the same options, training data, model and kernels in every process")
+        .hint(
+            "start all processes with one command line; on several hosts, compare the files and the \
+             processors (LLARA_CPU selects the kernels)",
+        )),
     }
 }

@@ -155,6 +155,7 @@ struct Outcome {
     dpassages: Vec<f32>,
 }
 
+/// Also checks that the blocks of queries make no difference but in rounding.
 fn evaluate(
     batch: &Batch,
     options: &ObjectiveOptions,
@@ -167,27 +168,41 @@ fn evaluate(
         let data: Vec<f32> = x.iter().flatten().map(|&x| x as f32).collect();
         cpu.upload(&data, x.len(), DIMENSION).unwrap()
     };
-    let objective = Contrastive {
-        info_nce: InfoNce { temperature: TEMPERATURE },
-        options: options.clone(),
-        normalized,
-        negatives_cross_device,
-        collective,
-    };
     let positives: Vec<u32> = (0..batch.queries.len()).map(|row| (row * GROUP) as u32).collect();
     let labels = Labels {
         positives: &positives,
         text_keys: Some(&batch.keys),
         teacher_scores: Some(&batch.teacher),
     };
-    let embeddings =
-        Embeddings { queries: upload(&batch.queries), passages: upload(&batch.passages) };
-    let out = objective.loss_and_gradient(&cpu, embeddings, &labels, rows).unwrap();
-    Outcome {
-        loss: f64::from(cpu.download(&out.loss).unwrap()[0]),
-        dqueries: cpu.download(&out.dqueries).unwrap(),
-        dpassages: cpu.download(&out.dpassages).unwrap(),
+    // All queries, four or fewer, one.
+    let blocks = [Contrastive::<Cpu>::BLOCK_SCORES, 4 * ROWS * GROUP, 1].map(|block_scores| {
+        let objective = Contrastive {
+            info_nce: InfoNce { temperature: TEMPERATURE },
+            options: options.clone(),
+            normalized,
+            negatives_cross_device,
+            collective: Arc::clone(&collective),
+            block_scores,
+        };
+        let embeddings =
+            Embeddings { queries: upload(&batch.queries), passages: upload(&batch.passages) };
+        let out = objective.loss_and_gradient(&cpu, embeddings, &labels, rows).unwrap();
+        Outcome {
+            loss: f64::from(cpu.download(&out.loss).unwrap()[0]),
+            dqueries: cpu.download(&out.dqueries).unwrap(),
+            dpassages: cpu.download(&out.dpassages).unwrap(),
+        }
+    });
+    let [whole, others @ ..] = blocks;
+    let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| f64::from(x)).collect() };
+    for other in others {
+        assert!((other.loss - whole.loss).abs() <= 1e-6 * whole.loss);
+        if !batch.queries.is_empty() {
+            assert!(relative_error(&other.dqueries, &wide(&whole.dqueries)) <= 2e-6);
+            assert!(relative_error(&other.dpassages, &wide(&whole.dpassages)) <= 2e-6);
+        }
     }
+    whole
 }
 
 /// Every term alone and several together, with a name.
@@ -325,6 +340,7 @@ fn labels_that_are_missing_are_an_error() {
             normalized: true,
             negatives_cross_device: false,
             collective: Arc::new(Solo),
+            block_scores: 1,
         };
         let [queries, passages] = [1, 2].map(|n| cpu.upload(&vec![0.5; n * 4], n, 4).unwrap());
         let labels = Labels { positives: &[0], text_keys: None, teacher_scores: None };

@@ -45,6 +45,9 @@ impl Identity {
         rounding.insert("llara".to_owned(), env!("CARGO_PKG_VERSION").into());
         rounding.insert("kernels".to_owned(), model.backend().kernels(model.precision()).into());
         rounding.insert("processes".to_owned(), processes.into());
+        if !config.shard_optimizer && processes > 1 {
+            rounding.insert("shard-optimizer".to_owned(), false.into());
+        }
         Ok(Identity {
             total_steps,
             settings: settings(model, config, processes)?
@@ -54,6 +57,15 @@ impl Identity {
             data: task.dataset().files(),
             rounding,
         })
+    }
+
+    /// A hash of everything that must be equal on the processes of a run; the paths of the data may differ.
+    pub(in crate::train) fn hash(&self) -> u64 {
+        let Identity { total_steps, settings, data, rounding } = self;
+        let data: Vec<_> = data.iter().map(|file| (file.rows, file.fingerprint)).collect();
+        let mut fingerprint = Fingerprint::new();
+        fingerprint.add(json!([total_steps, settings, data, rounding]).to_string().as_bytes());
+        fingerprint.short()
     }
 
     /// Compares the identity of a checkpoint with that of the run that resumes it; returns notes about
@@ -214,6 +226,7 @@ fn settings<B: Backend>(
         chunking,
         logging_steps: _,
         saving: _,
+        shard_optimizer: _, // in `rounding`
     } = config;
     let BiEncoderOptions {
         normalized: _,
@@ -322,6 +335,7 @@ fn objective_settings(objective: &ObjectiveOptions) -> impl Iterator<Item = (Str
         symmetric,
         matryoshka,
         distillation,
+        reference_gradient_scale,
     } = objective;
     let prefix = |&MatryoshkaPrefix { dimension, weight }: &MatryoshkaPrefix| json!({ "dimension": dimension, "weight": decimal(weight) });
     let distill = |&Distillation { kind, weight, temperature }: &Distillation| {
@@ -341,6 +355,7 @@ fn objective_settings(objective: &ObjectiveOptions) -> impl Iterator<Item = (Str
             (!matryoshka.is_empty()).then(|| matryoshka.iter().map(prefix).collect()),
         ),
         ("distill", distillation.as_ref().map(distill)),
+        ("reference-gradient-scale", reference_gradient_scale.then_some(json!(true))),
     ];
     settings.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)))
 }

@@ -119,7 +119,8 @@ fn write_hidden<B: Backend>(
     };
     collective.agree(if first { new_folder() } else { Ok(()) })?;
     let dtype = config.saving.dtype;
-    let file = tensors::file_name(collective.rank(), collective.size());
+    // Without a sharded optimizer, the first rank has all moments.
+    let shards = state.optimizer().layout().ranks();
     let parts = (model.backend(), model.decoder());
     let files = || {
         let of_model = match (first, model.adapter()) {
@@ -128,9 +129,12 @@ fn write_hidden<B: Backend>(
             (true, None) => Some(model.stage(hidden, dtype)?),
         };
         let with_weights = !model.saves_exactly(dtype);
-        tensors::write(hidden, &file, parts, state.optimizer(), with_weights)?;
+        if collective.rank() < shards {
+            let file = tensors::file_name(collective.rank(), shards);
+            tensors::write(hidden, &file, parts, state.optimizer(), with_weights)?;
+        }
         if first {
-            write_state(saved, collective.size(), hidden)?;
+            write_state(saved, shards, hidden)?;
         }
         Ok(of_model)
     };

@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::history::{EvalRecord, Evaluated};
 use super::query_report::SetReport;
 use super::settings::{EvalSet, Evaluation};
+use super::shared_embedder::SharedEmbedder;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::data::Instructions;
@@ -27,7 +28,8 @@ const TOP_K: usize = 100;
 /// `stops` is called after each batch with the number of texts encoded so far and that of all texts; it returns
 /// whether the evaluation should end.
 ///
-/// Every process of the group evaluates. The figures that all of them return are those of rank 0.
+/// The processes of the group share the embedding of the texts; each searches. The figures that all of them return are
+/// those of rank 0.
 ///
 /// # Errors
 /// When embeddings or scores are not finite, or the device or another process fails.
@@ -38,7 +40,8 @@ pub(in crate::train) fn evaluate<B: Backend>(
     collective: &dyn Collective<B>,
     stops: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<Option<(Evaluated, Vec<SetReport>)>> {
-    let result = evaluate_sets((evaluation, tasks), model, (step, epoch), stops);
+    let sets = (evaluation, tasks);
+    let result = evaluate_sets(sets, model, (step, epoch), collective, stops);
     let (found, status) = match result {
         Ok(found) => (found, Ok(())),
         Err(error) => (None, Err(error)),
@@ -65,11 +68,12 @@ pub(in crate::train) fn evaluate<B: Backend>(
     Ok(Some((Evaluated::new(step, &evaluation.metric, records), reports)))
 }
 
-/// The figures of this process; `None` if it was told to stop.
+/// The figures of this process; `None` if any process was told to stop.
 fn evaluate_sets<B: Backend>(
     (evaluation, tasks): (&Evaluation, &Tasks),
     model: &BiEncoderModel<B>,
     (step, epoch): (u64, f64),
+    collective: &dyn Collective<B>,
     stops: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<Option<Vec<(EvalRecord, SetReport)>>> {
     let total: usize = evaluation.sets.iter().map(EvalSet::texts).sum();
@@ -93,7 +97,9 @@ fn evaluate_sets<B: Backend>(
         embedder.use_instructions(of_task.cloned().unwrap_or(model.recipe().instructions()));
         let options =
             SearchOptions { top_k: TOP_K, ignore_identical_ids: set.ignore_identical_ids };
-        let result = evaluate_dataset(&embedder, &embedder, &set.dataset, options, &mut |_| ());
+        let shared =
+            SharedEmbedder { inner: &embedder, collective, stopped: &stopped, done: &done };
+        let result = evaluate_dataset(&shared, &embedder, &set.dataset, options, &mut |_| ());
         let (metrics, run) = match result {
             Err(_) if stopped.get() => return Ok(None),
             result => result?,

@@ -59,6 +59,17 @@ impl MachineMemory {
         })
     }
 
+    /// The part of one of `processes` on this machine that need as much memory each.
+    #[must_use]
+    pub fn shared_by(self, processes: usize) -> Self {
+        let part = |bytes: u64| bytes / processes.max(1) as u64;
+        MachineMemory {
+            total: self.total.map(part),
+            available: self.available.map(part),
+            process: self.process,
+        }
+    }
+
     /// Peak resident memory of this process in bytes; `None` if the system does not report it.
     pub fn peak_of_process() -> Option<u64> {
         kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")

@@ -1,0 +1,27 @@
+//! Options of `llara finetune` about runs on several processes.
+
+use std::time::Duration;
+
+use clap::ArgAction;
+use clap::builder::BoolishValueParser;
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Several processes (mpirun, srun)")]
+pub(super) struct DistributedArgs {
+    /// Divide the optimizer's moments among the processes (ZeRO stage 1): the same result within rounding, and the
+    /// memory of the moments divided by the number of processes
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "true", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) shard_optimizer: bool,
+    /// End the run if a process does not take part in communication for this time, such as 30m or 90s; saving a
+    /// checkpoint or the model must take less
+    #[arg(long, value_name = "TIME", value_parser = crate::values::duration, default_value = "30m")]
+    pub(super) collective_timeout: Duration,
+    /// Divide gradients by the number of processes with --negatives-cross-device, as the reference does: for
+    /// comparisons with it step by step
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(default_value = "false", action = ArgAction::Set)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub(super) reference_gradient_scale: bool,
+}

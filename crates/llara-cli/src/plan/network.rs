@@ -1,0 +1,165 @@
+//! `llara plan --processes N --network SPEED`: memory and communication of one of several processes.
+
+use llara::backend::Backend;
+use llara::loss::RowsPerRank;
+use llara::train::plan::MemoryBudget;
+use llara::train::{BUCKET_ELEMENTS, FlatLayout, StepTraffic};
+use serde_json::{Value, json};
+
+use crate::finetune::{Forecast, Prepared};
+use crate::talk::bytes;
+
+/// Bytes of an f32.
+const F32: u64 = 4;
+
+/// How many processes there are, and how fast they are connected.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Several processes (mpirun, srun)")]
+pub(super) struct NetworkArgs {
+    /// Number of processes that the run is planned for
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub(super) processes: u32,
+    /// Speed at which a process sends, per second, such as 25GB/s; for the time of the communication of a step
+    #[arg(long, value_name = "SPEED", value_parser = speed)]
+    network: Option<f64>,
+    /// Time that a step of one process takes to compute, such as 0.8 seconds; for the share of communication
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    step_seconds: Option<f64>,
+}
+
+fn speed(text: &str) -> Result<f64, String> {
+    let wrong = || "expected a speed such as 25GB/s, 800MB/s or 12GiB/s".to_owned();
+    let amount = text.trim().strip_suffix("/s").ok_or_else(wrong)?;
+    match amount.parse() {
+        Ok(MemoryBudget::Bytes(bytes)) => Ok(bytes as f64),
+        _ => Err(wrong()),
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|s: &f64| s.is_finite() && *s > 0.0);
+    seconds.ok_or_else(|| "expected a positive number of seconds".to_owned())
+}
+
+/// Memory and communication of the first of several processes.
+pub(super) struct NetworkPlan {
+    processes: usize,
+    /// Moments of the parameters that the process owns.
+    optimizer: u64,
+    /// Embeddings of the passages of all processes, their gradients, and scores.
+    gathered: u64,
+    /// Gradients on their way.
+    buffers: u64,
+    /// Peak memory of a step.
+    peak: u64,
+    /// Bytes sent in a step.
+    sent: u64,
+    /// Time of the communication of a step, if it overlapped with nothing.
+    seconds: Option<f64>,
+    /// Its share of a step.
+    share: Option<f64>,
+}
+
+impl NetworkPlan {
+    /// The plan for the given number of processes; `None` for one.
+    pub(super) fn new(
+        args: &NetworkArgs,
+        forecast: &Forecast,
+        prepared: &Prepared<impl Backend>,
+        negatives_cross_device: bool,
+    ) -> Option<Self> {
+        let processes = args.processes as usize;
+        if processes == 1 {
+            return None;
+        }
+        let (config, training) = (&prepared.config, &forecast.plan.training);
+        let elements = (training.gradients / F32) as usize;
+        let rows = RowsPerRank::divided(
+            config.batch_size * processes,
+            config.batch_size,
+            processes,
+            config.group_size,
+        );
+        let (dimension, passages) = (prepared.outline.decoder.hidden_size, rows.passages());
+        let traffic = StepTraffic {
+            layout: FlatLayout::new([elements], processes),
+            bucket_elements: BUCKET_ELEMENTS,
+            rows,
+            dimension,
+            negatives_cross_device,
+            shard_optimizer: config.shard_optimizer,
+        };
+        let optimizer = match config.shard_optimizer {
+            true => 2 * F32 * traffic.layout.owned(0).len() as u64,
+            false => training.optimizer,
+        };
+        // Of the other processes; those of this one are in the plan for one process. The gradients are there twice
+        // while blocks of queries are added.
+        let others = (passages.iter().sum::<usize>() - passages[0]) as u64;
+        let scores = (config.batch_size as u64 * others).min(1 << 24);
+        let gathered = match negatives_cross_device {
+            true => F32 * (3 * others * dimension as u64 + 2 * scores),
+            false => 0,
+        };
+        let buffers = 2 * training.gradients;
+        let sent = traffic.bytes_sent(0);
+        let seconds = args.network.map(|speed| sent as f64 / speed);
+        let share =
+            seconds.zip(args.step_seconds).map(|(sending, step)| sending / (sending + step));
+        let peak = training.total() - training.optimizer + optimizer + gathered + buffers;
+        Some(NetworkPlan { processes, optimizer, gathered, buffers, peak, sent, seconds, share })
+    }
+
+    /// The plan in a few lines.
+    pub(super) fn lines(&self) -> Vec<String> {
+        let mut lines = vec![
+            format!(
+                "processes {}: peak {} each while training; moments {}, embeddings of others and scores {}, \
+                 gradients on their way at most {}",
+                self.processes,
+                bytes(self.peak),
+                bytes(self.optimizer),
+                bytes(self.gathered),
+                bytes(self.buffers)
+            ),
+            format!("network   {} sent per step by each process", bytes(self.sent)),
+        ];
+        if let Some(seconds) = self.seconds {
+            let share = self.share.map_or(String::new(), |share| {
+                format!(", {:.0} % of a step if nothing overlaps", 100.0 * share)
+            });
+            lines.push(format!("          {seconds:.3} s per step{share}"));
+        }
+        lines
+    }
+
+    /// The plan as JSON.
+    pub(super) fn json(&self) -> Value {
+        json!({
+            "processes": self.processes,
+            "peak_bytes": self.peak,
+            "optimizer_bytes": self.optimizer,
+            "gathered_bytes": self.gathered,
+            "buffer_bytes": self.buffers,
+            "bytes_sent_per_step": self.sent,
+            "communication_seconds": self.seconds,
+            "communication_share": self.share,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speeds_are_amounts_per_second() {
+        assert_eq!(speed("25GB/s"), Ok(25e9));
+        assert_eq!(speed("1 GiB/s"), Ok(f64::from(1 << 30)));
+        for text in ["25GB", "fast", "50%/s", "0/s", "-1GB/s"] {
+            assert!(speed(text).is_err(), "{text}");
+        }
+        assert!(seconds("0").is_err() && seconds("nan").is_err() && seconds("0.5") == Ok(0.5));
+    }
+}

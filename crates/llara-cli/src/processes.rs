@@ -1,0 +1,174 @@
+//! The processes of a run that `mpirun` or `srun` started: choices and errors that all of them share, and the end of
+//! all of them.
+
+use std::fmt;
+use std::process::exit;
+use std::sync::Arc;
+use std::time::Duration;
+
+use llara::backend::Backend;
+use llara::dist::{Collective, Launch, MpiRank, MpiWorld, Placement, Solo};
+use llara::{Error, ErrorKind, Result};
+
+use super::interrupt::{self, Stopped};
+use super::talk;
+
+/// The exit code of all processes when one of them has failed alone.
+const FAILURE: u8 = 1;
+
+/// This process, and those that were started with it.
+pub(super) struct Processes {
+    /// `None`: there is one process, which needs no MPI.
+    world: Option<Arc<MpiWorld>>,
+    placement: Placement,
+}
+
+/// The error of a run whose message was printed, by this process or another one.
+#[derive(Debug)]
+pub(super) struct Reported;
+
+impl fmt::Display for Reported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the run failed")
+    }
+}
+
+impl std::error::Error for Reported {}
+
+/// Refuses to run a verb in several processes, each of which would do the same work and write the same files.
+pub(super) fn refuse_several() -> Result<()> {
+    match Launch::from_environment()? {
+        None => Ok(()),
+        Some(launch) => Err(Error::new(ErrorKind::Argument, "this verb runs in one process")
+            .got(format!("{} processes, started by {}", launch.size, launch.launcher))
+            .hint("start it without mpirun or srun; only `llara finetune` uses several processes")),
+    }
+}
+
+impl Processes {
+    /// One process.
+    pub(super) fn one() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Processes { world: None, placement: Placement { local_processes: 1, threads } }
+    }
+
+    /// Connects to the processes that were started with this one. From here on, only the first one prints
+    /// messages and results.
+    ///
+    /// # Errors
+    /// If the environment contradicts itself, or MPI cannot be started.
+    pub(super) fn start(timeout: Duration) -> Result<Self> {
+        let Some(launch) = Launch::from_environment()? else { return Ok(Self::one()) };
+        talk::set_rank(launch.rank);
+        let world = MpiWorld::start(&launch, timeout)?;
+        let placement = world.placement()?;
+        let described = Arc::clone(&world);
+        interrupt::describe_with(move || described.describe());
+        Ok(Processes { world: Some(world), placement })
+    }
+
+    /// Number of processes.
+    pub(super) fn size(&self) -> usize {
+        self.world.as_ref().map_or(1, |world| world.size())
+    }
+
+    /// Bytes of all messages that this process has sent.
+    pub(super) fn bytes_sent(&self) -> u64 {
+        self.world.as_ref().map_or(0, |world| world.bytes_sent())
+    }
+
+    /// Whether this is the process that prints, logs and saves.
+    pub(super) fn is_first(&self) -> bool {
+        self.world.as_ref().is_none_or(|world| world.rank() == 0)
+    }
+
+    /// What the processes on this host share.
+    pub(super) fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// The group of all processes, for tensors of `backend`.
+    pub(super) fn collective<B: Backend>(&self, backend: &B) -> Arc<dyn Collective<B>> {
+        match &self.world {
+            None => Arc::new(Solo),
+            Some(world) => Arc::new(MpiRank::new(Arc::clone(world), backend.clone())),
+        }
+    }
+
+    /// The result of this process if all have one; else an error on every process.
+    pub(super) fn agree<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        let Some(world) = &self.world else { return result };
+        let status = match &result {
+            Ok(_) => Ok(()),
+            Err(error) => Err(match error.downcast_ref::<Error>() {
+                Some(known) => Error::new(known.kind(), known.to_string()),
+                None => Error::new(ErrorKind::Argument, error.to_string()),
+            }),
+        };
+        let agreed = world.agree(status);
+        let value = result?;
+        agreed?;
+        Ok(value)
+    }
+
+    /// What the first process does alone, while the others wait: `None` there.
+    pub(super) fn first<T>(
+        &self,
+        act: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<Option<T>> {
+        let result = if self.is_first() { act().map(Some) } else { Ok(None) };
+        self.agree(result)
+    }
+
+    /// The choice of the first process, on every process.
+    pub(super) fn choose(&self, own: String) -> Result<String> {
+        match &self.world {
+            None => Ok(own),
+            Some(world) => world.choose(&own),
+        }
+    }
+
+    /// The smallest values of all processes.
+    pub(super) fn smallest<const N: usize>(&self, own: [usize; N]) -> Result<[usize; N]> {
+        let Some(world) = &self.world else { return Ok(own) };
+        let all = world.all_gather_words(&own.map(|value| value as u64))?;
+        let least = |at: usize| all.iter().filter_map(|of_rank| of_rank.get(at)).min();
+        Ok(std::array::from_fn(|at| least(at).map_or(own[at], |&value| value as usize)))
+    }
+
+    /// The error of a run that was stopped: the exit code is the same for all processes, that of the first one
+    /// that received a signal.
+    pub(super) fn stopped(&self) -> anyhow::Error {
+        let own = Stopped::by_signal().map_or(0, |stopped| u64::from(stopped.code));
+        let codes = match &self.world {
+            None => Ok(vec![vec![own]]),
+            Some(world) => world.all_gather_words(&[own]),
+        };
+        match codes {
+            Ok(codes) => {
+                let first = codes.iter().flatten().find(|code| **code != 0);
+                let code = first.and_then(|&code| u8::try_from(code).ok());
+                code.map_or(Stopped::by_time_limit(), |code| Stopped { code }).into()
+            }
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Ends the group, and prints the error if this process is to print it. If this process has failed alone, all
+    /// others are told why and are ended.
+    pub(super) fn end(self, result: anyhow::Result<()>) -> anyhow::Result<()> {
+        let Some(world) = &self.world else { return result };
+        let Err(error) = result else { return Ok(world.finish()?) };
+        let is_stop = error.downcast_ref::<Stopped>().is_some();
+        if (is_stop && !world.has_failed()) || world.has_agreed_on_error() {
+            if !is_stop && !world.is_reported_elsewhere() {
+                talk::report(&format!("error: {error}"));
+            }
+            world.finish()?;
+            return Err(if is_stop { error } else { Reported.into() });
+        }
+        talk::report(&format!("error: {error}"));
+        world.abort(&error.to_string(), FAILURE);
+        exit(FAILURE.into())
+    }
+}

@@ -1,0 +1,320 @@
+//! `llara finetune` on several processes that `mpirun` starts, against one process.
+//!
+//! Without `mpirun` these tests are skipped, unless `LLARA_MPI_TESTS` is `required`.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use safetensors::SafeTensors;
+
+use crate::fixture::{Bench, LLARA, Outcome, outcome, rows};
+
+/// Steps of a run.
+const STEPS: usize = 20;
+/// Rows of a step of all processes.
+const GLOBAL_BATCH: usize = 12;
+
+/// `mpirun` with the program; `None` if there is no `mpirun` and it is not required.
+fn mpirun(processes: usize) -> Option<Command> {
+    let found = Command::new("mpirun").arg("--version").stdout(Stdio::null()).status();
+    if let Err(e) = found {
+        assert!(std::env::var_os("LLARA_MPI_TESTS").is_none(), "mpirun: {e}");
+        println!("skipped: mpirun: {e}");
+        return None;
+    }
+    let mut command = Command::new("mpirun");
+    command.args(["--allow-run-as-root", "--oversubscribe", "--tag-output", "-n"]);
+    command.arg(processes.to_string()).arg(LLARA);
+    Some(command)
+}
+
+/// A bench with rows that 12 does not divide: the last batch of an epoch has 2 of 50.
+fn bench() -> Bench {
+    let bench = Bench::new();
+    let text = rows(50);
+    let numbered = text.lines().enumerate().map(|(i, line)| {
+        // Different texts, so that the loss does not fall to 0.
+        let line = line.replace("sleep", &format!("sleep {i} nights")).replace("in winter", "");
+        format!("{line}\n")
+    });
+    bench.write("train.jsonl", numbered.collect::<String>());
+    bench
+}
+
+/// The arguments of a run of `processes` processes with the same global batches.
+fn arguments(bench: &Bench, out: &str, processes: usize, rest: &[&str]) -> Vec<String> {
+    let (steps, batch) = (STEPS.to_string(), (GLOBAL_BATCH / processes).to_string());
+    let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path(out));
+    let mut args = vec!["finetune", "--model", &model, "--train-data", &data];
+    args.extend(["--output-dir", &out, "--max-steps", &steps, "--train-group-size", "2"]);
+    args.extend(["--per-device-train-batch-size", &batch, "--query-max-len", "64"]);
+    args.extend(["--learning-rate", "2e-5", "--logging-steps", "1", "--temperature", "0.1"]);
+    args.extend(["--use-lora", "false", "--threads", "1"]);
+    if processes > 1 {
+        args.extend(["--negatives-cross-device", "--collective-timeout", "60s"]);
+    }
+    args.extend(rest);
+    args.into_iter().map(str::to_owned).collect()
+}
+
+/// Runs on so many processes; `None` if there is no `mpirun`.
+fn train(bench: &Bench, out: &str, processes: usize, rest: &[&str]) -> Option<Outcome> {
+    let mut command = match processes {
+        1 => Command::new(LLARA),
+        _ => mpirun(processes)?,
+    };
+    Some(outcome(command.args(arguments(bench, out, processes, rest))))
+}
+
+/// A field of the lines of a log.
+fn logged(bench: &Bench, out: &str, field: &str) -> Vec<f64> {
+    let log = fs::read_to_string(bench.at(out).join("log.jsonl")).unwrap();
+    let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    lines.map(|line| line[field].as_f64().unwrap()).collect()
+}
+
+/// All values of a file of weights, tensor by tensor.
+fn weights(path: &Path) -> Vec<(String, Vec<f64>)> {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: Vec<_> = file
+        .iter()
+        .map(|(name, view)| {
+            assert_eq!(view.dtype(), safetensors::Dtype::F32);
+            let numbers = view.data().as_chunks().0.iter();
+            (name.to_owned(), numbers.map(|&b| f64::from(f32::from_le_bytes(b))).collect())
+        })
+        .collect();
+    tensors.sort_by(|a: &(String, Vec<f64>), b| a.0.cmp(&b.0));
+    tensors
+}
+
+fn assert_equal_runs(bench: &Bench, (one, several): (&str, &str), file: &str) {
+    for (field, bound) in [("loss", 1e-5), ("grad_norm", 1e-4), ("tokens", 0.0)] {
+        let (want, got) = (logged(bench, one, field), logged(bench, several, field));
+        assert_eq!((want.len(), got.len()), (STEPS, STEPS));
+        for (step, (want, got)) in want.iter().zip(&got).enumerate() {
+            let error = (got - want).abs() / want.abs();
+            assert!(
+                error <= bound,
+                "{several}, step {step}, {field}: {got}, not {want}: {error:e}"
+            );
+        }
+    }
+    let (want, got) = (weights(&bench.at(one).join(file)), weights(&bench.at(several).join(file)));
+    assert_eq!(want.len(), got.len());
+    for ((name, want), (of_several, got)) in want.iter().zip(&got) {
+        assert_eq!(name, of_several);
+        let square = |x: f64| x * x;
+        let difference: f64 = want.iter().zip(got).map(|(a, b)| square(a - b)).sum();
+        let norm: f64 = want.iter().map(|x| square(*x)).sum();
+        let error = (difference / norm).sqrt();
+        assert!(error <= 1e-4, "{several}, {name}: {error:e}");
+    }
+}
+
+/// Compares runs on 2, 3 and 4 processes with one, sharded and not.
+fn agree_with_one(rest: &[&str], file: &str) {
+    let bench = bench();
+    train(&bench, "one", 1, rest).unwrap().json();
+    let losses = logged(&bench, "one", "loss");
+    // Relative errors of losses near 0 would say nothing.
+    assert!(losses.iter().all(|loss| *loss > 0.02) && losses[STEPS - 2] < losses[0], "{losses:?}");
+    for processes in [2, 3, 4] {
+        for shard in ["true", "false"] {
+            let out = format!("{processes}-{shard}");
+            let rest = [rest, &["--shard-optimizer", shard]].concat();
+            let Some(run) = train(&bench, &out, processes, &rest) else { return };
+            assert_eq!(run.code, Some(0), "{}", run.stderr);
+            assert_equal_runs(&bench, ("one", &out), file);
+        }
+    }
+}
+
+const CHUNKS: [&str; 2] = ["--chunk-tokens", "200"];
+const ADAPTER: [&str; 8] =
+    ["--use-lora", "true", "--lora-rank", "4", "--lora-dropout", "0.2", "--learning-rate", "1e-4"];
+
+#[test]
+fn all_weights() {
+    agree_with_one(&[], "model.safetensors");
+}
+
+#[test]
+fn all_weights_in_chunks() {
+    agree_with_one(&CHUNKS, "model.safetensors");
+}
+
+#[test]
+fn adapters_with_dropout() {
+    agree_with_one(&ADAPTER, "adapter_model.safetensors");
+}
+
+#[test]
+fn adapters_with_dropout_in_chunks() {
+    agree_with_one(&[&ADAPTER[..], &CHUNKS].concat(), "adapter_model.safetensors");
+}
+
+#[test]
+fn only_the_first_process_prints_and_results_are_reported() {
+    let bench = bench();
+    let Some(run) = train(&bench, "out", 3, &["--max-steps", "2"]) else { return };
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    // mpirun tags every line with its rank.
+    assert!(run.stderr.lines().all(|line| !line.contains(",1]<") && !line.contains(",2]<")));
+    assert!(run.stderr.contains("processes 3"), "{}", run.stderr);
+    let json = run.stdout.split_once('{').unwrap().1;
+    let result: serde_json::Value = serde_json::from_str(&format!("{{{json}")).unwrap();
+    assert_eq!(result["processes"], 3);
+    // Counted messages, and the formula.
+    assert_eq!(result["bytes_sent_per_step"], result["expected_bytes_sent_per_step"]);
+    assert!(result["bytes_sent_per_step"].as_u64().unwrap() > 1_000_000, "{result}");
+}
+
+#[test]
+fn bad_data_is_reported_once() {
+    let bench = bench();
+    bench.write("train.jsonl", "{\"query\": \"q\"}\n");
+    let Some(run) = train(&bench, "out", 3, &[]) else { return };
+    assert_eq!(run.code, Some(1), "{}", run.stderr);
+    assert_eq!(run.stderr.matches("error: ").count(), 1, "{}", run.stderr);
+    assert!(run.stderr.contains("train.jsonl:1"), "{}", run.stderr);
+    assert!(!bench.at("out").exists());
+}
+
+#[test]
+fn other_verbs_and_contradictory_environments_are_refused() {
+    let bench = bench();
+    let (base, out, data) = (bench.path("base"), bench.path("out"), bench.path("train.jsonl"));
+    let pretrain = ["pretrain", "--model", &base, "--train-data", &data, "--output-dir", &out];
+    for verb in [&["check", &base][..], &pretrain] {
+        let Some(mut command) = mpirun(2) else { return };
+        let run = outcome(command.args(verb));
+        assert_eq!(run.code, Some(1));
+        assert!(run.stderr.contains("this verb runs in one process"), "{}", run.stderr);
+    }
+    assert!(!bench.at("out").exists());
+
+    let args = arguments(&bench, "out", 2, &[]);
+    for (variables, part) in [
+        (&[("OMPI_COMM_WORLD_RANK", "2"), ("OMPI_COMM_WORLD_SIZE", "2")][..], "contradicts"),
+        (&[("RANK", "0"), ("WORLD_SIZE", "2")], "unsupported launcher"),
+        // MPI says that it is alone.
+        (&[("PMI_RANK", "1"), ("PMI_SIZE", "2")], "contradicts"),
+    ] {
+        let mut command = Command::new(LLARA);
+        let run = outcome(command.args(&args).envs(variables.iter().copied()));
+        run.refused(&[part]);
+    }
+}
+
+/// Starts a run, and returns it when its log has `lines` lines.
+fn started(bench: &Bench, out: &str, lines: usize, rest: &[&str]) -> Option<Child> {
+    let mut command = mpirun(3)?;
+    command.args(arguments(bench, out, 3, rest)).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let log = bench.at(out).join("log.jsonl");
+    while fs::read_to_string(&log).unwrap_or_default().lines().count() < lines {
+        assert!(Instant::now() < deadline, "the run does not start");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Some(child)
+}
+
+/// The process of a rank among the children of `mpirun`.
+fn process_of_rank(mpirun: &Child, rank: usize) -> u32 {
+    let variable = format!("OMPI_COMM_WORLD_RANK={rank}");
+    let parent = format!("PPid:\t{}", mpirun.id());
+    let is_it = |pid: &u32| {
+        let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let status = String::from_utf8_lossy(&read("status")).into_owned();
+        status.lines().any(|line| line == parent)
+            && read("environ").split(|byte| *byte == 0).any(|entry| entry == variable.as_bytes())
+    };
+    let pids = fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    pids.into_iter().find(is_it).unwrap()
+}
+
+fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill").args([name, &pid.to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+/// Waits for a run to end, but no longer than `limit`; returns its exit code and messages.
+fn ended(mut child: Child, limit: Duration) -> Outcome {
+    let deadline = Instant::now() + limit;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() >= deadline {
+            child.kill().unwrap();
+            panic!("the run hangs");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    Outcome {
+        code: output.status.code(),
+        stdout: text(&output.stdout),
+        stderr: text(&output.stderr),
+    }
+}
+
+/// Saves after every second step, and resumes if there is a checkpoint.
+const RESUMABLE: [&str; 6] =
+    ["--save-steps", "2", "--save-total-limit", "2", "--resume-from-checkpoint", "latest"];
+
+fn file(bench: &Bench, out: &str) -> Vec<u8> {
+    fs::read(bench.at(out).join("model.safetensors")).unwrap()
+}
+
+/// Ends runs at several moments by `end`, which gets the process of rank 1, and resumes each.
+fn resumed_after(end: &str, moments: &[usize], limit: Duration, part: &str) {
+    let bench = bench();
+    let Some(whole) = train(&bench, "whole", 3, &RESUMABLE) else { return };
+    assert_eq!(whole.code, Some(0), "{}", whole.stderr);
+    let rest = [&RESUMABLE[..], &["--collective-timeout", "8s"]].concat();
+    for (number, &lines) in moments.iter().enumerate() {
+        let out = format!("out-{number}");
+        let Some(child) = started(&bench, &out, lines, &rest) else { return };
+        signal(process_of_rank(&child, 1), end);
+        let failed = ended(child, limit);
+        assert_ne!(failed.code, Some(0), "{}", failed.stderr);
+        assert!(failed.stderr.contains(part), "{}", failed.stderr);
+        assert!(!bench.at(&out).join("model.safetensors").exists());
+        let resumed = train(&bench, &out, 3, &RESUMABLE).unwrap();
+        assert_eq!(resumed.code, Some(0), "{}", resumed.stderr);
+        assert!(file(&bench, &out) == file(&bench, "whole"), "after {lines} lines");
+    }
+}
+
+#[test]
+fn a_killed_process_ends_the_run_which_resumes_to_the_same_bytes() {
+    resumed_after("-KILL", &[1, 4, 9], Duration::from_secs(60), "received signal");
+}
+
+#[test]
+fn a_stopped_process_ends_the_run_within_the_timeout() {
+    resumed_after("-STOP", &[3, 8], Duration::from_secs(60), "did not complete");
+}
+
+#[test]
+fn a_run_is_stopped_by_a_signal_and_resumed_with_another_number_of_processes() {
+    let bench = bench();
+    let Some(whole) = train(&bench, "whole", 3, &RESUMABLE) else { return };
+    assert_eq!(whole.code, Some(0), "{}", whole.stderr);
+    let Some(child) = started(&bench, "out", 3, &RESUMABLE) else { return };
+    // mpirun passes it on to every process.
+    signal(child.id(), "-USR1");
+    let stopped = ended(child, Duration::from_secs(60));
+    assert_eq!(stopped.code, Some(138), "{}", stopped.stderr);
+    assert!(stopped.stderr.contains("stopped after step"), "{}", stopped.stderr);
+    let resumed = train(&bench, "out", 2, &RESUMABLE).unwrap();
+    assert_eq!(resumed.code, Some(0), "{}", resumed.stderr);
+    assert!(resumed.stderr.contains("processes: 3 in the checkpoint, 2 now"), "{}", resumed.stderr);
+    assert_equal_runs(&bench, ("whole", "out"), "model.safetensors");
+}
