@@ -1,19 +1,21 @@
 //! `llara encode`: embed a file of texts.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::backend::Backend;
 use llara::retrieval::{
-    BLOCK_TEXTS, Embedder, EmbeddingWriter, TextEmbedder, TextFile, begins_like_embeddings,
-    encode_stream, verify_embeddings,
+    BLOCK_TEXTS, Embedder, EmbeddingWriter, SharedEmbedder, TextEmbedder, TextFile,
+    begins_like_embeddings, encode_stream, take_part_in_encoding, verify_embeddings,
 };
-use llara::{OutputLock, Result, Role};
+use llara::{BiEncoderModel, Error, ErrorKind, OutputLock, Result, Role};
 
 use super::compute::on_device;
 use super::interrupt;
 use super::paths::{check_apart, check_replaceable};
+use super::processes::{CollectiveArgs, Processes};
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{TrainedModel, check_max_len, warn_if_too_long};
@@ -31,7 +33,9 @@ and OUTPUT.partial.json. The same command with --resume continues from there and
 bytes; damaged embeddings are recomputed. If OUTPUT is complete, --resume only verifies it.
 
 OUTPUT must not be an input or be in the model's folder. An earlier file of embeddings is replaced;
-another file only with --overwrite. Only one process can write OUTPUT at a time.
+another file only with --overwrite. Only one run can write OUTPUT at a time.
+
+With mpirun or srun, each process encodes a part of the texts, and the first one writes OUTPUT.
 
 Prints one JSON object: rows, dimension, output.")]
 pub(super) struct Args {
@@ -69,19 +73,89 @@ pub(super) struct Args {
     /// Instruction that is prepended to every text [default: as the model was trained, or none]
     #[arg(long, value_name = "TEXT", help_heading = "Encoding")]
     instruction: Option<String>,
+    #[command(flatten)]
+    collective: CollectiveArgs,
 }
 
-pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    args.model.check()?;
-    check_output(args)?;
-    let _lock = OutputLock::acquire(&args.output)?;
-    let texts = TextFile::open(&args.input)?;
-    on_device!(args.model.compute, backend => encode(args, &texts, backend))
+pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
+    let processes = Processes::start(args.collective.collective_timeout)?;
+    args.model.compute.set_default_threads(processes.placement().threads);
+    let result = check_and_encode(&args, &processes);
+    processes.end(result)
 }
 
-fn encode(args: &Args, texts: &TextFile, backend: impl Backend) -> anyhow::Result<()> {
-    let model = args.model.load(backend)?;
-    let mut embedder = args.model.embedder(&model);
+fn check_and_encode(args: &Args, processes: &Processes) -> anyhow::Result<()> {
+    processes.agree(args.model.check().map_err(Into::into))?;
+    // The lock of the first process, which writes.
+    let _lock = processes.first(|| {
+        check_output(args)?;
+        Ok(OutputLock::acquire(&args.output)?)
+    })?;
+    let texts = processes.agree(TextFile::open(&args.input).map_err(Into::into))?;
+    on_device!(args.model.compute, backend => encode(args, &texts, backend, processes))
+}
+
+/// Encodes the texts: every process a part of each block, which the first one writes.
+fn encode(
+    args: &Args,
+    texts: &TextFile,
+    backend: impl Backend,
+    processes: &Processes,
+) -> anyhow::Result<()> {
+    let collective = processes.collective(&backend);
+    let model = processes.agree(args.model.load_on(backend, processes).map_err(Into::into))?;
+    let mut embedder = processes.agree(embedder(args, &model).map_err(Into::into))?;
+    let dimension = embedder.dimension();
+
+    let output = processes.first(|| match is_complete(args, &embedder, texts)? {
+        true => Ok(None),
+        false => Ok(Some(open_output(args, &embedder, texts)?)),
+    })?;
+    let output = output.flatten();
+    // All processes start with the same text.
+    let first = match &output {
+        Some(output) => output.written(),
+        None => texts.len(),
+    };
+    let [first] = processes.smallest([first])?;
+    check_equal_texts(texts, processes)?;
+    if first < texts.len() {
+        let progress = TextProgress::new(texts.len() - first);
+        let (done, stopped) = (Cell::new(0), Cell::new(false));
+        let on_batch = |texts| {
+            done.set(done.get() + texts);
+            progress.set(done.get());
+            Ok(())
+        };
+        embedder.on_batch = Some(&on_batch);
+        say_what_is_kept_when_stopped(args, texts.len())?;
+        let shared = SharedEmbedder {
+            inner: &embedder,
+            collective: collective.as_ref(),
+            stopped: &stopped,
+            done: &done,
+        };
+        let encoded = match output {
+            Some(output) => {
+                encode_stream(&shared, args.role, texts, output, &mut |_| progress.set(done.get()))
+            }
+            None => take_part_in_encoding(&shared, args.role, texts, first),
+        };
+        encoded.inspect_err(|_| say_what_is_kept(args, texts.len()))?;
+        drop(embedder);
+        progress.finish();
+        let (path, embeddings) = (args.output.display(), counted(texts.len(), "embedding"));
+        say!("{path}: {embeddings}, dimension {dimension}");
+    }
+    report(args, texts.len(), dimension)
+}
+
+/// The embedder with the options applied.
+fn embedder<'m, B: Backend>(
+    args: &Args,
+    model: &'m BiEncoderModel<B>,
+) -> Result<TextEmbedder<'m, B>> {
+    let mut embedder = args.model.embedder(model);
     if let Some(task) = &args.task {
         embedder.use_instructions(model.recipe().task(task)?.clone());
     }
@@ -93,27 +167,45 @@ fn encode(args: &Args, texts: &TextFile, backend: impl Backend) -> anyhow::Resul
     if let Some(given) = &args.instruction {
         instruction.clone_from(given);
     }
-    check_max_len(&model, args.role, "--max-len", *max_len)?;
-    warn_if_too_long(&model, args.role, *max_len);
+    check_max_len(model, args.role, "--max-len", *max_len)?;
+    warn_if_too_long(model, args.role, *max_len);
+    Ok(embedder)
+}
 
-    if args.resume && args.output.exists() && EmbeddingWriter::kept(&args.output).is_none() {
-        let checked = verify_embeddings(&embedder, args.role, texts, &args.output)?;
-        say!(
-            "{}: already complete; {} recomputed for verification, all equal",
-            args.output.display(),
-            counted(checked, "embedding")
-        );
-        return report(args, texts.len(), embedder.dimension());
+/// Whether the output of an earlier run is complete, and to be kept: it is verified then.
+fn is_complete(
+    args: &Args,
+    embedder: &TextEmbedder<'_, impl Backend>,
+    texts: &TextFile,
+) -> Result<bool> {
+    if !args.resume || !args.output.exists() || EmbeddingWriter::kept(&args.output).is_some() {
+        return Ok(false);
     }
-    let output = open_output(args, &embedder, texts)?;
-    let progress = TextProgress::new(texts.len() - output.written());
-    let on_batch = |texts| {
-        progress.add(texts);
-        Ok(())
-    };
-    embedder.on_batch = Some(&on_batch);
-    let (path, all, resumable) =
-        (args.output.clone(), texts.len(), texts.len() > BLOCK_TEXTS.get());
+    let checked = verify_embeddings(embedder, args.role, texts, &args.output)?;
+    say!(
+        "{}: already complete; {} recomputed for verification, all equal",
+        args.output.display(),
+        counted(checked, "embedding")
+    );
+    Ok(true)
+}
+
+/// Refuses processes whose hosts have different texts.
+fn check_equal_texts(texts: &TextFile, processes: &Processes) -> Result<()> {
+    let count = texts.len();
+    let [least, most] = processes.smallest([count, usize::MAX - count])?;
+    let most = usize::MAX - most;
+    if least == most {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Data, "the processes have different texts")
+        .expected("the same input on every host")
+        .got(format!("{least} to {most} texts")))
+}
+
+/// Makes a signal print what is kept of the output.
+fn say_what_is_kept_when_stopped(args: &Args, all: usize) -> Result<()> {
+    let (path, resumable) = (args.output.clone(), all > BLOCK_TEXTS.get());
     interrupt::stop_at_once(move || match EmbeddingWriter::kept(&path).filter(|_| resumable) {
         Some(kept) => format!(
             "{} of {} are kept; the same command with --resume continues after them",
@@ -121,23 +213,15 @@ fn encode(args: &Args, texts: &TextFile, backend: impl Backend) -> anyhow::Resul
             counted(all, "embedding")
         ),
         None => format!("{} was not written", path.display()),
-    })?;
-    let encoded = encode_stream(&embedder, args.role, texts, output, &mut |_| ());
-    if let Err(error) = encoded {
-        if let Some(kept) = EmbeddingWriter::kept(&args.output) {
-            let (kept, all) = (count(kept), counted(texts.len(), "embedding"));
-            say!(
-                "note: {kept} of {all} are kept; the same command with --resume continues after them"
-            );
-        }
-        return Err(error.into());
+    })
+}
+
+/// Prints what is kept of the output after an error.
+fn say_what_is_kept(args: &Args, all: usize) {
+    if let Some(kept) = EmbeddingWriter::kept(&args.output) {
+        let (kept, all) = (count(kept), counted(all, "embedding"));
+        say!("note: {kept} of {all} are kept; the same command with --resume continues after them");
     }
-    let dimension = embedder.dimension();
-    drop(embedder);
-    progress.finish();
-    let (path, embeddings) = (args.output.display(), counted(texts.len(), "embedding"));
-    say!("{path}: {embeddings}, dimension {dimension}");
-    report(args, texts.len(), dimension)
 }
 
 fn report(args: &Args, rows: usize, dimension: usize) -> anyhow::Result<()> {

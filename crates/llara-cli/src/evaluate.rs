@@ -1,18 +1,20 @@
 //! `llara evaluate`: retrieval metrics of a model on a test collection.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::backend::Backend;
 use llara::retrieval::{
-    BeirDataset, Metrics, Run, SearchOptions, UnknownIds, begins_like_trec_run, check_trec_run,
-    evaluate_dataset, write_trec_run,
+    BeirDataset, Metrics, Run, SearchOptions, SharedEmbedder, UnknownIds, begins_like_trec_run,
+    check_trec_run, evaluate_dataset, write_trec_run,
 };
 use llara::{Error, ErrorKind};
 
 use super::compute::on_device;
 use super::paths::{check_apart, check_replaceable};
+use super::processes::{CollectiveArgs, Processes};
 use super::progress::TextProgress;
 use super::talk::{count, counted, print, say};
 use super::trained_model::{Roles, TrainedModel, check_top_k};
@@ -61,9 +63,34 @@ pub(super) struct Args {
     overwrite: bool,
     #[command(flatten)]
     roles: Roles,
+    #[command(flatten)]
+    collective: CollectiveArgs,
 }
 
-pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
+    let processes = Processes::start(args.collective.collective_timeout)?;
+    args.model.compute.set_default_threads(processes.placement().threads);
+    let result = evaluate(&args, &processes);
+    processes.end(result)
+}
+
+fn evaluate(args: &Args, processes: &Processes) -> anyhow::Result<()> {
+    let dataset = processes.agree(open(args).map_err(Into::into))?;
+    let (dataset, skipped) = dataset;
+    if skipped > 0 {
+        say!(
+            "warning: {} of unknown queries or documents ignored; the metrics do not include them",
+            counted(skipped, "judgment")
+        );
+    }
+    let (metrics, run) =
+        on_device!(args.model.compute, backend => rank(args, &dataset, backend, processes))?;
+    processes.first(|| report(args, (&dataset, skipped), &metrics, &run))?;
+    Ok(())
+}
+
+/// Checks the options and reads the dataset; also returns the number of skipped judgments.
+fn open(args: &Args) -> llara::Result<(BeirDataset, usize)> {
     args.model.check()?;
     check_top_k(args.top_k)?;
     if let Some(path) = &args.run_file {
@@ -75,16 +102,19 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let (dataset, skipped) =
         BeirDataset::open_with(&args.dataset, &args.split, args.on_unknown_id)?;
-    if skipped > 0 {
-        say!(
-            "warning: {} of unknown queries or documents ignored; the metrics do not include them",
-            counted(skipped, "judgment")
-        );
-    }
     if let Some(path) = &args.run_file {
         check_trec_run(path, dataset.queries.ids.iter().chain(dataset.corpus.ids.iter()))?;
     }
-    let (metrics, run) = on_device!(args.model.compute, backend => rank(args, &dataset, backend))?;
+    Ok((dataset, skipped))
+}
+
+/// Writes the run file and prints the metrics.
+fn report(
+    args: &Args,
+    (dataset, skipped): (&BeirDataset, usize),
+    metrics: &Metrics,
+    run: &Run,
+) -> anyhow::Result<()> {
     if metrics.queries == 0 {
         return Err(Error::new(ErrorKind::Data, "no query has judgments, so there are no metrics")
             .file(&args.dataset)
@@ -92,9 +122,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
             .into());
     }
     if let Some(path) = &args.run_file {
-        write_trec_run(path, &run, "llara")?;
+        write_trec_run(path, run, "llara")?;
     }
-    table(args, &dataset, &metrics);
+    table(args, dataset, metrics);
     let mut result = serde_json::json!({
         "model": args.model.name(),
         "dataset": args.dataset.to_string_lossy(),
@@ -115,20 +145,31 @@ fn rank(
     args: &Args,
     dataset: &BeirDataset,
     backend: impl Backend,
+    processes: &Processes,
 ) -> anyhow::Result<(Metrics, Run)> {
-    let model = args.model.load(backend)?;
+    let collective = processes.collective(&backend);
+    let model = processes.agree(args.model.load_on(backend, processes).map_err(Into::into))?;
     let mut embedder = args.model.embedder(&model);
-    args.roles.apply(&mut embedder)?;
+    processes.agree(args.roles.apply(&mut embedder).map_err(Into::into))?;
 
     let progress = TextProgress::new(dataset.queries.len() + dataset.corpus.len());
+    let (done, stopped) = (Cell::new(0), Cell::new(false));
     let on_batch = |texts| {
-        progress.add(texts);
+        done.set(done.get() + texts);
+        progress.set(done.get());
         Ok(())
     };
     embedder.on_batch = Some(&on_batch);
     let options =
         SearchOptions { top_k: args.top_k, ignore_identical_ids: args.ignore_identical_ids };
-    let ranked = evaluate_dataset(&embedder, &embedder, dataset, options, &mut |_| ())?;
+    let shared = SharedEmbedder {
+        inner: &embedder,
+        collective: collective.as_ref(),
+        stopped: &stopped,
+        done: &done,
+    };
+    let on_progress = &mut |_| progress.set(done.get());
+    let ranked = evaluate_dataset(&shared, &embedder, dataset, options, on_progress)?;
     drop(embedder);
     progress.finish();
     Ok(ranked)

@@ -29,6 +29,7 @@ mod search;
 mod talk;
 mod trained_model;
 mod values;
+mod verify_distributed;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -62,8 +63,11 @@ enum Verb {
     /// Estimate memory, work and text lengths of a training run without training
     #[command(after_help = plan::AFTER_HELP)]
     Plan(Box<plan::PlanArgs>),
-    Encode(encode::Args),
-    Evaluate(evaluate::Args),
+    /// Compare training on several processes with one process: losses, gradients, weights
+    #[command(after_help = verify_distributed::AFTER_HELP)]
+    VerifyDistributed(Box<verify_distributed::Args>),
+    Encode(Box<encode::Args>),
+    Evaluate(Box<evaluate::Args>),
     Search(search::Args),
     Merge(merge::Args),
     Check(check::Args),
@@ -91,9 +95,10 @@ fn execute(args: Vec<OsString>) -> ExitCode {
             if let Some(stopped) = error.downcast_ref::<interrupt::Stopped>() {
                 return ExitCode::from(stopped.code);
             }
-            // The faults of a folder, and an error of several processes, were printed already.
+            // The faults of a folder, differences, and an error of several processes were printed already.
             if error.downcast_ref::<check::Faulty>().is_none()
                 && error.downcast_ref::<processes::Reported>().is_none()
+                && error.downcast_ref::<verify_distributed::Different>().is_none()
             {
                 talk::report(&format!("error: {error}"));
             }
@@ -112,7 +117,8 @@ fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
 }
 
 /// The definition of the command line. Every option accepts negative numbers as values, so that a value out
-/// of range is reported as such and not as an unknown option. `plan` has no output folder.
+/// of range is reported as such and not as an unknown option. `plan` and `verify-distributed` have no output
+/// folder.
 fn command() -> clap::Command {
     let output = "output_dir";
     Cli::command()
@@ -139,6 +145,12 @@ fn command() -> clap::Command {
                  llara plan [OPTIONS] --config <FILE>",
             )
         })
+        .mut_subcommand("verify-distributed", |verb| {
+            verb.mut_arg(output, |arg| arg.hide(true)).override_usage(
+                "llara verify-distributed [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>...\n       \
+                 llara verify-distributed [OPTIONS] --config <FILE>",
+            )
+        })
         .mut_subcommand("check", |verb| verb.override_usage("llara check [OPTIONS] <DIR>"))
         .mut_subcommand("merge", |verb| {
             verb.override_usage(
@@ -154,8 +166,9 @@ fn command() -> clap::Command {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    if !matches!(cli.verb, Verb::Finetune(_)) {
-        processes::refuse_several()?;
+    match cli.verb {
+        Verb::Finetune(_) | Verb::Encode(_) | Verb::Evaluate(_) | Verb::VerifyDistributed(_) => {}
+        _ => processes::refuse_several()?,
     }
     match cli.verb {
         Verb::Init(args) => init::run(&args),
@@ -163,8 +176,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Pretrain(args) => pretrain::run(*args),
         Verb::Finetune(args) => finetune::run(*args),
         Verb::Plan(args) => plan::run(&args),
-        Verb::Encode(args) => encode::run(&args),
-        Verb::Evaluate(args) => evaluate::run(&args),
+        Verb::VerifyDistributed(args) => verify_distributed::run(*args),
+        Verb::Encode(args) => encode::run(*args),
+        Verb::Evaluate(args) => evaluate::run(*args),
         Verb::Search(args) => search::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Check(args) => check::run(&args),

@@ -6,7 +6,7 @@ use std::process::exit;
 use std::sync::Arc;
 use std::time::Duration;
 
-use llara::backend::Backend;
+use llara::backend::{Backend, Dtype};
 use llara::dist::{Collective, Launch, MpiRank, MpiWorld, Placement, Solo};
 use llara::{Error, ErrorKind, Result};
 
@@ -35,13 +35,23 @@ impl fmt::Display for Reported {
 
 impl std::error::Error for Reported {}
 
+/// The option of verbs that run on several processes.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Several processes (mpirun, srun)")]
+pub(super) struct CollectiveArgs {
+    /// End the run if a process does not take part in communication for this time, such as 30m or 90s; what one
+    /// process does alone, such as saving, must take less
+    #[arg(long, value_name = "TIME", value_parser = crate::values::duration, default_value = "30m")]
+    pub(super) collective_timeout: Duration,
+}
+
 /// Refuses to run a verb in several processes, each of which would do the same work and write the same files.
 pub(super) fn refuse_several() -> Result<()> {
     match Launch::from_environment()? {
         None => Ok(()),
         Some(launch) => Err(Error::new(ErrorKind::Argument, "this verb runs in one process")
             .got(format!("{} processes, started by {}", launch.size, launch.launcher))
-            .hint("start it without mpirun or srun; only `llara finetune` uses several processes")),
+            .hint("start it without mpirun or srun; `llara finetune`, `encode` and `evaluate` use several processes")),
     }
 }
 
@@ -126,6 +136,23 @@ impl Processes {
             None => Ok(own),
             Some(world) => world.choose(&own),
         }
+    }
+
+    /// The number format of activations, and the kernels for it: those of the first process, which may have measured
+    /// which are the fastest.
+    pub(super) fn shared_precision(&self, own: Dtype, backend: &impl Backend) -> Result<Dtype> {
+        if self.size() == 1 {
+            return Ok(own);
+        }
+        let name = |dtype| if dtype == Dtype::Bf16 { "bf16" } else { "f32" };
+        let chosen = self.choose(name(own).to_owned())?;
+        let dtype = if chosen == name(Dtype::Bf16) { Dtype::Bf16 } else { Dtype::F32 };
+        // Without f32 here: its kernels do not depend on a measurement.
+        if dtype == Dtype::Bf16 {
+            let kernels = self.choose(backend.kernels(dtype))?;
+            backend.use_kernels(&kernels);
+        }
+        Ok(dtype)
     }
 
     /// The smallest values of all processes.

@@ -253,7 +253,11 @@ impl TextProgress {
 
     /// Adds `texts` to the number of completed texts.
     pub(super) fn add(&self, texts: usize) {
-        let done = self.done.get() + texts;
+        self.set(self.done.get() + texts);
+    }
+
+    /// Sets the number of completed texts.
+    pub(super) fn set(&self, done: usize) {
         self.done.set(done);
         match &self.bar {
             Some(bar) => bar.set_position(done as u64),

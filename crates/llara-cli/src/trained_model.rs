@@ -12,6 +12,7 @@ use llara::{
 };
 
 use super::compute::{Compute, Precision};
+use super::processes::Processes;
 use super::talk::say;
 
 /// The model and its encoding options.
@@ -211,8 +212,17 @@ impl TrainedModel {
 
     /// Loads the model. If its recipe is not changed, verifies it with its probes.
     pub(super) fn load<B: Backend>(&self, backend: B) -> Result<BiEncoderModel<B>> {
+        self.load_on(backend, &Processes::one())
+    }
+
+    /// [`load`](Self::load) on each of several processes, which compute alike.
+    pub(super) fn load_on<B: Backend>(
+        &self,
+        backend: B,
+        processes: &Processes,
+    ) -> Result<BiEncoderModel<B>> {
         let Encoding { template, normalized, .. } = &self.encoding;
-        let precision = self.precision.dtype(&backend);
+        let precision = processes.shared_precision(self.precision.dtype(&backend), &backend)?;
         self.source.load((backend, precision), template.as_deref(), *normalized)
     }
 

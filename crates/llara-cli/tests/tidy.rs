@@ -25,7 +25,7 @@ const DEPENDENCIES: [(&str, &[&str]); 16] = [
         "train",
         &["backend", "biencoder", "data", "dist", "loss", "model", "retrieval", "storage", "text"],
     ),
-    ("retrieval", &["backend", "biencoder", "data", "storage", "text"]),
+    ("retrieval", &["backend", "biencoder", "data", "dist", "storage", "text"]),
     ("check", &["backend", "biencoder", "model", "storage", "text", "train"]),
     ("inspect", &["data", "storage", "text"]),
     ("hub", &["storage"]),

@@ -349,6 +349,10 @@ fn cross_device_negatives_on_two_processes() {
         println!("skipped: LLARA_GOLDEN_DISTRIBUTED is not set");
         return;
     };
+    assert!(
+        std::env::var_os("LLARA_GOLDEN").is_some(),
+        "LLARA_GOLDEN names the models of the numbers"
+    );
     let set = sets().pop().unwrap();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder);
     let mut families = 0;

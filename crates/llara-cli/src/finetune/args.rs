@@ -2,6 +2,7 @@
 //! library.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
@@ -257,6 +258,21 @@ impl Args {
             saving: self.output.saving(steps_per_epoch),
             shard_optimizer: self.distributed.shard_optimizer,
         }
+    }
+
+    /// Rows of a step of one process.
+    pub(crate) fn batch_size(&self) -> usize {
+        self.training.per_device_train_batch_size
+    }
+
+    /// Passages of a query.
+    pub(crate) fn group_size(&self) -> usize {
+        self.data.train_group_size
+    }
+
+    /// The time after which a process that does not take part in communication ends the run.
+    pub(crate) fn collective_timeout(&self) -> Duration {
+        self.distributed.collective.collective_timeout
     }
 
     /// Whether queries are scored against the passages of all processes.

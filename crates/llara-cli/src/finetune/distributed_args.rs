@@ -1,9 +1,9 @@
 //! Options of `llara finetune` about runs on several processes.
 
-use std::time::Duration;
-
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
+
+use crate::processes::CollectiveArgs;
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Several processes (mpirun, srun)")]
@@ -14,10 +14,8 @@ pub(super) struct DistributedArgs {
     #[arg(default_value = "true", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub(super) shard_optimizer: bool,
-    /// End the run if a process does not take part in communication for this time, such as 30m or 90s; saving a
-    /// checkpoint or the model must take less
-    #[arg(long, value_name = "TIME", value_parser = crate::values::duration, default_value = "30m")]
-    pub(super) collective_timeout: Duration,
+    #[command(flatten)]
+    pub(super) collective: CollectiveArgs,
     /// Divide gradients by the number of processes with --negatives-cross-device, as the reference does: for
     /// comparisons with it step by step
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]

@@ -61,7 +61,7 @@ const INSPECTED_BYTES: usize = 8 << 20;
 pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
     let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
-    let processes = Processes::start(args.distributed.collective_timeout)?;
+    let processes = Processes::start(args.collective_timeout())?;
     args.compute.set_default_threads(processes.placement().threads);
     let result = run_on_device(&args, output_dir, deadline, &processes);
     processes.end(result)
@@ -85,7 +85,7 @@ fn finetune(
 ) -> anyhow::Result<()> {
     let mut prepared = Prepared::new(args, Purpose::Run(output_dir), backend, processes)?;
     let (facts, chunking) = processes.agree(foresee(args, &prepared))?;
-    prepared.config.chunking = of_all(chunking, processes)?;
+    prepared.config.chunking = smallest_chunking(chunking, processes)?;
 
     let mut model = processes.agree(prepared.load(args).map_err(Into::into))?;
     model.set_base_name(hub::model_name(&prepared.model_name));
@@ -138,7 +138,10 @@ fn foresee(
 }
 
 /// The smallest chunks that any process has chosen for its memory: with equal chunks, results are equal.
-fn of_all(chunking: Chunking, processes: &Processes) -> llara::Result<Chunking> {
+pub(super) fn smallest_chunking(
+    chunking: Chunking,
+    processes: &Processes,
+) -> llara::Result<Chunking> {
     let Chunking { max_tokens, max_sequences, kept_tokens } = chunking;
     let [max_tokens, max_sequences, kept_tokens] =
         processes.smallest([max_tokens, max_sequences, kept_tokens])?;

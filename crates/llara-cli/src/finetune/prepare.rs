@@ -30,6 +30,8 @@ pub(crate) enum Purpose {
     Run(PathBuf),
     /// An estimate: no weights are read and nothing is saved.
     Plan,
+    /// A comparison of runs: nothing is saved.
+    Compare,
 }
 
 /// A run before its weights are read.
@@ -73,7 +75,7 @@ impl<B: Backend> Prepared<B> {
                 let (lock, checkpoint) = resume::claim_by_first(args, output_dir, processes)?;
                 (output_dir.clone(), lock, checkpoint)
             }
-            Purpose::Plan => (PathBuf::new(), None, None),
+            Purpose::Plan | Purpose::Compare => (PathBuf::new(), None, None),
         };
         let precision = resume::precision_of_first(args, checkpoint.as_ref(), &backend, processes)?;
         let claimed = Claimed { output_dir, lock, checkpoint, precision };
@@ -102,7 +104,9 @@ impl<B: Backend> Prepared<B> {
 
         let cache = args.model.cache_dir.as_deref();
         let dir = match purpose {
-            Purpose::Run(_) => trained_model::find(&model_name, cache, "--from-peft")?,
+            Purpose::Run(_) | Purpose::Compare => {
+                trained_model::find(&model_name, cache, "--from-peft")?
+            }
             Purpose::Plan => trained_model::find_outline(&model_name, cache, "--from-peft")?,
         };
         let base = starting_recipe(&dir, &adapter, template.as_ref())?;
@@ -181,8 +185,13 @@ impl<B: Backend> Prepared<B> {
         TextLengths::sample(&self.dataset, &self.outline.prompts, &self.config, texts)
     }
 
+    /// The number format of activations.
+    pub(crate) fn precision(&self) -> Dtype {
+        self.precision
+    }
+
     /// Reads the weights and attaches the adapter.
-    pub(super) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<B>> {
+    pub(crate) fn load(&self, args: &Args) -> llara::Result<BiEncoderModel<B>> {
         let mut loader = loader(&self.dir, &self.recipe, &self.adapter)?;
         let precision = self.precision;
         if !matches!(self.adapter, Adapter::None) {

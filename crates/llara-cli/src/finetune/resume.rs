@@ -99,8 +99,7 @@ fn latest(output_dir: &Path) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// The number format of activations, and the kernels for it: those of the first process, which may have measured
-/// which are the fastest. See [`precision`].
+/// [`precision`] of the first process, on every process.
 pub(super) fn precision_of_first(
     args: &Args,
     checkpoint: Option<&Checkpoint>,
@@ -108,18 +107,7 @@ pub(super) fn precision_of_first(
     processes: &Processes,
 ) -> Result<Dtype> {
     let own = precision((&args.training, &args.precision), checkpoint, backend);
-    if processes.size() == 1 {
-        return Ok(own);
-    }
-    let name = |dtype| if dtype == Dtype::Bf16 { "bf16" } else { "f32" };
-    let chosen = processes.choose(name(own).to_owned())?;
-    let dtype = if chosen == name(Dtype::Bf16) { Dtype::Bf16 } else { Dtype::F32 };
-    // Without f32 here: its kernels do not depend on a measurement.
-    if dtype == Dtype::Bf16 {
-        let kernels = processes.choose(backend.kernels(dtype))?;
-        backend.use_kernels(&kernels);
-    }
-    Ok(dtype)
+    processes.shared_precision(own, backend)
 }
 
 /// The number format of activations. A resumed run takes the choices of `--dtype auto` and of the kernels from

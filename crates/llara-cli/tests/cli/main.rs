@@ -29,3 +29,4 @@ mod run_file;
 mod sentence_transformers;
 mod settings;
 mod verbs;
+mod verify_distributed;

@@ -16,12 +16,19 @@ const STEPS: usize = 20;
 /// Rows of a step of all processes.
 const GLOBAL_BATCH: usize = 12;
 
-/// `mpirun` with the program; `None` if there is no `mpirun` and it is not required.
-fn mpirun(processes: usize) -> Option<Command> {
+/// Whether there is `mpirun`; a failed test if there is none and it is required.
+pub(crate) fn has_mpirun() -> bool {
     let found = Command::new("mpirun").arg("--version").stdout(Stdio::null()).status();
-    if let Err(e) = found {
+    if let Err(e) = &found {
         assert!(std::env::var_os("LLARA_MPI_TESTS").is_none(), "mpirun: {e}");
         println!("skipped: mpirun: {e}");
+    }
+    found.is_ok()
+}
+
+/// `mpirun` with the program; `None` if there is no `mpirun` and it is not required.
+fn mpirun(processes: usize) -> Option<Command> {
+    if !has_mpirun() {
         return None;
     }
     let mut command = Command::new("mpirun");
@@ -317,4 +324,49 @@ fn a_run_is_stopped_by_a_signal_and_resumed_with_another_number_of_processes() {
     assert_eq!(resumed.code, Some(0), "{}", resumed.stderr);
     assert!(resumed.stderr.contains("processes: 3 in the checkpoint, 2 now"), "{}", resumed.stderr);
     assert_equal_runs(&bench, ("whole", "out"), "model.safetensors");
+}
+
+#[test]
+fn texts_are_encoded_and_evaluated_by_all_processes_as_by_one() {
+    let bench = bench();
+    let text =
+        |i: usize| format!("The bear sleeps {i} nights in winter{}.", " and on".repeat(i % 7));
+    bench.write("texts.txt", (0..50).map(|i| text(i) + "\n").collect::<String>());
+    let (model, texts, beir) = (bench.path("base"), bench.path("texts.txt"), bench.path("beir"));
+    let encode = |out: &str| {
+        let out = bench.path(out);
+        let args =
+            ["encode", "--model", &model, "--input", &texts, "--role", "passage", "--output", &out];
+        args.map(str::to_owned)
+    };
+    let evaluate = ["evaluate", "--model", &model, "--dataset", &beir, "--threads", "1"];
+    outcome(Command::new(LLARA).args(encode("one.npy"))).json();
+    let metrics = outcome(Command::new(LLARA).args(evaluate)).json();
+    for processes in [2, 3] {
+        let out = format!("{processes}.npy");
+        let Some(mut command) = mpirun(processes) else { return };
+        let run = outcome(command.args(encode(&out)));
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        assert!(fs::read(bench.at(&out)).unwrap() == fs::read(bench.at("one.npy")).unwrap());
+        // The output is complete.
+        let Some(mut command) = mpirun(processes) else { return };
+        let run = outcome(command.args(encode(&out)).arg("--resume"));
+        assert!(run.code == Some(0) && run.stderr.contains("already complete"), "{}", run.stderr);
+
+        let Some(mut command) = mpirun(processes) else { return };
+        let run = outcome(command.args(evaluate));
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        let json = run.stdout.split_once('{').unwrap().1;
+        let of_all: serde_json::Value = serde_json::from_str(&format!("{{{json}")).unwrap();
+        assert_eq!(of_all, metrics);
+    }
+
+    // An error of all, and one of the process that writes.
+    for (out, part) in [("texts.txt", "the input"), ("no/such/folder/out.npy", "no/such/folder")] {
+        let Some(mut command) = mpirun(2) else { return };
+        let run = outcome(command.args(encode(out)));
+        assert_eq!(run.code, Some(1), "{}", run.stderr);
+        assert_eq!(run.stderr.matches("error: ").count(), 1, "{}", run.stderr);
+        assert!(run.stderr.contains(part), "{}", run.stderr);
+    }
 }

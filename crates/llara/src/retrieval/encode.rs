@@ -59,6 +59,23 @@ pub fn encode_stream(
     encode_blocks(embedder, (role, texts), output, BLOCK_TEXTS, on_progress)
 }
 
+/// The part of another process than the first one in [`encode_stream`] with a
+/// [`SharedEmbedder`](super::SharedEmbedder), from text number `first`: it embeds its parts and writes nothing.
+///
+/// # Errors
+/// Those of the embedder and of reading the texts.
+pub fn take_part_in_encoding(
+    embedder: &(impl Embedder + ?Sized),
+    role: Role,
+    texts: &TextFile,
+    first: usize,
+) -> Result<()> {
+    for block in texts.chunks(BLOCK_TEXTS)?.skip_texts(first)? {
+        embedder.embed(role, &block?)?;
+    }
+    Ok(())
+}
+
 /// [`encode_stream`] with any block size.
 fn encode_blocks(
     embedder: &(impl Embedder + ?Sized),

@@ -10,6 +10,7 @@ mod config;
 mod evaluation;
 mod finetuning;
 mod flat_layout;
+mod in_turn;
 mod loss_terms;
 mod observer;
 mod optimizer;
@@ -36,6 +37,7 @@ pub use evaluation::{
 };
 pub use finetuning::Finetuning;
 pub use flat_layout::{FlatLayout, ParameterSlice};
+pub use in_turn::FinetuningInTurn;
 pub use loss_terms::LossTerms;
 pub use observer::{EvalEvent, Observer, StepRecord, Summary};
 pub use optimizer::{AdamW, AdamWConfig, is_decayed};

@@ -10,6 +10,7 @@ use crate::Result;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::dist::Collective;
+use crate::model::Decoder;
 
 /// The state of a run between two steps. Together with the model's trainable parameters, which are the weights
 /// in f32, it determines all following steps.
@@ -102,26 +103,54 @@ impl<B: Backend> TrainState<B> {
         collective: &dyn Collective<B>,
     ) -> Result<StepResult<B>> {
         let backend = model.backend().clone();
-        let loss = match collective.size() {
-            1 => task.accumulate_gradients(model, input, chunking, &mut ())?,
-            _ => {
-                let decoder = model.decoder();
-                let buckets = self.bucket_elements;
-                let mut sums = GradientReduction::new(&self.layout, decoder, collective, buckets)?;
-                let loss = task.accumulate_gradients(model, input, chunking, &mut sums)?;
-                sums.finish(model.decoder_mut())?;
-                if !self.is_sharded() {
-                    all_gather_gradients(&self.layout, model.decoder_mut(), collective, buckets)?;
-                }
-                loss
-            }
-        };
+        let loss = self.sum_gradients(model, task, input, chunking, collective)?;
         let decoder = model.decoder_mut();
         let clip = match self.is_sharded() {
             true => self.optimizer.step_in_group(&backend, decoder, learning_rate, collective)?,
-            false => self.optimizer.step(&backend, decoder, learning_rate)?,
+            false => {
+                self.gather_gradients(decoder, collective)?;
+                self.optimizer.step(&backend, decoder, learning_rate)?
+            }
         };
         Ok(StepResult { loss, clip })
+    }
+
+    /// Computes the gradients of `input` and adds them over processes. Each rank then has the sums of the elements
+    /// that it owns. Returns the loss of this process, and its terms. `[1, 1 + terms]`
+    ///
+    /// # Errors
+    /// As for [`advance`](TrainState::advance).
+    pub(super) fn sum_gradients<T: Task<B>>(
+        &self,
+        model: &mut BiEncoderModel<B>,
+        task: &T,
+        input: &T::Input,
+        chunking: &Chunking,
+        collective: &dyn Collective<B>,
+    ) -> Result<B::Tensor> {
+        if collective.size() == 1 {
+            return task.accumulate_gradients(model, input, chunking, &mut ());
+        }
+        let buckets = self.bucket_elements;
+        let mut sums = GradientReduction::new(&self.layout, model.decoder(), collective, buckets)?;
+        let loss = task.accumulate_gradients(model, input, chunking, &mut sums)?;
+        sums.finish(model.decoder_mut())?;
+        Ok(loss)
+    }
+
+    /// Gives every rank the sums of all ranks.
+    ///
+    /// # Errors
+    /// As for [`advance`](TrainState::advance).
+    pub(super) fn gather_gradients(
+        &self,
+        decoder: &mut Decoder<B>,
+        collective: &dyn Collective<B>,
+    ) -> Result<()> {
+        match collective.size() {
+            1 => Ok(()),
+            _ => all_gather_gradients(&self.layout, decoder, collective, self.bucket_elements),
+        }
     }
 
     /// Whether each rank has the moments of a part of the parameters only.

@@ -22,6 +22,7 @@ use crate::biencoder::{BiEncoderModel, RunFacts};
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::dist::{Collective, Solo};
 use crate::loss::RowsPerRank;
+use crate::model::Parameter;
 use crate::{Error, ErrorKind, Result};
 
 /// Trains one model for one [`Task`].
@@ -230,6 +231,11 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         &mut self.state
     }
 
+    /// The model's device.
+    pub fn backend(&self) -> &B {
+        self.model.backend()
+    }
+
     /// What the processes exchange in a step of fine-tuning with a full batch.
     pub fn traffic(&self) -> StepTraffic {
         let TrainConfig { batch_size, group_size, shard_optimizer, .. } = *self.config;
@@ -242,6 +248,30 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
             negatives_cross_device: self.model.options().negatives_cross_device,
             shard_optimizer,
         }
+    }
+
+    /// Computes the gradients of a step, counted from 0, and passes every trainable parameter with its gradient to
+    /// `visit`: the gradient of the global loss, before clipping. No weight changes. All processes of the group call it, and
+    /// each gets all gradients.
+    ///
+    /// # Errors
+    /// When the step's rows cannot be read, an operation of the device or of the group fails, or `visit` does.
+    pub fn visit_gradients(
+        &mut self,
+        step: u64,
+        mut visit: impl FnMut(&Parameter<B>, &B::Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let (task, collective) = (Arc::clone(&self.task), Arc::clone(&self.collective));
+        let input = self.agreed(task.input(step))?;
+        let chunking = &self.config.chunking;
+        self.state.sum_gradients(self.model, task.as_ref(), &input, chunking, &*collective)?;
+        let decoder = self.model.decoder_mut();
+        self.state.gather_gradients(decoder, &*collective)?;
+        let visited = decoder
+            .trainable_parameters()
+            .try_for_each(|parameter| visit(parameter, parameter.grad()?));
+        decoder.clear_gradients();
+        visited
     }
 
     /// Steps that the run will make.

@@ -7,12 +7,11 @@ use std::time::Instant;
 use super::history::{EvalRecord, Evaluated};
 use super::query_report::SetReport;
 use super::settings::{EvalSet, Evaluation};
-use super::shared_embedder::SharedEmbedder;
 use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::data::Instructions;
 use crate::dist::Collective;
-use crate::retrieval::{SearchOptions, TextEmbedder, evaluate_dataset};
+use crate::retrieval::{SearchOptions, SharedEmbedder, TextEmbedder, evaluate_dataset};
 use crate::{Error, ErrorKind, Result};
 
 /// The instructions of tasks, by name.

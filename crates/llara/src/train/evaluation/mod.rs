@@ -12,7 +12,6 @@ mod history;
 mod metric;
 mod query_report;
 mod settings;
-mod shared_embedder;
 mod state;
 
 pub(super) use evaluator::evaluate;

@@ -5,21 +5,23 @@ use std::ops::Range;
 
 use ndarray::Array2;
 
+use super::{Embedder, TextEmbedder};
 use crate::backend::Backend;
 use crate::dist::Collective;
-use crate::retrieval::{Embedder, TextEmbedder};
 use crate::text::Role;
 use crate::{Error, ErrorKind, Result};
 
 /// Embeds texts with the model of every process. An embedding does not depend on the texts that are encoded with it,
 /// so the result is that of one process. Every process calls it with the same texts.
-pub(super) struct SharedEmbedder<'e, 'm, B: Backend> {
-    pub(super) inner: &'e TextEmbedder<'m, B>,
-    pub(super) collective: &'e dyn Collective<B>,
+pub struct SharedEmbedder<'e, 'm, B: Backend> {
+    /// The embedder of this process.
+    pub inner: &'e TextEmbedder<'m, B>,
+    /// The group of all processes.
+    pub collective: &'e dyn Collective<B>,
     /// Whether this process was told to stop, which makes `inner` fail. Set to whether any was.
-    pub(super) stopped: &'e Cell<bool>,
+    pub stopped: &'e Cell<bool>,
     /// Number of texts that were embedded by all processes; `inner` adds its own.
-    pub(super) done: &'e Cell<usize>,
+    pub done: &'e Cell<usize>,
 }
 
 impl<B: Backend> SharedEmbedder<'_, '_, B> {
@@ -51,7 +53,7 @@ impl<B: Backend> Embedder for SharedEmbedder<'_, '_, B> {
         self.collective.all_reduce_scalars(&mut wish)?;
         self.stopped.set(wish[0] > 0.0);
         if self.stopped.get() {
-            return Err(Error::new(ErrorKind::Backend, "the evaluation was stopped"));
+            return Err(Error::new(ErrorKind::Backend, "embedding was stopped"));
         }
         let (backend, dimension) = (self.inner.model.backend(), self.dimension());
         let values = own.as_standard_layout();
