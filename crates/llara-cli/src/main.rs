@@ -65,7 +65,7 @@ enum Verb {
     Plan(Box<plan::PlanArgs>),
     /// Compare training on several processes with one process: losses, gradients, weights
     #[command(after_help = verify_distributed::AFTER_HELP)]
-    VerifyDistributed(Box<verify_distributed::Args>),
+    VerifyDistributed(Box<verify_distributed::VerifyArgs>),
     Encode(Box<encode::Args>),
     Evaluate(Box<evaluate::Args>),
     Search(search::Args),
@@ -167,7 +167,11 @@ fn command() -> clap::Command {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.verb {
-        Verb::Finetune(_) | Verb::Encode(_) | Verb::Evaluate(_) | Verb::VerifyDistributed(_) => {}
+        Verb::Pretrain(_)
+        | Verb::Finetune(_)
+        | Verb::Encode(_)
+        | Verb::Evaluate(_)
+        | Verb::VerifyDistributed(_) => {}
         _ => processes::refuse_several()?,
     }
     match cli.verb {

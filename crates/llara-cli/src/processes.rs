@@ -51,7 +51,8 @@ pub(super) fn refuse_several() -> Result<()> {
         None => Ok(()),
         Some(launch) => Err(Error::new(ErrorKind::Argument, "this verb runs in one process")
             .got(format!("{} processes, started by {}", launch.size, launch.launcher))
-            .hint("start it without mpirun or srun; `llara finetune`, `encode` and `evaluate` use several processes")),
+            .hint("start it without mpirun or srun; `llara finetune`, `pretrain`, `encode` and `evaluate` use several \
+                   processes")),
     }
 }
 

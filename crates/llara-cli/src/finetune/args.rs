@@ -256,7 +256,7 @@ impl Args {
             chunking: Chunking::default(), // chosen once the data is known
             logging_steps: self.output.logging_steps,
             saving: self.output.saving(steps_per_epoch),
-            shard_optimizer: self.distributed.shard_optimizer,
+            shard_optimizer: self.distributed.processes.shard_optimizer,
         }
     }
 
@@ -272,7 +272,7 @@ impl Args {
 
     /// The time after which a process that does not take part in communication ends the run.
     pub(crate) fn collective_timeout(&self) -> Duration {
-        self.distributed.collective.collective_timeout
+        self.distributed.processes.collective.collective_timeout
     }
 
     /// Whether queries are scored against the passages of all processes.

@@ -35,6 +35,7 @@ use super::report::ReportFacts;
 use super::talk::{count, counted, say};
 use super::{inspect_data, trained_model};
 pub(super) use args::{Args, ModelArgs};
+pub(super) use distributed_args::ProcessArgs;
 pub(super) use eval_args::EvalArgs;
 pub(super) use flag_table::OwnSettings;
 pub(super) use forecast::{Forecast, MaxLen};
@@ -47,7 +48,7 @@ pub(super) use prepare::{
 };
 pub(super) use ranges::{check_loop, require};
 pub(super) use report_facts::{adapter as adapter_setting, common_settings};
-pub(super) use resume::{claim, precision};
+pub(super) use resume::{claim_by_first, precision_of_first};
 pub(super) use run::{Run, say_skipped};
 pub(super) use trainer_flags::TrainerFlags;
 pub(super) use training_args::TrainingArgs;
@@ -172,7 +173,14 @@ fn announce(
 ) {
     let ranks = processes.size();
     if ranks > 1 {
-        announce_processes(args, config, processes);
+        announce_processes(config, processes);
+        say!(
+            "          negatives of {}",
+            match args.has_cross_device_negatives() {
+                true => "all processes",
+                false => "the own process",
+            }
+        );
     }
     let (batch, group) = (config.batch_size.saturating_mul(ranks), config.group_size);
     let of_row = group.saturating_mul(config.passage_max_len).saturating_add(config.query_max_len);
@@ -205,24 +213,13 @@ fn announce(
 }
 
 /// Prints how the work is divided.
-fn announce_processes(args: &Args, config: &TrainConfig, processes: &Processes) {
+pub(super) fn announce_processes(config: &TrainConfig, processes: &Processes) {
     let (ranks, placement) = (processes.size(), processes.placement());
     say!(
-        "processes {ranks}, {} on the first host with {} each by default; {} per step each",
+        "processes {ranks}, {} on the first host with {} each by default; {} per step each; moments {}",
         placement.local_processes,
         counted(placement.threads, "thread"),
-        if config.batch_size == 1 {
-            "1 query".into()
-        } else {
-            format!("{} queries", config.batch_size)
-        },
-    );
-    say!(
-        "          negatives of {}; moments {}",
-        match args.has_cross_device_negatives() {
-            true => "all processes",
-            false => "the own process",
-        },
+        counted(config.batch_size, "row"),
         if config.shard_optimizer { "divided among them" } else { "on every process" },
     );
 }

@@ -72,12 +72,18 @@ impl<B: Backend> Prepared<B> {
         let options = processes.agree(Options::check(args, &purpose))?;
         let (output_dir, lock, checkpoint) = match &purpose {
             Purpose::Run(output_dir) => {
-                let (lock, checkpoint) = resume::claim_by_first(args, output_dir, processes)?;
+                let (lock, checkpoint) =
+                    resume::claim_by_first(&args.output, output_dir, processes)?;
                 (output_dir.clone(), lock, checkpoint)
             }
             Purpose::Plan | Purpose::Compare => (PathBuf::new(), None, None),
         };
-        let precision = resume::precision_of_first(args, checkpoint.as_ref(), &backend, processes)?;
+        let precision = resume::precision_of_first(
+            (&args.training, &args.precision),
+            checkpoint.as_ref(),
+            &backend,
+            processes,
+        )?;
         let claimed = Claimed { output_dir, lock, checkpoint, precision };
         processes.agree(Self::read(args, purpose, backend, options, claimed, processes))
     }

@@ -8,7 +8,6 @@ use llara::train::plan::ChunkPolicy;
 use llara::train::{Checkpoint, Latest};
 use llara::{Error, ErrorKind, FolderLock, Result};
 
-use super::Args;
 use super::output_args::{OutputArgs, ResumeFrom};
 use super::training_args::TrainingArgs;
 use crate::compute::Precision;
@@ -17,12 +16,12 @@ use crate::processes::Processes;
 use crate::talk::{counted, say};
 
 /// [`claim`] by the first process. The others have no lock, and open the checkpoint that it has chosen.
-pub(super) fn claim_by_first(
-    args: &Args,
+pub(crate) fn claim_by_first(
+    output: &OutputArgs,
     output_dir: &Path,
     processes: &Processes,
 ) -> anyhow::Result<(Option<FolderLock>, Option<Checkpoint>)> {
-    let claimed = processes.first(|| Ok(claim(&args.output, output_dir)?))?;
+    let claimed = processes.first(|| Ok(claim(output, output_dir)?))?;
     let (lock, checkpoint) = claimed.map_or((None, None), |(lock, found)| (Some(lock), found));
     let folder = checkpoint.as_ref().map(|checkpoint| checkpoint.dir().display().to_string());
     let folder = processes.choose(folder.unwrap_or_default())?;
@@ -36,10 +35,7 @@ pub(super) fn claim_by_first(
 
 /// Locks the output folder and finds the checkpoint to continue from, if the option is given. Without a
 /// checkpoint, a folder that is not empty is refused unless it may be overwritten.
-pub(crate) fn claim(
-    output: &OutputArgs,
-    output_dir: &Path,
-) -> Result<(FolderLock, Option<Checkpoint>)> {
+fn claim(output: &OutputArgs, output_dir: &Path) -> Result<(FolderLock, Option<Checkpoint>)> {
     let overwrite = output.overwrite_output_dir;
     match &output.resume_from_checkpoint {
         None | Some(ResumeFrom::Nothing) => {
@@ -100,19 +96,19 @@ fn latest(output_dir: &Path) -> Result<Option<Checkpoint>> {
 }
 
 /// [`precision`] of the first process, on every process.
-pub(super) fn precision_of_first(
-    args: &Args,
+pub(crate) fn precision_of_first(
+    dtype: (&TrainingArgs, &Precision),
     checkpoint: Option<&Checkpoint>,
     backend: &impl Backend,
     processes: &Processes,
 ) -> Result<Dtype> {
-    let own = precision((&args.training, &args.precision), checkpoint, backend);
+    let own = precision(dtype, checkpoint, backend);
     processes.shared_precision(own, backend)
 }
 
 /// The number format of activations. A resumed run takes the choices of `--dtype auto` and of the kernels from
 /// the checkpoint instead of another measurement, which could change the rounding of results.
-pub(crate) fn precision(
+fn precision(
     (training, precision): (&TrainingArgs, &Precision),
     checkpoint: Option<&Checkpoint>,
     backend: &impl Backend,

@@ -89,6 +89,8 @@ impl NetworkPlan {
             dimension,
             negatives_cross_device,
             shard_optimizer: config.shard_optimizer,
+            loss_terms: 0,
+            counts: 0,
         };
         let optimizer = match config.shard_optimizer {
             true => 2 * F32 * traffic.layout.owned(0).len() as u64,

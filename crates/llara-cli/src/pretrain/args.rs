@@ -12,7 +12,8 @@ use llara::{BiEncoderOptions, Recipe, Result, Shortcuts};
 
 use crate::compute::{Compute, Precision};
 use crate::finetune::{
-    EvalArgs, LoraArgs, ModelArgs, OptimizerArgs, OutputArgs, TrainerFlags, TrainingArgs,
+    EvalArgs, LoraArgs, ModelArgs, OptimizerArgs, OutputArgs, ProcessArgs, TrainerFlags,
+    TrainingArgs,
 };
 
 /// Adapt a plain language model to embedding texts, on texts alone (Llama2Vec)
@@ -35,7 +36,7 @@ Examples:
   llara finetune --model pretrained --train-data train.jsonl --output-dir tuned
 
 log.jsonl has the loss and its terms: loss_language_model, loss_auto_encode, loss_auto_regress.
-Signals, --max-time and --resume-from-checkpoint work as for `llara finetune`.
+Signals, --max-time, --resume-from-checkpoint and mpirun work as for `llara finetune`.
 
 Prints one JSON object: steps, loss, tokens, tokens_per_second, output_dir; with --eval-dataset also
 eval: the figures of the starting model, the last and the best ones.")]
@@ -56,6 +57,8 @@ pub(crate) struct Args {
     pub(super) lora: LoraArgs,
     #[command(flatten)]
     pub(super) optimizer: OptimizerArgs,
+    #[command(flatten)]
+    pub(super) processes: ProcessArgs,
     #[command(flatten)]
     pub(super) output: OutputArgs,
     #[command(flatten)]
@@ -171,7 +174,7 @@ impl Args {
             chunking: Chunking::default(), // chosen once the data is known
             logging_steps: self.output.logging_steps,
             saving: self.output.saving(steps_per_epoch),
-            shard_optimizer: true,
+            shard_optimizer: self.processes.shard_optimizer,
         }
     }
 

@@ -10,11 +10,14 @@ use std::time::Instant;
 use llara::backend::Backend;
 use llara::data::Sampling;
 use llara::train::plan::{EvaluationShape, LargestBatch, PlannedTask, RunShape};
-use llara::train::{Pretraining, PretrainingOptions};
+use llara::train::{Chunking, Pretraining, PretrainingOptions};
 use llara::{Result, hub};
 
 use crate::compute::on_device;
-use crate::finetune::{Forecast, MaxLen, Run, adapter_setting, common_settings, missing};
+use crate::finetune::{
+    Forecast, MaxLen, Run, adapter_setting, announce_processes, common_settings, missing,
+    smallest_chunking,
+};
 use crate::processes::Processes;
 use crate::report::{Lengths, ReportFacts};
 use crate::talk::{count, counted, say};
@@ -26,10 +29,22 @@ const BINS: usize = 24;
 /// The largest fraction of truncated texts without a warning.
 const TRUNCATED_SHARE: f64 = 0.2;
 
-pub(super) fn run(args: Args) -> anyhow::Result<()> {
+pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
     let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
-    on_device!(args.compute, backend => pretrain(&args, output_dir, deadline, backend))
+    let processes = Processes::start(args.processes.collective.collective_timeout)?;
+    args.compute.set_default_threads(processes.placement().threads);
+    let result = run_on_device(&args, output_dir, deadline, &processes);
+    processes.end(result)
+}
+
+fn run_on_device(
+    args: &Args,
+    output_dir: PathBuf,
+    deadline: Option<Instant>,
+    processes: &Processes,
+) -> anyhow::Result<()> {
+    on_device!(args.compute, backend => pretrain(args, output_dir, deadline, backend, processes))
 }
 
 fn pretrain(
@@ -37,18 +52,13 @@ fn pretrain(
     output_dir: PathBuf,
     deadline: Option<Instant>,
     backend: impl Backend,
+    processes: &Processes,
 ) -> anyhow::Result<()> {
-    let mut prepared = Prepared::new(args, output_dir, backend)?;
-    let forecast = forecast(args, &prepared)?;
-    forecast.refuse_if_too_large()?;
-    for line in forecast.lines() {
-        say!("{line}");
-    }
-    warn_of_long_texts(&prepared);
-    let facts = facts(&prepared, &forecast)?;
-    prepared.config.chunking = forecast.plan.chunks.chunking;
+    let mut prepared = Prepared::new(args, output_dir, backend, processes)?;
+    let (facts, chunking) = processes.agree(foresee(args, &prepared))?;
+    prepared.config.chunking = smallest_chunking(chunking, processes)?;
 
-    let mut model = prepared.load(args)?;
+    let mut model = processes.agree(prepared.load(args).map_err(Into::into))?;
     model.set_base_name(hub::model_name(&prepared.model_name));
     model.set_max_lens(prepared.recipe.query_max_len, prepared.recipe.passage_max_len)?;
     let Prepared { config, options, data, checkpoint, evaluation, .. } = &prepared;
@@ -69,14 +79,29 @@ fn pretrain(
         saves_merged: args.lora.save_merged_lora_model,
         created_output_dir: prepared.created_output_dir(),
         deadline,
-        processes: &Processes::one(),
+        processes,
     };
     run.complete(
         model,
         facts,
         |model, collective| Pretraining::new(model, data, config, options, Arc::clone(collective)),
-        |steps| announce(args, &prepared, steps),
+        |steps| announce(args, &prepared, steps, processes),
     )
+}
+
+/// Estimates the memory of the run, and prints what is noteworthy about memory and data. Returns the facts for the
+/// report, and the chunks of a batch.
+fn foresee<B: Backend>(
+    args: &Args,
+    prepared: &Prepared<B>,
+) -> anyhow::Result<(ReportFacts, Chunking)> {
+    let forecast = forecast(args, prepared)?;
+    forecast.refuse_if_too_large()?;
+    for line in forecast.lines() {
+        say!("{line}");
+    }
+    warn_of_long_texts(prepared);
+    Ok((facts(prepared, &forecast)?, forecast.plan.chunks.chunking))
 }
 
 /// Plans a step of the largest expected batch.
@@ -103,7 +128,8 @@ fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast>
         smallest: options.cutoff_len - prepared.sample.text_tokens + 1,
     };
     let checkpoint = prepared.checkpoint.as_ref();
-    Forecast::of(shape, batch, (&args.training, checkpoint), max_len, (&prepared.backend, 1))
+    let machine = (&prepared.backend, prepared.local_processes);
+    Forecast::of(shape, batch, (&args.training, checkpoint), max_len, machine)
 }
 
 fn warn_of_long_texts<B: Backend>(prepared: &Prepared<B>) {
@@ -125,9 +151,12 @@ fn warn_of_long_texts<B: Backend>(prepared: &Prepared<B>) {
     }
 }
 
-fn announce<B: Backend>(args: &Args, prepared: &Prepared<B>, steps: u64) {
+fn announce<B: Backend>(args: &Args, prepared: &Prepared<B>, steps: u64, processes: &Processes) {
     let Prepared { config, options, data, .. } = prepared;
-    let batch = config.batch_size;
+    let batch = config.batch_size * processes.size();
+    if processes.size() > 1 {
+        announce_processes(config, processes);
+    }
     if let Some(length) = data.piece_length() {
         say!("pieces    of at most {}", counted(length.characters(), "character"));
     }
@@ -163,7 +192,7 @@ fn targets(options: &PretrainingOptions) -> String {
 fn facts<B: Backend>(prepared: &Prepared<B>, forecast: &Forecast) -> Result<ReportFacts> {
     let Prepared { config, options, data, sample, .. } = prepared;
     let dataset = data.dataset();
-    let steps_per_epoch = config.sampler(dataset, 1)?.steps_per_epoch();
+    let steps_per_epoch = config.sampler(dataset, prepared.ranks)?.steps_per_epoch();
     let plan = &forecast.plan;
     let weights = &options.weights;
     let mut settings = vec![
@@ -173,7 +202,7 @@ fn facts<B: Backend>(prepared: &Prepared<B>, forecast: &Forecast) -> Result<Repo
         ("device", prepared.backend.description()),
         ("dtype", prepared.precision.to_string()),
         ("template", prepared.recipe.template.name.clone()),
-        ("rows per step", config.batch_size.to_string()),
+        ("rows per step", (config.batch_size * prepared.ranks).to_string()),
         ("cutoff length", options.cutoff_len.to_string()),
         ("targets", targets(options)),
         (

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use llara::backend::{Backend, Dtype};
 use llara::data::{PieceLength, PretrainingData, first_characters};
 use llara::model::{DecoderConfig, LoraConfig};
-use llara::text::PromptEncoder;
+use llara::text::{PromptEncoder, Template};
 use llara::train::{
     Checkpoint, Evaluation, PretrainingEncoder, PretrainingOptions, PretrainingSample,
     SetObjective, TrainConfig,
@@ -14,9 +14,10 @@ use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Outline, Recipe, Resul
 
 use super::args::Args;
 use crate::finetune::{
-    Adapter, OwnSettings, check_evaluated_texts, check_loop, claim, loader, missing, precision,
-    require, starting_recipe,
+    Adapter, OwnSettings, check_evaluated_texts, check_loop, claim_by_first, loader, missing,
+    precision_of_first, require, starting_recipe,
 };
+use crate::processes::Processes;
 use crate::talk::say;
 use crate::trained_model::MAX_LEN;
 use crate::{paths, trained_model};
@@ -44,34 +45,58 @@ pub(super) struct Prepared<B: Backend> {
     pub(super) precision: Dtype,
     /// The model's folder.
     dir: PathBuf,
-    lock: FolderLock,
+    /// The lock of the output folder; the first process has it.
+    lock: Option<FolderLock>,
+    /// Number of processes.
+    pub(super) ranks: usize,
+    /// Number of processes on this host.
+    pub(super) local_processes: usize,
+}
+
+/// The options that were checked without reading a model or data.
+struct Checked {
+    model_name: String,
+    options: PretrainingOptions,
+    template: Option<Template>,
+    adapter: Adapter,
+}
+
+/// What the first process has decided for all.
+struct Claimed {
+    output_dir: PathBuf,
+    lock: Option<FolderLock>,
+    checkpoint: Option<Checkpoint>,
+    precision: Dtype,
 }
 
 impl<B: Backend> Prepared<B> {
-    /// Checks the options, then the model's configuration and tokenizer, then the data.
-    pub(super) fn new(args: &Args, output_dir: PathBuf, backend: B) -> anyhow::Result<Self> {
-        let model_name = args.model.model.clone().ok_or_else(|| missing("--model"))?;
-        if args.data.train_data.is_empty() && args.data.text.is_empty() {
-            return Err(missing("--train-data or --text").into());
-        }
-        let own = OwnSettings {
-            model: &model_name,
-            seed: args.training.seed,
-            evaluates: args.evaluation.evaluates(),
-        };
-        let mut notes = args.trainer_flags.check(&own)?;
-        notes.extend(args.evaluation.check()?);
-        for line in notes {
-            say!("note: {line}");
-        }
-        check_ranges(args)?;
-        let options = args.options()?;
-        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
-        let adapter = args.lora.adapter()?;
-        check_apart(args, &output_dir, &adapter, &model_name)?;
-        let (lock, checkpoint) = claim(&args.output, &output_dir)?;
+    /// Checks the options, then the model's configuration and tokenizer, then the data. Every process does; an error of
+    /// one is an error of all.
+    pub(super) fn new(
+        args: &Args,
+        output_dir: PathBuf,
+        backend: B,
+        processes: &Processes,
+    ) -> anyhow::Result<Self> {
+        let checked = processes.agree(Checked::of(args, &output_dir))?;
+        let (lock, checkpoint) = claim_by_first(&args.output, &output_dir, processes)?;
         let dtype = (&args.training, &args.precision);
-        let precision = precision(dtype, checkpoint.as_ref(), &backend);
+        let precision = precision_of_first(dtype, checkpoint.as_ref(), &backend, processes)?;
+        let claimed = Claimed { output_dir, lock, checkpoint, precision };
+        processes.agree(Self::read(args, backend, checked, claimed, processes))
+    }
+
+    /// Reads and checks configuration, tokenizer and data.
+    fn read(
+        args: &Args,
+        backend: B,
+        checked: Checked,
+        claimed: Claimed,
+        processes: &Processes,
+    ) -> anyhow::Result<Self> {
+        let Checked { model_name, options, template, adapter } = checked;
+        let Claimed { output_dir, lock, checkpoint, precision } = claimed;
+        let ranks = processes.size();
 
         let cache = args.model.cache_dir.as_deref();
         let dir = trained_model::find(&model_name, cache, "--from-peft")?;
@@ -85,7 +110,7 @@ impl<B: Backend> Prepared<B> {
         let dataset = data.dataset();
         checkpoint.iter().try_for_each(|checkpoint| checkpoint.check_data(dataset))?;
         let mut config = args.train_config(output_dir, &recipe, 0);
-        let steps_per_epoch = config.sampler(dataset, 1)?.steps_per_epoch();
+        let steps_per_epoch = config.sampler(dataset, ranks)?.steps_per_epoch();
         config.saving = args.output.saving(steps_per_epoch);
         let evaluation = args.evaluation.open(&args.output, steps_per_epoch)?;
         check_vocabulary(&data, &encoder, &outline)?;
@@ -107,12 +132,14 @@ impl<B: Backend> Prepared<B> {
             precision,
             dir,
             lock,
+            ranks,
+            local_processes: processes.placement().local_processes,
         })
     }
 
     /// Whether the output folder was created for this run.
     pub(super) fn created_output_dir(&self) -> bool {
-        self.lock.created_folder()
+        self.lock.as_ref().is_some_and(FolderLock::created_folder)
     }
 
     /// Reads the weights, with the language-model head, and attaches the adapter.
@@ -136,6 +163,31 @@ impl<B: Backend> Prepared<B> {
         }
         model.set_precision(self.precision)?;
         Ok(model)
+    }
+}
+
+impl Checked {
+    fn of(args: &Args, output_dir: &Path) -> anyhow::Result<Self> {
+        let model_name = args.model.model.clone().ok_or_else(|| missing("--model"))?;
+        if args.data.train_data.is_empty() && args.data.text.is_empty() {
+            return Err(missing("--train-data or --text").into());
+        }
+        let own = OwnSettings {
+            model: &model_name,
+            seed: args.training.seed,
+            evaluates: args.evaluation.evaluates(),
+        };
+        let mut notes = args.trainer_flags.check(&own)?;
+        notes.extend(args.evaluation.check()?);
+        for line in notes {
+            say!("note: {line}");
+        }
+        check_ranges(args)?;
+        let options = args.options()?;
+        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
+        let adapter = args.lora.adapter()?;
+        check_apart(args, output_dir, &adapter, &model_name)?;
+        Ok(Checked { model_name, options, template, adapter })
     }
 }
 

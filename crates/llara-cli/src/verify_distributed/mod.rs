@@ -40,7 +40,7 @@ exit code is 1 if one exceeds its bound.";
 
 /// The options of a run, and what is compared.
 #[derive(clap::Args)]
-pub(super) struct Args {
+pub(super) struct VerifyArgs {
     #[command(flatten)]
     run: finetune::Args,
     #[command(flatten)]
@@ -84,8 +84,8 @@ impl fmt::Display for Different {
 
 impl std::error::Error for Different {}
 
-pub(super) fn run(args: Args) -> anyhow::Result<()> {
-    let Args { run, comparison } = args;
+pub(super) fn run(args: VerifyArgs) -> anyhow::Result<()> {
+    let VerifyArgs { run, comparison } = args;
     match (comparison.computation, &comparison.results) {
         (Some(computation), Some(results)) => {
             process::run(run, comparison.steps, computation, results)

@@ -194,15 +194,10 @@ fn bad_data_is_reported_once() {
 #[test]
 fn other_verbs_and_contradictory_environments_are_refused() {
     let bench = bench();
-    let (base, out, data) = (bench.path("base"), bench.path("out"), bench.path("train.jsonl"));
-    let pretrain = ["pretrain", "--model", &base, "--train-data", &data, "--output-dir", &out];
-    for verb in [&["check", &base][..], &pretrain] {
-        let Some(mut command) = mpirun(2) else { return };
-        let run = outcome(command.args(verb));
-        assert_eq!(run.code, Some(1));
-        assert!(run.stderr.contains("this verb runs in one process"), "{}", run.stderr);
-    }
-    assert!(!bench.at("out").exists());
+    let Some(mut command) = mpirun(2) else { return };
+    let run = outcome(command.args(["check", &bench.path("base")]));
+    assert_eq!(run.code, Some(1));
+    assert!(run.stderr.contains("this verb runs in one process"), "{}", run.stderr);
 
     let args = arguments(&bench, "out", 2, &[]);
     for (variables, part) in [
@@ -368,5 +363,56 @@ fn texts_are_encoded_and_evaluated_by_all_processes_as_by_one() {
         assert_eq!(run.code, Some(1), "{}", run.stderr);
         assert_eq!(run.stderr.matches("error: ").count(), 1, "{}", run.stderr);
         assert!(run.stderr.contains(part), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn pretraining_on_several_processes_is_that_of_one() {
+    let bench = bench();
+    let piece =
+        |i: usize| format!("The bear sleeps {i} nights in the cave{}.", " and on".repeat(i % 5));
+    let row = |i: usize| {
+        let row = serde_json::json!({
+            "input": piece(i), "output_summarize": piece(i),
+            // Some rows have no following text.
+            "output_predict": if i.is_multiple_of(3) { String::new() } else { piece(i + 1) },
+        });
+        format!("{row}\n")
+    };
+    bench.write("texts.jsonl", (0..14).map(row).collect::<String>());
+    let (model, data) = (bench.path("base"), bench.path("texts.jsonl"));
+    let arguments = |out: &str, processes: usize, rest: &[&str]| {
+        let (out, batch) = (bench.path(out), (6 / processes).to_string());
+        let mut args =
+            vec!["pretrain", "--model", &model, "--train-data", &data, "--output-dir", &out];
+        args.extend([
+            "--per-device-train-batch-size",
+            &batch,
+            "--max-steps",
+            "20",
+            "--cutoff-len",
+            "96",
+        ]);
+        args.extend(["--learning-rate", "1e-4", "--logging-steps", "1", "--threads", "1"]);
+        args.extend(rest);
+        args.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    outcome(Command::new(LLARA).args(arguments("one", 1, &[]))).json();
+    for (processes, rest) in [(2, &[][..]), (3, &["--shard-optimizer", "false"]), (3, &CHUNKS)] {
+        let out = format!("{processes}-{}", rest.len() + rest.concat().len());
+        let Some(mut command) = mpirun(processes) else { return };
+        let run = outcome(command.args(arguments(&out, processes, rest)));
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        assert_equal_runs(&bench, ("one", &out), "model.safetensors");
+        let json = run.stdout.split_once('{').unwrap().1;
+        let result: serde_json::Value = serde_json::from_str(&format!("{{{json}")).unwrap();
+        assert_eq!(result["bytes_sent_per_step"], result["expected_bytes_sent_per_step"]);
+    }
+    // 6 rows, then 6, then 2: two of three processes have one row, and one none.
+    for term in ["loss_language_model", "loss_auto_encode", "loss_auto_regress"] {
+        let (want, got) = (logged(&bench, "one", term), logged(&bench, "2-0", term));
+        for (want, got) in want.iter().zip(&got) {
+            assert!((want - got).abs() <= 1e-5 * want.abs(), "{term}: {got}, not {want}");
+        }
     }
 }

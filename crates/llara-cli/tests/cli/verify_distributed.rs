@@ -46,9 +46,13 @@ fn runs_on_several_processes_are_equal_to_one() {
     let runs = result["runs"].as_array().unwrap();
     assert_eq!(runs.len(), 1 + 4 + 4);
     for run in runs {
-        assert!(run["gradients"].as_f64().unwrap() <= 1e-4, "{run}");
-        // Sums in another order are not equal to the last bit, so 0 would mean that nothing was compared.
-        assert!(run["gradients"].as_f64().unwrap() > 0.0, "{run}");
+        let difference = |what: &str| run[what].as_f64().unwrap();
+        assert!(difference("gradients") <= 1e-4, "{run}");
+        // Sums in another order are not equal to the last bit, so zeros would mean that nothing was compared.
+        assert!(
+            difference("loss") + difference("gradients") + difference("weights") > 0.0,
+            "{run}"
+        );
     }
 }
 

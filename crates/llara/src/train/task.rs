@@ -19,6 +19,9 @@ pub trait Task<B: Backend>: Send + Sync {
     /// [`LossTerms::MAX`](super::LossTerms::MAX).
     const TERMS: &'static [&'static str];
 
+    /// Number of values that the processes add before they compute a step, such as the denominators of a loss.
+    const COUNTS: usize = 0;
+
     /// The rows, for their number and locations.
     fn dataset(&self) -> &Dataset;
 

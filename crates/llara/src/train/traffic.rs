@@ -7,8 +7,8 @@ use crate::loss::RowsPerRank;
 /// Bytes of an f32.
 const F32: usize = 4;
 
-/// A step on several processes, as far as its communication depends on it. The objective is InfoNCE without masks of
-/// equal texts and without the symmetric term, which exchange keys and queries as well.
+/// A step on several processes, as far as its communication depends on it. In fine-tuning the objective is InfoNCE
+/// without masks of equal texts and without the symmetric term, which exchange keys and queries as well.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepTraffic {
     /// The trainable parameters, divided among ranks.
@@ -23,6 +23,10 @@ pub struct StepTraffic {
     pub negatives_cross_device: bool,
     /// Whether the moments are divided among processes.
     pub shard_optimizer: bool,
+    /// Terms of the loss that are reported beside it.
+    pub loss_terms: usize,
+    /// Values that are added over processes before a step is computed.
+    pub counts: usize,
 }
 
 impl StepTraffic {
@@ -38,8 +42,11 @@ impl StepTraffic {
         let known = |bytes: usize| if bytes == 0 { 0 } else { message_bytes(bytes) as u64 };
         let mut sent = 0;
 
-        // Whether all have their input; loss, tokens and the wish to stop.
-        sent += to_each(0) + to_each(3 * size_of::<f64>());
+        // Whether all have their input; loss and terms, tokens and the wish to stop.
+        sent += to_each(0) + to_each((3 + self.loss_terms) * size_of::<f64>());
+        if self.counts > 0 {
+            sent += to_each(self.counts * size_of::<f64>());
+        }
         if self.negatives_cross_device {
             let passages = self.rows.passages();
             let bytes = |of: usize| passages[of] * self.dimension * F32;
@@ -80,6 +87,8 @@ mod tests {
                 dimension: 64,
                 negatives_cross_device: true,
                 shard_optimizer: true,
+                loss_terms: 0,
+                counts: 0,
             };
             let share = (ranks - 1) as f64 / ranks as f64;
             let embeddings = 8.0 * (ranks - 1) as f64 * 8.0 * 2.0 * 64.0;
@@ -98,6 +107,8 @@ mod tests {
             dimension: 1000,
             negatives_cross_device: true,
             shard_optimizer: false,
+            loss_terms: 3,
+            counts: 3,
         };
         let difference = traffic(8).bytes_sent(1) - traffic(4).bytes_sent(1);
         assert_eq!(difference, (message_bytes(4 * 2 * 1000 * 4)) as u64);

@@ -236,7 +236,7 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         self.model.backend()
     }
 
-    /// What the processes exchange in a step of fine-tuning with a full batch.
+    /// What the processes exchange in a step with a full batch.
     pub fn traffic(&self) -> StepTraffic {
         let TrainConfig { batch_size, group_size, shard_optimizer, .. } = *self.config;
         let ranks = self.collective.size();
@@ -247,6 +247,8 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
             dimension: self.model.dimension(),
             negatives_cross_device: self.model.options().negatives_cross_device,
             shard_optimizer,
+            loss_terms: T::TERMS.len(),
+            counts: T::COUNTS,
         }
     }
 

@@ -92,6 +92,9 @@ impl<B: Backend> Task<B> for Pretraining<'_, B> {
 
     const TERMS: &'static [&'static str] = &["language_model", "auto_encode", "auto_regress"];
 
+    /// Tokens to predict, and texts with targets of each kind.
+    const COUNTS: usize = 3;
+
     fn dataset(&self) -> &Dataset {
         self.source.data.dataset()
     }
