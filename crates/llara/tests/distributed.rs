@@ -105,6 +105,7 @@ fn config(dir: &Path, batch_size: usize, case: Case) -> TrainConfig {
             false => Batching::Mixed,
         },
         shard_optimizer: case.shard,
+        bucket_elements: case.bucket,
         ..TrainConfig::new(dir)
     }
 }
@@ -142,7 +143,6 @@ fn train(
     let mut watch = Watch::default();
     let (mut trainer, _) =
         Trainer::in_group(&mut model, dataset, config, collective, None).unwrap();
-    trainer.state().set_bucket_elements(case.bucket);
     trainer.run(&mut watch).unwrap();
     let weights = model.decoder().trainable_parameters().map(|parameter| {
         (parameter.name().to_owned(), model.backend().download(parameter.values()).unwrap())

@@ -307,12 +307,12 @@ fn train(
         group_size: 1,
         learning_rate: 1e-3,
         chunking: Chunking { max_tokens: 150, ..Chunking::default() },
+        bucket_elements: 5000,
         ..TrainConfig::new("")
     };
     let options = PretrainingOptions { cutoff_len: 120, ..PretrainingOptions::default() };
     let task = Pretraining::new(&model, data, &config, &options, Arc::clone(&collective)).unwrap();
     let (mut trainer, _) = Trainer::with_task(&mut model, task, &config, collective, None).unwrap();
-    trainer.state().set_bucket_elements(5000);
     let mut watch = Watch::default();
     trainer.run(&mut watch).unwrap();
     for record in &watch.0 {

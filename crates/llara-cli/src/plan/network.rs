@@ -83,8 +83,7 @@ impl NetworkPlan {
         );
         let (dimension, passages) = (prepared.outline.decoder.hidden_size, rows.passages());
         let traffic = StepTraffic {
-            layout: FlatLayout::new([elements], processes),
-            bucket_elements: BUCKET_ELEMENTS,
+            layout: FlatLayout::new([elements], processes, BUCKET_ELEMENTS),
             rows,
             dimension,
             negatives_cross_device,
@@ -93,7 +92,7 @@ impl NetworkPlan {
             counts: 0,
         };
         let optimizer = match config.shard_optimizer {
-            true => 2 * F32 * traffic.layout.owned(0).len() as u64,
+            true => 2 * F32 * traffic.layout.owned_elements(0) as u64,
             false => training.optimizer,
         };
         // Of the other processes; those of this one are in the plan for one process. The gradients are there twice

@@ -78,22 +78,25 @@ pub trait Collective<B: Backend>: Send + Sync {
     fn barrier(&self) -> Result<()>;
 }
 
-/// A range of the flat index space of all trainable parameters, which is divided into one range of equal
-/// length for each rank.
+/// The share of a rank in a bucket is a multiple of this many elements.
+const SHARE_ALIGNMENT: usize = 64;
+
+/// A range of the flat index space of all trainable parameters, which is divided into one share for each rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bucket {
     /// Flat indices.
     pub range: Range<usize>,
-    /// Elements that each rank owns in the whole space: rank `r` owns `r·shard..(r + 1)·shard`.
-    pub shard: usize,
+    /// Number of ranks.
+    pub ranks: usize,
 }
 
 impl Bucket {
-    /// The flat indices of this bucket that a rank owns; may be empty.
+    /// The flat indices of this bucket that a rank owns: equal numbers, but for the last ranks, which may own none.
     pub fn owned_by(&self, rank: usize) -> Range<usize> {
-        let start = (rank * self.shard).clamp(self.range.start, self.range.end);
-        let end = ((rank + 1) * self.shard).clamp(self.range.start, self.range.end);
-        start..end
+        let Range { start, end } = self.range;
+        let share = (end - start).div_ceil(self.ranks).next_multiple_of(SHARE_ALIGNMENT);
+        let first = |rank: usize| (start + rank * share).min(end);
+        first(rank)..first(rank + 1)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::flat_layout::BUCKET_ELEMENTS;
 use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
 use super::step::Chunking;
@@ -107,6 +108,8 @@ pub struct TrainConfig {
     /// Whether the optimizer's moments are divided among the processes (ZeRO stage 1); otherwise every process
     /// has all of them. No effect with one process.
     pub shard_optimizer: bool,
+    /// Elements of a bucket, whose gradients are summed over processes at once.
+    pub bucket_elements: usize,
 }
 
 impl TrainConfig {
@@ -173,6 +176,7 @@ impl TrainConfig {
             logging_steps: 10,
             saving: Saving::default(),
             shard_optimizer: true,
+            bucket_elements: BUCKET_ELEMENTS,
         }
     }
 }

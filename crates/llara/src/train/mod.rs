@@ -36,7 +36,7 @@ pub use evaluation::{
     FoundPassage, MissedPassage, QueryReport, SetReport,
 };
 pub use finetuning::Finetuning;
-pub use flat_layout::{FlatLayout, ParameterSlice};
+pub use flat_layout::{BUCKET_ELEMENTS, FlatLayout, ParameterSlice};
 pub use in_turn::FinetuningInTurn;
 pub use loss_terms::LossTerms;
 pub use observer::{EvalEvent, Observer, StepRecord, Summary};
@@ -46,7 +46,6 @@ pub use pretraining::{
     PretrainingOptions, PretrainingSample, SetObjective, TrainingSequence,
     accumulate_pretraining_gradients,
 };
-pub use reduction::BUCKET_ELEMENTS;
 pub use run_log::RunLog;
 pub use schedule::{Decay, Schedule, Warmup};
 pub use state::TrainState;

@@ -1,7 +1,9 @@
 //! AdamW with clipping by the global gradient norm.
 
-use super::flat_layout::{FlatLayout, ParameterSlice};
-use super::reduction::BUCKET_ELEMENTS;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+use super::flat_layout::{BUCKET_ELEMENTS, FlatLayout, ParameterSlice};
 use crate::backend::{AdamWStep, Backend, Dtype};
 use crate::dist::{Collective, FlatPart, Solo};
 use crate::model::Decoder;
@@ -98,11 +100,11 @@ impl<B: Backend> AdamW<B> {
     /// # Errors
     /// If a setting is out of range, or the device is out of memory.
     pub fn new(backend: &B, decoder: &mut Decoder<B>, config: AdamWConfig) -> Result<Self> {
-        Self::sharded(backend, decoder, config, (0, 1))
+        let layout = FlatLayout::of(decoder, 1, BUCKET_ELEMENTS);
+        Self::sharded(backend, decoder, config, layout, 0)
     }
 
-    /// The optimizer of `rank` among `ranks` processes: moments for the elements that this rank owns by
-    /// [`FlatLayout`], and memory for all gradients.
+    /// The optimizer of a rank: moments for the elements that it owns by `layout`, and memory for all gradients.
     ///
     /// # Errors
     /// As for [`new`](AdamW::new).
@@ -110,19 +112,19 @@ impl<B: Backend> AdamW<B> {
         backend: &B,
         decoder: &mut Decoder<B>,
         config: AdamWConfig,
-        (rank, ranks): (usize, usize),
+        layout: FlatLayout,
+        rank: usize,
     ) -> Result<Self> {
         config.check()?;
         decoder.parameters_mut().try_for_each(|parameter| parameter.reserve_grad(backend))?;
-        let layout = FlatLayout::of(decoder, ranks);
         let zeros = |slice: ParameterSlice| {
             let length = slice.elements.len();
             let (first, second) =
                 (backend.zeros(1, length, Dtype::F32)?, backend.zeros(1, length, Dtype::F32)?);
             Ok(Owned { slice, first, second })
         };
-        let owned =
-            layout.slices(layout.owned(rank)).into_iter().map(zeros).collect::<Result<_>>()?;
+        let slices = layout.owned(rank).into_iter().flat_map(|range| layout.slices(range));
+        let owned = slices.map(zeros).collect::<Result<_>>()?;
         Ok(AdamW { config, steps: 0, layout, owned })
     }
 
@@ -223,45 +225,53 @@ impl<B: Backend> AdamW<B> {
         decoder: &mut Decoder<B>,
         collective: &dyn Collective<B>,
     ) -> Result<()> {
-        for bucket in self.layout.buckets(BUCKET_ELEMENTS) {
-            let slices = self.layout.slices(bucket.range.clone());
-            let mut values = decoder
-                .trainable_parameters_mut()
-                .enumerate()
-                .filter(|(number, _)| slices.iter().any(|slice| slice.parameter == *number))
-                .map(|(_, parameter)| Ok((parameter.take_values(backend)?, parameter)))
-                .collect::<Result<Vec<_>>>()?;
-            let mut parts: Vec<_> = values
-                .iter_mut()
-                .zip(slices)
-                .map(|((tensor, _), slice)| FlatPart {
+        let mut parameters: Vec<_> = decoder.trainable_parameters_mut().collect();
+        // The parameters of the current bucket. Each is taken and prepared once, however many buckets it is in.
+        let mut taken = BTreeMap::new();
+        let mut gather = || {
+            for bucket in self.layout.buckets() {
+                let slices = self.layout.slices(bucket.range.clone());
+                for slice in &slices {
+                    if let Entry::Vacant(entry) = taken.entry(slice.parameter) {
+                        entry.insert(parameters[slice.parameter].take_values(backend)?);
+                    }
+                }
+                let part = |(tensor, slice): (_, &ParameterSlice)| FlatPart {
                     tensor,
-                    elements: slice.elements,
+                    elements: slice.elements.clone(),
                     start: slice.start,
-                })
-                .collect();
-            let gathered = collective.all_gather_weights(&bucket, &mut parts);
-            // Also after an error, so that the model keeps its weights.
-            for (values, parameter) in values {
-                parameter.set_values(backend, values)?;
+                };
+                // Both are in the order of the parameters.
+                let mut parts: Vec<_> = taken.values_mut().zip(&slices).map(part).collect();
+                collective.all_gather_weights(&bucket, &mut parts)?;
+                // Buckets go from the last element to the first.
+                for slice in slices.iter().filter(|slice| slice.elements.start == 0) {
+                    if let Some(values) = taken.remove(&slice.parameter) {
+                        parameters[slice.parameter].set_values(backend, values)?;
+                    }
+                }
             }
-            gathered?;
+            Ok(())
+        };
+        let gathered = gather();
+        // After an error, so that the model keeps its weights.
+        for (number, values) in taken {
+            parameters[number].set_values(backend, values)?;
         }
-        Ok(())
+        gathered
     }
 }
 
-/// Calls `f` with each slice and its parameter. Both are in the order of the model, and a parameter has at
-/// most one slice.
+/// Calls `f` with each slice and its parameter. Both are in the order of the model.
 fn for_each_owned<B: Backend, P>(
     owned: &mut [Owned<B>],
     parameters: impl Iterator<Item = P>,
-    mut f: impl FnMut(&mut Owned<B>, P) -> Result<()>,
+    mut f: impl FnMut(&mut Owned<B>, &mut P) -> Result<()>,
 ) -> Result<()> {
     let mut owned = owned.iter_mut().peekable();
-    for (number, parameter) in parameters.enumerate() {
-        if let Some(slice) = owned.next_if(|owned| owned.slice.parameter == number) {
-            f(slice, parameter)?;
+    for (number, mut parameter) in parameters.enumerate() {
+        while let Some(slice) = owned.next_if(|owned| owned.slice.parameter == number) {
+            f(slice, &mut parameter)?;
         }
     }
     Ok(())

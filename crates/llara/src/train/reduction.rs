@@ -8,9 +8,6 @@ use crate::dist::{Bucket, Collective, FlatPart, GradientSum};
 use crate::model::{Decoder, GradientsReady, Parameter};
 use crate::{Error, ErrorKind, Result};
 
-/// Elements of a bucket: 25 MB of f32, as in PyTorch's DistributedDataParallel.
-pub const BUCKET_ELEMENTS: usize = 25 * (1 << 20) / 4;
-
 /// Receives gradients of the last chunk of a step and starts the sum of each bucket as soon as its
 /// gradients are complete.
 pub(super) struct GradientReduction<'r, B: Backend> {
@@ -38,9 +35,8 @@ impl<'r, B: Backend> GradientReduction<'r, B> {
         layout: &'r FlatLayout,
         decoder: &Decoder<B>,
         collective: &dyn Collective<B>,
-        bucket_elements: usize,
     ) -> Result<Self> {
-        let buckets = layout.buckets(bucket_elements).into_iter().map(|bucket| {
+        let buckets = layout.buckets().into_iter().map(|bucket| {
             let sum = collective.gradient_sum(&bucket)?;
             Ok(OpenBucket { missing: bucket.range.len(), bucket, sum, started: false })
         });
@@ -102,9 +98,8 @@ pub(super) fn all_gather_gradients<B: Backend>(
     layout: &FlatLayout,
     decoder: &mut Decoder<B>,
     collective: &dyn Collective<B>,
-    bucket_elements: usize,
 ) -> Result<()> {
-    for bucket in layout.buckets(bucket_elements) {
+    for bucket in layout.buckets() {
         let mut parts = parts(layout, &bucket, decoder, Parameter::grad_mut)?;
         collective.all_gather_weights(&bucket, &mut parts)?;
     }

@@ -3,7 +3,7 @@
 use super::config::TrainConfig;
 use super::flat_layout::FlatLayout;
 use super::optimizer::AdamW;
-use super::reduction::{BUCKET_ELEMENTS, GradientReduction, all_gather_gradients};
+use super::reduction::{GradientReduction, all_gather_gradients};
 use super::step::Chunking;
 use super::task::Task;
 use crate::Result;
@@ -26,7 +26,6 @@ pub struct TrainState<B: Backend> {
     /// Which rank sums which gradients.
     layout: FlatLayout,
     seed: u64,
-    bucket_elements: usize,
 }
 
 /// The results of a step, on the device.
@@ -49,10 +48,14 @@ impl<B: Backend> TrainState<B> {
         (rank, ranks): (usize, usize),
     ) -> Result<Self> {
         let backend = model.backend().clone();
-        let shard = if config.shard_optimizer { (rank, ranks) } else { (0, 1) };
-        let optimizer = AdamW::sharded(&backend, model.decoder_mut(), config.adamw, shard)?;
-        let layout = FlatLayout::of(model.decoder(), ranks);
-        Ok(TrainState { optimizer, layout, seed: config.seed, bucket_elements: BUCKET_ELEMENTS })
+        let decoder = model.decoder_mut();
+        let layout = FlatLayout::of(decoder, ranks, config.bucket_elements);
+        let (divided, owner) = match config.shard_optimizer {
+            true => (layout.clone(), rank),
+            false => (FlatLayout::of(decoder, 1, config.bucket_elements), 0),
+        };
+        let optimizer = AdamW::sharded(&backend, decoder, config.adamw, divided, owner)?;
+        Ok(TrainState { optimizer, layout, seed: config.seed })
     }
 
     /// The optimizer, mutable, to restore it.
@@ -78,16 +81,6 @@ impl<B: Backend> TrainState<B> {
     /// Which rank sums which gradients.
     pub fn layout(&self) -> &FlatLayout {
         &self.layout
-    }
-
-    /// Number of elements of a bucket, whose gradients are summed over processes at once.
-    pub fn bucket_elements(&self) -> usize {
-        self.bucket_elements
-    }
-
-    /// Sets the number of elements of a bucket, whose gradients are summed over processes at once.
-    pub fn set_bucket_elements(&mut self, elements: usize) {
-        self.bucket_elements = elements;
     }
 
     /// Computes one step: the gradients of `input`, their sum over processes, and the update.
@@ -131,8 +124,7 @@ impl<B: Backend> TrainState<B> {
         if collective.size() == 1 {
             return task.accumulate_gradients(model, input, chunking, &mut ());
         }
-        let buckets = self.bucket_elements;
-        let mut sums = GradientReduction::new(&self.layout, model.decoder(), collective, buckets)?;
+        let mut sums = GradientReduction::new(&self.layout, model.decoder(), collective)?;
         let loss = task.accumulate_gradients(model, input, chunking, &mut sums)?;
         sums.finish(model.decoder_mut())?;
         Ok(loss)
@@ -149,7 +141,7 @@ impl<B: Backend> TrainState<B> {
     ) -> Result<()> {
         match collective.size() {
             1 => Ok(()),
-            _ => all_gather_gradients(&self.layout, decoder, collective, self.bucket_elements),
+            _ => all_gather_gradients(&self.layout, decoder, collective),
         }
     }
 

@@ -13,8 +13,6 @@ const F32: usize = 4;
 pub struct StepTraffic {
     /// The trainable parameters, divided among ranks.
     pub layout: FlatLayout,
-    /// Elements of a bucket of gradients.
-    pub bucket_elements: usize,
     /// How many rows each process has.
     pub rows: RowsPerRank,
     /// Features of an embedding, `d`.
@@ -54,7 +52,7 @@ impl StepTraffic {
             sent += others as u64 * known(bytes(rank));
             sent += self.other_ranks(rank).map(|to| known(bytes(to))).sum::<u64>();
         }
-        for bucket in self.layout.buckets(self.bucket_elements) {
+        for bucket in self.layout.buckets() {
             let bytes = |of: usize| bucket.owned_by(of).len() * F32;
             sent += self.other_ranks(rank).map(|to| known(bytes(to))).sum::<u64>();
             // Weights, or else the summed gradients.
@@ -81,8 +79,7 @@ mod tests {
         let parameters = 10_000_000;
         for ranks in [2, 4, 16] {
             let traffic = StepTraffic {
-                layout: FlatLayout::new([parameters], ranks),
-                bucket_elements: 1 << 20,
+                layout: FlatLayout::new([parameters], ranks, 1 << 20),
                 rows: RowsPerRank::divided(8 * ranks, 8, ranks, 2),
                 dimension: 64,
                 negatives_cross_device: true,
@@ -101,8 +98,7 @@ mod tests {
     #[test]
     fn ranks_without_rows_send_no_passages() {
         let traffic = |rows: usize| StepTraffic {
-            layout: FlatLayout::new([100], 2),
-            bucket_elements: 100,
+            layout: FlatLayout::new([100], 2, 100),
             rows: RowsPerRank::divided(rows, 4, 2, 2),
             dimension: 1000,
             negatives_cross_device: true,

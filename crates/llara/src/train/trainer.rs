@@ -242,7 +242,6 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         let ranks = self.collective.size();
         StepTraffic {
             layout: self.state.layout().clone(),
-            bucket_elements: self.state.bucket_elements(),
             rows: RowsPerRank::divided(batch_size * ranks, batch_size, ranks, group_size),
             dimension: self.model.dimension(),
             negatives_cross_device: self.model.options().negatives_cross_device,

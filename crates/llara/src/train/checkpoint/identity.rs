@@ -227,6 +227,7 @@ fn settings<B: Backend>(
         logging_steps: _,
         saving: _,
         shard_optimizer: _, // in `rounding`
+        bucket_elements: _,
     } = config;
     let BiEncoderOptions {
         normalized: _,
