@@ -19,6 +19,7 @@ mod objectives;
 mod output_folder;
 mod plan;
 mod pretrain;
+mod process_failures;
 mod processes;
 mod reference_command;
 mod report;

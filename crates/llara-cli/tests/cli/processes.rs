@@ -4,15 +4,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
 use safetensors::SafeTensors;
 
 use crate::fixture::{Bench, LLARA, Outcome, outcome, rows};
 
 /// Steps of a run.
-const STEPS: usize = 20;
+pub(crate) const STEPS: usize = 20;
 /// Rows of a step of all processes.
 const GLOBAL_BATCH: usize = 12;
 
@@ -27,7 +26,7 @@ pub(crate) fn has_mpirun() -> bool {
 }
 
 /// `mpirun` with the program; `None` if there is no `mpirun` and it is not required.
-fn mpirun(processes: usize) -> Option<Command> {
+pub(crate) fn mpirun(processes: usize) -> Option<Command> {
     if !has_mpirun() {
         return None;
     }
@@ -38,7 +37,7 @@ fn mpirun(processes: usize) -> Option<Command> {
 }
 
 /// A bench with rows that 12 does not divide: the last batch of an epoch has 2 of 50.
-fn bench() -> Bench {
+pub(crate) fn bench() -> Bench {
     let bench = Bench::new();
     let text = rows(50);
     let numbered = text.lines().enumerate().map(|(i, line)| {
@@ -51,7 +50,7 @@ fn bench() -> Bench {
 }
 
 /// The arguments of a run of `processes` processes with the same global batches.
-fn arguments(bench: &Bench, out: &str, processes: usize, rest: &[&str]) -> Vec<String> {
+pub(crate) fn arguments(bench: &Bench, out: &str, processes: usize, rest: &[&str]) -> Vec<String> {
     let (steps, batch) = (STEPS.to_string(), (GLOBAL_BATCH / processes).to_string());
     let (model, data, out) = (bench.path("base"), bench.path("train.jsonl"), bench.path(out));
     let mut args = vec!["finetune", "--model", &model, "--train-data", &data];
@@ -67,7 +66,7 @@ fn arguments(bench: &Bench, out: &str, processes: usize, rest: &[&str]) -> Vec<S
 }
 
 /// Runs on so many processes; `None` if there is no `mpirun`.
-fn train(bench: &Bench, out: &str, processes: usize, rest: &[&str]) -> Option<Outcome> {
+pub(crate) fn train(bench: &Bench, out: &str, processes: usize, rest: &[&str]) -> Option<Outcome> {
     let mut command = match processes {
         1 => Command::new(LLARA),
         _ => mpirun(processes)?,
@@ -98,7 +97,7 @@ fn weights(path: &Path) -> Vec<(String, Vec<f64>)> {
     tensors
 }
 
-fn assert_equal_runs(bench: &Bench, (one, several): (&str, &str), file: &str) {
+pub(crate) fn assert_equal_runs(bench: &Bench, (one, several): (&str, &str), file: &str) {
     for (field, bound) in [("loss", 1e-5), ("grad_norm", 1e-4), ("tokens", 0.0)] {
         let (want, got) = (logged(bench, one, field), logged(bench, several, field));
         assert_eq!((want.len(), got.len()), (STEPS, STEPS));
@@ -210,115 +209,6 @@ fn other_verbs_and_contradictory_environments_are_refused() {
         let run = outcome(command.args(&args).envs(variables.iter().copied()));
         run.refused(&[part]);
     }
-}
-
-/// Starts a run, and returns it when its log has `lines` lines.
-fn started(bench: &Bench, out: &str, lines: usize, rest: &[&str]) -> Option<Child> {
-    let mut command = mpirun(3)?;
-    command.args(arguments(bench, out, 3, rest)).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
-    let log = bench.at(out).join("log.jsonl");
-    while fs::read_to_string(&log).unwrap_or_default().lines().count() < lines {
-        assert!(Instant::now() < deadline, "the run does not start");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Some(child)
-}
-
-/// The process of a rank among the children of `mpirun`.
-fn process_of_rank(mpirun: &Child, rank: usize) -> u32 {
-    let variable = format!("OMPI_COMM_WORLD_RANK={rank}");
-    let parent = format!("PPid:\t{}", mpirun.id());
-    let is_it = |pid: &u32| {
-        let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        let status = String::from_utf8_lossy(&read("status")).into_owned();
-        status.lines().any(|line| line == parent)
-            && read("environ").split(|byte| *byte == 0).any(|entry| entry == variable.as_bytes())
-    };
-    let pids = fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    pids.into_iter().find(is_it).unwrap()
-}
-
-fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill").args([name, &pid.to_string()]).status().unwrap();
-    assert!(status.success());
-}
-
-/// Waits for a run to end, but no longer than `limit`; returns its exit code and messages.
-fn ended(mut child: Child, limit: Duration) -> Outcome {
-    let deadline = Instant::now() + limit;
-    while child.try_wait().unwrap().is_none() {
-        if Instant::now() >= deadline {
-            child.kill().unwrap();
-            panic!("the run hangs");
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let output = child.wait_with_output().unwrap();
-    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-    Outcome {
-        code: output.status.code(),
-        stdout: text(&output.stdout),
-        stderr: text(&output.stderr),
-    }
-}
-
-/// Saves after every second step, and resumes if there is a checkpoint.
-const RESUMABLE: [&str; 6] =
-    ["--save-steps", "2", "--save-total-limit", "2", "--resume-from-checkpoint", "latest"];
-
-fn file(bench: &Bench, out: &str) -> Vec<u8> {
-    fs::read(bench.at(out).join("model.safetensors")).unwrap()
-}
-
-/// Ends runs at several moments by `end`, which gets the process of rank 1, and resumes each.
-fn resumed_after(end: &str, moments: &[usize], limit: Duration, part: &str) {
-    let bench = bench();
-    let Some(whole) = train(&bench, "whole", 3, &RESUMABLE) else { return };
-    assert_eq!(whole.code, Some(0), "{}", whole.stderr);
-    let rest = [&RESUMABLE[..], &["--collective-timeout", "8s"]].concat();
-    for (number, &lines) in moments.iter().enumerate() {
-        let out = format!("out-{number}");
-        let Some(child) = started(&bench, &out, lines, &rest) else { return };
-        signal(process_of_rank(&child, 1), end);
-        let failed = ended(child, limit);
-        assert_ne!(failed.code, Some(0), "{}", failed.stderr);
-        assert!(failed.stderr.contains(part), "{}", failed.stderr);
-        assert!(!bench.at(&out).join("model.safetensors").exists());
-        let resumed = train(&bench, &out, 3, &RESUMABLE).unwrap();
-        assert_eq!(resumed.code, Some(0), "{}", resumed.stderr);
-        assert!(file(&bench, &out) == file(&bench, "whole"), "after {lines} lines");
-    }
-}
-
-#[test]
-fn a_killed_process_ends_the_run_which_resumes_to_the_same_bytes() {
-    resumed_after("-KILL", &[1, 4, 9], Duration::from_secs(60), "received signal");
-}
-
-#[test]
-fn a_stopped_process_ends_the_run_within_the_timeout() {
-    resumed_after("-STOP", &[3, 8], Duration::from_secs(60), "did not complete");
-}
-
-#[test]
-fn a_run_is_stopped_by_a_signal_and_resumed_with_another_number_of_processes() {
-    let bench = bench();
-    let Some(whole) = train(&bench, "whole", 3, &RESUMABLE) else { return };
-    assert_eq!(whole.code, Some(0), "{}", whole.stderr);
-    let Some(child) = started(&bench, "out", 3, &RESUMABLE) else { return };
-    // mpirun passes it on to every process.
-    signal(child.id(), "-USR1");
-    let stopped = ended(child, Duration::from_secs(60));
-    assert_eq!(stopped.code, Some(138), "{}", stopped.stderr);
-    assert!(stopped.stderr.contains("stopped after step"), "{}", stopped.stderr);
-    let resumed = train(&bench, "out", 2, &RESUMABLE).unwrap();
-    assert_eq!(resumed.code, Some(0), "{}", resumed.stderr);
-    assert!(resumed.stderr.contains("processes: 3 in the checkpoint, 2 now"), "{}", resumed.stderr);
-    assert_equal_runs(&bench, ("whole", "out"), "model.safetensors");
 }
 
 #[test]
