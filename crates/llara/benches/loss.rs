@@ -133,7 +133,7 @@ fn unit_rows(rows: usize, seed: u64) -> Vec<f32> {
             (row.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1, ((row + 1) * seed) | 1);
         let start = values.len();
         for _ in 0..DIMENSION {
-            values.push(next(&mut shared) + 0.5 * next(&mut own));
+            values.push(0.3 * next(&mut shared) + next(&mut own));
         }
         let norm = values[start..].iter().map(|x| x * x).sum::<f32>().sqrt();
         values[start..].iter_mut().for_each(|x| *x /= norm);

@@ -89,7 +89,9 @@ mod tests {
             };
             let share = (ranks - 1) as f64 / ranks as f64;
             let embeddings = 8.0 * (ranks - 1) as f64 * 8.0 * 2.0 * 64.0;
-            let expected = 8.0 * parameters as f64 * share + embeddings;
+            // Two messages per bucket and some others, each with a header.
+            let headers = ((ranks - 1) * (2 * 10 + 5) * message_bytes(0)) as f64;
+            let expected = 8.0 * parameters as f64 * share + embeddings + headers;
             let sent = traffic.bytes_sent(1) as f64;
             assert!((sent / expected - 1.0).abs() < 2e-3, "{ranks}: {sent} {expected}");
         }

@@ -329,13 +329,13 @@ fn pieces(range: Range<usize>) -> Vec<Range<usize>> {
 /// The sum of lists of f32 values, in the order of the lists.
 fn sum(lists: &[Box<[u8]>]) -> Box<[u8]> {
     let length = lists.iter().map(|list| list.len()).max().unwrap_or_default();
-    let mut sum = vec![0.0f32; length / 4];
+    let mut sum = vec![0; length].into_boxed_slice();
     for list in lists {
-        for (sum, bytes) in sum.iter_mut().zip(list.chunks_exact(4)) {
-            *sum += f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        for (sum, value) in sum.as_chunks_mut().0.iter_mut().zip(list.as_chunks().0) {
+            *sum = (f32::from_le_bytes(*sum) + f32::from_le_bytes(*value)).to_le_bytes();
         }
     }
-    sum.iter().flat_map(|x| x.to_le_bytes()).collect()
+    sum
 }
 
 #[cfg(test)]

@@ -56,8 +56,7 @@ impl<B: Backend> Collective<B> for MpiRank<B> {
         let cols = x.cols();
         let lengths = Incoming::Known(self.lengths(counts, cols));
         let all = self.world.gather(Operation::AllGatherRows, self.bytes(&x)?, lengths)?;
-        let values: Vec<f32> = all.iter().flat_map(|bytes| values(bytes)).collect();
-        self.backend.upload(&values, counts.iter().sum(), cols)
+        self.backend.upload(&values(&all), counts.iter().sum(), cols)
     }
 
     fn reduce_scatter_rows(&self, x: B::Tensor, counts: &[usize]) -> Result<B::Tensor> {
@@ -76,7 +75,7 @@ impl<B: Backend> Collective<B> for MpiRank<B> {
         let pending =
             self.world.start_exchange(operation, parts.collect(), incoming, Outcome::Sum)?;
         let sum = self.world.finish_exchange(pending, operation.name())?;
-        self.backend.upload(&first(&sum), counts[rank], cols)
+        self.backend.upload(&values(&sum), counts[rank], cols)
     }
 
     /// Every rank sends all elements to every other one: for few elements.
@@ -87,7 +86,7 @@ impl<B: Backend> Collective<B> for MpiRank<B> {
         let parts = vec![Part::whole(Arc::new(own)); self.world.size()];
         let pending = self.world.start_exchange(operation, parts, incoming, Outcome::Sum)?;
         let sum = self.world.finish_exchange(pending, operation.name())?;
-        self.backend.write_elements(x, 0, &first(&sum))
+        self.backend.write_elements(x, 0, &values(&sum))
     }
 
     fn broadcast(&self, x: &mut B::Tensor, root: usize) -> Result<()> {
@@ -97,8 +96,7 @@ impl<B: Backend> Collective<B> for MpiRank<B> {
         let lengths = (0..size).map(|from| if from == root { length } else { 0 });
         let all =
             self.world.gather(Operation::Broadcast, own, Incoming::Known(lengths.collect()))?;
-        let of_root: Vec<f32> = values(&all[root]).collect();
-        self.backend.write_elements(x, 0, &of_root)
+        self.backend.write_elements(x, 0, &values(&all[root..=root]))
     }
 
     fn gradient_sum(&self, bucket: &Bucket) -> Result<Box<dyn GradientSum<B>>> {
@@ -125,7 +123,7 @@ impl<B: Backend> Collective<B> for MpiRank<B> {
         let lengths = (0..self.world.size()).map(|rank| bucket.owned_by(rank).len() * F32);
         let lengths = Incoming::Known(lengths.collect());
         let all = self.world.gather(Operation::AllGatherWeights, data, lengths)?;
-        let whole: Vec<f32> = all.iter().flat_map(|bytes| values(bytes)).collect();
+        let whole = values(&all);
         for part in parts {
             let within = part.within(bucket);
             self.backend.write_elements(part.tensor, part.elements.start, &whole[within])?;
@@ -195,7 +193,7 @@ impl<B: Backend> GradientSum<B> for MpiSum<B> {
             return Err(Error::new(ErrorKind::Distributed, "a sum of gradients was not started"));
         };
         let received = self.world.finish_exchange(pending, Operation::GradientSum.name())?;
-        let sum = first(&received);
+        let sum = values(&received);
         let own = self.bucket.owned_by(self.world.rank());
         for part in parts {
             if let Some((elements, flat)) = part.owned(&own) {
@@ -209,17 +207,17 @@ impl<B: Backend> GradientSum<B> for MpiSum<B> {
 
 fn to_bytes(values: &[f32]) -> Vec<u8> {
     let mut bytes = vec![0; values.len() * F32];
-    for (bytes, value) in bytes.chunks_exact_mut(F32).zip(values) {
-        bytes.copy_from_slice(&value.to_le_bytes());
+    for (bytes, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+        *bytes = value.to_le_bytes();
     }
     bytes
 }
 
-fn values(bytes: &[u8]) -> impl Iterator<Item = f32> {
-    bytes.chunks_exact(F32).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-}
-
-/// The values of the only list of a sum.
-fn first(lists: &[Box<[u8]>]) -> Vec<f32> {
-    lists.first().map_or(Vec::new(), |bytes| values(bytes).collect())
+/// The values of lists of bytes, one after the other.
+fn values(lists: &[Box<[u8]>]) -> Vec<f32> {
+    let mut values = Vec::with_capacity(lists.iter().map(|list| list.len() / F32).sum());
+    for list in lists {
+        values.extend(list.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)));
+    }
+    values
 }
