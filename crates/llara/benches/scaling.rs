@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use llara::backend::{Backend, Cpu};
 use llara::dist::{Collective, Launch, MpiRank, MpiWorld};
-use llara::train::{BUCKET_ELEMENTS, FlatLayout};
+use llara::train::{FlatLayout, bucket_elements};
 use llara::{Error, ErrorKind, Result};
 
 /// Bytes of an f32.
@@ -35,12 +35,12 @@ struct Network {
 /// The constants that `measure` gave for two processes of one machine with a core each, and those of a network whose
 /// adapter sends 25 GB/s, with the same cost of a message.
 const NETWORKS: [Network; 2] = [
-    Network { name: "two processes of one machine, measured", message: MESSAGE, bandwidth: 1.1e9 },
+    Network { name: "two processes of one machine, measured", message: MESSAGE, bandwidth: 0.25e9 },
     Network { name: "25 GB/s per process", message: MESSAGE, bandwidth: 25e9 },
 ];
 
 /// Seconds of a message.
-const MESSAGE: f64 = 30e-6;
+const MESSAGE: f64 = 8.3e-6;
 
 /// A run.
 struct Workload {
@@ -118,7 +118,7 @@ fn simulate_all() {
 }
 
 fn layout(workload: &Workload, processes: usize) -> FlatLayout {
-    FlatLayout::new([workload.parameters], processes, BUCKET_ELEMENTS)
+    FlatLayout::new([workload.parameters], processes, bucket_elements(processes))
 }
 
 /// Messages that a rank sends in a step.

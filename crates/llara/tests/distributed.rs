@@ -105,7 +105,7 @@ fn config(dir: &Path, batch_size: usize, case: Case) -> TrainConfig {
             false => Batching::Mixed,
         },
         shard_optimizer: case.shard,
-        bucket_elements: case.bucket,
+        bucket_elements: Some(case.bucket),
         ..TrainConfig::new(dir)
     }
 }

@@ -307,7 +307,7 @@ fn train(
         group_size: 1,
         learning_rate: 1e-3,
         chunking: Chunking { max_tokens: 150, ..Chunking::default() },
-        bucket_elements: 5000,
+        bucket_elements: Some(5000),
         ..TrainConfig::new("")
     };
     let options = PretrainingOptions { cutoff_len: 120, ..PretrainingOptions::default() };

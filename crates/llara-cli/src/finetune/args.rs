@@ -8,7 +8,7 @@ use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::data::{BadRows, BatchRows, DataSources, Dataset, Instructions, Sampling};
 use llara::loss::ObjectiveOptions;
-use llara::train::{BUCKET_ELEMENTS, Batching, Chunking, TrainConfig};
+use llara::train::{Batching, Chunking, TrainConfig};
 use llara::{BiEncoderOptions, Error, ErrorKind, Recipe, Result, Shortcuts};
 
 use super::distributed_args::DistributedArgs;
@@ -257,7 +257,7 @@ impl Args {
             logging_steps: self.output.logging_steps,
             saving: self.output.saving(steps_per_epoch),
             shard_optimizer: self.distributed.processes.shard_optimizer,
-            bucket_elements: BUCKET_ELEMENTS,
+            bucket_elements: None,
         }
     }
 

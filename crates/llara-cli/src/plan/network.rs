@@ -3,7 +3,7 @@
 use llara::backend::Backend;
 use llara::loss::RowsPerRank;
 use llara::train::plan::MemoryBudget;
-use llara::train::{BUCKET_ELEMENTS, FlatLayout, StepTraffic};
+use llara::train::{FlatLayout, StepTraffic, bucket_elements};
 use serde_json::{Value, json};
 
 use crate::finetune::{Forecast, Prepared};
@@ -83,7 +83,7 @@ impl NetworkPlan {
         );
         let (dimension, passages) = (prepared.outline.decoder.hidden_size, rows.passages());
         let traffic = StepTraffic {
-            layout: FlatLayout::new([elements], processes, BUCKET_ELEMENTS),
+            layout: FlatLayout::new([elements], processes, bucket_elements(processes)),
             rows,
             dimension,
             negatives_cross_device,

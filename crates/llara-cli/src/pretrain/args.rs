@@ -7,9 +7,7 @@ use clap::builder::BoolishValueParser;
 use llara::data::{BadRows, Sampling};
 use llara::loss::ObjectiveOptions;
 use llara::text::StopWords;
-use llara::train::{
-    BUCKET_ELEMENTS, Batching, Chunking, LossWeights, PretrainingOptions, TrainConfig,
-};
+use llara::train::{Batching, Chunking, LossWeights, PretrainingOptions, TrainConfig};
 use llara::{BiEncoderOptions, Recipe, Result, Shortcuts};
 
 use crate::compute::{Compute, Precision};
@@ -177,7 +175,7 @@ impl Args {
             logging_steps: self.output.logging_steps,
             saving: self.output.saving(steps_per_epoch),
             shard_optimizer: self.processes.shard_optimizer,
-            bucket_elements: BUCKET_ELEMENTS,
+            bucket_elements: None,
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use super::flat_layout::BUCKET_ELEMENTS;
 use super::optimizer::AdamWConfig;
 use super::schedule::{Decay, Warmup};
 use super::step::Chunking;
@@ -108,8 +107,9 @@ pub struct TrainConfig {
     /// Whether the optimizer's moments are divided among the processes (ZeRO stage 1); otherwise every process
     /// has all of them. No effect with one process.
     pub shard_optimizer: bool,
-    /// Elements of a bucket, whose gradients are summed over processes at once.
-    pub bucket_elements: usize,
+    /// Elements of a bucket, whose gradients are summed over processes at once; `None`: as
+    /// [`bucket_elements`](super::bucket_elements) says.
+    pub bucket_elements: Option<usize>,
 }
 
 impl TrainConfig {
@@ -176,7 +176,7 @@ impl TrainConfig {
             logging_steps: 10,
             saving: Saving::default(),
             shard_optimizer: true,
-            bucket_elements: BUCKET_ELEMENTS,
+            bucket_elements: None,
         }
     }
 }

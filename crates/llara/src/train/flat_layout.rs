@@ -6,8 +6,15 @@ use crate::backend::{Backend, Shape};
 use crate::dist::Bucket;
 use crate::model::Decoder;
 
-/// Elements of a bucket: 25 MB of f32, as in PyTorch's DistributedDataParallel.
-pub const BUCKET_ELEMENTS: usize = 25 * (1 << 20) / 4;
+/// The least elements of a bucket: 25 MB of f32, as in PyTorch's DistributedDataParallel.
+const LEAST_ELEMENTS: usize = 25 * (1 << 20) / 4;
+/// The least elements of a rank's share of a bucket: 256 KiB of f32. Smaller messages take longer than their bytes.
+const LEAST_SHARE: usize = 1 << 16;
+
+/// The usual number of elements of a bucket.
+pub fn bucket_elements(ranks: usize) -> usize {
+    LEAST_ELEMENTS.max(ranks * LEAST_SHARE)
+}
 
 /// Maps the elements of the trainable parameters of a decoder, concatenated in row-major order, to flat indices
 /// from 0, and divides these into buckets. Each rank owns a part of every bucket: it has moments for these elements only,

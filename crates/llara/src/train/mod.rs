@@ -36,7 +36,7 @@ pub use evaluation::{
     FoundPassage, MissedPassage, QueryReport, SetReport,
 };
 pub use finetuning::Finetuning;
-pub use flat_layout::{BUCKET_ELEMENTS, FlatLayout, ParameterSlice};
+pub use flat_layout::{FlatLayout, ParameterSlice, bucket_elements};
 pub use in_turn::FinetuningInTurn;
 pub use loss_terms::LossTerms;
 pub use observer::{EvalEvent, Observer, StepRecord, Summary};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use super::flat_layout::{BUCKET_ELEMENTS, FlatLayout, ParameterSlice};
+use super::flat_layout::{FlatLayout, ParameterSlice, bucket_elements};
 use crate::backend::{AdamWStep, Backend, Dtype};
 use crate::dist::{Collective, FlatPart, Solo};
 use crate::model::Decoder;
@@ -100,7 +100,7 @@ impl<B: Backend> AdamW<B> {
     /// # Errors
     /// If a setting is out of range, or the device is out of memory.
     pub fn new(backend: &B, decoder: &mut Decoder<B>, config: AdamWConfig) -> Result<Self> {
-        let layout = FlatLayout::of(decoder, 1, BUCKET_ELEMENTS);
+        let layout = FlatLayout::of(decoder, 1, bucket_elements(1));
         Self::sharded(backend, decoder, config, layout, 0)
     }
 

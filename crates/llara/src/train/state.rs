@@ -1,7 +1,7 @@
 //! The state of a training run between steps, except for the weights.
 
 use super::config::TrainConfig;
-use super::flat_layout::FlatLayout;
+use super::flat_layout::{FlatLayout, bucket_elements};
 use super::optimizer::AdamW;
 use super::reduction::{GradientReduction, all_gather_gradients};
 use super::step::Chunking;
@@ -49,10 +49,11 @@ impl<B: Backend> TrainState<B> {
     ) -> Result<Self> {
         let backend = model.backend().clone();
         let decoder = model.decoder_mut();
-        let layout = FlatLayout::of(decoder, ranks, config.bucket_elements);
+        let bucket_elements = config.bucket_elements.unwrap_or(bucket_elements(ranks));
+        let layout = FlatLayout::of(decoder, ranks, bucket_elements);
         let (divided, owner) = match config.shard_optimizer {
             true => (layout.clone(), rank),
-            false => (FlatLayout::of(decoder, 1, config.bucket_elements), 0),
+            false => (FlatLayout::of(decoder, 1, bucket_elements), 0),
         };
         let optimizer = AdamW::sharded(&backend, decoder, config.adamw, divided, owner)?;
         Ok(TrainState { optimizer, layout, seed: config.seed })
