@@ -32,7 +32,7 @@ const POINT: &str = "LLARA_LOSS_POINT";
 /// The measurements of a point.
 struct Cost {
     seconds: f64,
-    /// Peak memory of the process beyond the embeddings; 0 if the system does not report it.
+    /// Peak memory of the process; 0 if the system does not report it.
     megabytes: f64,
     /// Sum over queries and passages of the absolute gradients, to see that both forms compute the same.
     gradients: f64,
@@ -50,21 +50,23 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let Some(cases) = Cases::from_args() else { return Ok(()) };
-    println!("d = {DIMENSION}, f32; MB: beyond embeddings and their gradients");
+    println!("d = {DIMENSION}, f32; MB: peak of the process, and embeddings with their gradients");
     println!(
-        "queries × passages    blocks of queries          all scores at once         difference"
+        "queries × passages  embeddings    blocks of queries        all scores at once   difference"
     );
     for queries in SIZES.into_iter().filter(|queries| cases.include(&queries.to_string())) {
         let blocks = measure_apart(queries, Contrastive::<Cpu>::BLOCK_SCORES)?;
-        print!("{queries:7} × {queries:8} {:9.2} s {:8.0} MB", blocks.seconds, blocks.megabytes);
+        let embeddings = 4e-6 * (queries * DIMENSION * size_of::<f32>()) as f64;
+        print!("{queries:7} × {queries:8} {embeddings:8.0} MB");
+        print!(" {:9.2} s {:6.0} MB", blocks.seconds, blocks.megabytes);
         if queries * queries > MOST_SCORES {
-            println!("     needs {:.0} MB", 8e-6 * (queries * queries) as f64);
+            println!("  scores need {:.0} MB", 8e-6 * (queries * queries) as f64);
             continue;
         }
         let whole = measure_apart(queries, usize::MAX)?;
         let relative = |a: f64, b: f64| (a - b).abs() / b.abs();
         println!(
-            " {:9.2} s {:8.0} MB {:9.1e} {:9.1e}",
+            " {:9.2} s {:6.0} MB {:9.1e} {:9.1e}",
             whole.seconds,
             whole.megabytes,
             relative(blocks.loss, whole.loss),
@@ -107,19 +109,17 @@ fn measure(queries: usize, block_scores: usize) -> Result<Cost> {
         queries: backend.upload(&unit_rows(queries, 1), queries, DIMENSION)?,
         passages: backend.upload(&unit_rows(queries, 2), queries, DIMENSION)?,
     };
-    let before = MachineMemory::peak_of_process().unwrap_or(0);
     let start = Instant::now();
     let result = objective.loss_and_gradient(&backend, embeddings, &labels, &rows)?;
     let seconds = start.elapsed().as_secs_f64();
-    let after = MachineMemory::peak_of_process().unwrap_or(0);
-    let of_gradients = (2 * queries * DIMENSION * size_of::<f32>()) as u64;
+    let peak = MachineMemory::peak_of_process().unwrap_or(0);
     let mut gradients = 0.0;
     for tensor in [&result.dqueries, &result.dpassages] {
         gradients += backend.download(tensor)?.iter().map(|x| f64::from(x.abs())).sum::<f64>();
     }
     Ok(Cost {
         seconds,
-        megabytes: after.saturating_sub(before + of_gradients) as f64 / 1e6,
+        megabytes: peak as f64 / 1e6,
         gradients,
         loss: f64::from(backend.download(&result.loss)?[0]),
     })
