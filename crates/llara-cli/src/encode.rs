@@ -10,7 +10,7 @@ use llara::retrieval::{
     BLOCK_TEXTS, Embedder, EmbeddingWriter, SharedEmbedder, TextEmbedder, TextFile,
     begins_like_embeddings, encode_stream, take_part_in_encoding, verify_embeddings,
 };
-use llara::{BiEncoderModel, Error, ErrorKind, OutputLock, Result, Role};
+use llara::{BiEncoderModel, OutputLock, Result, Role};
 
 use super::compute::on_device;
 use super::interrupt;
@@ -103,10 +103,11 @@ fn encode(
     processes: &Processes,
 ) -> anyhow::Result<()> {
     let collective = processes.collective(&backend);
-    let model = processes.agree(args.model.load_on(backend, processes).map_err(Into::into))?;
+    let model = processes.agree(args.model.load_on(backend, processes))?;
     let mut embedder = processes.agree(embedder(args, &model).map_err(Into::into))?;
     let dimension = embedder.dimension();
 
+    processes.check_same("model or input", || Ok(embedder.origin(args.role, texts)?.hash()))?;
     let output = processes.first(|| match is_complete(args, &embedder, texts)? {
         true => Ok(None),
         false => Ok(Some(open_output(args, &embedder, texts)?)),
@@ -118,7 +119,6 @@ fn encode(
         None => texts.len(),
     };
     let [first] = processes.smallest([first])?;
-    check_equal_texts(texts, processes)?;
     if first < texts.len() {
         let progress = TextProgress::new(texts.len() - first);
         let (done, stopped) = (Cell::new(0), Cell::new(false));
@@ -188,19 +188,6 @@ fn is_complete(
         counted(checked, "embedding")
     );
     Ok(true)
-}
-
-/// Refuses processes whose hosts have different texts.
-fn check_equal_texts(texts: &TextFile, processes: &Processes) -> Result<()> {
-    let count = texts.len();
-    let [least, most] = processes.smallest([count, usize::MAX - count])?;
-    let most = usize::MAX - most;
-    if least == most {
-        return Ok(());
-    }
-    Err(Error::new(ErrorKind::Data, "the processes have different texts")
-        .expected("the same input on every host")
-        .got(format!("{least} to {most} texts")))
 }
 
 /// Makes a signal print what is kept of the output.

@@ -10,7 +10,7 @@ use llara::retrieval::{
     BeirDataset, Metrics, Run, SearchOptions, SharedEmbedder, UnknownIds, begins_like_trec_run,
     check_trec_run, evaluate_dataset, write_trec_run,
 };
-use llara::{Error, ErrorKind};
+use llara::{Error, ErrorKind, Role};
 
 use super::compute::on_device;
 use super::paths::{check_apart, check_replaceable};
@@ -148,9 +148,15 @@ fn rank(
     processes: &Processes,
 ) -> anyhow::Result<(Metrics, Run)> {
     let collective = processes.collective(&backend);
-    let model = processes.agree(args.model.load_on(backend, processes).map_err(Into::into))?;
+    let model = processes.agree(args.model.load_on(backend, processes))?;
     let mut embedder = args.model.embedder(&model);
     processes.agree(args.roles.apply(&mut embedder).map_err(Into::into))?;
+    processes.check_same("model or dataset", || {
+        let tables = [&dataset.queries, &dataset.corpus].into_iter();
+        let texts = tables.flat_map(|table| table.ids.iter().chain(&table.texts));
+        let origin = embedder.model_origin(Role::Passage)?;
+        Ok(origin.with_texts("texts", texts.map(String::as_str)).hash())
+    })?;
 
     let progress = TextProgress::new(dataset.queries.len() + dataset.corpus.len());
     let (done, stopped) = (Cell::new(0), Cell::new(false));

@@ -41,8 +41,19 @@ impl std::error::Error for Reported {}
 pub(super) struct CollectiveArgs {
     /// End the run if a process does not take part in communication for this time, such as 30m or 90s; what one
     /// process does alone, such as saving, must take less
-    #[arg(long, value_name = "TIME", value_parser = crate::values::duration, default_value = "30m")]
+    #[arg(long, value_name = "TIME", value_parser = timeout, default_value = "30m")]
     pub(super) collective_timeout: Duration,
+}
+
+/// The longest timeout: beyond this, a clock could not count.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+fn timeout(text: &str) -> std::result::Result<Duration, String> {
+    let timeout = crate::values::duration(text)?;
+    match timeout <= LONGEST_TIMEOUT {
+        true => Ok(timeout),
+        false => Err("expected at most 720h".to_owned()),
+    }
 }
 
 /// Refuses to run a verb in several processes, each of which would do the same work and write the same files.
@@ -131,6 +142,27 @@ impl Processes {
         self.agree(result)
     }
 
+    /// Refuses processes of which one has another hash of `what` than the first one.
+    pub(super) fn check_same(
+        &self,
+        what: &str,
+        own: impl FnOnce() -> Result<u64>,
+    ) -> anyhow::Result<()> {
+        let Some(world) = &self.world else { return Ok(()) };
+        let own = self.agree(own().map_err(Into::into))?;
+        let all = world.all_gather_words(&[own])?;
+        match all.iter().position(|hash| *hash != all[0]) {
+            None => Ok(()),
+            Some(rank) => self.agree(Err(Error::new(
+                ErrorKind::Distributed,
+                format!("rank {rank} has another {what} than rank 0"),
+            )
+            .expected("the same files and options in every process")
+            .hint("start all processes with one command line; on several hosts, compare the files")
+            .into())),
+        }
+    }
+
     /// The choice of the first process, on every process.
     pub(super) fn choose(&self, own: String) -> Result<String> {
         match &self.world {
@@ -148,7 +180,7 @@ impl Processes {
         let name = |dtype| if dtype == Dtype::Bf16 { "bf16" } else { "f32" };
         let chosen = self.choose(name(own).to_owned())?;
         let dtype = if chosen == name(Dtype::Bf16) { Dtype::Bf16 } else { Dtype::F32 };
-        // Without f32 here: its kernels do not depend on a measurement.
+        // The kernels for f32 do not depend on a measurement, so there is nothing to choose.
         if dtype == Dtype::Bf16 {
             let kernels = self.choose(backend.kernels(dtype))?;
             backend.use_kernels(&kernels);
@@ -188,7 +220,7 @@ impl Processes {
         let Some(world) = &self.world else { return result };
         let Err(error) = result else { return Ok(world.finish()?) };
         let is_stop = error.downcast_ref::<Stopped>().is_some();
-        if (is_stop && !world.has_failed()) || world.has_agreed_on_error() {
+        if !world.has_failed() && (is_stop || world.has_agreed_on_error()) {
             if !is_stop && !world.is_reported_elsewhere() {
                 talk::report(&format!("error: {error}"));
             }

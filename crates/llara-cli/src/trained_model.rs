@@ -211,7 +211,7 @@ impl TrainedModel {
     }
 
     /// Loads the model. If its recipe is not changed, verifies it with its probes.
-    pub(super) fn load<B: Backend>(&self, backend: B) -> Result<BiEncoderModel<B>> {
+    pub(super) fn load<B: Backend>(&self, backend: B) -> anyhow::Result<BiEncoderModel<B>> {
         self.load_on(backend, &Processes::one())
     }
 
@@ -220,10 +220,12 @@ impl TrainedModel {
         &self,
         backend: B,
         processes: &Processes,
-    ) -> Result<BiEncoderModel<B>> {
+    ) -> anyhow::Result<BiEncoderModel<B>> {
         let Encoding { template, normalized, .. } = &self.encoding;
+        let Source { model, cache_dir, .. } = &self.source;
+        download_once(model, cache_dir.as_deref(), "--adapter", processes)?;
         let precision = processes.shared_precision(self.precision.dtype(&backend), &backend)?;
-        self.source.load((backend, precision), template.as_deref(), *normalized)
+        Ok(self.source.load((backend, precision), template.as_deref(), *normalized)?)
     }
 
     /// An embedder for `model`.
@@ -242,6 +244,22 @@ impl TrainedModel {
 pub(super) fn find(model: &str, cache_dir: Option<&Path>, adapter_option: &str) -> Result<PathBuf> {
     let on_fetch = &mut |file: &str| say!("downloading {file} of {model}");
     refuse_adapter(hub::resolve_with(model, cache_dir, on_fetch)?, adapter_option)
+}
+
+/// Lets the first of several processes download the model, before the others find it in the cache.
+///
+/// # Errors
+/// It cannot be downloaded; on every process.
+pub(super) fn download_once(
+    model: &str,
+    cache_dir: Option<&Path>,
+    adapter_option: &str,
+    processes: &Processes,
+) -> anyhow::Result<()> {
+    if processes.size() > 1 {
+        processes.first(|| Ok(find(model, cache_dir, adapter_option)?))?;
+    }
+    Ok(())
 }
 
 /// Like [`find`], but does not download the weights.

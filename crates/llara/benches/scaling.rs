@@ -99,7 +99,7 @@ fn simulate_all() {
             );
             for processes in PROCESSES {
                 let step = simulate(workload, network, processes);
-                // Of all processes, their gradients, and a block of scores.
+                // Of all processes, and their gradients, which are there twice while blocks of queries are added.
                 let passages = 3.0 * (processes * ROWS * GROUP * DIMENSION) as f64 * F32;
                 println!(
                     "{processes:9} {:7.2} {:17.2} {:8.2} {:11.2} {:6.3} {:10.0} % {:9} {:12.2}",

@@ -285,7 +285,8 @@ fn a_process_that_fails_alone_tells_the_others_why() {
     for rank in [0, 2] {
         let error = &errors[rank];
         assert!(error.contains(&format!("rank {rank}: barrier of step 9")), "{errors:?}");
-        assert!(error.contains("rank 1 failed") && error.contains("the disk is full"), "{error}");
+        assert!(error.contains("rank 1 failed in step 9"), "{error}");
+        assert!(error.contains("the disk is full"), "{error}");
     }
 }
 

@@ -38,6 +38,7 @@ fn shape() -> RunShape {
         options: BiEncoderOptions::default(),
         evaluation: None,
         task: PlannedTask::Finetuning(ObjectiveOptions::default()),
+        group: None,
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }

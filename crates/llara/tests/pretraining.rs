@@ -383,6 +383,7 @@ fn shape(dtype: Dtype) -> RunShape {
         options: BiEncoderOptions::default(),
         evaluation: None,
         task: PlannedTask::Pretraining,
+        group: None,
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
     }

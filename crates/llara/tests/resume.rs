@@ -458,7 +458,7 @@ fn saved_by_two_processes_it_is_resumed_by_one_and_by_three() {
     assert!(folder.join("optimizer-00001-of-00002.safetensors").is_file());
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let whole = run(2, u64::MAX, None);
-    for processes in [2, 3] {
+    for processes in [1, 2, 3] {
         let resumed = run(processes, u64::MAX, Some(&checkpoint));
         assert_eq!(resumed[0].steps, STEPS);
         let (got, want) = (f64::from(resumed[0].loss), f64::from(whole[0].loss));
@@ -467,6 +467,15 @@ fn saved_by_two_processes_it_is_resumed_by_one_and_by_three() {
         }
         assert!((got - want).abs() <= 1e-5 * want, "{processes}: {got} instead of {want}");
     }
+
+    // With negatives of the own process, those of a query would be others.
+    let config = of(3, 6);
+    let mut model = model(FULL);
+    let ranks = ThreadGroup::ranks(1, &Cpu::new(), Duration::from_secs(60));
+    let group: Arc<dyn Collective<Cpu>> = Arc::new(ranks.into_iter().next().unwrap());
+    let error = Trainer::in_group(&mut model, &data, &config, group, Some(&checkpoint)).err();
+    let error = error.unwrap().to_string();
+    assert!(error.contains("negatives-of-rows: 6 in the checkpoint, 2 now"), "{error}");
 }
 
 /// The environment variable with the kernels that a process must use; the process prints those that it uses.

@@ -5,9 +5,10 @@ use std::fmt::Write;
 use llara::backend::{Backend, Dtype};
 use llara::model::LoraConfig;
 use llara::train::plan::{
-    ChunkPolicy, DryRun, EvaluationShape, LargestBatch, MachineMemory, Plan, PlannedTask, RunShape,
+    ChunkPolicy, DryRun, EvaluationShape, GroupShape, LargestBatch, MachineMemory, Plan,
+    PlannedTask, RunShape,
 };
-use llara::train::{Checkpoint, Chunking};
+use llara::train::{Checkpoint, Chunking, TrainConfig};
 use llara::{Error, ErrorKind, Result, Role};
 
 use super::training_args::TrainingArgs;
@@ -42,9 +43,28 @@ const SMALLEST: Chunking = Chunking { max_tokens: 1, max_sequences: 1, kept_toke
 /// Tokens of a batch of an evaluation that needs little memory.
 const SMALL_BATCH_TOKENS: usize = 512;
 
+/// The processes of a run, if there are several.
+pub(crate) fn group_shape(
+    config: &TrainConfig,
+    processes: usize,
+    negatives_cross_device: bool,
+) -> Option<GroupShape> {
+    (processes > 1).then_some(GroupShape {
+        ranks: processes,
+        shard_optimizer: config.shard_optimizer,
+        negatives_cross_device,
+        batch_size: config.batch_size,
+        group_size: config.group_size,
+    })
+}
+
 impl Forecast {
-    /// Plans a step of the largest expected batch.
-    pub(crate) fn new(args: &Args, prepared: &Prepared<impl Backend>) -> Result<Self> {
+    /// Plans a step of the largest expected batch, in each of so many processes.
+    pub(crate) fn new(
+        args: &Args,
+        prepared: &Prepared<impl Backend>,
+        processes: usize,
+    ) -> Result<Self> {
         let Prepared { dataset, config, evaluation, .. } = prepared;
         let prompts = &prepared.outline.prompts;
         let shape = |e| EvaluationShape::of(e, config, prompts, &prepared.recipe.tasks);
@@ -54,9 +74,10 @@ impl Forecast {
             prompts: prompts.clone(),
             lora: prepared.lora()?,
             precision: prepared.precision,
-            options: args.model_options(&prepared.recipe, prepared.ranks),
+            options: args.model_options(&prepared.recipe, processes),
             evaluation,
             task: PlannedTask::Finetuning(prepared.config.objective.clone()),
+            group: group_shape(config, processes, args.has_cross_device_negatives()),
             memory: prepared.backend.memory(),
             process_bytes: 0,
         };
@@ -82,11 +103,16 @@ impl Forecast {
         (backend, local_processes): (&impl Backend, usize),
     ) -> Result<Self> {
         // Read here, with tokenizer and data in memory.
-        let machine = MachineMemory::of(backend)?.shared_by(local_processes);
-        shape.process_bytes = match backend.free_and_total_bytes()? {
-            None => machine.process_in_training(),
-            Some(_) => 0,
+        let machine = MachineMemory::of(backend)?;
+        // Processes share the memory of their host; each has a GPU of its own.
+        let (machine, process_bytes) = match backend.free_and_total_bytes()? {
+            None => {
+                let machine = machine.shared_by(local_processes);
+                (machine, machine.process_in_training())
+            }
+            Some(_) => (machine, 0),
         };
+        shape.process_bytes = process_bytes;
         let given = training.memory_budget;
         let budget = match given {
             Some(budget) => Some(budget.bytes(machine.total.unwrap_or(u64::MAX))),

@@ -38,13 +38,13 @@ pub(super) use args::{Args, ModelArgs};
 pub(super) use distributed_args::ProcessArgs;
 pub(super) use eval_args::EvalArgs;
 pub(super) use flag_table::OwnSettings;
-pub(super) use forecast::{Forecast, MaxLen};
+pub(super) use forecast::{Forecast, MaxLen, group_shape};
 pub(super) use lengths::warnings as length_warnings;
 pub(super) use lora_args::{Adapter, LoraArgs};
 pub(super) use optimizer_args::OptimizerArgs;
 pub(super) use output_args::OutputArgs;
 pub(super) use prepare::{
-    Prepared, Purpose, check_evaluated_texts, loader, missing, starting_recipe,
+    Prepared, Purpose, check_evaluated_texts, loader, missing, required, starting_recipe,
 };
 pub(super) use ranges::{check_loop, require};
 pub(super) use report_facts::{adapter as adapter_setting, common_settings};
@@ -62,6 +62,7 @@ const INSPECTED_BYTES: usize = 8 << 20;
 pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
     let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
     let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
+    required(&args)?;
     let processes = Processes::start(args.collective_timeout())?;
     args.compute.set_default_threads(processes.placement().threads);
     let result = run_on_device(&args, output_dir, deadline, &processes);
@@ -122,7 +123,7 @@ fn foresee(
     args: &Args,
     prepared: &Prepared<impl Backend>,
 ) -> anyhow::Result<(ReportFacts, Chunking)> {
-    let forecast = Forecast::new(args, prepared)?;
+    let forecast = Forecast::new(args, prepared, prepared.ranks)?;
     forecast.refuse_if_too_large()?;
     for line in forecast.lines() {
         say!("{line}");

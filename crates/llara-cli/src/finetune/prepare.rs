@@ -84,6 +84,10 @@ impl<B: Backend> Prepared<B> {
             &backend,
             processes,
         )?;
+        if !matches!(purpose, Purpose::Plan) {
+            let cache = args.model.cache_dir.as_deref();
+            trained_model::download_once(&options.model_name, cache, "--from-peft", processes)?;
+        }
         let claimed = Claimed { output_dir, lock, checkpoint, precision };
         processes.agree(Self::read(args, purpose, backend, options, claimed, processes))
     }
@@ -204,7 +208,7 @@ impl<B: Backend> Prepared<B> {
             loader = loader.matrices(precision);
         }
         let options = args.model_options(&self.recipe, self.ranks);
-        // A model is loaded as that of one process.
+        // The loader refuses negatives of all processes, because it knows no group.
         let alone = BiEncoderOptions { negatives_cross_device: false, ..options };
         let mut model = loader.load_weights(self.outline.clone(), self.backend.clone(), alone)?;
         model.set_negatives_cross_device(options.negatives_cross_device);
@@ -361,8 +365,8 @@ pub(crate) fn missing(option: &str) -> clap::Error {
     clap::Error::raw(Usage::MissingRequiredArgument, text)
 }
 
-/// The model's name.
-fn required(args: &Args) -> Result<String, clap::Error> {
+/// The model's name, and whether there is training data.
+pub(crate) fn required(args: &Args) -> Result<String, clap::Error> {
     if args.data.train_data.is_empty() {
         return Err(missing("--train-data"));
     }

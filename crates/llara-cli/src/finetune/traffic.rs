@@ -77,6 +77,8 @@ impl Observer for CountingObserver<'_> {
     }
 
     fn on_evaluate(&mut self, event: &EvalEvent<'_>) -> Result<()> {
+        // Those of the evaluation are not of a step.
+        self.before = self.processes.bytes_sent();
         self.inner.on_evaluate(event)
     }
 

@@ -46,7 +46,7 @@ pub(super) fn run(args: &PlanArgs) -> anyhow::Result<()> {
 
 fn plan(args: &finetune::Args, network: &NetworkArgs, backend: impl Backend) -> anyhow::Result<()> {
     let prepared = Prepared::new(args, Purpose::Plan, backend, &Processes::one())?;
-    let forecast = Forecast::new(args, &prepared)?;
+    let forecast = Forecast::new(args, &prepared, network.processes as usize)?;
     let prompts = &prepared.outline.prompts;
     let lengths = prepared.lengths(TEXTS)?;
 

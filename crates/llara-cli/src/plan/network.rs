@@ -47,10 +47,8 @@ pub(super) struct NetworkPlan {
     processes: usize,
     /// Moments of the parameters that the process owns.
     optimizer: u64,
-    /// Embeddings of the passages of all processes, their gradients, and scores.
-    gathered: u64,
-    /// Gradients on their way.
-    buffers: u64,
+    /// Gradients on their way, and passages of other processes with their gradients and scores.
+    communication: u64,
     /// Peak memory of a step.
     peak: u64,
     /// Bytes sent in a step.
@@ -81,7 +79,7 @@ impl NetworkPlan {
             processes,
             config.group_size,
         );
-        let (dimension, passages) = (prepared.outline.decoder.hidden_size, rows.passages());
+        let dimension = prepared.outline.decoder.hidden_size;
         let traffic = StepTraffic {
             layout: FlatLayout::new([elements], processes, bucket_elements(processes)),
             rows,
@@ -91,38 +89,24 @@ impl NetworkPlan {
             loss_terms: 0,
             counts: 0,
         };
-        let optimizer = match config.shard_optimizer {
-            true => 2 * F32 * traffic.layout.owned_elements(0) as u64,
-            false => training.optimizer,
-        };
-        // Of the other processes; those of this one are in the plan for one process. The gradients are there twice
-        // while blocks of queries are added.
-        let others = (passages.iter().sum::<usize>() - passages[0]) as u64;
-        let scores = (config.batch_size as u64 * others).min(1 << 24);
-        let gathered = match negatives_cross_device {
-            true => F32 * (3 * others * dimension as u64 + 2 * scores),
-            false => 0,
-        };
-        let buffers = 2 * training.gradients;
         let sent = traffic.bytes_sent(0);
         let seconds = args.network.map(|speed| sent as f64 / speed);
         let share =
             seconds.zip(args.step_seconds).map(|(sending, step)| sending / (sending + step));
-        let peak = training.total() - training.optimizer + optimizer + gathered + buffers;
-        Some(NetworkPlan { processes, optimizer, gathered, buffers, peak, sent, seconds, share })
+        let (optimizer, communication) = (training.optimizer, training.communication);
+        let peak = training.total();
+        Some(NetworkPlan { processes, optimizer, communication, peak, sent, seconds, share })
     }
 
     /// The plan in a few lines.
     pub(super) fn lines(&self) -> Vec<String> {
         let mut lines = vec![
             format!(
-                "processes {}: peak {} each while training; moments {}, embeddings of others and scores {}, \
-                 gradients on their way at most {}",
+                "processes {}: peak {} each while training, of it moments {}, communication {}",
                 self.processes,
                 bytes(self.peak),
                 bytes(self.optimizer),
-                bytes(self.gathered),
-                bytes(self.buffers)
+                bytes(self.communication)
             ),
             format!("network   {} sent per step by each process", bytes(self.sent)),
         ];
@@ -141,8 +125,7 @@ impl NetworkPlan {
             "processes": self.processes,
             "peak_bytes": self.peak,
             "optimizer_bytes": self.optimizer,
-            "gathered_bytes": self.gathered,
-            "buffer_bytes": self.buffers,
+            "communication_bytes": self.communication,
             "bytes_sent_per_step": self.sent,
             "communication_seconds": self.seconds,
             "communication_share": self.share,

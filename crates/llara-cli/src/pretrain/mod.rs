@@ -15,8 +15,8 @@ use llara::{Result, hub};
 
 use crate::compute::on_device;
 use crate::finetune::{
-    Forecast, MaxLen, Run, adapter_setting, announce_processes, common_settings, missing,
-    smallest_chunking,
+    Forecast, MaxLen, Run, adapter_setting, announce_processes, common_settings, group_shape,
+    missing, smallest_chunking,
 };
 use crate::processes::Processes;
 use crate::report::{Lengths, ReportFacts};
@@ -118,6 +118,7 @@ fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast>
         options: args.model_options(&prepared.recipe),
         evaluation,
         task: PlannedTask::Pretraining,
+        group: group_shape(config, prepared.ranks, false),
         memory: prepared.backend.memory(),
         process_bytes: 0,
     };

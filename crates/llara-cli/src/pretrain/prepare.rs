@@ -82,6 +82,8 @@ impl<B: Backend> Prepared<B> {
         let (lock, checkpoint) = claim_by_first(&args.output, &output_dir, processes)?;
         let dtype = (&args.training, &args.precision);
         let precision = precision_of_first(dtype, checkpoint.as_ref(), &backend, processes)?;
+        let cache = args.model.cache_dir.as_deref();
+        trained_model::download_once(&checked.model_name, cache, "--from-peft", processes)?;
         let claimed = Claimed { output_dir, lock, checkpoint, precision };
         processes.agree(Self::read(args, backend, checked, claimed, processes))
     }

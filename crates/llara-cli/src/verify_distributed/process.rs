@@ -70,7 +70,7 @@ fn train<B: Backend>(
     processes: &Processes,
 ) -> anyhow::Result<()> {
     let mut prepared = Prepared::new(args, Purpose::Compare, backend, processes)?;
-    let chunking = processes.agree(chunking(args, &prepared))?;
+    let chunking = processes.agree(chunking(args, &prepared, processes.size()))?;
     prepared.config.chunking = finetune::smallest_chunking(chunking, processes)?;
     prepared.config.length = RunLength::Steps(steps);
     prepared.config.saving = Saving { every: None, keep: None, ..Saving::default() };
@@ -95,8 +95,9 @@ fn train<B: Backend>(
 fn chunking(
     args: &finetune::Args,
     prepared: &Prepared<impl Backend>,
+    processes: usize,
 ) -> anyhow::Result<llara::train::Chunking> {
-    let forecast = Forecast::new(args, prepared)?;
+    let forecast = Forecast::new(args, prepared, processes)?;
     forecast.refuse_if_too_large()?;
     Ok(forecast.plan.chunks.chunking)
 }

@@ -69,6 +69,14 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
     /// # Errors
     /// The device fails, or the maximum length leaves no token for the text.
     pub fn origin(&self, role: Role, texts: &TextFile) -> Result<Origin> {
+        Ok(self.model_origin(role)?.with_fingerprint("input", texts.fingerprint()))
+    }
+
+    /// The inputs that determine the embeddings of any texts: model, kernels and settings. Reads all weights once.
+    ///
+    /// # Errors
+    /// As for [`origin`](TextEmbedder::origin).
+    pub fn model_origin(&self, role: Role) -> Result<Origin> {
         let (instruction, max_len) = self.instruction_and_length(role);
         let prompts = self.model.prompts();
         let (template, affixes) = (prompts.template(), prompts.template().affixes(role));
@@ -97,8 +105,7 @@ impl<'m, B: Backend> TextEmbedder<'m, B> {
             .with("batch_tokens", self.batch_tokens)
             .with_fingerprint("tokenizer", &tokenizer)
             .with_fingerprint("weights", &weights)
-            .with_fingerprint("probe", &probe)
-            .with_fingerprint("input", texts.fingerprint()))
+            .with_fingerprint("probe", &probe))
     }
 
     fn instruction_and_length(&self, role: Role) -> (&str, usize) {

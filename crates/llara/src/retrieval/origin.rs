@@ -33,6 +33,26 @@ impl Origin {
         self
     }
 
+    /// Adds the hash of texts.
+    #[must_use]
+    pub fn with_texts<'t>(self, name: &str, texts: impl Iterator<Item = &'t str>) -> Self {
+        let mut fingerprint = Fingerprint::new();
+        for text in texts {
+            fingerprint.add(text.as_bytes());
+            fingerprint.add(b"\0");
+        }
+        self.with_fingerprint(name, &fingerprint)
+    }
+
+    /// A hash of all values, for comparing processes.
+    pub fn hash(&self) -> u64 {
+        let mut fingerprint = Fingerprint::new();
+        for (name, value) in &self.0 {
+            fingerprint.add(format!("{name}={value}\n").as_bytes());
+        }
+        fingerprint.short()
+    }
+
     /// Adds the hash of data that is too large to be stored.
     pub(super) fn with_fingerprint(self, name: &str, fingerprint: &Fingerprint) -> Self {
         self.with(name, fingerprint.to_string())

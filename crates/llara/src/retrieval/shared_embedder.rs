@@ -20,7 +20,8 @@ pub struct SharedEmbedder<'e, 'm, B: Backend> {
     pub collective: &'e dyn Collective<B>,
     /// Whether this process was told to stop, which makes `inner` fail. Set to whether any was.
     pub stopped: &'e Cell<bool>,
-    /// Number of texts that were embedded by all processes; `inner` adds its own.
+    /// Number of texts that were embedded by all processes. `inner` adds those of this process while a block is embedded;
+    /// after the block it is set to the number of all.
     pub done: &'e Cell<usize>,
 }
 

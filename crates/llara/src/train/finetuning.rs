@@ -74,7 +74,8 @@ impl<B: Backend> Task<B> for Finetuning<'_, B> {
     }
 
     fn settings(&self, model: &BiEncoderModel<B>) -> Map<String, Value> {
-        finetuning_settings(model.options(), self.batches.config, self.batches.dataset)
+        let BatchSource { config, dataset, rank: (_, ranks), .. } = self.batches;
+        finetuning_settings(model.options(), config, dataset, ranks)
     }
 
     fn input(&self, step: u64) -> Result<StepInput> {

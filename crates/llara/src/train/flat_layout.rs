@@ -6,7 +6,7 @@ use crate::backend::{Backend, Shape};
 use crate::dist::Bucket;
 use crate::model::Decoder;
 
-/// The least elements of a bucket: 25 MB of f32, as in PyTorch's DistributedDataParallel.
+/// Elements of a bucket with few ranks: 25 MB of f32, as in PyTorch's DistributedDataParallel.
 const LEAST_ELEMENTS: usize = 25 * (1 << 20) / 4;
 /// The least elements of a rank's share of a bucket: 256 KiB of f32. Smaller messages take longer than their bytes.
 const LEAST_SHARE: usize = 1 << 16;

@@ -81,10 +81,17 @@ impl<B: Backend> GradientsReady<B> for GradientReduction<'_, B> {
                 })?;
             }
         }
-        // In the order of the buckets, which is the same on every rank.
-        for open in self.buckets.iter_mut().filter(|open| open.missing == 0 && !open.started) {
-            open.sum.start()?;
-            open.started = true;
+        // Strictly in the order of the buckets: the ranks must start the same sums one after the other, and a rank without
+        // rows completes all gradients at once.
+        for open in &mut self.buckets {
+            match (open.started, open.missing) {
+                (true, _) => {}
+                (false, 0) => {
+                    open.sum.start()?;
+                    open.started = true;
+                }
+                (false, _) => break,
+            }
         }
         Ok(())
     }

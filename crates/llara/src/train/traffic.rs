@@ -32,7 +32,7 @@ impl StepTraffic {
     ///
     /// With `W` ranks, `N` trainable parameters and `b` rows of `G` passages each per rank, that is about
     /// `8·N·(W − 1)/W` for the gradients and the weights, and `8·(W − 1)·b·G·d` for the embeddings of passages and
-    /// their gradients. With two ranks or more, neither depends much on `W` except the second one.
+    /// their gradients.
     pub fn bytes_sent(&self, rank: usize) -> u64 {
         let others = self.layout.ranks() - 1;
         let to_each = |bytes: usize| (others * message_bytes(bytes)) as u64;

@@ -1,13 +1,13 @@
 //! The loop.
 
+mod group;
+mod saving;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::checkpoint::{
-    BackgroundSave, Checkpoint, Finished, Identity, RunProgress, Saved, checkpoint_name,
-    remove_surplus, write,
-};
+use super::checkpoint::{BackgroundSave, Checkpoint, Identity, RunProgress, remove_surplus};
 use super::config::TrainConfig;
 use super::evaluation::{EvalHistory, EvalState, Evaluation, evaluate};
 use super::finetuning::Finetuning;
@@ -18,12 +18,13 @@ use super::state::TrainState;
 use super::task::{Task, TaskInput};
 use super::traffic::StepTraffic;
 use crate::backend::Backend;
-use crate::biencoder::{BiEncoderModel, RunFacts};
+use crate::biencoder::BiEncoderModel;
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::dist::{Collective, Solo};
 use crate::loss::RowsPerRank;
 use crate::model::Parameter;
 use crate::{Error, ErrorKind, Result};
+use group::{agree_on, check_same, hash};
 
 /// Trains one model for one [`Task`].
 pub struct Trainer<'r, B: Backend, T: Task<B> = Finetuning<'r, B>> {
@@ -132,20 +133,18 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         collective: Arc<dyn Collective<B>>,
         checkpoint: Option<&Checkpoint>,
     ) -> Result<(Self, Vec<String>)> {
-        let total_steps = config.length.steps(task.steps_per_epoch())?;
-        let schedule =
-            Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;
-        if config.logging_steps == 0 || config.saving.every == Some(0) {
-            return Err(Error::new(
-                ErrorKind::Argument,
-                "logging and saving need a positive interval",
-            )
-            .expected("1 step or more")
-            .got(0));
-        }
         let rank = (collective.rank(), collective.size());
-        let identity = Identity::of(model, &task, config, (total_steps, collective.size()))?;
-        check_same(&identity, collective.as_ref())?;
+        let settle = |model: &BiEncoderModel<B>| {
+            let total_steps = config.length.steps(task.steps_per_epoch())?;
+            let schedule =
+                Schedule::new(config.learning_rate, config.decay, config.warmup, total_steps)?;
+            check_intervals(config)?;
+            let identity = Identity::of(model, &task, config, (total_steps, rank.1))?;
+            Ok((total_steps, schedule, identity))
+        };
+        let settled = agree_on(settle(model), collective.as_ref())?;
+        let (total_steps, schedule, identity) = settled;
+        check_same(identity.hash(), "settings, data or another model", collective.as_ref())?;
         model.set_run_facts(identity.facts());
         let mut notes = Vec::new();
         if let Some(checkpoint) = checkpoint {
@@ -214,18 +213,6 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         self.evaluation.history()
     }
 
-    /// The folder that the checkpoint of the best evaluated step has, if it was saved.
-    pub fn best_checkpoint(&self) -> Option<PathBuf> {
-        let best = self.evaluation.best_step()?;
-        let folder = match &self.resumed_from {
-            // The best one of a resumed run is beside the checkpoint that the run continues from, or is that.
-            Some(folder) if best == self.summary.steps => return Some(folder.clone()),
-            Some(folder) if best < self.summary.steps => folder.parent()?,
-            _ => &self.config.output_dir,
-        };
-        Some(folder.join(checkpoint_name(best)))
-    }
-
     /// The state between two steps.
     pub fn state(&mut self) -> &mut TrainState<B> {
         &mut self.state
@@ -289,6 +276,9 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
     /// weight, and nothing is saved after it), when the data changed under the run, when an evaluation fails
     /// (a checkpoint is saved then), or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
+        let events = (self.config.saving, self.evaluation.evaluation().map(Evaluation::settings));
+        let events = hash(&format!("{events:?}"));
+        check_same(events, "settings of saving or evaluation", self.collective.as_ref())?;
         let summary = self.run_steps(observer);
         let saved = self.wait_for_checkpoint(observer);
         let summary = summary?;
@@ -396,7 +386,7 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
                 Ok(None) => stopped = true,
                 Err(error) => {
                     if step > 0 {
-                        self.save(step, summary, observer)?;
+                        self.save_after_error(step, summary, observer)?;
                     }
                     return Err(error);
                 }
@@ -438,12 +428,13 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         )?;
         let Some((evaluated, reports)) = found else { return Ok(None) };
         let (is_kept, history) = self.evaluation.add(evaluation, evaluated.clone());
-        observer.on_evaluate(&EvalEvent {
+        let told = observer.on_evaluate(&EvalEvent {
             evaluated: &evaluated,
             reports: &reports,
             history,
             total_steps: self.total_steps,
-        })?;
+        });
+        self.collective.agree(told)?;
         Ok(Some(is_kept))
     }
 
@@ -454,14 +445,7 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
 
     /// The input of a step, if all processes have theirs and no checkpoint failed in the background.
     fn agreed(&mut self, input: Result<T::Input>) -> Result<T::Input> {
-        match self.take_save_status().and(input) {
-            Ok(input) => self.collective.agree(Ok(())).map(|()| input),
-            Err(error) => {
-                let kind = error.kind();
-                self.collective.agree(Err(error))?;
-                Err(Error::new(kind, "the input of a step failed"))
-            }
-        }
+        agree_on(self.take_save_status().and(input), self.collective.as_ref())
     }
 
     /// Asks the device for gradients and update of a step, counted from 0.
@@ -528,7 +512,9 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         let losses: Vec<f32> = totals[2..].iter().map(|&loss| loss as f32).collect();
         let (loss, terms) = (losses[0], LossTerms::new(T::TERMS, &losses[1..]));
         if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(self.diverged(step.record.step - 1, &step.rows, loss, grad_norm));
+            // On every process: loss and norm are those of the global batch.
+            let error = self.diverged(step.record.step - 1, &step.rows, loss, grad_norm);
+            return agree_on(Err(error), self.collective.as_ref());
         }
         let elapsed = std::mem::replace(start, Instant::now()).elapsed();
         let record = StepRecord { loss, terms, grad_norm, tokens, elapsed, ..step.record };
@@ -546,85 +532,13 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
             .got(format!("loss {loss}, gradient norm {grad_norm}, on rows {}", rows.join(", ")))
             .hint("lower the learning rate, lengthen the warm-up, or raise the temperature")
     }
-
-    /// Sets what the model card says of the progress.
-    fn set_progress(&mut self, summary: &Summary) {
-        let (steps, loss) = (Some(summary.steps), Some(summary.loss));
-        let facts = RunFacts { steps, loss, ..self.identity.facts() };
-        self.model.set_run_facts(facts);
-    }
-
-    /// Writes a checkpoint of the run after `step` steps, and starts finishing it in the background.
-    fn save(&mut self, step: u64, summary: &Summary, observer: &mut dyn Observer) -> Result<()> {
-        let earlier = self.wait_for_checkpoint(observer);
-        self.collective.agree(earlier)?;
-        self.set_progress(summary);
-        let progress = RunProgress {
-            step,
-            epoch: self.epoch(step),
-            loss: summary.loss,
-            tokens: summary.tokens,
-            elapsed: summary.elapsed,
-        };
-        let saved = Saved {
-            model: self.model,
-            state: &self.state,
-            config: self.config,
-            identity: &self.identity,
-            progress,
-            evaluation: self.evaluation.history(),
-        };
-        if let Some(unfinished) = write(&saved, self.collective.as_ref())? {
-            self.unfinished.start(unfinished);
-        }
-        Ok(())
-    }
-
-    /// Waits for the checkpoint that is being finished, and reports it.
-    ///
-    /// # Errors
-    /// It could not be finished, or an earlier one failed since the last agreement.
-    fn wait_for_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        let last = self.finish_checkpoint(observer);
-        self.take_save_status().and(last)
-    }
-
-    /// What is to be agreed about checkpoints that ended in the background.
-    fn take_save_status(&mut self) -> Result<()> {
-        std::mem::replace(&mut self.save_status, Ok(()))
-    }
-
-    /// Waits for the checkpoint that is being finished, and reports it.
-    ///
-    /// # Errors
-    /// It could not be finished.
-    fn finish_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        match self.unfinished.wait()? {
-            Some(Finished { folder, removal }) => {
-                observer.on_save(&folder)?;
-                removal.or_else(|error| observer.on_save_failed(error))
-            }
-            None => Ok(()),
-        }
-    }
 }
 
-/// Checks that all processes have the same settings, data and model.
-///
-/// # Errors
-/// The first rank that differs from rank 0, on every rank.
-fn check_same<B: Backend>(identity: &Identity, collective: &dyn Collective<B>) -> Result<()> {
-    let hashes = collective.all_gather_words(&[identity.hash()])?;
-    match hashes.iter().position(|hash| *hash != hashes[0]) {
-        None => Ok(()),
-        Some(rank) => Err(Error::new(
-            ErrorKind::Distributed,
-            format!("rank {rank} has other settings, data or another model than rank 0"),
-        )
-        .expected("the same options, training data, model and kernels in every process")
-        .hint(
-            "start all processes with one command line; on several hosts, compare the files and the \
-             processors (LLARA_CPU selects the kernels)",
-        )),
+fn check_intervals(config: &TrainConfig) -> Result<()> {
+    if config.logging_steps > 0 && config.saving.every != Some(0) {
+        return Ok(());
     }
+    Err(Error::new(ErrorKind::Argument, "logging and saving need a positive interval")
+        .expected("1 step or more")
+        .got(0))
 }

@@ -18,13 +18,15 @@ use crate::{Error, ErrorKind, Result};
 const BUSY_POLLS: u32 = 100;
 /// Time between two polls.
 const PAUSE: Duration = Duration::from_micros(100);
+/// Time between two polls while there is no operation, for notices of other ranks.
+const IDLE_PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) enum Command {
     Exchange(Exchange, Sender<Received>),
-    /// Tells all other ranks that this one has failed, and why.
-    Fail(String),
-    /// Asks what the operation that has been in progress for the longest time waits for.
-    Describe(Sender<String>),
+    /// Tells all other ranks that this one has failed, why, and in which step.
+    Fail(String, u64),
+    /// Asks what the operation that has been in progress for the longest time waits for, or why all have failed.
+    Describe(Sender<Option<String>>),
     /// Shuts MPI down and ends the thread.
     Finish(Sender<Result<()>>),
     /// Ends all processes with this exit code.
@@ -35,6 +37,7 @@ pub(super) enum Command {
 struct Failure {
     expected: String,
     got: String,
+    hint: Option<String>,
 }
 
 pub(super) struct Engine {
@@ -86,7 +89,7 @@ impl Engine {
                     self.start(exchange, reply);
                     idle = 0;
                 }
-                Ok(Some(Command::Fail(why))) => self.send_notices(&why),
+                Ok(Some(Command::Fail(why, step))) => self.send_notices(&why, step),
                 Ok(Some(Command::Describe(reply))) => drop(reply.send(self.describe())),
                 Ok(Some(Command::Abort(code))) => self.communicator.abort(code),
                 Ok(Some(Command::Finish(reply))) => {
@@ -100,10 +103,14 @@ impl Engine {
         }
     }
 
-    /// The next command, if there is one. Waits for it if there is nothing else to do.
+    /// The next command, if there is one. Waits for it for a time if there is nothing else to do.
     fn next_command(&self, idle: u32) -> Result<Option<Command>, ()> {
         if self.active.is_empty() && self.notices.is_empty() {
-            return self.commands.recv().map(Some).map_err(drop);
+            return match self.commands.recv_timeout(IDLE_PAUSE) {
+                Ok(command) => Ok(Some(command)),
+                Err(RecvTimeoutError::Timeout) => Ok(None),
+                Err(RecvTimeoutError::Disconnected) => Err(()),
+            };
         }
         if idle < BUSY_POLLS {
             std::thread::yield_now();
@@ -169,17 +176,20 @@ impl Engine {
 
     /// Whether another rank has sent a notice of its failure.
     fn read_notice(&mut self) -> Result<()> {
-        let Some(notice) = &mut self.notice else { return Ok(()) };
-        if !self.communicator.test(notice)? {
+        // Taken first, so that an error is reported once.
+        let Some(mut notice) = self.notice.take() else { return Ok(()) };
+        if !self.communicator.test(&mut notice)? {
+            self.notice = Some(notice);
             return Ok(());
         }
-        let Some(message) = self.notice.take().map(Request::into_received) else { return Ok(()) };
+        let message = notice.into_received();
         let (header, text) = Header::parse(&message)?;
         let why = String::from_utf8_lossy(text.unwrap_or_default()).into_owned();
         let Header { rank, step, .. } = header;
         self.end(Failure {
             expected: "no failure of another rank".into(),
             got: format!("rank {rank} failed in {}: {why}", step_name(step)),
+            hint: None,
         });
         Ok(())
     }
@@ -191,10 +201,11 @@ impl Engine {
             Some(got) => format!("{}: {got}", parts.what),
             None => parts.what.clone(),
         };
-        self.send_notices(&why);
+        self.send_notices(&why, self.active.first().map_or(0, |active| active.step));
         self.end(Failure {
             expected: parts.expected.unwrap_or("no failure").to_owned(),
             got: parts.got.map_or(parts.what.clone(), str::to_owned),
+            hint: parts.hint.map(str::to_owned),
         });
     }
 
@@ -208,7 +219,7 @@ impl Engine {
         self.failure.get_or_insert(failure);
     }
 
-    fn send_notices(&mut self, why: &str) {
+    fn send_notices(&mut self, why: &str, step: u64) {
         let mut end = why.len().min(Header::INLINE);
         while !why.is_char_boundary(end) {
             end -= 1;
@@ -218,7 +229,7 @@ impl Engine {
             rank: rank as u32,
             operation: Operation::Failure,
             number: self.number,
-            step: self.active.first().map_or(0, |active| active.step),
+            step,
             length: end as u64,
         };
         let message = Arc::new(header.message(&why.as_bytes()[..end]));
@@ -229,15 +240,15 @@ impl Engine {
         }
     }
 
-    fn describe(&self) -> String {
+    /// `None`: there is no operation.
+    fn describe(&self) -> Option<String> {
         match (self.active.first(), &self.failure) {
             (Some(active), _) => {
                 let name = active.operation.name();
                 let step = step_name(active.step);
-                format!("{name} of {step} waits for {}", ranks(&active.missing()))
+                Some(format!("{name} of {step} waits for {}", ranks(&active.missing())))
             }
-            (None, Some(failure)) => failure.got.clone(),
-            (None, None) => "no operation of the group is in progress".to_owned(),
+            (None, failure) => failure.as_ref().map(|failure| failure.got.clone()),
         }
     }
 
@@ -257,6 +268,11 @@ impl Engine {
 impl Failure {
     fn error(&self, operation: Operation, step: u64, communicator: &Communicator) -> Error {
         let what = not_completed(operation, step, communicator.rank());
-        Error::new(ErrorKind::Distributed, what).expected(&self.expected).got(&self.got)
+        let error =
+            Error::new(ErrorKind::Distributed, what).expected(&self.expected).got(&self.got);
+        match &self.hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
     }
 }

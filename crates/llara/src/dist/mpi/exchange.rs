@@ -15,7 +15,7 @@ pub(super) const FAILURE_TAG: u16 = 0;
 /// Operations with different tags; more are never in progress. Every MPI library has tags up to 32,767.
 const TAGS: u64 = 16_000;
 /// The most data of a message whose length its receiver does not know.
-const MAX_UNKNOWN_BYTES: u64 = 1 << 36;
+const MAX_UNKNOWN_BYTES: u64 = 1 << 32;
 
 /// A range of bytes that is sent to a rank.
 #[derive(Clone)]
@@ -244,6 +244,11 @@ impl Active {
         communicator: &Communicator,
     ) -> Result<()> {
         let rank = communicator.rank();
+        if header.rank as usize != from {
+            return Err(Error::new(ErrorKind::Distributed, "a message has the rank of another")
+                .expected(from)
+                .got(header.rank));
+        }
         if (header.operation, header.number) != (self.operation, self.number) {
             let name =
                 |operation: Operation, step| format!("{} of {}", operation.name(), step_name(step));

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::engine::{Command, Engine};
-use super::exchange::{Exchange, Incoming, Outcome, Part, Received};
+use super::exchange::{Exchange, Incoming, Outcome, Part, Received, step_name};
 use super::launch::Launch;
 use super::library::Communicator;
 use super::message::Operation;
@@ -125,10 +125,10 @@ impl MpiWorld {
     pub fn describe(&self) -> String {
         let (reply, answer) = channel();
         let asked = self.commands.send(Command::Describe(reply)).ok();
-        let answer = asked.and_then(|()| answer.recv_timeout(Duration::from_millis(200)).ok());
+        let answer = asked.and_then(|()| answer.recv_timeout(Duration::from_millis(200)).ok()?);
         let step = self.step.load(Ordering::Relaxed);
-        let text = answer.unwrap_or_else(|| "no operation of the group is in progress".to_owned());
-        format!("rank {} in step {step}: {text}", self.rank)
+        let none = || format!("in {}, no operation of the group is in progress", step_name(step));
+        format!("rank {}: {}", self.rank, answer.unwrap_or_else(none))
     }
 
     /// Starts an operation.
@@ -227,6 +227,8 @@ impl MpiWorld {
     /// # Errors
     /// See [`Collective::agree`](crate::dist::Collective::agree).
     pub fn agree(&self, status: Result<()>) -> Result<()> {
+        self.agreed_on_error.store(false, Ordering::SeqCst);
+        self.reported_elsewhere.store(false, Ordering::SeqCst);
         let own = match &status {
             Ok(()) => Vec::new(),
             Err(error) => {
@@ -302,7 +304,8 @@ impl MpiWorld {
         let end = Instant::now() + GRACE;
         // After a failed operation the thread has sent the notice.
         if !self.has_failed.load(Ordering::SeqCst) {
-            let _ = self.commands.send(Command::Fail(why.to_owned()));
+            let step = self.step.load(Ordering::SeqCst);
+            let _ = self.commands.send(Command::Fail(why.to_owned(), step));
         }
         std::thread::sleep(end.saturating_duration_since(Instant::now()));
         if self.commands.send(Command::Abort(exit_code)).is_ok() {

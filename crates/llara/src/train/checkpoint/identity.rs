@@ -293,11 +293,20 @@ pub(in crate::train) fn finetuning_settings(
     options: &BiEncoderOptions,
     config: &TrainConfig,
     dataset: &Dataset,
+    processes: usize,
 ) -> Map<String, Value> {
+    let across = options.negatives_cross_device;
+    // The rows whose passages are the negatives of a query: with another number of processes, other ones than before
+    // are another loss, but one process with all rows has those of several with negatives across them.
+    let negatives = match config.objective.in_batch_negatives {
+        true if across => config.batch_size * processes,
+        true => config.batch_size,
+        false => 1,
+    };
     let mut settings = object(json!({
         "normalized": options.normalized,
         "temperature": decimal(options.effective_temperature()),
-        "negatives-cross-device": options.negatives_cross_device,
+        "negatives-of-rows": negatives,
         "dedup-sequences": options.shortcuts.dedup_sequences,
         "train-group-size": config.group_size,
         "query-max-len": config.query_max_len,
@@ -306,6 +315,9 @@ pub(in crate::train) fn finetuning_settings(
         "passage-instruction": config.passage_instruction,
     }));
     settings.extend(objective_settings(&config.objective));
+    if config.objective.reference_gradient_scale && across {
+        settings.insert("reference-gradient-scale".to_owned(), processes.into());
+    }
     settings.extend(data_settings(&config.batching, dataset));
     settings
 }
@@ -336,7 +348,7 @@ fn objective_settings(objective: &ObjectiveOptions) -> impl Iterator<Item = (Str
         symmetric,
         matryoshka,
         distillation,
-        reference_gradient_scale,
+        reference_gradient_scale: _, // with the number of processes, by the caller
     } = objective;
     let prefix = |&MatryoshkaPrefix { dimension, weight }: &MatryoshkaPrefix| json!({ "dimension": dimension, "weight": decimal(weight) });
     let distill = |&Distillation { kind, weight, temperature }: &Distillation| {
@@ -356,7 +368,6 @@ fn objective_settings(objective: &ObjectiveOptions) -> impl Iterator<Item = (Str
             (!matryoshka.is_empty()).then(|| matryoshka.iter().map(prefix).collect()),
         ),
         ("distill", distillation.as_ref().map(distill)),
-        ("reference-gradient-scale", reference_gradient_scale.then_some(json!(true))),
     ];
     settings.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)))
 }

@@ -92,6 +92,13 @@ impl Evaluation {
         }
     }
 
+    /// Everything that decides when an evaluation takes place and what follows, for comparing processes.
+    pub(in crate::train) fn settings(&self) -> impl std::fmt::Debug + use<> {
+        let sets: Vec<_> = self.sets.iter().map(|set| (set.name.clone(), set.texts())).collect();
+        let Evaluation { every, on_start, metric, save_best, early_stopping, .. } = self;
+        (sets, *every, *on_start, metric.clone(), *save_best, *early_stopping)
+    }
+
     /// Whether a model is evaluated after `step` of `total` steps; 0 is before the first one.
     pub fn is_due(&self, step: u64, total: u64) -> bool {
         match step {

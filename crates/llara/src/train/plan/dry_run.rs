@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::batch::LargestBatch;
 use super::evaluation::EvaluationShape;
+use super::group::GroupShape;
 use super::work::needed_flops;
 use super::{Chunks, Parts, Plan, Work};
 use crate::Result;
@@ -42,6 +43,8 @@ pub struct RunShape {
     pub evaluation: Option<EvaluationShape>,
     /// What is trained for.
     pub task: PlannedTask,
+    /// The processes, if there are several.
+    pub group: Option<GroupShape>,
     /// How the device of the run allocates memory.
     pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
@@ -164,13 +167,16 @@ impl DryRun {
         let fixed = self.weights + self.gradients + self.moments;
         let lengths: Vec<usize> = encoded.sequences().map(<[u32]>::len).collect();
         let pooled = self.shape.prompts.template().pooled_tokens;
+        let (group, dimension) = (self.shape.group, self.shape.decoder.hidden_size);
+        let (gradients, moments) = (self.gradients as u64, self.moments as u64);
         Ok(Plan {
             training: Parts {
                 weights: self.weights as u64,
-                gradients: self.gradients as u64,
-                optimizer: self.moments as u64,
+                gradients,
+                optimizer: group.map_or(moments, |group| group.optimizer(moments)),
                 activations: counted.peak.saturating_sub(fixed) as u64,
                 workspace,
+                communication: group.map_or(0, |group| group.communication(gradients, dimension)),
                 process,
             },
             loading_bytes: process + self.loading as u64 + host,

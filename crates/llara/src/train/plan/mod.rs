@@ -10,6 +10,7 @@ mod budget;
 mod choose;
 mod dry_run;
 mod evaluation;
+mod group;
 mod lengths;
 mod machine;
 mod work;
@@ -21,6 +22,7 @@ pub use budget::MemoryBudget;
 pub use choose::ChunkPolicy;
 pub use dry_run::{DryRun, PlannedTask, RunShape};
 pub use evaluation::EvaluationShape;
+pub use group::GroupShape;
 pub use lengths::TextLengths;
 pub use machine::MachineMemory;
 
@@ -56,19 +58,22 @@ pub struct Parts {
     pub activations: u64,
     /// Temporary memory of kernels.
     pub workspace: u64,
+    /// Gradients on their way between processes, and embeddings of other processes.
+    pub communication: u64,
     /// The program, the tokenizer and the index of the data.
     pub process: u64,
 }
 
 impl Parts {
     /// The categories with their names.
-    pub fn named(&self) -> [(&'static str, u64); 6] {
+    pub fn named(&self) -> [(&'static str, u64); 7] {
         [
             ("weights", self.weights),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("activations", self.activations),
             ("workspace", self.workspace),
+            ("communication", self.communication),
             ("process", self.process),
         ]
     }
