@@ -215,8 +215,16 @@ fn a_process_of_a_group() {
         "failed" => {
             world.set_step(9);
             match launch.rank {
-                1 => world.abort("the disk is full", 3),
-                _ => {
+                1 => {
+                    // The others may not have left the first barrier yet.
+                    let is_ready = |rank: usize| folder.join(format!("ready-{rank}")).exists();
+                    while !(is_ready(0) && is_ready(2)) {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    world.abort("the disk is full", 3);
+                }
+                rank => {
+                    fs::write(folder.join(format!("ready-{rank}")), "").unwrap();
                     let error = group.barrier().unwrap_err();
                     write(&error.to_string());
                     world.abort("another rank has failed", 3);
