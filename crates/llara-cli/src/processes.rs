@@ -1,10 +1,11 @@
 //! The processes of a run that `mpirun` or `srun` started: choices and errors that all of them share, and the end of
 //! all of them.
 
-use std::fmt;
+use std::path::Path;
 use std::process::exit;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use std::{fmt, fs};
 
 use llara::backend::{Backend, Dtype};
 use llara::dist::{Collective, Launch, MpiRank, MpiWorld, Placement, Solo};
@@ -15,6 +16,9 @@ use super::talk;
 
 /// The exit code of all processes when one of them has failed alone.
 const FAILURE: u8 = 1;
+
+/// The file by which processes find out whether they share a folder.
+const SHARED_FILE: &str = ".llara.shared";
 
 /// This process, and those that were started with it.
 pub(super) struct Processes {
@@ -82,7 +86,12 @@ impl Processes {
     pub(super) fn start(timeout: Duration) -> Result<Self> {
         let Some(launch) = Launch::from_environment()? else { return Ok(Self::one()) };
         talk::set_rank(launch.rank);
-        let world = MpiWorld::start(&launch, timeout)?;
+        let world = MpiWorld::start(&launch, timeout).inspect_err(|error| {
+            if MpiWorld::is_initializing() {
+                talk::report(&format!("error: {error}"));
+                std::process::abort();
+            }
+        })?;
         let placement = world.placement()?;
         let described = Arc::clone(&world);
         interrupt::describe_with(move || described.describe());
@@ -161,6 +170,33 @@ impl Processes {
             .hint("start all processes with one command line; on several hosts, compare the files")
             .into())),
         }
+    }
+
+    /// Checks that all processes see the folder of the first one.
+    pub(super) fn check_shared(&self, folder: &Path) -> anyhow::Result<()> {
+        if self.size() == 1 {
+            return Ok(());
+        }
+        let path = folder.join(SHARED_FILE);
+        let io = |act, e| Error::io(act, &path, e);
+        let own = format!("{} {:?}", std::process::id(), SystemTime::now());
+        let written = self.first(|| Ok(fs::write(&path, &own).map_err(|e| io("write", e))?));
+        let expected = written.and_then(|_| Ok(self.choose(own)?))?;
+        let read = fs::read_to_string(&path);
+        let checked = match read {
+            Ok(found) if found == expected => Ok(()),
+            _ => Err(Error::new(ErrorKind::Distributed, "this process has another output folder")
+                .file(folder)
+                .expected("the folder of the first process, on a file system that all hosts share")
+                .hint("give all processes the same --output-dir; the current folder counts, too")
+                .into()),
+        };
+        let checked = self.agree(checked);
+        if self.is_first() {
+            // The error of the check is more important.
+            let _ = fs::remove_file(&path);
+        }
+        checked
     }
 
     /// The choice of the first process, on every process.

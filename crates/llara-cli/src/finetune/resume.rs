@@ -22,6 +22,7 @@ pub(crate) fn claim_by_first(
     processes: &Processes,
 ) -> anyhow::Result<(Option<FolderLock>, Option<Checkpoint>)> {
     let claimed = processes.first(|| Ok(claim(output, output_dir)?))?;
+    processes.check_shared(output_dir)?;
     let (lock, checkpoint) = claimed.map_or((None, None), |(lock, found)| (Some(lock), found));
     let folder = checkpoint.as_ref().map(|checkpoint| checkpoint.dir().display().to_string());
     let folder = processes.choose(folder.unwrap_or_default())?;

@@ -95,7 +95,8 @@ impl fmt::Display for Case {
 }
 
 /// The runs with so many processes and a step of `rows` rows with `group_size` passages each: one group for
-/// negatives of all processes, and one per number of processes for negatives of the own one.
+/// negatives of all processes, and one per number of processes for negatives of the own one. The first case of the
+/// first group is one process in chunks.
 ///
 /// # Errors
 /// A number of processes does not divide the rows.
@@ -125,12 +126,12 @@ pub(super) fn groups(
     };
     // About three chunks in each process.
     let chunk = |batch_size: usize| Some((batch_size * (1 + group_size)).div_ceil(3));
-    let mut all = Group { baseline: alone, cases: Vec::new() };
+    let control = Case { chunk: chunk(rows), ..alone };
+    let mut all = Group { baseline: alone, cases: vec![control] };
     let mut own = Vec::new();
     for size in sizes {
         let (processes, batch_size) = (size.get(), rows / size.get());
         if processes == 1 {
-            all.cases.push(Case { chunk: chunk(rows), ..alone });
             continue;
         }
         let runs = |cross_device: bool| {
@@ -144,7 +145,7 @@ pub(super) fn groups(
         let baseline = Case { computation: Computation::InTurn(size), batch_size, ..alone };
         own.push(Group { baseline, cases: runs(false).collect() });
     }
-    Ok(std::iter::once(all).filter(|group| !group.cases.is_empty()).chain(own).collect())
+    Ok(std::iter::once(all).chain(own).collect())
 }
 
 #[cfg(test)]

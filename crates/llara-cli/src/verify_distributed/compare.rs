@@ -17,17 +17,26 @@ pub(super) struct Finished {
 }
 
 impl Finished {
-    /// Reads the description of a run.
-    pub(super) fn read(folder: TempDir) -> Result<Self> {
+    /// Reads the description of a run of so many processes.
+    pub(super) fn read(folder: TempDir, processes: usize) -> Result<Self> {
         let path = folder.path().join(DESCRIPTION);
         let text = fs::read(&path).map_err(|e| {
             Error::io("read", &path, e).hint(
                 "the first process of each run must be on a host that has this folder: see --work-dir",
             )
         })?;
-        let results = serde_json::from_slice(&text).map_err(|e| {
+        let results: Results = serde_json::from_slice(&text).map_err(|e| {
             Error::new(ErrorKind::Io, "the results of a run").file(&path).because(e)
         })?;
+        if results.processes != processes {
+            return Err(Error::new(
+                ErrorKind::Distributed,
+                "the launcher has started another number of processes",
+            )
+            .expected(processes)
+            .got(results.processes)
+            .hint("--launcher must pass the number {} on, and start one run"));
+        }
         Ok(Finished { folder, results })
     }
 
@@ -44,25 +53,43 @@ impl Finished {
 }
 
 /// The largest relative differences that rounding may cause.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
-    loss: f64,
+    first_loss: f64,
     gradients: f64,
+    loss: f64,
     weights: f64,
 }
+
+/// How much more than one process with other chunks, several processes may differ after AdamW's updates.
+const MORE_THAN_CHUNKS: f64 = 10.0;
 
 impl Bounds {
     /// Those of a number format of activations.
     pub(super) fn of(precision: &str) -> Self {
         match precision {
-            "bf16" => Bounds { loss: 1e-2, gradients: 5e-2, weights: 1e-2 },
-            _ => Bounds { loss: 1e-5, gradients: 1e-4, weights: 1e-4 },
+            "bf16" => Bounds { first_loss: 1e-2, gradients: 5e-2, loss: 1e-2, weights: 1e-2 },
+            _ => Bounds { first_loss: 1e-5, gradients: 1e-4, loss: 1e-5, weights: 1e-4 },
+        }
+    }
+
+    /// These bounds, with what the rounding of one process in chunks, `control`, has become after updates: AdamW divides
+    /// by the size of a gradient, so that a rounding error of a gradient near zero changes a weight as much as a large
+    /// gradient. The loss of the first step and the gradients are not affected.
+    pub(super) fn after_updates(self, control: &Differences) -> Self {
+        Bounds {
+            loss: self.loss.max(MORE_THAN_CHUNKS * control.loss),
+            weights: self.weights.max(MORE_THAN_CHUNKS * control.weights.relative),
+            ..self
         }
     }
 }
 
 /// Relative differences between two runs.
 pub(super) struct Differences {
-    /// The largest of a step.
+    /// Of the loss of the first step.
+    first_loss: f64,
+    /// The largest of the loss of a step.
     loss: f64,
     gradients: NormDifference,
     weights: NormDifference,
@@ -82,14 +109,15 @@ impl Differences {
     /// Whether all are within the bounds.
     pub(super) fn are_within(&self, bounds: &Bounds) -> bool {
         // False for NaN.
-        self.loss <= bounds.loss
+        self.first_loss <= bounds.first_loss
+            && self.loss <= bounds.loss
             && self.gradients.relative <= bounds.gradients
             && self.weights.relative <= bounds.weights
     }
 
     /// A line of the table.
     pub(super) fn line(&self, case: &Case, within: bool) -> String {
-        let Differences { loss, gradients, weights } = self;
+        let Differences { loss, gradients, weights, .. } = self;
         let text = format!(
             "  {:56}{loss:10.1e} {:10.1e} {:10.1e}",
             case.to_string(),
@@ -112,6 +140,7 @@ impl Differences {
                 Computation::Run => "one process".to_owned(),
                 Computation::InTurn(parts) => format!("one process, {parts} parts in turn"),
             },
+            "first_loss": self.first_loss,
             "loss": self.loss,
             "gradients": self.gradients.relative,
             "weights": self.weights.relative,
@@ -128,7 +157,7 @@ impl Differences {
 pub(super) fn compare(run: &Finished, expected: &Finished) -> Result<Differences> {
     let (got, want) = (&run.results, &expected.results);
     let shape = |results: &Results| {
-        let Results { losses, precision, parameters } = results;
+        let Results { losses, precision, parameters, processes: _ } = results;
         (losses.len(), precision.clone(), parameters.clone())
     };
     if shape(got) != shape(want) {
@@ -145,9 +174,12 @@ pub(super) fn compare(run: &Finished, expected: &Finished) -> Result<Differences
     }
     let relative =
         |(got, want): (&f64, &f64)| (got - want).abs() / want.abs().max(f64::MIN_POSITIVE);
-    let loss = got.losses.iter().zip(&want.losses).map(relative).fold(0.0, larger);
+    let losses: Vec<f64> = got.losses.iter().zip(&want.losses).map(relative).collect();
+    let first_loss = losses.first().copied().unwrap_or(f64::NAN);
+    let loss = losses.into_iter().fold(0.0, larger);
     let norms = |name| norm_difference(&got.parameters, run.open(name)?, expected.open(name)?);
-    Ok(Differences { loss, gradients: norms(GRADIENTS)?, weights: norms(WEIGHTS)? })
+    let (gradients, weights) = (norms(GRADIENTS)?, norms(WEIGHTS)?);
+    Ok(Differences { first_loss, loss, gradients, weights })
 }
 
 /// The larger of two numbers; NaN if one is.
@@ -211,12 +243,16 @@ mod tests {
         let nan = NormDifference { relative: f64::NAN, largest: String::new() };
         let zero = || NormDifference { relative: 0.0, largest: String::new() };
         let bounds = Bounds::of("f32");
-        let differences = Differences { loss: 0.0, gradients: zero(), weights: zero() };
+        let of = |loss| Differences { first_loss: 0.0, loss, gradients: zero(), weights: zero() };
+        let differences = of(0.0);
         assert!(differences.are_within(&bounds));
         assert!(!Differences { weights: nan, ..differences }.are_within(&bounds));
         let losses = [0.0, f64::NAN, 1.0].into_iter().fold(0.0, larger);
-        let differences = Differences { loss: losses, gradients: zero(), weights: zero() };
-        assert!(!differences.are_within(&bounds));
+        assert!(!of(losses).are_within(&bounds));
+        assert!(!Differences { first_loss: f64::NAN, ..of(0.0) }.are_within(&bounds));
+        // A control that is not a number allows nothing more.
+        assert!(!of(1e-4).are_within(&bounds.after_updates(&of(f64::NAN))));
+        assert!(of(1e-4).are_within(&bounds.after_updates(&of(2e-5))));
     }
 
     #[test]

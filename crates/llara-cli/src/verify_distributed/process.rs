@@ -34,6 +34,8 @@ pub(super) struct Results {
     pub(super) losses: Vec<f64>,
     /// The number format of activations, f32 or bf16.
     pub(super) precision: String,
+    /// Number of processes.
+    pub(super) processes: usize,
     /// The trained parameters with their numbers of elements, in the order of the files.
     pub(super) parameters: Vec<(String, usize)>,
 }
@@ -140,8 +142,12 @@ impl OneRun<'_> {
             }
             weights.finish()?;
             let precision = if precision == Dtype::Bf16 { "bf16" } else { "f32" }.to_owned();
-            let description =
-                Results { losses: losses.0, precision, parameters: weights.parameters };
+            let description = Results {
+                losses: losses.0,
+                precision,
+                processes: processes.size(),
+                parameters: weights.parameters,
+            };
             let path = results.join(DESCRIPTION);
             let text = serde_json::to_vec(&description)?;
             Ok(fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?)

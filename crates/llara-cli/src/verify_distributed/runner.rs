@@ -102,7 +102,7 @@ impl Runner {
             return Err(Error::new(ErrorKind::Distributed, format!("a run failed: {case}"))
                 .got(format!("{status}, with the messages\n    {last}")));
         }
-        Finished::read(results)
+        Finished::read(results, case.processes)
     }
 
     /// This program with its own arguments, which the options of the case override.

@@ -365,7 +365,7 @@ fn text_of(buffer: &[c_char]) -> String {
 
 /// The first library that can be loaded: that of the environment variable, or one of [`NAMES`].
 fn load() -> Result<Library> {
-    let named = std::env::var(LIBRARY_VARIABLE).ok();
+    let named = std::env::var(LIBRARY_VARIABLE).ok().filter(|path| !path.is_empty());
     let names: Vec<&str> = match &named {
         Some(path) => vec![path],
         None => NAMES.to_vec(),
@@ -376,7 +376,10 @@ fn load() -> Result<Library> {
         // loads its components at run time, and they use the symbols of the library.
         match unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) } {
             Ok(library) => return Ok(library),
-            Err(e) => failures.push(e.to_string()),
+            Err(e) => failures.push(match std::error::Error::source(&e) {
+                Some(source) => format!("{name}: {e}: {source}"),
+                None => format!("{name}: {e}"),
+            }),
         }
     }
     Err(error("this process was started as one of several, and no MPI library can be loaded")

@@ -16,6 +16,9 @@ use crate::{Error, ErrorKind, Result};
 /// Whether MPI was started: a process can do so once.
 static STARTED: AtomicBool = AtomicBool::new(false);
 
+/// Whether the initialization of MPI has not returned in time.
+static INITIALIZING: AtomicBool = AtomicBool::new(false);
+
 /// The longest time that a process waits for its last messages to be sent before it ends all processes, so that
 /// the others can print why they fail.
 const GRACE: Duration = Duration::from_secs(2);
@@ -77,7 +80,9 @@ impl MpiWorld {
         let thread = std::thread::Builder::new().name("mpi".into()).spawn(run).map_err(|e| {
             Error::new(ErrorKind::Backend, "cannot start a thread for MPI").because(e)
         })?;
-        let (rank, size) = starts.recv_timeout(timeout).map_err(|_| {
+        let answer = starts.recv_timeout(timeout);
+        INITIALIZING.store(answer.is_err(), Ordering::SeqCst);
+        let (rank, size) = answer.map_err(|_| {
             Error::new(ErrorKind::Distributed, "MPI was not initialized in time")
                 .expected(format!(
                     "all {} processes within {} s",
@@ -99,6 +104,12 @@ impl MpiWorld {
             agreed_on_error: AtomicBool::new(false),
             reported_elsewhere: AtomicBool::new(false),
         }))
+    }
+
+    /// Whether [`start`](Self::start) has given up while MPI was still being initialized. Such a process must be ended
+    /// without the exit handlers of MPI, which can wait for that.
+    pub fn is_initializing() -> bool {
+        INITIALIZING.load(Ordering::SeqCst)
     }
 
     /// Rank of this process, from 0.

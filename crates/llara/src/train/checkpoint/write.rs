@@ -18,7 +18,7 @@ use crate::dist::Collective;
 use crate::train::config::{Saving, TrainConfig};
 use crate::train::evaluation::EvalHistory;
 use crate::train::state::TrainState;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Prefix of the name of the folder in which a checkpoint is written.
 const WRITING: &str = ".writing-";
@@ -143,7 +143,24 @@ fn write_hidden<B: Backend>(
         Err(error) => (None, Err(error)),
     };
     collective.agree(status)?;
+    let present = || match first {
+        true => check_present(hidden, shards),
+        false => Ok(()),
+    };
+    collective.agree(present())?;
     Ok(of_model)
+}
+
+/// Checks that the moments of every rank are in the folder of the first one.
+fn check_present(hidden: &Path, shards: usize) -> Result<()> {
+    let missing = (0..shards).map(|rank| tensors::file_name(rank, shards));
+    match missing.map(|name| hidden.join(name)).find(|path| !path.is_file()) {
+        None => Ok(()),
+        Some(path) => Err(Error::new(ErrorKind::Io, "the file of another process is not there")
+            .file(path)
+            .expected("an output folder that all hosts share")
+            .hint("give --output-dir on a file system that is the same on every host")),
+    }
 }
 
 /// Removes the remains of checkpoints that a killed process was writing or removing in an output folder; returns

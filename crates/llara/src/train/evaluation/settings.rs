@@ -94,7 +94,7 @@ impl Evaluation {
 
     /// Everything that decides when an evaluation takes place and what follows, for comparing processes.
     pub(in crate::train) fn settings(&self) -> impl std::fmt::Debug + use<> {
-        let sets: Vec<_> = self.sets.iter().map(|set| (set.name.clone(), set.texts())).collect();
+        let sets: Vec<_> = self.sets.iter().map(EvalSet::identity).collect();
         let Evaluation { every, on_start, metric, save_best, early_stopping, .. } = self;
         (sets, *every, *on_start, metric.clone(), *save_best, *early_stopping)
     }
