@@ -114,14 +114,13 @@ void measure(u32 hd, u32 length, u32 sequences, u32 heads, u32 kv_heads) {
     a.heads = heads, a.kv_heads = kv_heads, a.head_dim = hd, a.scale = 1 / std::sqrt((float)hd);
 
     const std::string suffix = "_" + std::to_string(hd);
-    const u32 keys = hd == 64 ? 128 : 64, tiles = rows / 128 + sequences;
+    const u32 tiles = number_tiles(offsets, 128, a.query_tiles), key_tiles = number_tiles(offsets, 64, a.key_tiles);
     const double forward = seconds([&] { start("attention_forward" + suffix, dim3{tiles, heads, 1}, 128, 512 * hd, a); });
     const double delta_s = seconds([&] { start("attention_delta_bf16", dim3{(rows + 3) / 4, heads, 1}, 128, 0, a); });
     const double by_queries = seconds(
         [&] { start("attention_backward_queries" + suffix, dim3{tiles, heads, 1}, 128, 768 * hd, a); });
     const double by_keys = seconds([&] {
-        start("attention_backward_keys" + suffix, dim3{rows / keys + sequences, kv_heads, 1}, 128,
-              4 * (keys + 64) * hd + 512, a);
+        start("attention_backward_keys" + suffix, dim3{key_tiles, kv_heads, 1}, 128, 512 * hd + 4608, a);
     });
     const double product = 2.0 * hd * heads * sequences * ((double)length * (length + 1) / 2);
     const double backward = delta_s + by_queries + by_keys;

@@ -157,13 +157,14 @@ inline void ldmatrix_x4_trans(u32 (&r)[4], SharedAddress row, EMU_HERE) {
 // ---- Memory ----
 
 inline SharedAddress shared_address(const void* p) { return (SharedAddress)p; }
+inline SharedAddress unknown(SharedAddress a) { return a; }
 inline Bytes16 load16(const void* p, EMU_HERE) { return emu::load16(p, file, line); }
 inline void store16(void* p, Bytes16 v, EMU_HERE) { emu::store16(p, v, file, line); }
-inline void cp_async16(void* to, const void* from, bool valid, EMU_HERE) {
-    emu::copy_async(to, from, 16, valid, file, line);
+inline void cp_async16(SharedAddress to, const void* from, bool valid, EMU_HERE) {
+    emu::copy_async((void*)to, from, 16, valid, file, line);
 }
-inline void cp_async4(void* to, const void* from, bool valid, EMU_HERE) {
-    emu::copy_async(to, from, 4, valid, file, line);
+inline void cp_async4(SharedAddress to, const void* from, bool valid, EMU_HERE) {
+    emu::copy_async((void*)to, from, 4, valid, file, line);
 }
 inline void cp_async_commit() { emu::copy_commit(); }
 template <int N> inline void cp_async_wait() { emu::copy_wait(N); }

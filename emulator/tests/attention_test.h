@@ -65,11 +65,23 @@ template <class T> std::vector<double> read(const T* from, u32 rows, u32 cols, u
     return values;
 }
 
+/// The numbers of tiles of `tile` rows, and into `per_sequence` how they are numbered: by sequence, unless a search needs
+/// fewer blocks (see block_tile).
+inline u32 number_tiles(const std::vector<u32>& offsets, u32 tile, u32& per_sequence) {
+    const u32 sequences = offsets.size() - 1, with_search = offsets.back() / tile + sequences;
+    u32 longest = 1;
+    for (u32 s = 0; s < sequences; s++) longest = std::max(longest, offsets[s + 1] - offsets[s]);
+    per_sequence = (longest + tile - 1) / tile;
+    if (per_sequence * sequences <= with_search) return per_sequence * sequences;
+    per_sequence = 0;
+    return with_search;
+}
+
 /// The launches of a forward and a backward pass, as the kernel files describe them.
 template <class T> void run_kernels(const Shape& s, const Reference& r, Device<T>& d, bool plain) {
-    const AttentionArgs a = d.args(s, r);
+    AttentionArgs a = d.args(s, r);
     const std::string type = sizeof(T) == 4 ? "f32" : "bf16";
-    const u32 hd = s.head_dim, rows = (a.query_rows + 3) / 4, n = a.sequences;
+    const u32 hd = s.head_dim, rows = (a.query_rows + 3) / 4;
     const std::string suffix = plain ? "plain_" + type : std::to_string(hd);
     if (plain) {
         launch("attention_forward_" + suffix, dim3{rows, s.heads, 1}, 128, 0, a);
@@ -78,11 +90,11 @@ template <class T> void run_kernels(const Shape& s, const Reference& r, Device<T
         launch("attention_backward_keys_" + suffix, dim3{(a.key_rows + 3) / 4, s.kv_heads, 1}, 128, 0, a);
         return;
     }
-    const u32 keys = hd == 64 ? 128 : 64;
-    launch("attention_forward_" + suffix, dim3{a.query_rows / 128 + n, s.heads, 1}, 128, 512 * hd, a);
+    const u32 queries = number_tiles(r.q_offsets, 128, a.query_tiles), keys = number_tiles(r.k_offsets, 64, a.key_tiles);
+    launch("attention_forward_" + suffix, dim3{queries, s.heads, 1}, 128, 512 * hd, a);
     launch("attention_delta_" + type, dim3{rows, s.heads, 1}, 128, 0, a);
-    launch("attention_backward_queries_" + suffix, dim3{a.query_rows / 128 + n, s.heads, 1}, 128, 768 * hd, a);
-    launch("attention_backward_keys_" + suffix, dim3{a.key_rows / keys + n, s.kv_heads, 1}, 128, 4 * (keys + 64) * hd + 512, a);
+    launch("attention_backward_queries_" + suffix, dim3{queries, s.heads, 1}, 128, 768 * hd, a);
+    launch("attention_backward_keys_" + suffix, dim3{keys, s.kv_heads, 1}, 128, 512 * hd + 4608, a);
 }
 
 template <class T> bool test(Shape s, bool plain, u32 seeds, const std::string& name) {
@@ -119,12 +131,13 @@ template <class T> bool test(Shape s, bool plain, u32 seeds, const std::string& 
             };
             double lse = 0;
             for (size_t i = 0; i < r.lse.size(); i++) {
-                const double e = std::abs(d.lse[i] - r.lse[i]);
+                const double e = std::abs(d.lse[i] - r.lse[i]) / std::max(1.0, std::abs(r.lse[i]));
                 if (!(e <= lse)) lse = e;
             }
             // A rounding to bf16 changes a value by at most 2^-9, 0.002 of it; p, dS, out and the gradients are
-            // rounded. f32 sums of a few hundred products are within 5e-6.
-            const double bound = sizeof(T) == 4 ? 5e-6 : 1e-2;
+            // rounded. f32 sums of a few hundred products are within 5e-6. With large scores, one key has nearly all the
+            // weight of a query, and dP - delta nearly cancels.
+            const double bound = (sizeof(T) == 4 ? 5e-6 : 1e-2) * (s.scale >= 1 ? 2.5 : 1);
             for (const double& e : errors) ok &= e < (&e == errors + 1 ? 2 * bound : bound); // dq has the largest errors
             ok &= lse < 1e-5;
             printf("%-44s out %.1e dq %.1e dk %.1e dv %.1e lse %.1e  %.2f s  %s\n", name.c_str(), errors[0], errors[1],
@@ -153,10 +166,12 @@ int test_attention(u32 seeds, const std::string& filter) {
     for (u32 hd : {64u, 96u, 128u}) {
         add("lengths 1..300", {hd, 4, 2, 0, {1, 7, 64, 65, 128, 300, 2}, 0}, false, false);
         add("one sequence", {hd, 2, 2, 0, {129}, 0}, false, false);
+        add("similar lengths", {hd, 2, 1, 0, {130, 150}, 0}, false, false);
         add("window", {hd, 2, 1, 50, {1, 7, 64, 65, 130, 200}, 0}, false, false);
         add("narrow window", {hd, 3, 1, 1, {3, 33, 140}, 0}, false, false);
         add("tails", {hd, 4, 1, 0, {3, 0, 100, 129, 0}, 5}, false, false);
         add("tails and window", {hd, 2, 1, 7, {3, 300, 64}, 70}, false, false);
+        add("large scores", {hd, 2, 1, 0, {1, 150, 300}, 0, 1}, false, false);
         add("window wider than all", {hd, 2, 2, 0x80000000u, {40, 70}, 0}, false, false);
     }
     add("many short", {64, 2, 1, 0, std::vector<u32>(70, 9), 0}, false, false);

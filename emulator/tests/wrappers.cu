@@ -30,8 +30,8 @@ KERNEL(32, 1) wrapper_copies(WrapperArgs a) { // 16-byte and 4-byte copies; odd 
     DYNAMIC_SHARED(shared);
     const u32 lane = threadIdx.x;
     const bool valid = lane % 2 == 0;
-    cp_async16(shared + lane * 16, (const unsigned char*)a.in + lane * 16, valid);
-    cp_async4(shared + 512 + lane * 4, (const unsigned char*)a.in + lane * 4, valid);
+    cp_async16(shared_address(shared + lane * 16), (const unsigned char*)a.in + lane * 16, valid);
+    cp_async4(shared_address(shared + 512 + lane * 4), (const unsigned char*)a.in + lane * 4, valid);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();

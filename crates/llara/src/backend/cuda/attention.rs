@@ -36,6 +36,8 @@ kernel_args!(AttentionArgs {
     head_dim: u32,
     window: u32,
     scale: f32,
+    query_tiles: u32,
+    key_tiles: u32,
 });
 
 /// f32 elements of the state per query and head: the log-sum-exp.
@@ -47,8 +49,10 @@ const LARGEST_HEAD: usize = 256;
 const THREADS: u32 = 128;
 /// Rows of a block of the plain kernels: one per warp.
 const PLAIN_ROWS: usize = 4;
-/// Queries of a block of the tensor-core kernels.
+/// Queries of a block of the tensor-core kernels that compute rows of queries.
 const QUERIES: usize = 128;
+/// Keys of a block of the tensor-core kernel that computes the gradients of keys and values.
+const KEYS: usize = 64;
 
 /// The kernels that compute attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +94,9 @@ impl Device {
         let blocks = [q, input.k.into(), input.v.into(), Block::from(&out)];
         match Kernels::select(input.shape.head_dim, &blocks)? {
             Kernels::Tiled(hd) => {
-                let grid = [q.rows / QUERIES + args.sequences as usize, heads, 1];
+                let tiles;
+                (tiles, args.query_tiles) = number_tiles(&input.queries.bounds, QUERIES);
+                let grid = [tiles, heads, 1];
                 let kernel = format!("attention_forward_{hd}");
                 self.launch_with_shared(&kernel, grid, THREADS, 512 * hd, args)?;
             }
@@ -155,15 +161,15 @@ impl Device {
         let blocks = [inputs.as_slice(), &[dout, dq, dk, dv]].concat();
         match Kernels::select(input.shape.head_dim, &blocks)? {
             Kernels::Tiled(hd) => {
-                let sequences = args.sequences as usize;
-                let grid = [dq.rows / QUERIES + sequences, heads, 1];
+                let (query_tiles, key_tiles);
+                (query_tiles, args.query_tiles) = number_tiles(&input.queries.bounds, QUERIES);
+                (key_tiles, args.key_tiles) = number_tiles(&input.keys.bounds, KEYS);
+                let grid = [query_tiles, heads, 1];
                 let kernel = format!("attention_backward_queries_{hd}");
                 self.launch_with_shared(&kernel, grid, THREADS, 768 * hd, args)?;
-                let keys = if hd == 64 { 128 } else { 64 };
-                let grid = [dk.rows / keys + sequences, kv_heads, 1];
+                let grid = [key_tiles, kv_heads, 1];
                 let kernel = format!("attention_backward_keys_{hd}");
-                let shared = 4 * (keys + 64) * hd + 512;
-                self.launch_with_shared(&kernel, grid, THREADS, shared, args)
+                self.launch_with_shared(&kernel, grid, THREADS, 512 * hd + 4608, args)
             }
             Kernels::Plain(dtype) => {
                 let kernel = format!("attention_backward_queries_plain_{dtype}");
@@ -214,5 +220,39 @@ fn arguments(input: &AttentionInput<'_, Cuda>) -> AttentionArgs {
         head_dim: small(shape.head_dim),
         window: shape.window.map_or(0, |window| window.min(1 << 31) as u32),
         scale: shape.scale,
+        query_tiles: 0,
+        key_tiles: 0,
+    }
+}
+
+/// The numbers of tiles of `tile` rows in sequences with these bounds, and how they are numbered (`block_tile` in
+/// attention.cuh): by sequence, with this many numbers each, or with 0 by a search, if that needs fewer blocks.
+fn number_tiles(bounds: &[u32], tile: usize) -> (usize, u32) {
+    let sequences = bounds.len() - 1;
+    let longest = bounds.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+    let per_sequence = (longest as usize).div_ceil(tile).max(1);
+    let with_search = bounds[sequences] as usize / tile + sequences;
+    if per_sequence * sequences <= with_search {
+        (per_sequence * sequences, per_sequence as u32)
+    } else {
+        (with_search, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::number_tiles;
+
+    #[test]
+    fn similar_lengths_are_numbered_by_sequence() {
+        assert_eq!(number_tiles(&[0, 128, 256, 384], 128), (3, 1));
+        assert_eq!(number_tiles(&[0, 128, 256, 384], 64), (6, 2));
+        assert_eq!(number_tiles(&[0, 3, 3, 5], 64), (3, 1));
+        assert_eq!(number_tiles(&[0, 0], 64), (1, 1));
+    }
+
+    #[test]
+    fn one_long_sequence_among_short_ones_is_searched() {
+        assert_eq!(number_tiles(&[0, 1, 2, 300], 128), (5, 0));
     }
 }

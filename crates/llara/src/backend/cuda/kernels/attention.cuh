@@ -39,8 +39,10 @@ struct AttentionArgs {
     u32 head_dim;
     u32 window; // 0: no window; at most 2^31
     float scale;
+    u32 query_tiles; // tiles of the queries of every sequence, see block_tile; 0: search
+    u32 key_tiles;   // the same for the keys
 };
-static_assert(sizeof(AttentionArgs) == 160, "the host passes the same structure");
+static_assert(sizeof(AttentionArgs) == 168, "the host passes the same structure");
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -72,18 +74,20 @@ DEVICE u32 find_sequence(const u32* offsets, u32 sequences, u32 value, u32 divis
     return first;
 }
 
-/// Tiles of ROWS rows, each within one sequence. A list of tiles is not needed: sequence s owns the tile numbers
-/// from offsets[s] / ROWS + s up to those of s + 1, which are as many as its tiles, or one more. The whole batch
-/// therefore has rows / ROWS + sequences tile numbers; a block whose number has no rows ends at once.
+/// Tiles of ROWS rows, each within one sequence; a block whose number has no rows ends at once. The tiles are numbered
+/// in one of two ways, so that a list of tiles is not needed. With `per_sequence`, every sequence has as many numbers as
+/// the longest one has tiles: few are unused if the lengths are similar. With 0, sequence s owns the numbers from
+/// offsets[s] / ROWS + s up to those of s + 1, which are as many as its tiles, or one more: the whole batch has
+/// rows / ROWS + sequences numbers.
 struct BlockTile {
     u32 sequence;
     u32 first; // first row of the tile, within the sequence
     bool exists;
 };
-template <u32 ROWS> DEVICE BlockTile block_tile(const u32* offsets, u32 sequences, u32 number) {
-    const u32 s = find_sequence(offsets, sequences, number, ROWS, 1);
+template <u32 ROWS> DEVICE BlockTile block_tile(const u32* offsets, u32 sequences, u32 number, u32 per_sequence) {
+    const u32 s = per_sequence ? number / per_sequence : find_sequence(offsets, sequences, number, ROWS, 1);
     const u32 begin = offsets[s], rows = offsets[s + 1] - begin;
-    const u32 tile = number - (begin / ROWS + s);
+    const u32 tile = per_sequence ? number % per_sequence : number - (begin / ROWS + s);
     return BlockTile{s, tile * ROWS, tile * ROWS < rows};
 }
 
@@ -101,22 +105,27 @@ template <int HD> struct Tile {
         const int swizzled = HD == 96 ? c ^ (row / 2 % 4) : c ^ (row % 8);
         return data + row * HD + swizzled * 8;
     }
-    /// The address of chunk `2·k + c` from that of chunk c of the same row, c being 0 or 1: one instruction,
-    /// where chunk() takes several.
-    static DEVICE SharedAddress advance(SharedAddress c, int k) {
-        return HD == 96 ? (c ^ (k % 2 * 32)) + k / 2 * 64 : c ^ (k * 32);
+    /// The address of chunk `n + c` from that of chunk c of the same row, where n is even and c is 0 or 1, or c is 0:
+    /// one instruction, where chunk() takes several.
+    static DEVICE SharedAddress advance(SharedAddress c, int n) {
+        return HD == 96 ? (c ^ (n % 4 * 16)) + n / 4 * 64 : c ^ (n * 16);
     }
     /// Starts copying rows `first..first + ROWS` of a matrix by all THREADS threads; rows from `end` on become
     /// zeros. The caller commits and waits.
     template <int ROWS, int THREADS>
     DEVICE void fetch(const bf16* from, u32 first, u32 end, u32 stride) const {
-        // Not unrolled: the compiler would keep every address in a register throughout the caller's loop.
-#pragma unroll 1
-        for (int item = threadIdx.x; item < ROWS * CHUNKS; item += THREADS) {
-            const int row = item / CHUNKS, c = item % CHUNKS;
-            const bool valid = first + row < end;
-            cp_async16(chunk(row, c), valid ? from + (u64)(first + row) * stride + c * 8 : from, valid);
-        }
+        // A thread copies the same chunk of every STEP-th row. STEP is a multiple of 8, so that the swizzle is the
+        // same too, and addresses differ by constants. For 96, this needs only 96 of 128 threads.
+        constexpr int COPIERS = THREADS / (8 * CHUNKS) * (8 * CHUNKS), STEP = COPIERS / CHUNKS;
+        static_assert(COPIERS && ROWS % STEP == 0, "whole steps");
+        if (COPIERS < THREADS && threadIdx.x >= COPIERS) return;
+        const u32 row = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS;
+        const SharedAddress to = shared_address(chunk(row, c));
+        // The column is added in bytes: a sum of elements would be kept in two registers for each chunk.
+        from = (const bf16*)((const u8*)(from + (u64)(first + row) * stride) + c * 16);
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++, from += (u64)STEP * stride)
+            cp_async16(to + i * STEP * HD * 2, from, first + row + i * STEP < end); // reads nothing from the end on
     }
 };
 
@@ -130,19 +139,35 @@ template <int HD> DEVICE SharedAddress transposed_address(Tile<HD> tile) {
     const int lane = threadIdx.x % 32;
     return shared_address(tile.chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2));
 }
+/// Sets sums to zero.
+template <int M, int N> DEVICE void clear(float (&s)[M][N][4]) {
+#pragma unroll
+    for (int i = 0; i < M * N * 4; i++) s[i / 4 / N][i / 4 % N][i % 4] = 0.0f;
+}
 /// The left operand of a product by columns 16·k: 16·M rows.
 template <int HD, int M> DEVICE void load_left(u32 (&a)[M][4], SharedAddress left, int k) {
 #pragma unroll
-    for (int m = 0; m < M; m++) ldmatrix_x4(a[m], Tile<HD>::advance(left, k) + m * 16 * HD * 2);
+    for (int m = 0; m < M; m++) ldmatrix_x4(a[m], Tile<HD>::advance(left, 2 * k) + m * 16 * HD * 2);
 }
 
+/// Whether the query at a position attends to a key: `distance` is the position of the query minus that of the key,
+/// modulo 2^32, and `reach` is attention_reach.
+DEVICE bool attends(u32 distance, u32 reach) { return distance < reach; }
+/// The number of keys up to and including its own that a query attends to. Positions are below 2^31.
+DEVICE u32 attention_reach(u32 window) { return window ? window : 0x80000000u; }
+
+/// Loads the first KEPT parts of the left operand of multiply_transposed.
+template <int HD, int M, int KEPT> DEVICE void keep_left(u32 (&kept)[KEPT + 1][M][4], SharedAddress left) {
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) load_left<HD, M>(kept[k], left, k);
+}
 /// s += left · rightᵀ, by columns 16·k: `a` is the left operand, `right` has N rows.
 template <int HD, int M, int N>
 DEVICE void multiply_transposed(float (&s)[M][N / 8][4], const u32 (&a)[M][4], SharedAddress right, int k) {
 #pragma unroll
     for (int n = 0; n < N / 8; n += 2) {
         u32 b[4];
-        ldmatrix_x4(b, Tile<HD>::advance(right, k) + n * 8 * HD * 2);
+        ldmatrix_x4(b, Tile<HD>::advance(right, 2 * k) + n * 8 * HD * 2);
 #pragma unroll
         for (int m = 0; m < M; m++) {
             mma_16816(s[m][n], a[m], b[0], b[1]);
@@ -150,41 +175,61 @@ DEVICE void multiply_transposed(float (&s)[M][N / 8][4], const u32 (&a)[M][4], S
         }
     }
 }
-
-/// s += left · rightᵀ for 16·M rows of the left tile and all N rows of the right one.
-template <int HD, int M, int N>
-DEVICE void multiply_transposed(float (&s)[M][N / 8][4], SharedAddress left, SharedAddress right) {
+/// s += left · rightᵀ for 16·M rows of the left tile and all N rows of the right one. The first KEPT of HD / 16 parts of
+/// the left operand have been loaded by keep_left.
+template <int HD, int M, int N, int KEPT>
+DEVICE void multiply_transposed(float (&s)[M][N / 8][4], const u32 (&kept)[KEPT + 1][M][4], SharedAddress left,
+                                SharedAddress right) {
 #pragma unroll
-    for (int k = 0; k < HD / 16; k++) {
-        u32 a[M][4];
-        load_left<HD, M>(a, left, k);
-        multiply_transposed<HD, M, N>(s, a, right, k);
+    for (int k = 0; k < KEPT; k++) multiply_transposed<HD, M, N>(s, kept[k], right, k);
+#pragma unroll
+    for (int k = KEPT; k < HD / 16; k++) {
+        u32 loaded[M][4];
+        load_left<HD, M>(loaded, left, k);
+        multiply_transposed<HD, M, N>(s, loaded, right, k);
     }
 }
-
-/// o += s · right with N rows in `right`, whose address is a left_address. The accumulators of s, rounded to
-/// bf16, are laid out like the left operand of a product.
+/// The same if none has been loaded.
 template <int HD, int M, int N>
-DEVICE void multiply(float (&o)[M][HD / 8][4], const float (&s)[M][N / 8][4], SharedAddress right) {
+DEVICE void multiply_transposed(float (&s)[M][N / 8][4], SharedAddress left, SharedAddress right) {
+    const u32 none[1][M][4] = {};
+    multiply_transposed<HD, M, N, 0>(s, none, left, right);
+}
+
+/// Rounds sums [16·M, N] to bf16 as the left operand of a product: a[k] is columns 16·k. The accumulators of a product
+/// are laid out like the left operand of the next.
+template <int M, int N> DEVICE void pack_left(u32 (&a)[N / 16][M][4], const float (&s)[M][N / 8][4]) {
 #pragma unroll
-    for (int k = 0; k < N / 16; k++) {
-        u32 a[M][4];
+    for (int k = 0; k < N / 16; k++)
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                a[m][i] = pack_bf16(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+                a[k][m][i] = pack_bf16(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+/// o += left · right with N rows in `right`, whose address is a left_address; `a` is the left operand.
+template <int HD, int M, int N>
+DEVICE void multiply(float (&o)[M][HD / 8][4], const u32 (&a)[N / 16][M][4], SharedAddress right) {
+#pragma unroll
+    for (int k = 0; k < N / 16; k++)
 #pragma unroll
         for (int n = 0; n < HD / 8; n += 2) {
             u32 b[4];
-            ldmatrix_x4_trans(b, Tile<HD>::advance(right, n / 2) + k * 16 * HD * 2);
+            ldmatrix_x4_trans(b, Tile<HD>::advance(right, n) + k * 16 * HD * 2);
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                mma_16816(o[m][n], a[m], b[0], b[1]);
-                mma_16816(o[m][n + 1], a[m], b[2], b[3]);
+                mma_16816(o[m][n], a[k][m], b[0], b[1]);
+                mma_16816(o[m][n + 1], a[k][m], b[2], b[3]);
             }
         }
-    }
+}
+/// o += s · right, s rounded to bf16.
+template <int HD, int M, int N>
+DEVICE void multiply(float (&o)[M][HD / 8][4], const float (&s)[M][N / 8][4], SharedAddress right) {
+    u32 a[N / 16][M][4];
+    pack_left<M, N>(a, s);
+    multiply<HD, M, N>(o, a, right);
 }
 
 /// Writes 16·M rows of a warp, row m·16 + h·8 + lane / 4 times factor[m][h], to rows `first + row..` of a
@@ -194,6 +239,8 @@ template <int HD, int M>
 DEVICE void store_rows(const float (&o)[M][HD / 8][4], const float (&factor)[M][2], Tile<HD> stage, int row,
                        bf16* to, u32 first, u32 end, u32 stride) {
     const int lane = threadIdx.x % 32;
+    const SharedAddress base = shared_address(stage.data);
+    const SharedAddress at = shared_address(stage.chunk(row + lane / 4, 0)) - base + lane % 4 * 4;
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -201,7 +248,7 @@ DEVICE void store_rows(const float (&o)[M][HD / 8][4], const float (&factor)[M][
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int n = 0; n < HD / 8; n++)
-                *(u32*)(stage.chunk(row + m * 16 + h * 8 + lane / 4, n) + lane % 4 * 2) =
+                *(u32*)((u8*)stage.data + Tile<HD>::advance(at, n) + (m * 16 + h * 8) * HD * 2) =
                     pack_bf16(o[m][n][2 * h] * factor[m][h], o[m][n][2 * h + 1] * factor[m][h]);
     __syncwarp();
     for (int i = lane; i < 16 * M * Tile<HD>::CHUNKS; i += 32) {

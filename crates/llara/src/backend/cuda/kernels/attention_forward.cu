@@ -2,25 +2,28 @@
 // 32 queries, so that each fragment of keys or values that it loads is used in two products.
 //
 // attention_forward_HD, HD in 64, 96, 128:
-//   grid  (query_rows / 128 + sequences, heads), integer division
+//   grid  (numbers of tiles of 128 queries, see block_tile; heads)
 //   block 128 threads
 //   dynamic shared memory 512 · HD bytes (128 queries, 64 keys, 64 values)
 //   argument AttentionArgs: q, k, v, out, lse, q_offsets, k_offsets, their strides, sequences, query_rows,
-//   heads, kv_heads, window, scale > 0. Pointers are multiples of 16 bytes, strides multiples of 8.
+//   heads, kv_heads, window, scale > 0, query_tiles. Pointers are multiples of 16 bytes, strides multiples of 8.
 #include "attention.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int M = 2;                // blocks of 16 rows that a warp has
+constexpr int M = 2;                 // blocks of 16 rows that a warp has
 constexpr int ROWS = 16 * M * WARPS; // queries of a block
-constexpr int KEYS = 64;            // keys of a round
+constexpr int KEYS = 64;             // keys of a round
+/// The exponents of a row are relative to its largest score, which is updated only when a score is larger by more
+/// than this power of two: most rounds then need not multiply the old output. No exponential exceeds 2^SLACK.
+constexpr float SLACK = 8.0f;
+constexpr float NO_SCORE = -1e38f; // less than any score
 
-template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
+/// The first KEPT of HD / 16 parts of the queries are kept in registers, the others are loaded each round.
+template <int HD, int KEPT> DEVICE void attention_forward(const AttentionArgs& a) {
     DYNAMIC_SHARED(shared);
     const Tile<HD> queries{(bf16*)shared}, keys{queries.data + ROWS * HD}, values{keys.data + KEYS * HD};
-    // The left operand, the queries, is loaded once if there are enough registers, else in each round.
-    constexpr bool KEEP_QUERIES = HD == 64;
 
-    const BlockTile tile = block_tile<ROWS>(a.q_offsets, a.sequences, blockIdx.x);
+    const BlockTile tile = block_tile<ROWS>(a.q_offsets, a.sequences, blockIdx.x, a.query_tiles);
     if (!tile.exists) return;
     const Sequence s = sequence_at(a, tile.sequence);
     // Within a sequence, the last tiles first: they attend to the most keys.
@@ -40,90 +43,106 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
     keys.template fetch<KEYS, THREADS>(k, start, s.keys, a.k_stride);
     cp_async_commit();
 
+    // What the rounds need only for loading, and the end of the kernel: in shared memory to save registers.
+    __shared__ struct {
+        const bf16 *k, *v;
+        u32 keys, reach, sequence, lowest;
+    } block;
+    if (threadIdx.x == 0) {
+        block.k = k, block.v = v;
+        block.keys = s.keys, block.reach = attention_reach(a.window);
+        block.sequence = tile.sequence, block.lowest = lowest;
+    }
+
     float o[M][HD / 8][4] = {};
-    float top[M][2], sum[M][2]; // of each row: largest score so far, and this lane's part of Σ exp(score - top)
-#pragma unroll
-    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.0f;
-    u32 kept[KEEP_QUERIES ? HD / 16 : 1][M][4];
     const float scale = a.scale * LOG2_E;
+    // Of each row: log2 of the factor by which its exponentials are too large, and this lane's part of their sum.
+    float shift[M][2], sum[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++) shift[m][0] = shift[m][1] = NO_SCORE, sum[m][0] = sum[m][1] = 0.0f;
+    u32 kept[KEPT + 1][M][4];
 
     const SharedAddress left = left_address(queries, row);
     const SharedAddress right = transposed_address(keys), right_values = left_address(values, 0);
-    // The positions of the queries of this warp; if it has none, no key is below the end.
-    const u32 warp_first = lowest + row;
-    const u32 warp_end = first + row < s.queries ? warp_first + 16 * M : 0;
+    // The queries of this warp are at the 16·M positions before its end; if it has none, no key is below the end.
+    const u32 warp_end = first + row < s.queries ? lowest + row + 16 * M : 0;
+    cp_async_wait<0>();
+    __syncthreads(); // the queries have been loaded
+    keep_left<HD, M, KEPT>(kept, left);
     for (u32 base = start; base <= highest; base += KEYS) {
-        // A warp whose queries attend to no key of this round only takes part in loading.
-        const bool active = base < warp_end && !(a.window && base + KEYS - 1 + a.window <= warp_first);
         cp_async_wait<0>();
         __syncthreads(); // the keys have been loaded, the values of the last round have been read
-        values.template fetch<KEYS, THREADS>(v, base, s.keys, a.v_stride);
+        values.template fetch<KEYS, THREADS>(block.v, base, block.keys, a.v_stride);
         cp_async_commit();
 
-        if (KEEP_QUERIES && base == start)
-#pragma unroll
-            for (int c = 0; c < HD / 16; c++) load_left<HD, M>(kept[KEEP_QUERIES ? c : 0], left, c);
-        float score[M][KEYS / 8][4] = {};
+        // A warp whose queries attend to no key of this round only takes part in loading.
+        const u32 reach = block.reach;
+        const bool active = base < warp_end && base + KEYS - 1 + 16 * M + reach > warp_end;
+        float score[M][KEYS / 8][4];
         if (active) {
-            if (KEEP_QUERIES) {
-#pragma unroll
-                for (int c = 0; c < HD / 16; c++)
-                    multiply_transposed<HD, M, KEYS>(score, kept[KEEP_QUERIES ? c : 0], right, c);
-            } else {
-                multiply_transposed<HD, M, KEYS>(score, left, right);
-            }
+            clear(score);
+            multiply_transposed<HD, M, KEYS, KEPT>(score, kept, unknown(left), unknown(right));
         }
-
         cp_async_wait<0>();
         __syncthreads(); // the values have been loaded, the keys have been read
-        if (base + KEYS <= highest) keys.template fetch<KEYS, THREADS>(k, base + KEYS, s.keys, a.k_stride);
+        if (base + KEYS <= highest) keys.template fetch<KEYS, THREADS>(block.k, base + KEYS, block.keys, a.k_stride);
         cp_async_commit();
-        if (!active) continue;
-
-        // Only the first and last rounds have keys that are masked for some query.
-        if (base + KEYS > lowest + 1 || (a.window && base + a.window <= highest)) {
+        if (active) {
+            // Only the first and last rounds have keys that are masked for some query.
+            if (base + KEYS + 16 * M - 1 > warp_end || base + reach < warp_end) {
+                const u32 distance = block.lowest + row + lane / 4 - base - lane % 4 * 2;
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            if (!attends(distance + m * 16 + i / 2 * 8 - n * 8 - i % 2, reach))
+                                score[m][n][i] = -INFINITY;
+            }
+            float larger[M][2];
+            bool grows = false;
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float top = fmaxf(score[m][0][2 * h], score[m][0][2 * h + 1]);
+#pragma unroll
+                    for (int n = 1; n < KEYS / 8; n++)
+                        top = fmaxf(top, fmaxf(score[m][n][2 * h], score[m][n][2 * h + 1]));
+                    top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+                    top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2)) * scale;
+                    larger[m][h] = top > shift[m][h] + SLACK ? top : shift[m][h];
+                    grows |= larger[m][h] != shift[m][h];
+                }
+            if (__any_sync(FULL_WARP, grows)) { // rows that do not grow are multiplied by 1
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const float shrink = exp2_approx(shift[m][h] - larger[m][h]);
+                        shift[m][h] = larger[m][h];
+                        sum[m][h] *= shrink;
+#pragma unroll
+                        for (int n = 0; n < HD / 8; n++) o[m][n][2 * h] *= shrink, o[m][n][2 * h + 1] *= shrink;
+                    }
+            }
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const u32 key = base + n * 8 + lane % 4 * 2 + i % 2;
-                        const u32 position = lowest + row + m * 16 + lane / 4 + i / 2 * 8;
-                        if (key > position || (a.window && key + a.window <= position))
-                            score[m][n][i] = -INFINITY;
+                        score[m][n][i] = exp2_approx(score[m][n][i] * scale - shift[m][i / 2]);
+                        sum[m][i / 2] += score[m][n][i];
                     }
+            multiply<HD, M, KEYS>(o, score, right_values);
         }
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float larger = top[m][h];
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    larger = fmaxf(larger, fmaxf(score[m][n][2 * h], score[m][n][2 * h + 1]));
-                larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 1));
-                larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 2));
-                // With a window, all keys of a row so far may be masked: -inf - -inf would be NaN.
-                const float shift = larger == -INFINITY ? 0.0f : larger * scale;
-                const float shrink = exp2_approx(top[m][h] * scale - shift);
-                float part = 0.0f;
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                    for (int i = 2 * h; i < 2 * h + 2; i++) {
-                        score[m][n][i] = exp2_approx(score[m][n][i] * scale - shift);
-                        part += score[m][n][i];
-                    }
-                top[m][h] = larger;
-                sum[m][h] = sum[m][h] * shrink + part;
-#pragma unroll
-                for (int n = 0; n < HD / 8; n++) o[m][n][2 * h] *= shrink, o[m][n][2 * h + 1] *= shrink;
-            }
-        multiply<HD, M, KEYS>(o, score, right_values);
     }
     cp_async_wait<0>();
 
+    const Sequence again = sequence_at(a, block.sequence);
+    const u32 begin = block.lowest - again.first_position();
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -131,16 +150,16 @@ template <int HD> DEVICE void attention_forward(const AttentionArgs& a) {
             float total = sum[m][h];
             total += __shfl_xor_sync(FULL_WARP, total, 1);
             total += __shfl_xor_sync(FULL_WARP, total, 2);
-            const u32 at = first + row + m * 16 + h * 8 + lane / 4;
-            if (lane % 4 == 0 && at < s.queries)
-                a.lse[(u64)head * a.query_rows + s.q_begin + at] = top[m][h] * a.scale + logf(total);
+            const u32 at = begin + row + m * 16 + h * 8 + lane / 4;
+            if (lane % 4 == 0 && at < again.queries)
+                a.lse[(u64)head * a.query_rows + again.q_begin + at] = (shift[m][h] + log2_approx(total)) / LOG2_E;
             sum[m][h] = 1.0f / total;
         }
     // Each warp reads only its own rows of the queries, and may overwrite them.
-    store_rows<HD, M>(o, sum, queries, row, (bf16*)a.out + (u64)s.q_begin * a.out_stride + head * HD, first,
-                      s.queries, a.out_stride);
+    store_rows<HD, M>(o, sum, queries, row, (bf16*)a.out + (u64)again.q_begin * a.out_stride + head * HD, begin,
+                      again.queries, a.out_stride);
 }
 
-KERNEL(THREADS, 2) attention_forward_64(AttentionArgs a) { attention_forward<64>(a); }
-KERNEL(THREADS, 2) attention_forward_96(AttentionArgs a) { attention_forward<96>(a); }
-KERNEL(THREADS, 2) attention_forward_128(AttentionArgs a) { attention_forward<128>(a); }
+KERNEL(THREADS, 2) attention_forward_64(AttentionArgs a) { attention_forward<64, 4>(a); }
+KERNEL(THREADS, 2) attention_forward_96(AttentionArgs a) { attention_forward<96, 2>(a); }
+KERNEL(THREADS, 2) attention_forward_128(AttentionArgs a) { attention_forward<128, 1>(a); }

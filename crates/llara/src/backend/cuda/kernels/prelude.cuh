@@ -88,18 +88,24 @@ DEVICE void store16(void* p, Bytes16 v) { *(Bytes16*)p = v; }
 /// the emulator.
 typedef u32 SharedAddress;
 DEVICE SharedAddress shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+/// The same address, of which the compiler knows nothing: addresses derived from it within a loop are computed there,
+/// where the compiler would else keep each in a register throughout the loop.
+DEVICE SharedAddress unknown(SharedAddress a) {
+    asm volatile("" : "+r"(a));
+    return a;
+}
 
 /// Starts an asynchronous copy of 16 bytes from global to shared memory, both addresses multiples of 16.
 /// With `valid` false, zeros are written and `from` is not read.
-DEVICE void cp_async16(void* to, const void* from, bool valid) {
+DEVICE void cp_async16(SharedAddress to, const void* from, bool valid) {
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(bytes)
                  : "memory");
 }
 /// The same for 4 bytes, both addresses multiples of 4.
-DEVICE void cp_async4(void* to, const void* from, bool valid) {
+DEVICE void cp_async4(SharedAddress to, const void* from, bool valid) {
     const int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0],[%1],4,%2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+    asm volatile("cp.async.ca.shared.global [%0],[%1],4,%2;" ::"r"(to), "l"(from), "r"(bytes)
                  : "memory");
 }
 /// Ends a group of this thread's copies: those started since the last group ended.
