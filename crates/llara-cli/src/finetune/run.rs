@@ -117,6 +117,7 @@ impl Run<'_> {
             Ok((trainer, notes))
         });
         let (mut trainer, notes) = processes.agree(made)?;
+        trainer.check_processes()?;
         let (first, total) = (trainer.state().step(), trainer.total_steps());
         say!("{about_model}");
         say!("data      {}, {} skipped", counted(dataset.len(), "row"), dataset.skipped().count);

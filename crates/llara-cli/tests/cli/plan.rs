@@ -121,7 +121,8 @@ fn several_processes_are_planned_with_their_network() {
     );
     let json = planned.json();
     let of = |name: &str| json["network"][name].as_f64().unwrap();
-    let moments = json["plan"]["training"]["optimizer"].as_f64().unwrap();
+    let moments = one["plan"]["training"]["optimizer"].as_f64().unwrap();
+    assert_eq!(of("optimizer_bytes"), json["plan"]["training"]["optimizer"].as_f64().unwrap());
     assert!((of("optimizer_bytes") / moments - 0.25).abs() < 0.01, "{json}");
     // Gradients and weights of three quarters of the parameters; embeddings of four rows of two passages.
     let expected = moments * 0.75 + 8.0 * 3.0 * 4.0 * 2.0 * 128.0;

@@ -267,6 +267,17 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
         self.total_steps
     }
 
+    /// Checks that all processes save and evaluate at the same steps, and evaluate on the same sets: otherwise some would
+    /// wait for others in the middle of the run. All processes of the group call it.
+    ///
+    /// # Errors
+    /// The first rank that differs from rank 0, on every rank.
+    pub fn check_processes(&self) -> Result<()> {
+        let settings = (self.config.saving, self.evaluation.evaluation().map(Evaluation::settings));
+        let hash = hash(&format!("{settings:?}"));
+        check_same(hash, "settings of saving or evaluation", self.collective.as_ref())
+    }
+
     /// Makes all steps. The model in memory is then the trained one; saving it is the caller's.
     ///
     /// While a step computes, the next one's rows are read and tokenized on another thread.
@@ -276,9 +287,6 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
     /// weight, and nothing is saved after it), when the data changed under the run, when an evaluation fails
     /// (a checkpoint is saved then), or when saving fails.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
-        let events = (self.config.saving, self.evaluation.evaluation().map(Evaluation::settings));
-        let events = hash(&format!("{events:?}"));
-        check_same(events, "settings of saving or evaluation", self.collective.as_ref())?;
         let summary = self.run_steps(observer);
         let saved = self.wait_for_checkpoint(observer);
         let summary = summary?;
