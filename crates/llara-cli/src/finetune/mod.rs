@@ -37,7 +37,7 @@ use super::{inspect_data, trained_model};
 pub(super) use args::{Args, ModelArgs};
 pub(super) use eval_args::EvalArgs;
 pub(super) use flag_table::OwnSettings;
-pub(super) use forecast::{Forecast, MaxLen};
+pub(super) use forecast::{Forecast, Remedies};
 pub(super) use lengths::warnings as length_warnings;
 pub(super) use lora_args::{Adapter, LoraArgs};
 pub(super) use optimizer_args::OptimizerArgs;

@@ -14,7 +14,7 @@ use llara::train::{Pretraining, PretrainingOptions};
 use llara::{Result, hub};
 
 use crate::compute::on_device;
-use crate::finetune::{Forecast, MaxLen, Run, adapter_setting, common_settings, missing};
+use crate::finetune::{Forecast, Remedies, Run, adapter_setting, common_settings, missing};
 use crate::processes::Processes;
 use crate::report::{Lengths, ReportFacts};
 use crate::talk::{count, counted, say};
@@ -97,13 +97,15 @@ fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast>
         process_bytes: 0,
     };
     let batch = LargestBatch::of_pretraining(data, prompts, config, options)?;
-    let max_len = MaxLen {
-        option: "--cutoff-len",
-        tokens: options.cutoff_len,
-        smallest: options.cutoff_len - prepared.sample.text_tokens + 1,
+    let remedies = Remedies {
+        max_len_option: "--cutoff-len",
+        max_len: options.cutoff_len,
+        smallest_max_len: options.cutoff_len - prepared.sample.text_tokens + 1,
+        // An adapter is refused where tokens are added.
+        adapter: outline.added_tokens.is_empty(),
     };
     let checkpoint = prepared.checkpoint.as_ref();
-    Forecast::of(shape, batch, (&args.training, checkpoint), max_len, (&prepared.backend, 1))
+    Forecast::of(shape, batch, (&args.training, checkpoint), remedies, (&prepared.backend, 1))
 }
 
 fn warn_of_long_texts<B: Backend>(prepared: &Prepared<B>) {

@@ -107,7 +107,8 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<(B::Tensor, B::Tensor, SavedNorm<B>)> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
         let activations = self.activations;
-        let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
+        let branches = input.branches.as_ref();
+        let pass = Pass { backend, rows: &input.all, branches, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let selected = input.selected(&pooled_pass);
         let mut x = self.embed(backend, input)?;
@@ -149,7 +150,8 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<()> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
         let (activations, dropout) = (self.activations, saved.dropout);
-        let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
+        let branches = input.branches.as_ref();
+        let pass = Pass { backend, rows: &input.all, branches, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let selected = input.selected(&pooled_pass);
         let mut dx = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
