@@ -90,12 +90,9 @@ impl PieceLength {
     }
 
     /// The pieces of `text`, the value of the field `text` of a line of JSON. None is blank.
-    pub(super) fn pieces_of_line(
-        self,
-        line: &[u8],
-        text: &str,
-    ) -> impl Iterator<Item = JsonPiece> {
-        let mut place = text_value(line).map(|value| EscapedText { line, at: value.start, decoded: 0 });
+    pub(super) fn pieces_of_line(self, line: &[u8], text: &str) -> impl Iterator<Item = JsonPiece> {
+        let mut place =
+            text_value(line).map(|value| EscapedText { line, at: value.start, decoded: 0 });
         let mut start = blank_bytes(text.as_bytes());
         std::iter::from_fn(move || {
             let place = place.as_mut()?;
@@ -336,7 +333,9 @@ mod tests {
         let open = File::open(file.path()).unwrap();
         read_plain_text(file.path(), &open, length, &mut |line, length| {
             // A blank file is an error.
-            plain.extend(line.bytes.ok().map(|row| split(std::str::from_utf8(row).unwrap(), length)));
+            plain.extend(
+                line.bytes.ok().map(|row| split(std::str::from_utf8(row).unwrap(), length)),
+            );
             Ok(())
         })
         .unwrap();

@@ -333,7 +333,8 @@ mod tests {
 
         let blank = dir.path().join("2.jsonl");
         let rows = dir.path().join("5.jsonl");
-        fs::write(&rows, r#"{"input": "a", "output_summarize": "a", "output_predict": ""}"#).unwrap();
+        fs::write(&rows, r#"{"input": "a", "output_summarize": "a", "output_predict": ""}"#)
+            .unwrap();
         let data = PretrainingData::open_rows(&[blank, rows], BadRows::Skip).unwrap();
         assert_eq!((data.dataset().len(), data.dataset().skipped().count), (1, 1));
     }
@@ -341,7 +342,8 @@ mod tests {
     #[test]
     fn a_row_of_a_long_line_reads_its_own_piece_only() {
         let text: String = (0..20_000).map(|i| format!("word{i} ")).collect();
-        let (_dir, path) = file("a.jsonl", serde_json::json!({ "text": text }).to_string().as_bytes());
+        let (_dir, path) =
+            file("a.jsonl", serde_json::json!({ "text": text }).to_string().as_bytes());
         let length = PieceLength::new(40).unwrap();
         let data = PretrainingData::open_texts(&[path], length, BadRows::Error).unwrap();
         let rows = data.dataset().len();
@@ -356,7 +358,8 @@ mod tests {
     #[test]
     fn the_first_characters_are_those_of_a_long_line_too() {
         let text = "long words ".repeat(200_000);
-        let (_dir, path) = file("a.jsonl", serde_json::json!({ "text": text }).to_string().as_bytes());
+        let (_dir, path) =
+            file("a.jsonl", serde_json::json!({ "text": text }).to_string().as_bytes());
         assert_eq!(first_characters(&[path], 1000).unwrap(), text[..1000]);
         let (_dir, path) = file("a.jsonl", b"bad\n{\"text\": \"one\"}\n{\"text\": \"two\"}\n");
         assert_eq!(first_characters(&[path], 5).unwrap(), "onetw");

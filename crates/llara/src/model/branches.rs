@@ -6,9 +6,7 @@
 //! the last ones of the sequence.
 
 use crate::Result;
-use crate::backend::{
-    AttentionGradients, Backend, Layout, ScatterPlan, ScatterRows, Shape, View,
-};
+use crate::backend::{AttentionGradients, Backend, Layout, ScatterPlan, ScatterRows, Shape, View};
 use crate::data::BatchView;
 
 /// The rows of each sequence, where some sequences share rows.

@@ -147,7 +147,6 @@ impl LargestBatch {
     pub fn with_passages_truncated(&self, max_len: usize) -> Result<Self> {
         Ok(LargestBatch { passage: truncated(&self.passage, max_len)?, ..self.clone() })
     }
-
 }
 
 /// The batch with sequences of at most `max_len` tokens, those of their branches included; a branch itself is not
@@ -275,7 +274,10 @@ mod tests {
         assert_eq!(stretched(&batch, 1.5, 8).unwrap().tokens(), 8 + 3);
         assert_eq!(stretched(&batch, 1.5, 2).unwrap(), batch);
         let shorter = truncated(&batch, 6).unwrap();
-        assert_eq!((shorter.ids(), shorter.shared()), (&[1, 2, 3, 4, 5, 6, 8, 9][..], &[0, 2, 0][..]));
+        assert_eq!(
+            (shorter.ids(), shorter.shared()),
+            (&[1, 2, 3, 4, 5, 6, 8, 9][..], &[0, 2, 0][..])
+        );
         // Branches keep a common token.
         assert_eq!(truncated(&batch, 1).unwrap().shared(), [0, 1, 0]);
         let sample = Sample { query: self::batch(&[]), passage: batch, encoded: 9 };

@@ -124,9 +124,9 @@ fn check(row: usize, sequences: &[TrainingSequence], bag_rows: usize) -> Result<
     if let [first, others @ ..] = sequences
         && others.iter().any(|other| others.len() > 1 || other.objective == first.objective)
     {
-        return Err(bad("too many sequences")
-            .expected("one of each objective at most")
-            .got(sequences.iter().map(|s| format!("{:?}", s.objective)).collect::<Vec<_>>().join(", ")));
+        return Err(bad("too many sequences").expected("one of each objective at most").got(
+            sequences.iter().map(|s| format!("{:?}", s.objective)).collect::<Vec<_>>().join(", "),
+        ));
     }
     for TrainingSequence { ids, labels, targets, .. } in sequences {
         if !labels.is_empty() && (labels.start == 0 || labels.end > ids.len()) {
