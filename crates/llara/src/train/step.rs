@@ -56,7 +56,7 @@ impl Chunking {
 
 /// A chunk between the two passes.
 enum Chunk<B: Backend> {
-    Kept(Encoding<B>),
+    Kept(Box<Encoding<B>>),
     Recomputed,
 }
 
@@ -108,7 +108,7 @@ pub fn accumulate_gradients_with<B: Backend>(
     for (number, (chunk, state)) in chunks.into_iter().zip(states).enumerate() {
         let gradient = gradient.view().with_rows(chunk.clone());
         let encoding = match state {
-            Chunk::Kept(encoding) => encoding,
+            Chunk::Kept(encoding) => *encoding,
             Chunk::Recomputed => {
                 let numbers = &input.sequence_numbers[chunk.clone()];
                 model.encode_saving(input.batch.slice(chunk), numbers, input.dropout)?
@@ -189,7 +189,7 @@ fn encode_chunks<B: Backend>(
         if batch.offsets()[chunk.end] as usize <= kept_tokens {
             let encoding = model.encode_saving(sequences, numbers, input.dropout)?;
             backend.copy(encoding.embeddings.view(), rows)?;
-            states.push(Chunk::Kept(encoding));
+            states.push(Chunk::Kept(Box::new(encoding)));
         } else {
             let chunk = model.encode_training(sequences, numbers, input.dropout)?;
             backend.copy(chunk.view(), rows)?;
