@@ -26,15 +26,19 @@ pub(crate) struct Forecast {
     machine: MachineMemory,
     shape: RunShape,
     policy: ChunkPolicy,
-    max_len: MaxLen,
+    remedies: Remedies,
 }
 
-/// The maximum length by which the longest sequences of a run can be shortened.
-pub(crate) struct MaxLen {
-    pub(crate) option: &'static str,
-    pub(crate) tokens: usize,
+/// Settings of a run by which it could need less memory.
+pub(crate) struct Remedies {
+    /// The option of the maximum length of the longest sequences.
+    pub(crate) max_len_option: &'static str,
+    /// Its value.
+    pub(crate) max_len: usize,
     /// The smallest valid value.
-    pub(crate) smallest: usize,
+    pub(crate) smallest_max_len: usize,
+    /// Whether the run could train an adapter instead of all weights.
+    pub(crate) adapter: bool,
 }
 
 /// Chunks of one sequence and no kept activations: the minimum of memory.
@@ -83,14 +87,15 @@ impl Forecast {
         };
         let batch =
             LargestBatch::of_run(dataset, &shape.prompts, config, shape.dedups_sequences())?;
-        let max_len = MaxLen {
-            option: "--passage-max-len",
-            tokens: config.passage_max_len,
-            smallest: prompts.encode(Role::Passage, "", usize::MAX)?.len() + 1,
+        let remedies = Remedies {
+            max_len_option: "--passage-max-len",
+            max_len: config.passage_max_len,
+            smallest_max_len: prompts.encode(Role::Passage, "", usize::MAX)?.len() + 1,
+            adapter: true,
         };
         let checkpoint = prepared.checkpoint.as_ref();
         let machine = (&prepared.backend, prepared.local_processes);
-        Self::of(shape, batch, (&args.training, checkpoint), max_len, machine)
+        Self::of(shape, batch, (&args.training, checkpoint), remedies, machine)
     }
 
     /// Plans a step of `batch`, with the data of the run in memory; the shape's process memory is set here. The memory
@@ -99,7 +104,7 @@ impl Forecast {
         mut shape: RunShape,
         batch: LargestBatch,
         (training, checkpoint): (&TrainingArgs, Option<&Checkpoint>),
-        max_len: MaxLen,
+        remedies: Remedies,
         (backend, local_processes): (&impl Backend, usize),
     ) -> Result<Self> {
         // Read here, with tokenizer and data in memory.
@@ -122,7 +127,7 @@ impl Forecast {
         let limit = budget.unwrap_or(u64::MAX);
         let plan = DryRun::new(shape.clone())?.choose(&batch, policy, limit)?;
         let is_given = given.is_some();
-        Ok(Forecast { plan, batch, budget, is_given, machine, shape, policy, max_len })
+        Ok(Forecast { plan, batch, budget, is_given, machine, shape, policy, remedies })
     }
 
     /// Whether the peak memory is within the limit.
@@ -247,7 +252,7 @@ impl Forecast {
             let option = format!("--eval-batch-tokens {SMALL_BATCH_TOKENS}");
             consider(&option, &shape, &self.batch, self.policy)?;
         }
-        if self.shape.lora.is_none() {
+        if self.shape.lora.is_none() && self.remedies.adapter {
             let lora = Some(LoraConfig::default());
             let shape = RunShape { lora, ..self.shape.clone() };
             consider("--use-lora true", &shape, &self.batch, smallest)?;
@@ -258,14 +263,11 @@ impl Forecast {
         }
         // Shorter texts do not reduce the memory of the weights.
         let fixed = self.plan.training.without_activations();
-        let MaxLen { option, tokens, smallest: least } = self.max_len;
-        let mut max_len = tokens / 2;
-        while max_len >= least && fixed.max(self.plan.saving_bytes) < limit {
-            let batch = match self.shape.task {
-                PlannedTask::Finetuning(_) => self.batch.with_passages_truncated(max_len)?,
-                PlannedTask::Pretraining => self.batch.with_all_truncated(max_len)?,
-            };
-            let option = format!("{option} {max_len}");
+        let Remedies { max_len_option, smallest_max_len, .. } = self.remedies;
+        let mut max_len = self.remedies.max_len / 2;
+        while max_len >= smallest_max_len && fixed.max(self.plan.saving_bytes) < limit {
+            let batch = self.batch.with_passages_truncated(max_len)?;
+            let option = format!("{max_len_option} {max_len}");
             if consider(&option, &self.shape, &batch, smallest)? {
                 break;
             }

@@ -38,7 +38,7 @@ pub(super) use args::{Args, ModelArgs};
 pub(super) use distributed_args::ProcessArgs;
 pub(super) use eval_args::EvalArgs;
 pub(super) use flag_table::OwnSettings;
-pub(super) use forecast::{Forecast, MaxLen, group_shape};
+pub(super) use forecast::{Forecast, Remedies, group_shape};
 pub(super) use lengths::warnings as length_warnings;
 pub(super) use lora_args::{Adapter, LoraArgs};
 pub(super) use optimizer_args::OptimizerArgs;

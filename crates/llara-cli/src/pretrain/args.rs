@@ -8,7 +8,7 @@ use llara::data::{BadRows, Sampling};
 use llara::loss::ObjectiveOptions;
 use llara::text::StopWords;
 use llara::train::{Batching, Chunking, LossWeights, PretrainingOptions, TrainConfig};
-use llara::{BiEncoderOptions, Recipe, Result, Shortcuts};
+use llara::{BiEncoderOptions, Error, ErrorKind, Recipe, Result, Shortcuts};
 
 use crate::compute::{Compute, Precision};
 use crate::finetune::{
@@ -107,10 +107,10 @@ pub(super) struct DataArgs {
 #[command(next_help_heading = "Objective")]
 pub(super) struct ObjectiveArgs {
     /// Leave stop words out of the targets: the built-in English ones, or those of --stop-words
+    /// [default: false, or true with --stop-words]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(default_value = "false", action = ArgAction::Set)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    remove_stop_words: bool,
+    remove_stop_words: Option<bool>,
     /// File with one stop word per line, instead of the built-in list; implies --remove-stop-words
     #[arg(long, value_name = "FILE")]
     pub(super) stop_words: Option<PathBuf>,
@@ -129,7 +129,7 @@ impl Args {
     /// The settings of pretraining.
     ///
     /// # Errors
-    /// The file of stop words cannot be read, or a weight is out of range.
+    /// The file of stop words cannot be read or is not to be used, or a weight is out of range.
     pub(super) fn options(&self) -> Result<PretrainingOptions> {
         let objective = &self.objective;
         let weights = LossWeights {
@@ -138,9 +138,15 @@ impl Args {
             auto_regress: objective.auto_regress_weight,
         };
         weights.check()?;
-        let stop_words = match &objective.stop_words {
-            Some(path) => Some(StopWords::from_file(path)?),
-            None => objective.remove_stop_words.then(StopWords::english),
+        let stop_words = match (&objective.stop_words, objective.remove_stop_words) {
+            (Some(_), Some(false)) => {
+                return Err(Error::new(ErrorKind::Argument, "the stop words would not be removed")
+                    .expected("--stop-words without --remove-stop-words false")
+                    .got("both")
+                    .hint("omit one of them"));
+            }
+            (Some(path), _) => Some(StopWords::from_file(path)?),
+            (None, remove) => remove.unwrap_or(false).then(StopWords::english),
         };
         Ok(PretrainingOptions { cutoff_len: self.data.cutoff_len, stop_words, weights })
     }

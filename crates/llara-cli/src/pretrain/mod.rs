@@ -15,7 +15,7 @@ use llara::{Result, hub};
 
 use crate::compute::on_device;
 use crate::finetune::{
-    Forecast, MaxLen, Run, adapter_setting, announce_processes, common_settings, group_shape,
+    Forecast, Remedies, Run, adapter_setting, announce_processes, common_settings, group_shape,
     missing, smallest_chunking,
 };
 use crate::processes::Processes;
@@ -123,14 +123,16 @@ fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast>
         process_bytes: 0,
     };
     let batch = LargestBatch::of_pretraining(data, prompts, config, options)?;
-    let max_len = MaxLen {
-        option: "--cutoff-len",
-        tokens: options.cutoff_len,
-        smallest: options.cutoff_len - prepared.sample.text_tokens + 1,
+    let remedies = Remedies {
+        max_len_option: "--cutoff-len",
+        max_len: options.cutoff_len,
+        smallest_max_len: options.cutoff_len - prepared.sample.text_tokens + 1,
+        // An adapter is refused where tokens are added.
+        adapter: outline.added_tokens.is_empty(),
     };
     let checkpoint = prepared.checkpoint.as_ref();
     let machine = (&prepared.backend, prepared.local_processes);
-    Forecast::of(shape, batch, (&args.training, checkpoint), max_len, machine)
+    Forecast::of(shape, batch, (&args.training, checkpoint), remedies, machine)
 }
 
 fn warn_of_long_texts<B: Backend>(prepared: &Prepared<B>) {

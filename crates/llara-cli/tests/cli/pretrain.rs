@@ -68,6 +68,10 @@ fn a_text_file_becomes_a_model_that_finetune_starts_from() {
         serde_json::from_slice(&fs::read(bench.at("pre/config.json")).unwrap()).unwrap();
     assert_eq!(config["architectures"], json!(["LlamaForCausalLM"]));
 
+    let card = fs::read_to_string(bench.at("pre/README.md")).unwrap();
+    assert!(card.contains("Pretraining on texts (Llama2Vec)"), "{card}");
+    assert!(!card.contains("fine-tuned from") && !card.contains("InfoNCE"), "{card}");
+
     let model = bench.path("pre");
     let tuned = bench.finetune(&["--model", &model]);
     tuned.json();
@@ -156,9 +160,39 @@ fn a_resumed_run_ends_with_the_same_bytes() {
     let other = [&resume[..], &["--auto-encode-weight", "2"]].concat();
     pretrain_by(&bench, with_fixed_kernels(), &other)
         .refused(&["auto-encode-weight: 1.0 in the checkpoint"]);
-    // A checkpoint of one task is not continued by the other.
-    let resume = ["--output-dir", &bench.path("pre"), "--resume-from-checkpoint"];
-    bench.finetune(&resume).refused(&["the training data changed"]);
+}
+
+#[test]
+fn a_checkpoint_of_one_task_is_not_continued_by_the_other() {
+    let bench = Bench::new();
+    // The same data for both: rows with the fields of both forms.
+    let row = |i: usize| {
+        let text = format!("The otter {i} sleeps under the bridge.");
+        let row = json!({
+            "query": "Where does it sleep?", "pos": [text], "neg": ["A heron wakes."],
+            "input": text, "output_summarize": text, "output_predict": "It wakes.",
+        });
+        format!("{row}\n")
+    };
+    bench.write("both.jsonl", (0..12).map(row).collect::<String>());
+    let data = bench.path("both.jsonl");
+    let by = |verb: &str, rest: &[&str]| match verb {
+        "pretrain" => pretrain(&bench, rest),
+        _ => bench.finetune(rest),
+    };
+    for (first, second, task) in [
+        ("pretrain", "finetune", "task: \"pretraining\" in the checkpoint, not set now"),
+        ("finetune", "pretrain", "task: not set in the checkpoint, \"pretraining\" now"),
+    ] {
+        let (from, to) = (format!("by-{first}"), format!("by-{second}-again"));
+        let out = bench.path(&from);
+        by(first, &["--train-data", &data, "--output-dir", &out, "--save-steps", "1"]).json();
+        let checkpoint = "checkpoint-2";
+        copy_folder_deep(&bench.at(&from).join(checkpoint), &bench.at(&to).join(checkpoint));
+        let out = bench.path(&to);
+        let resume = ["--train-data", &data, "--output-dir", &out, "--resume-from-checkpoint"];
+        by(second, &resume).refused(&["settings differ from the checkpoint's", task]);
+    }
 }
 
 #[test]
@@ -170,6 +204,10 @@ fn tokens_are_added_and_adapters_are_refused_then() {
     let plain = ["--model", &model, "--template", "llara", "--cutoff-len", "260"];
     let with = |rest: &[&str]| pretrain(&bench, &[&plain[..], rest].concat());
     with(&["--add-special-tokens", "false"]).refused(&["no single tokens for <s1>"]);
+    // An adapter is no way to need less memory then.
+    let too_large = with(&["--memory-budget", "10MB"]);
+    too_large.refused(&["does not fit in 9.54 MiB"]);
+    assert!(!too_large.stderr.contains("--use-lora"), "{}", too_large.stderr);
     with(&["--use-lora", "true"])
         .refused(&["needs a model that has all tokens of the template", "--use-lora false"]);
     // Nor from an adapter that has tokens of its own: the language-model head has no rows for them.
@@ -234,6 +272,10 @@ fn bad_input_is_refused_before_work_starts() {
         &["no row has words to predict", "stop words"],
     );
     refused(&["--stop-words", &bench.path("absent.txt")], &["absent.txt"]);
+    refused(
+        &["--stop-words", &stop, "--remove-stop-words", "false"],
+        &["the stop words would not be removed", "omit one of them"],
+    );
     refused(&["--language-model-weight", "nan"], &["weight of the language-model loss"]);
     let none =
         ["--language-model-weight", "0", "--auto-encode-weight", "0", "--auto-regress-weight", "0"];
@@ -284,5 +326,17 @@ fn rows_without_targets_and_bad_texts_are_counted() {
     // Alone, a row without a following text trains too.
     bench.write("rows.jsonl", row(""));
     let run = pretrain(&bench, &["--train-data", &data, "--overwrite-output-dir"]);
-    assert_eq!(log(&bench, "pre")[0]["loss_auto_regress"], 0.0, "{}", run.stderr);
+    assert_eq!(log(&bench, "pre")[0]["loss_auto_regress"], Value::Null, "{}", run.stderr);
+    assert!(log(&bench, "pre")[0]["loss_auto_encode"].is_f64());
+
+    // A blank file among others.
+    fs::create_dir(bench.at("texts")).unwrap();
+    bench.write("texts/1.txt", " \n");
+    bench.write("texts/2.txt", text(9));
+    let texts = bench.path("texts");
+    let skip = ["--text", &texts, "--overwrite-output-dir", "--on-bad-row"];
+    pretrain(&bench, &[&skip[..], &["error"]].concat()).refused(&["1.txt", "the file has no text"]);
+    let run = pretrain(&bench, &[&skip[..], &["skip"]].concat());
+    run.json();
+    assert!(run.stderr.contains("1 skipped"), "{}", run.stderr);
 }

@@ -406,7 +406,7 @@ pub struct ListedColumns<B: Backend> {
 }
 
 /// The sequence of each row and its position in that sequence. The rows are all rows of a packed batch, or
-/// only the last rows of each sequence.
+/// only the last rows of each sequence: a sequence may share the rows of its first positions with another one.
 pub struct Layout<B: Backend> {
     /// Rows of sequence `s` are `bounds[s]..bounds[s + 1]`, on the host. `[S + 1]`
     pub bounds: Vec<u32>,

@@ -26,7 +26,8 @@ pub(super) fn model_card<B: Backend>(model: &BiEncoderModel<B>) -> Result<String
     let layout = layout.filter(|_| model.adapter.is_none());
     let mut card = front_matter(model, layout.is_some());
     let name = model.base_name.as_deref();
-    let of = name.map(|name| format!(", fine-tuned from `{name}`")).unwrap_or_default();
+    let trained = if is_pretrained(model) { "pretrained" } else { "fine-tuned" };
+    let of = name.map(|name| format!(", {trained} from `{name}`")).unwrap_or_default();
     let kind = if model.adapter.is_some() {
         "A LoRA adapter for text embeddings"
     } else {
@@ -53,6 +54,11 @@ pub(super) fn model_card<B: Backend>(model: &BiEncoderModel<B>) -> Result<String
     tasks(&mut card, model);
     training(&mut card, model);
     Ok(with_seal(card))
+}
+
+/// Whether the model was trained by `llara pretrain`: only that trains with a language-model head.
+fn is_pretrained<B: Backend>(model: &BiEncoderModel<B>) -> bool {
+    model.decoder().has_head()
 }
 
 fn write(card: &mut String, text: std::fmt::Arguments<'_>) {
@@ -278,7 +284,13 @@ fn training<B: Backend>(card: &mut String, model: &BiEncoderModel<B>) {
         card.push_str("\n## Training\n\nThe weights are random: the model is not trained yet.\n");
         return;
     }
-    card.push_str("\n## Training\n\nContrastive fine-tuning (InfoNCE)");
+    card.push_str("\n## Training\n\n");
+    card.push_str(match is_pretrained(model) {
+        true => {
+            "Pretraining on texts (Llama2Vec), before contrastive fine-tuning: `llara finetune` continues from here"
+        }
+        false => "Contrastive fine-tuning (InfoNCE)",
+    });
     if let Some(steps) = steps {
         write(card, format_args!(", {steps} steps"));
     }

@@ -10,6 +10,9 @@ use crate::{Error, ErrorKind, Result};
 /// Packed sequences. Sequence `s` is `ids[offsets[s]..offsets[s + 1]]`. No sequence is empty; the batch
 /// may have no sequences.
 ///
+/// A sequence may branch off an earlier one: the tokens that it shares with the start of that one are encoded once, and
+/// it has only those that follow them ([`from_branches`](Batch::from_branches)).
+///
 /// ```
 /// # use llara::data::Batch;
 /// let batch = Batch::from_sequences([vec![5, 6, 7], vec![8]])?;
@@ -23,18 +26,60 @@ pub struct Batch {
     ids: Vec<u32>,
     /// Boundaries of the sequences, `[sequences + 1]`; the first is 0, the last `tokens`.
     offsets: Vec<u32>,
+    /// Number of tokens that each sequence shares with the last sequence before it that shares none. `[sequences]`
+    shared: Vec<u32>,
 }
 
 impl Batch {
+    fn without_sequences() -> Batch {
+        Batch { ids: Vec::new(), offsets: vec![0], shared: Vec::new() }
+    }
+
     /// Concatenates sequences.
     ///
     /// # Errors
     /// A sequence is empty, or there are more than `u32::MAX` tokens.
     pub fn from_sequences(sequences: impl IntoIterator<Item: AsRef<[u32]>>) -> Result<Batch> {
-        let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
+        let mut batch = Batch::without_sequences();
         for sequence in sequences {
             batch.ids.extend_from_slice(sequence.as_ref());
-            batch.close_sequence()?;
+            batch.close_sequence(0)?;
+        }
+        Ok(batch)
+    }
+
+    /// Concatenates sequences that may share tokens. `(ids, shared)` is a sequence of `shared + ids.len()` tokens: the
+    /// first `shared` tokens of the last sequence before it that shares none, and `ids`.
+    ///
+    /// ```
+    /// # use llara::data::Batch;
+    /// // The sequences 5 6 7 8 and 5 6 9.
+    /// let batch = Batch::from_branches([(vec![5, 6, 7, 8], 0), (vec![9], 2)])?;
+    /// assert_eq!((batch.tokens(), batch.longest()), (5, 4));
+    /// assert_eq!(batch.positions(), [0, 1, 2, 3, 2]);
+    /// # Ok::<(), llara::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`from_sequences`](Self::from_sequences), or a sequence shares more tokens than the earlier one has.
+    pub fn from_branches(
+        sequences: impl IntoIterator<Item = (impl AsRef<[u32]>, usize)>,
+    ) -> Result<Batch> {
+        let mut batch = Batch::without_sequences();
+        let mut root = 0;
+        for (ids, shared) in sequences {
+            let ids = ids.as_ref();
+            if shared > root {
+                let what = format!("sequence {} shares too many tokens", batch.len());
+                return Err(Error::new(ErrorKind::Argument, what)
+                    .expected(format!("at most {root}, the length of the one it branches off"))
+                    .got(shared));
+            }
+            if shared == 0 {
+                root = ids.len();
+            }
+            batch.ids.extend_from_slice(ids);
+            batch.close_sequence(shared as u32)?;
         }
         Ok(batch)
     }
@@ -57,7 +102,7 @@ impl Batch {
             .expected(format!("shape {:?}", input_ids.dim()))
             .got(format!("{:?}", attention_mask.dim())));
         }
-        let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
+        let mut batch = Batch::without_sequences();
         for (row, (ids, mask)) in
             input_ids.rows().into_iter().zip(attention_mask.rows()).enumerate()
         {
@@ -87,12 +132,12 @@ impl Batch {
             if last_real.is_none() {
                 return Err(bad("no token: all values of its attention mask are 0".into()));
             }
-            batch.close_sequence()?;
+            batch.close_sequence(0)?;
         }
         Ok(batch)
     }
 
-    /// The ids of each sequence, in order.
+    /// The ids of each sequence, in order; without those that it shares.
     pub fn sequences(&self) -> impl ExactSizeIterator<Item = &[u32]> {
         self.offsets.windows(2).map(|w| &self.ids[w[0] as usize..w[1] as usize])
     }
@@ -124,12 +169,28 @@ impl Batch {
 
     /// The position of each token in its sequence, from 0, `[tokens]`.
     pub fn positions(&self) -> Vec<u32> {
-        self.offsets.windows(2).flat_map(|w| 0..w[1] - w[0]).collect()
+        let sequences = self.offsets.windows(2).zip(&self.shared);
+        sequences.flat_map(|(w, &shared)| shared..shared + w[1] - w[0]).collect()
     }
 
-    /// The length of the longest sequence in tokens; 0 if there is none.
+    /// The length of the longest sequence in tokens, with those that it shares; 0 if there is none.
     pub fn longest(&self) -> usize {
-        self.sequences().map(<[u32]>::len).max().unwrap_or(0)
+        self.view().longest()
+    }
+
+    /// The number of tokens that each sequence shares with the last sequence before it that shares none. `[sequences]`
+    pub fn shared(&self) -> &[u32] {
+        &self.shared
+    }
+
+    /// Ranges of sequences that [`slice`](Self::slice) must not separate: each sequence with those that branch off it.
+    pub fn trees(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut start = 0;
+        self.shared.chunk_by(|_, &shared| shared > 0).map(move |tree| {
+            let first = start;
+            start += tree.len();
+            first..start
+        })
     }
 
     /// The highest token id; `None` if there is no sequence.
@@ -146,14 +207,14 @@ impl Batch {
         sequences: impl IntoIterator<Item = &'s [u32]>,
     ) -> Result<(Batch, Vec<u32>)> {
         let mut seen = std::collections::HashMap::new();
-        let mut batch = Batch { ids: Vec::new(), offsets: vec![0] };
+        let mut batch = Batch::without_sequences();
         let mut indices = Vec::new();
         for sequence in sequences {
             let index = match seen.entry(sequence) {
                 Entry::Occupied(index) => *index.get(),
                 Entry::Vacant(index) => {
                     batch.ids.extend_from_slice(sequence);
-                    batch.close_sequence()?;
+                    batch.close_sequence(0)?;
                     *index.insert(batch.len() as u32 - 1)
                 }
             };
@@ -164,21 +225,23 @@ impl Batch {
 
     /// All sequences, without a copy.
     pub fn view(&self) -> BatchView<'_> {
-        BatchView { ids: &self.ids, offsets: &self.offsets }
+        BatchView { ids: &self.ids, offsets: &self.offsets, shared: &self.shared }
     }
 
     /// A range of sequences, without a copy.
     ///
     /// # Panics
-    /// If the range ends after [`Batch::len`] or before its start.
+    /// If the range ends after [`Batch::len`] or before its start, or its first sequence branches off one before it.
     pub fn slice(&self, sequences: Range<usize>) -> BatchView<'_> {
         let offsets = &self.offsets[sequences.start..=sequences.end];
         let (first, last) = (offsets[0], offsets[offsets.len() - 1]);
-        BatchView { ids: &self.ids[first as usize..last as usize], offsets }
+        let shared = &self.shared[sequences];
+        assert!(shared.first().is_none_or(|&shared| shared == 0), "a branch without its root");
+        BatchView { ids: &self.ids[first as usize..last as usize], offsets, shared }
     }
 
-    /// Ends a sequence that consists of the ids since the last offset.
-    fn close_sequence(&mut self) -> Result<()> {
+    /// Ends a sequence that consists of `shared` earlier tokens and of the ids since the last offset.
+    fn close_sequence(&mut self, shared: u32) -> Result<()> {
         let sequence = self.len();
         let end = u32::try_from(self.ids.len()).map_err(|_| {
             Error::new(ErrorKind::Argument, "a batch has too many tokens")
@@ -191,6 +254,7 @@ impl Batch {
                 .expected("at least one token"));
         }
         self.offsets.push(end);
+        self.shared.push(shared);
         Ok(())
     }
 }
@@ -216,6 +280,8 @@ pub struct BatchView<'b> {
     ids: &'b [u32],
     /// Boundaries in the ids of the batch, `[sequences + 1]`.
     offsets: &'b [u32],
+    /// See [`Batch::shared`]. `[sequences]`
+    shared: &'b [u32],
 }
 
 impl<'b> BatchView<'b> {
@@ -234,15 +300,21 @@ impl<'b> BatchView<'b> {
         self.len() == 0
     }
 
-    /// The range of each sequence in [`ids`](Self::ids).
+    /// The number of tokens that each sequence shares; see [`Batch::shared`]. `[sequences]`
+    pub fn shared(&self) -> &'b [u32] {
+        self.shared
+    }
+
+    /// The range of each sequence in [`ids`](Self::ids), without the tokens that it shares.
     pub fn bounds(&self) -> impl Iterator<Item = Range<u32>> {
         let first = self.offsets[0];
         self.offsets.windows(2).map(move |w| w[0] - first..w[1] - first)
     }
 
-    /// The length of the longest sequence in tokens; 0 if there is none.
+    /// The length of the longest sequence in tokens, with those that it shares; 0 if there is none.
     pub fn longest(&self) -> usize {
-        self.offsets.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0)
+        let sequences = self.offsets.windows(2).zip(self.shared);
+        sequences.map(|(w, shared)| (shared + w[1] - w[0]) as usize).max().unwrap_or(0)
     }
 }
 
@@ -336,6 +408,39 @@ mod tests {
             let packed = Batch::from_sequences(rows.iter().map(|(_, ids)| ids)).unwrap();
             prop_assert_eq!(Batch::from_padded(ids.view(), mask.view()).unwrap(), packed);
         }
+    }
+
+    #[test]
+    fn branches_have_their_own_tokens_only() {
+        let batch = Batch::from_branches([
+            (vec![1, 2, 3, 4], 0),
+            (vec![5, 6], 3),
+            (vec![7], 1),
+            (vec![8, 9], 0),
+            (vec![10, 11, 12], 2),
+        ])
+        .unwrap();
+        assert_eq!((batch.len(), batch.tokens(), batch.longest()), (5, 12, 5));
+        assert_eq!(batch.positions(), [0, 1, 2, 3, 3, 4, 1, 0, 1, 2, 3, 4]);
+        assert_eq!(batch.trees().collect::<Vec<_>>(), [0..3, 3..5]);
+        let last = batch.slice(3..5);
+        assert_eq!((last.ids(), last.shared()), (&[8, 9, 10, 11, 12][..], &[0, 2][..]));
+        assert!(last.bounds().eq([0..2, 2..5]));
+        assert_eq!(last.longest(), 5);
+
+        let refused = |sequences: Vec<(Vec<u32>, usize)>| {
+            Batch::from_branches(sequences).unwrap_err().to_string()
+        };
+        assert!(refused(vec![(vec![1], 1)]).contains("sequence 0 shares too many tokens"));
+        let far = refused(vec![(vec![1, 2], 0), (vec![1, 2, 3], 2), (vec![4], 3)]);
+        assert!(far.contains("sequence 2 shares too many tokens"), "{far}");
+        assert!(refused(vec![(vec![1, 2], 0), (vec![], 2)]).contains("1 is empty"));
+    }
+
+    #[test]
+    #[should_panic(expected = "a branch without its root")]
+    fn a_branch_is_not_separated_from_its_root() {
+        Batch::from_branches([(vec![1, 2], 0), (vec![3], 1)]).unwrap().slice(1..2);
     }
 
     #[test]

@@ -59,10 +59,18 @@ struct SourceFile {
     path: PathBuf,
     /// Index of its [`DataSource`].
     source_index: usize,
-    /// Kept open, so that the checked contents are read even if another file replaces the path.
-    file: File,
+    file: OpenFile,
     /// Index of the file's first row.
     first_row: usize,
+}
+
+/// A file between reads. The first files of a dataset are kept open, so that the checked contents are read even if
+/// another file replaces the path; the others are opened for each read, because the number of open files is limited.
+/// A row that changed is recognized either way.
+#[derive(Debug)]
+enum OpenFile {
+    Kept(File),
+    Reopened,
 }
 
 /// The position of a row's line.
@@ -77,6 +85,9 @@ struct IndexEntry {
     /// Line number, from 1.
     line: u32,
 }
+
+/// Number of files that are kept open; the usual limit of a process is 1024.
+const MAX_OPEN_FILES: usize = 256;
 
 /// Number of reasons that are stored for skipped rows.
 const MAX_REASONS: usize = 10;
@@ -230,7 +241,7 @@ impl Dataset {
                 .hint("do not change training data during a run; start the run again")
         };
         let mut bytes = vec![0; entry.length as usize];
-        read_at(&source.file, &mut bytes, entry.offset).map_err(|e| match e.kind() {
+        source.read_at(&mut bytes, entry.offset)?.map_err(|e| match e.kind() {
             std::io::ErrorKind::UnexpectedEof => changed(),
             _ => Error::io("read training data", &source.path, e),
         })?;
@@ -332,8 +343,27 @@ impl Dataset {
             }
             Ok(())
         })?;
-        self.files.push(SourceFile { path, source_index, file, first_row });
+        self.add_file(path, source_index, (file, first_row));
         Ok(())
+    }
+
+    /// Adds a file whose rows have been added.
+    fn add_file(&mut self, path: PathBuf, source_index: usize, (file, first_row): (File, usize)) {
+        let file = match self.files.len() < MAX_OPEN_FILES {
+            true => OpenFile::Kept(file),
+            false => OpenFile::Reopened,
+        };
+        self.files.push(SourceFile { path, source_index, file, first_row });
+    }
+}
+
+impl SourceFile {
+    /// Reads exactly these bytes.
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<std::io::Result<()>> {
+        Ok(match &self.file {
+            OpenFile::Kept(file) => read_at(file, bytes, offset),
+            OpenFile::Reopened => read_at(&open_data_file(&self.path)?, bytes, offset),
+        })
     }
 }
 

@@ -36,8 +36,28 @@ pub(crate) fn open_data_file(path: &Path) -> Result<File> {
 pub(crate) fn read_rows(
     path: &Path,
     file: &File,
-    mut on_row: impl FnMut(RowLine<'_>) -> Result<()>,
+    on_row: impl FnMut(RowLine<'_>) -> Result<()>,
 ) -> Result<()> {
+    match read_lines(path, file, on_row)? {
+        true => Ok(()),
+        false => Err(no_rows(path)),
+    }
+}
+
+/// The error of a file of rows without any.
+pub(super) fn no_rows(path: &Path) -> Error {
+    Error::new(ErrorKind::Data, "the file has no rows").file(path)
+}
+
+/// [`read_rows`] of a file that may be blank; returns whether it has a row.
+///
+/// # Errors
+/// As for [`read_rows`].
+pub(super) fn read_lines(
+    path: &Path,
+    file: &File,
+    mut on_row: impl FnMut(RowLine<'_>) -> Result<()>,
+) -> Result<bool> {
     let failed = |e| Error::io("read training data", path, e);
     let mut lines = LineReader::new(BufReader::with_capacity(READ_BYTES, file));
     let mut blank = true;
@@ -70,10 +90,7 @@ pub(crate) fn read_rows(
         });
         on_row(RowLine { number, offset: line.offset, bytes })?;
     }
-    if blank {
-        return Err(Error::new(ErrorKind::Data, "the file has no rows").file(path));
-    }
-    Ok(())
+    Ok(!blank)
 }
 
 /// Extensions of files of training rows.

@@ -1,14 +1,17 @@
 //! Data for pretraining: a text, the text whose words it summarizes, and the text that follows it. Rows are read
 //! from JSON Lines in the reference's form, or cut from longer texts.
 
-use std::io::Read;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::DataSource;
 use super::dataset::{BadRows, Dataset};
-use super::files::{ROW_FILES, RowLine, files_with_extensions, open_data_file, read_rows};
-use super::pieces::{Piece, PieceLength, TEXT_FILES, is_rows_file, read_plain_text};
+use super::files::{
+    ROW_FILES, RowLine, files_with_extensions, no_rows, open_data_file, read_lines,
+};
+use super::pieces::{PieceLength, TEXT_FILES, is_rows_file, piece_and_next, read_plain_text};
 use super::row::Location;
+use crate::storage::LineReader;
 use crate::{Error, ErrorKind, Result};
 
 /// One row: three texts.
@@ -23,13 +26,14 @@ pub struct PretrainingRow {
     pub next: String,
 }
 
-/// Rows of pretraining data in files; the index is in memory, 24 bytes a row and 8 more for a piece of a text.
+/// Rows of pretraining data in files; the index is in memory, 24 bytes a row and 4 more for a piece of a text.
 /// Texts are read from disk.
 #[derive(Debug)]
 pub struct PretrainingData {
     dataset: Dataset,
-    /// If rows are pieces of longer texts: how they are cut, and where each one is in its text.
-    pieces: Option<(PieceLength, Vec<Piece>)>,
+    /// If rows are pieces of longer texts: how they are cut, and the length of each one in bytes. The bytes of its row
+    /// are the piece and the next one.
+    pieces: Option<(PieceLength, Vec<u32>)>,
 }
 
 /// An example of a row in the reference's form.
@@ -70,17 +74,18 @@ impl PretrainingData {
     /// Reads and checks rows in the reference's form. Each path is a file or a folder, as for [`Dataset::open`].
     ///
     /// # Errors
-    /// Those of [`Dataset::open`], for rows of this form.
+    /// Those of [`Dataset::open`], for rows of this form. A blank file is a malformed row.
     pub fn open_rows(paths: &[PathBuf], on_bad_row: BadRows) -> Result<Self> {
         let dataset =
             Dataset::open_with((paths, ROW_FILES), on_bad_row, &mut |path, file, on_row| {
-                read_rows(path, file, |line| {
+                let has_rows = read_lines(path, file, |line| {
                     let RowLine { number, offset, bytes } = line;
                     let checked = bytes.and_then(|bytes| {
                         PretrainingRow::parse(bytes, path, number.into()).map(|_| bytes)
                     });
                     on_row(RowLine { number, offset, bytes: checked })
-                })
+                })?;
+                if has_rows { Ok(()) } else { on_row(blank_file(path)) }
             })?;
         Ok(PretrainingData { dataset, pieces: None })
     }
@@ -90,8 +95,8 @@ impl PretrainingData {
     /// in `.jsonl` or `.json` have one object with the field `text` per line; any other file is one text.
     ///
     /// # Errors
-    /// A path cannot be read; a folder has no such file; a file is empty or compressed; a line or a piece is
-    /// malformed and not to be skipped; or no piece remains.
+    /// A path cannot be read; a folder has no such file; a file is compressed; a line, a piece or a file is malformed
+    /// or blank and not to be skipped; or no piece remains.
     pub fn open_texts(paths: &[PathBuf], length: PieceLength, on_bad_row: BadRows) -> Result<Self> {
         let files = (paths, TEXT_FILES);
         let mut pieces = Vec::new();
@@ -102,20 +107,22 @@ impl PretrainingData {
                     on_row(line)
                 });
             }
-            read_rows(path, file, |line| {
+            let has_rows = read_lines(path, file, |line| {
                 let RowLine { number, offset, bytes } = line;
                 let bytes = match bytes {
                     Ok(bytes) => bytes,
                     Err(reason) => return on_row(RowLine { number, offset, bytes: Err(reason) }),
                 };
                 match text_of_line(bytes, path, number.into()) {
-                    Ok(text) => length.pieces(&text).try_for_each(|piece| {
-                        pieces.push(piece);
-                        on_row(RowLine { number, offset, bytes: Ok(bytes) })
+                    Ok(text) => length.pieces_of_line(bytes, &text).try_for_each(|piece| {
+                        pieces.push(piece.length);
+                        let offset = offset + piece.bytes.start as u64;
+                        on_row(RowLine { number, offset, bytes: Ok(&bytes[piece.bytes]) })
                     }),
                     Err(reason) => on_row(RowLine { number, offset, bytes: Err(reason) }),
                 }
-            })
+            })?;
+            if has_rows { Ok(()) } else { on_row(blank_file(path)) }
         })?;
         Ok(PretrainingData { dataset, pieces: Some((length, pieces)) })
     }
@@ -137,22 +144,29 @@ impl PretrainingData {
     pub fn row(&self, index: usize) -> Result<PretrainingRow> {
         let bytes = self.dataset.line(index)?;
         let (path, line) = self.dataset.location(index).unwrap_or((Path::new(""), 0));
-        let Some((length, pieces)) = &self.pieces else {
+        let Some((_, pieces)) = &self.pieces else {
             return PretrainingRow::parse(&bytes, path, line);
         };
         let text = match is_rows_file(path) {
-            true => text_of_line(&bytes, path, line)?,
-            false => String::from_utf8(bytes).map_err(|e| {
-                Error::new(ErrorKind::Data, "not UTF-8").line(path, line).because(e)
-            })?,
+            true => serde_json::from_slice(&[b"\"", &*bytes, b"\""].concat()).ok(),
+            false => String::from_utf8(bytes).ok(),
         };
-        let (piece, next) = length.piece_and_next(&text, pieces[index]);
+        let split = text.as_deref().and_then(|text| piece_and_next(text, *pieces.get(index)?));
+        let Some((piece, next)) = split else {
+            // The bytes are those that were checked.
+            return Err(Error::new(ErrorKind::Data, "the piece is not text").line(path, line));
+        };
         Ok(PretrainingRow {
             input: piece.to_owned(),
             summary: piece.to_owned(),
             next: next.to_owned(),
         })
     }
+}
+
+/// A file without a row, as a malformed row.
+fn blank_file(path: &Path) -> RowLine<'static> {
+    RowLine { number: 1, offset: 0, bytes: Err(no_rows(path)) }
 }
 
 /// The first characters of the texts in `paths`, about `characters` of them, to measure how long tokens are. Bad
@@ -165,18 +179,20 @@ pub fn first_characters(paths: &[PathBuf], characters: usize) -> Result<String> 
     let sources: Vec<DataSource> = paths.iter().cloned().map(DataSource::from).collect();
     for (_, path) in files_with_extensions(&sources, TEXT_FILES)? {
         let file = open_data_file(&path)?;
-        // A text that is cut off in its last line or character is as good.
-        let mut start = Vec::new();
-        let limit = 4 * characters.saturating_sub(text.len()) as u64;
-        (&file)
-            .take(limit)
-            .read_to_end(&mut start)
-            .map_err(|e| Error::io("read training data", &path, e))?;
+        let failed = |e| Error::io("read training data", &path, e);
         if is_rows_file(&path) {
-            let lines = start.split(|&byte| byte == b'\n').zip(1..);
-            let texts = lines.filter_map(|(line, number)| text_of_line(line, &path, number).ok());
-            texts.for_each(|line| text.push_str(&line));
+            let mut lines = LineReader::new(BufReader::new(&file));
+            while text.len() < characters
+                && let Some(line) = lines.next_line().map_err(failed)?
+            {
+                let of_line = |bytes| text_of_line(bytes, &path, line.number).ok();
+                text.extend(line.content.and_then(of_line));
+            }
         } else {
+            // A text that is cut off in its last character is as good.
+            let mut start = Vec::new();
+            let limit = 4 * characters.saturating_sub(text.len()) as u64;
+            (&file).take(limit).read_to_end(&mut start).map_err(failed)?;
             text.push_str(&String::from_utf8_lossy(&start));
         }
         if text.len() >= characters {
@@ -294,5 +310,77 @@ mod tests {
         let error =
             PretrainingData::open_texts(&[path], PieceLength::new(9).unwrap(), BadRows::Skip);
         assert!(error.unwrap_err().to_string().contains("no text"));
+    }
+
+    #[test]
+    fn a_blank_file_is_refused_or_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in
+            [("1.txt", " \n"), ("2.jsonl", "\n\n"), ("3.txt", ""), ("4.txt", "some text")]
+        {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let open = |bad| {
+            let length = PieceLength::new(9).unwrap();
+            PretrainingData::open_texts(&[dir.path().to_owned()], length, bad)
+        };
+        let refused = open(BadRows::Error).unwrap_err().to_string();
+        assert!(refused.contains("1.txt") && refused.contains("the file has no text"), "{refused}");
+        let data = open(BadRows::Skip).unwrap();
+        assert_eq!((data.dataset().len(), data.dataset().skipped().count), (1, 3));
+        assert_eq!(data.row(0).unwrap().input, "some text");
+        assert!(data.dataset().skipped().reasons[1].contains("2.jsonl"));
+
+        let blank = dir.path().join("2.jsonl");
+        let rows = dir.path().join("5.jsonl");
+        fs::write(&rows, r#"{"input": "a", "output_summarize": "a", "output_predict": ""}"#)
+            .unwrap();
+        let data = PretrainingData::open_rows(&[blank, rows], BadRows::Skip).unwrap();
+        assert_eq!((data.dataset().len(), data.dataset().skipped().count), (1, 1));
+    }
+
+    #[test]
+    fn a_row_of_a_long_line_reads_its_own_piece_only() {
+        let text: String = (0..20_000).map(|i| format!("word{i} ")).collect();
+        let (_dir, path) =
+            file("a.jsonl", serde_json::json!({ "text": text }).to_string().as_bytes());
+        let length = PieceLength::new(40).unwrap();
+        let data = PretrainingData::open_texts(&[path], length, BadRows::Error).unwrap();
+        let rows = data.dataset().len();
+        assert!(rows > 4_000);
+        let bytes: usize = (0..rows).map(|i| data.dataset().line(i).unwrap().len()).sum();
+        // Each piece is in its own row and in that of the piece before it.
+        assert!(bytes <= 2 * text.len(), "{bytes} {}", text.len());
+        let row = data.row(rows / 2).unwrap();
+        assert!(text.contains(&format!("{} {}", row.input, row.next)), "{row:?}");
+    }
+
+    #[test]
+    fn the_first_characters_are_those_of_a_long_line_too() {
+        let text = "long words ".repeat(200_000);
+        let (_dir, path) =
+            file("a.jsonl", serde_json::json!({ "text": text }).to_string().as_bytes());
+        assert_eq!(first_characters(&[path], 1000).unwrap(), text[..1000]);
+        let (_dir, path) = file("a.jsonl", b"bad\n{\"text\": \"one\"}\n{\"text\": \"two\"}\n");
+        assert_eq!(first_characters(&[path], 5).unwrap(), "onetw");
+    }
+
+    #[test]
+    fn more_files_than_a_process_may_open_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..1100 {
+            fs::write(dir.path().join(format!("{i:04}.txt")), format!("text {i}")).unwrap();
+        }
+        let length = PieceLength::new(99).unwrap();
+        let paths = [dir.path().to_owned()];
+        let data = PretrainingData::open_texts(&paths, length, BadRows::Error).unwrap();
+        let descriptors = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+        assert!(descriptors < 1000, "{descriptors} files are open");
+        assert!((0..1100).all(|i| data.row(i).unwrap().input == format!("text {i}")));
+        // A file that is opened again must not have changed.
+        fs::write(dir.path().join("1099.txt"), "text 1o99").unwrap();
+        assert!(data.row(1099).unwrap_err().to_string().contains("the file was changed"));
+        fs::remove_file(dir.path().join("1098.txt")).unwrap();
+        assert!(data.row(1098).unwrap_err().to_string().contains("1098.txt"));
     }
 }

@@ -132,8 +132,10 @@ impl<B: Backend> Attention<B> {
             None => projected.k_mut(&self.shape),
         };
         rotate(pass, k, RopeDirection::Forward)?;
-        let input = self.input(pass, queries, &projected, (&q_heads, &k_heads));
+        let spread = self.spread(pass, &projected, &k_heads)?;
+        let input = self.input(pass, queries, &projected, (&q_heads, &k_heads), spread.as_ref());
         let output = pass.backend.attention(&input)?;
+        drop(spread);
         let all = self.o.all();
         let (y, saved_o) = self.o.forward(queries.pass, &output.out, all, Some(residual))?;
         Ok((y, SavedAttention { projected, q_heads, k_heads, output, saved_o }))
@@ -153,9 +155,13 @@ impl<B: Backend> Attention<B> {
         let all = self.o.all();
         let (dout, inner) = self.o.backward_input(queries.pass, dy, all.clone(), None)?;
         self.o.backward_weights(queries.pass, dy, &output.out, all, (saved_o, inner))?;
-        let input = self.input(pass, queries, &projected, (&q_heads, &k_heads));
-        let gradients = pass.backend.attention_backward(&dout, &input, &output)?;
-        drop((dout, output));
+        let spread = self.spread(pass, &projected, &k_heads)?;
+        let input = self.input(pass, queries, &projected, (&q_heads, &k_heads), spread.as_ref());
+        let mut gradients = pass.backend.attention_backward(&dout, &input, &output)?;
+        drop((dout, output, spread));
+        if let Some(branches) = pass.branches {
+            gradients = branches.gather_gradients(pass.backend, gradients, x.rows())?;
+        }
         let [q, k, _] = projected.views(&self.shape);
         let (q_cols, kv_cols) = (self.shape.q_cols(), self.shape.kv_cols());
         match gradients {
@@ -214,22 +220,44 @@ impl<B: Backend> Attention<B> {
         Ok(dx)
     }
 
-    /// The input of [`Backend::attention`].
+    /// k and v of every position of each sequence, if some sequences share rows. `[K, 2·KV·hd]`
+    fn spread(
+        &self,
+        pass: &Pass<'_, B>,
+        projected: &Projected<B>,
+        k_heads: &Option<Normed<B>>,
+    ) -> Result<Option<B::Tensor>> {
+        let Some(branches) = pass.branches else { return Ok(None) };
+        let [_, k, v] = projected.views(&self.shape);
+        let k = k_heads.as_ref().map_or(k, |(k, _)| k.view());
+        branches.spread(pass.backend, k, v).map(Some)
+    }
+
+    /// The input of [`Backend::attention`], with the result of [`spread`](Self::spread).
     fn input<'a>(
         &'a self,
         pass: &'a Pass<'_, B>,
         queries: &'a QueryRows<'_, B>,
         projected: &'a Projected<B>,
         (q_heads, k_heads): (&'a Option<Normed<B>>, &'a Option<Normed<B>>),
+        spread: Option<&'a B::Tensor>,
     ) -> AttentionInput<'a, B> {
         let [q, k, v] = projected.views(&self.shape);
-        AttentionInput {
+        let input = AttentionInput {
             q: q_heads.as_ref().map_or(q, |(q, _)| q.view()),
             k: k_heads.as_ref().map_or(k, |(k, _)| k.view()),
             v,
             queries: &queries.pass.rows.layout,
             keys: &pass.rows.layout,
             shape: &self.shape,
+        };
+        match (spread, pass.branches) {
+            (Some(kv), Some(branches)) => {
+                let kv_cols = self.shape.kv_cols();
+                let [k, v] = [0, kv_cols].map(|at| kv.view().with_cols(at..at + kv_cols));
+                AttentionInput { k, v, keys: &branches.layout, ..input }
+            }
+            _ => input,
         }
     }
 

@@ -107,12 +107,13 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<(B::Tensor, B::Tensor, SavedNorm<B>)> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
         let activations = self.activations;
-        let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
+        let branches = input.branches.as_ref();
+        let pass = Pass { backend, rows: &input.all, branches, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let selected = input.selected(&pooled_pass);
         let mut x = self.embed(backend, input)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
+            let selected = self.ends_at_pooled_rows(layer, input).then_some(&selected);
             let (y, saved) = block.forward(&pass, x, selected)?;
             keep(saved);
             x = y;
@@ -149,7 +150,8 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<()> {
         let rope = self.rope.table(backend, input.all.layout.longest)?;
         let (activations, dropout) = (self.activations, saved.dropout);
-        let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout };
+        let branches = input.branches.as_ref();
+        let pass = Pass { backend, rows: &input.all, branches, rope: &rope, activations, dropout };
         let pooled_pass = Pass { rows: &input.pooled, ..pass };
         let selected = input.selected(&pooled_pass);
         let mut dx = self.norm.backward(backend, dhidden, &saved.pooled, &saved.norm, None)?;
@@ -162,7 +164,7 @@ impl<B: Backend> Decoder<B> {
         }
         let embeddings_learn = self.embed_tokens.is_trainable() || self.trained_tokens.is_some();
         for (layer, saved) in saved.blocks.into_iter().enumerate().rev() {
-            let selected = self.ends_at_pooled_rows(layer).then_some(&selected);
+            let selected = self.ends_at_pooled_rows(layer, input).then_some(&selected);
             let below_learns = layer > 0 || embeddings_learn;
             let below = self.blocks[layer].backward(&pass, dx, saved, selected, below_learns)?;
             ready.ready(&mut self.blocks[layer].parameters_mut())?;
@@ -219,8 +221,10 @@ impl<B: Backend> Decoder<B> {
         self.set_activations(backend, self.activations, false)
     }
 
-    fn ends_at_pooled_rows(&self, layer: usize) -> bool {
-        self.last_block_at_pooled_rows && layer + 1 == self.blocks.len()
+    /// Whether a layer is computed only at the pooled rows. If these are all rows, there is nothing to select.
+    fn ends_at_pooled_rows(&self, layer: usize, input: &Input<B>) -> bool {
+        let some_rows = input.pooled.layout.rows() < input.all.layout.rows();
+        self.last_block_at_pooled_rows && layer + 1 == self.blocks.len() && some_rows
     }
 
     pub(crate) fn blocks_mut(&mut self) -> impl Iterator<Item = &mut Block<B>> {

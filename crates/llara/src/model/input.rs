@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::branches::Branches;
 use super::pass::{OutputRows, Pass, Rows};
 use super::trained_tokens::TokenLookup;
 use crate::Result;
@@ -19,6 +20,8 @@ pub struct Input<B: Backend> {
     pub(crate) lookup: Option<TokenLookup<B>>,
     /// All T tokens.
     pub(crate) all: Rows<B>,
+    /// The rows of each sequence, if some sequences share rows.
+    pub(crate) branches: Option<Branches<B>>,
     /// The R pooled tokens, grouped by sequence.
     pub(crate) pooled: Rows<B>,
     /// Indices of the pooled rows among all rows. `[R]`
@@ -28,9 +31,10 @@ pub struct Input<B: Backend> {
 }
 
 impl<B: Backend> Input<B> {
-    /// Uploads `batch`, in one transfer (besides those of trained tokens). The last `counts[s]` tokens of each
-    /// sequence (all, if it has fewer) are pooled: the decoder returns their hidden states. `sequence_numbers` are
-    /// the indices of the sequences in the whole step. The tokens `trained`, ascending, have embeddings of their own.
+    /// Uploads `batch`, in one transfer (besides those of trained tokens and of branches). The last `counts[s]` tokens
+    /// of each sequence (all of its own, if it has fewer) are pooled: the decoder returns their hidden states.
+    /// `sequence_numbers` are the indices of the sequences in the whole step. The tokens `trained`, ascending, have
+    /// embeddings of their own.
     pub(crate) fn new(
         backend: &B,
         batch: BatchView<'_>,
@@ -41,12 +45,13 @@ impl<B: Backend> Input<B> {
         let mut all = HostRows::default();
         let mut pooled = HostRows::default();
         let mut pooled_rows = Vec::new();
-        for ((bounds, &number), count) in batch.bounds().zip(sequence_numbers).zip(counts) {
+        let sequences = batch.bounds().zip(batch.shared()).zip(sequence_numbers);
+        for (((bounds, &shared), &number), count) in sequences.zip(counts) {
             let length = bounds.end - bounds.start;
             let first_pooled = length.saturating_sub(count as u32);
             pooled_rows.extend(bounds.start + first_pooled..bounds.end);
-            pooled.push(number, first_pooled..length);
-            all.push(number, 0..length);
+            pooled.push(number, shared + first_pooled..shared + length);
+            all.push(number, shared..shared + length);
         }
         let by_id = ScatterRows::new(batch.ids());
         let by_row = ScatterRows::new(&pooled_rows);
@@ -86,6 +91,7 @@ impl<B: Backend> Input<B> {
             ids,
             lookup: TokenLookup::new(backend, batch.ids(), trained)?,
             ids_scatter: ScatterPlan::new(&by_id, [id_sources, id_targets, id_starts]),
+            branches: Branches::new(backend, batch)?,
             all: all.on_device(longest, [all_offsets, all_positions, all_sequences]),
             pooled: pooled.on_device(longest, [pooled_offsets, pooled_positions, pooled_sequences]),
             pooled_rows: pooled_index,

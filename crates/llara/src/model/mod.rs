@@ -6,6 +6,7 @@
 mod adapter;
 mod attention;
 mod block;
+mod branches;
 mod config;
 mod decoder;
 mod gradients_ready;

@@ -2,6 +2,7 @@
 
 use std::ops::Deref;
 
+use super::branches::Branches;
 use crate::Result;
 use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, ScatterPlan, Shape, TokenIds};
 
@@ -10,6 +11,8 @@ use crate::backend::{Backend, DropoutKey, Dtype, Layout, RopeTable, ScatterPlan,
 pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) backend: &'a B,
     pub(crate) rows: &'a Rows<B>,
+    /// The rows that sequences attend to, if some of them share rows.
+    pub(crate) branches: Option<&'a Branches<B>>,
     pub(crate) rope: &'a RopeTable<B>,
     pub(crate) activations: Dtype,
     pub(crate) dropout: Option<Dropout>,

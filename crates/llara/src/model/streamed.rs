@@ -20,7 +20,9 @@ pub(crate) fn embed_streamed<B: Backend>(
 ) -> Result<B::Tensor> {
     let rope = Rope::new(config.inverse_frequencies()).table(backend, input.all.layout.longest)?;
     let activations = Dtype::F32;
-    let pass = Pass { backend, rows: &input.all, rope: &rope, activations, dropout: None };
+    let branches = input.branches.as_ref();
+    let pass =
+        Pass { backend, rows: &input.all, branches, rope: &rope, activations, dropout: None };
     let mut builder = Builder { backend, config, values };
     let table = builder.embed_tokens()?;
     let mut x = backend.gather_rows(table.values(), &input.ids)?;

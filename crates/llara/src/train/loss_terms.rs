@@ -1,6 +1,6 @@
 //! The terms of a loss, for the log.
 
-/// Named terms of the loss of some steps.
+/// Named terms of the loss of some steps. A term that does not exist in a step is NaN.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LossTerms {
     names: &'static [&'static str],
@@ -26,14 +26,15 @@ impl LossTerms {
         self.names.iter().copied().zip(self.values)
     }
 
-    /// The mean over steps with the same terms.
-    pub(super) fn mean<'t>(terms: impl ExactSizeIterator<Item = &'t LossTerms> + Clone) -> Self {
+    /// The mean of each term over the steps that have it.
+    pub(super) fn mean<'t>(terms: impl Iterator<Item = &'t LossTerms> + Clone) -> Self {
         let names = terms.clone().next().map_or(&[][..], |terms| terms.names);
-        let count = terms.len().max(1) as f64;
         let mut values = [0.0; Self::MAX];
         for (at, value) in values.iter_mut().enumerate() {
-            let sum: f64 = terms.clone().map(|terms| f64::from(terms.values[at])).sum();
-            *value = (sum / count) as f32;
+            let of_steps = terms.clone().map(|terms| f64::from(terms.values[at]));
+            let existing = of_steps.filter(|value| !value.is_nan());
+            let count = existing.clone().count();
+            *value = (existing.sum::<f64>() / count as f64) as f32; // 0 / 0: NaN
         }
         LossTerms { names, values }
     }
@@ -49,5 +50,11 @@ mod tests {
         let steps = [LossTerms::new(names, &[1.0, 5.0]), LossTerms::new(names, &[2.0, 6.0])];
         let mean: Vec<_> = LossTerms::mean(steps.iter()).iter().collect();
         assert_eq!(mean, [("a", 1.5), ("b", 5.5)]);
+
+        let without = |a, b| LossTerms::new(names, &[a, b]);
+        let steps = [without(1.0, f32::NAN), without(f32::NAN, f32::NAN), without(4.0, f32::NAN)];
+        let mean: Vec<_> = LossTerms::mean(steps.iter()).iter().collect();
+        assert_eq!(mean[0], ("a", 2.5));
+        assert!(mean[1].1.is_nan());
     }
 }

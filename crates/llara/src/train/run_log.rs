@@ -36,7 +36,7 @@ struct Line {
     step: u64,
     epoch: f64,
     loss: f32,
-    /// `loss_NAME` of each term.
+    /// `loss_NAME` of each term; null without a value.
     #[serde(flatten)]
     terms: Map<String, Value>,
     grad_norm: f32,
@@ -131,7 +131,7 @@ impl RunLog {
         ] {
             self.events.scalar(record.step, tag, value)?;
         }
-        for (name, value) in record.terms.iter() {
+        for (name, value) in record.terms.iter().filter(|(_, value)| !value.is_nan()) {
             self.events.scalar(record.step, &format!("train/loss_{name}"), value)?;
         }
         self.events.flush()

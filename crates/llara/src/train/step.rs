@@ -18,9 +18,9 @@ use crate::model::GradientsReady;
 /// How a batch is split into chunks, and how many chunks keep their activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunking {
-    /// Maximum number of tokens in a chunk; a longer sequence is a separate chunk.
+    /// Maximum number of tokens in a chunk; a longer sequence, with those that branch off it, is a separate chunk.
     pub max_tokens: usize,
-    /// Maximum number of sequences in a chunk.
+    /// Maximum number of sequences in a chunk; a sequence and those that branch off it are not separated.
     pub max_sequences: usize,
     /// Maximum number of tokens whose activations are kept for the backward pass; those of other chunks
     /// are recomputed.
@@ -39,14 +39,15 @@ impl Chunking {
     pub(super) fn chunks(&self, batch: &Batch) -> Vec<Range<usize>> {
         let mut chunks = Vec::new();
         let (mut start, mut tokens) = (0, 0);
-        for (at, sequence) in batch.sequences().enumerate() {
-            let full =
-                tokens + sequence.len() > self.max_tokens || at - start >= self.max_sequences;
-            if full && at > start {
-                chunks.push(start..at);
-                (start, tokens) = (at, 0);
+        for tree in batch.trees() {
+            let offset_of = |sequence: usize| batch.offsets()[sequence] as usize;
+            let added = offset_of(tree.end) - offset_of(tree.start);
+            let full = tokens + added > self.max_tokens || tree.end - start > self.max_sequences;
+            if full && tree.start > start {
+                chunks.push(start..tree.start);
+                (start, tokens) = (tree.start, 0);
             }
-            tokens += sequence.len();
+            tokens += added;
         }
         chunks.push(start..batch.len());
         chunks
@@ -55,7 +56,7 @@ impl Chunking {
 
 /// A chunk between the two passes.
 enum Chunk<B: Backend> {
-    Kept(Encoding<B>),
+    Kept(Box<Encoding<B>>),
     Recomputed,
 }
 
@@ -107,7 +108,7 @@ pub fn accumulate_gradients_with<B: Backend>(
     for (number, (chunk, state)) in chunks.into_iter().zip(states).enumerate() {
         let gradient = gradient.view().with_rows(chunk.clone());
         let encoding = match state {
-            Chunk::Kept(encoding) => encoding,
+            Chunk::Kept(encoding) => *encoding,
             Chunk::Recomputed => {
                 let numbers = &input.sequence_numbers[chunk.clone()];
                 model.encode_saving(input.batch.slice(chunk), numbers, input.dropout)?
@@ -188,7 +189,7 @@ fn encode_chunks<B: Backend>(
         if batch.offsets()[chunk.end] as usize <= kept_tokens {
             let encoding = model.encode_saving(sequences, numbers, input.dropout)?;
             backend.copy(encoding.embeddings.view(), rows)?;
-            states.push(Chunk::Kept(encoding));
+            states.push(Chunk::Kept(Box::new(encoding)));
         } else {
             let chunk = model.encode_training(sequences, numbers, input.dropout)?;
             backend.copy(chunk.view(), rows)?;
@@ -223,5 +224,20 @@ mod tests {
         }
         let whole = Chunking::default().chunks(&batch);
         assert!(whole.len() == 1 && whole[0] == (0..8));
+    }
+
+    #[test]
+    fn branches_stay_with_their_root() {
+        let sequence = |tokens: usize, shared: usize| (vec![1u32; tokens], shared);
+        let lengths = [(5, 0), (2, 4), (6, 0), (3, 0), (1, 2), (1, 3)];
+        let batch = Batch::from_branches(lengths.map(|(n, shared)| sequence(n, shared))).unwrap();
+        let chunks = |max_tokens, max_sequences| {
+            Chunking { max_tokens, max_sequences, ..Chunking::default() }.chunks(&batch)
+        };
+        assert_eq!(chunks(1, usize::MAX), [0..2, 2..3, 3..6]);
+        assert_eq!(chunks(12, usize::MAX), [0..2, 2..6]);
+        assert_eq!(chunks(13, usize::MAX), [0..3, 3..6]);
+        assert_eq!(chunks(usize::MAX, 1), [0..2, 2..3, 3..6]);
+        assert_eq!(chunks(usize::MAX, 4), [0..3, 3..6]);
     }
 }

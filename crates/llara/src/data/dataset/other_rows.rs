@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use super::{BadRows, Dataset, IndexEntry, SourceFile, checksum};
+use super::{BadRows, Dataset, IndexEntry, checksum};
 use crate::Result;
 use crate::data::files::{RowLine, files_with_extensions, open_data_file};
 use crate::data::{DataSource, DataSources};
@@ -46,7 +46,7 @@ impl Dataset {
                     Ok(())
                 }
             })?;
-            dataset.files.push(SourceFile { path, source_index, file, first_row });
+            dataset.add_file(path, source_index, (file, first_row));
         }
         dataset.check_not_empty()?;
         Ok(dataset)

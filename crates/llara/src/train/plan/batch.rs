@@ -1,5 +1,6 @@
 //! The largest expected batch of a run.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::Result;
@@ -8,7 +9,7 @@ use crate::text::PromptEncoder;
 use crate::train::batches::{BatchSource, Tokenized};
 use crate::train::config::TrainConfig;
 use crate::train::pretraining::{
-    PretrainingEncoder, PretrainingOptions, PretrainingSource, SetObjective,
+    PretrainingEncoder, PretrainingInput, PretrainingOptions, PretrainingSource,
 };
 
 /// Number of batches that are sampled, at regular intervals.
@@ -23,9 +24,9 @@ const DEVIATIONS: f64 = 4.0;
 /// The largest expected batch of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LargestBatch {
-    /// `B` queries; in pretraining, the sequences that predict the following text.
+    /// `B` queries; none in pretraining.
     pub query: Batch,
-    /// `B·G` passages; in pretraining, the sequences that predict the text itself.
+    /// `B·G` passages; in pretraining, the sequences of all texts.
     pub passage: Batch,
     /// Number of steps of the run.
     pub steps: u64,
@@ -87,16 +88,15 @@ impl LargestBatch {
         let steps = config.length.steps(sampler.steps_per_epoch())?;
         let texts = config.batch_size.min(data.dataset().len()).max(1) * 2;
         let encoder = PretrainingEncoder::new(Arc::clone(prompts), options)?;
+        let bag_rows = encoder.pooled_tokens();
         let source = PretrainingSource { data, config, sampler, encoder, rank: (0, 1) };
+        let none = Batch::from_sequences(Vec::<Vec<u32>>::new())?;
+        // The cutoff includes the own tokens of all sequences of a text.
         let max_lens = (options.cutoff_len, options.cutoff_len);
         Self::sampled((steps, texts), max_lens, false, &mut |step| {
             let (_, _, rows) = source.encoded(step)?;
-            let of = |objective: SetObjective| {
-                let sequences = rows.iter().flatten();
-                let of_objective = sequences.filter(|sequence| sequence.objective == objective);
-                Batch::from_sequences(of_objective.map(|sequence| &sequence.ids))
-            };
-            Ok((of(SetObjective::AutoRegress)?, of(SetObjective::AutoEncode)?))
+            let input = PretrainingInput::new(&rows, bag_rows, None)?;
+            Ok((none.clone(), input.batch().clone()))
         })
     }
 
@@ -129,7 +129,7 @@ impl LargestBatch {
             Some(largest) => largest,
             None => sample(0)?,
         };
-        let rows = largest.query.len().max(1) as f64;
+        let rows = row_tokens(&largest).len().max(1) as f64;
         let margin = DEVIATIONS * deviation(&tokens_of_rows) * rows.sqrt();
         let expected = if sampled_steps < steps { (mean_encoded + margin) as usize } else { 0 };
         let Sample { query, passage, encoded } = largest;
@@ -140,26 +140,43 @@ impl LargestBatch {
         Ok(LargestBatch { query, passage, steps, sampled_steps })
     }
 
-    /// The same batch with passages truncated to `max_len` tokens.
+    /// The same batch with passages of at most `max_len` tokens; in pretraining, the sequences of a text together.
     ///
     /// # Errors
-    /// `max_len` is 0.
+    /// None, for a batch of a run.
     pub fn with_passages_truncated(&self, max_len: usize) -> Result<Self> {
         Ok(LargestBatch { passage: truncated(&self.passage, max_len)?, ..self.clone() })
     }
-
-    /// The same batch with all sequences truncated to `max_len` tokens.
-    ///
-    /// # Errors
-    /// `max_len` is 0.
-    pub fn with_all_truncated(&self, max_len: usize) -> Result<Self> {
-        let [query, passage] = [&self.query, &self.passage].map(|batch| truncated(batch, max_len));
-        Ok(LargestBatch { query: query?, passage: passage?, ..self.clone() })
-    }
 }
 
+/// The batch with sequences of at most `max_len` tokens, those of their branches included; a branch itself is not
+/// shortened.
 fn truncated(batch: &Batch, max_len: usize) -> Result<Batch> {
-    Batch::from_sequences(batch.sequences().map(|ids| &ids[..max_len.min(ids.len())]))
+    with_lengths(batch, |length| length.min(max_len))
+}
+
+/// The batch with another number of tokens of each sequence, those of its branches included. They are removed or added
+/// at the start of the sequence; added ones repeat its first id, so that equal sequences remain equal.
+fn with_lengths(batch: &Batch, new_length: impl Fn(usize) -> usize) -> Result<Batch> {
+    let sequences: Vec<&[u32]> = batch.sequences().collect();
+    let mut resized = Vec::with_capacity(batch.len());
+    for tree in batch.trees() {
+        let length = sequences[tree.clone()].iter().map(|own| own.len()).sum();
+        let (root, wanted) = (sequences[tree.start], new_length(length));
+        // Every branch keeps a token that it shares: otherwise it would be none.
+        let shared = batch.shared()[tree.clone()].iter().filter(|&&shared| shared > 0).min();
+        let most = shared.map_or(root.len(), |&shared| shared as usize).saturating_sub(1);
+        let removed = length.saturating_sub(wanted).min(most);
+        let added = wanted.saturating_sub(length);
+        let first = root.first().copied().unwrap_or_default();
+        let root = std::iter::repeat_n(first, added).chain(root[removed..].iter().copied());
+        resized.push((root.collect::<Vec<u32>>(), 0));
+        for branch in tree.skip(1) {
+            let shared = batch.shared()[branch] as usize + added - removed;
+            resized.push((sequences[branch].to_vec(), shared));
+        }
+    }
+    Batch::from_branches(resized)
 }
 
 fn encoded_tokens(query: &Batch, passage: &Batch, dedup_sequences: bool) -> Result<usize> {
@@ -170,10 +187,13 @@ fn encoded_tokens(query: &Batch, passage: &Batch, dedup_sequences: bool) -> Resu
     Ok(Batch::deduplicated(both)?.0.tokens())
 }
 
-/// The number of tokens of each row: its query and its passages. In pretraining a row may have no query; the tokens
-/// of the others are a sample of the same size.
+/// The number of tokens of each row: its query and its passages, or the sequences of a text.
 fn row_tokens(batch: &Sample) -> Vec<f64> {
     let lengths: Vec<usize> = batch.passage.sequences().map(<[u32]>::len).collect();
+    if batch.query.is_empty() {
+        let tokens = |tree: Range<usize>| lengths[tree].iter().sum::<usize>() as f64;
+        return batch.passage.trees().map(tokens).collect();
+    }
     let groups = lengths.chunks((lengths.len() / batch.query.len().max(1)).max(1));
     let rows = batch.query.sequences().zip(groups);
     rows.map(|(query, group)| (query.len() + group.iter().sum::<usize>()) as f64).collect()
@@ -210,15 +230,10 @@ fn lengthened(
     by(long)
 }
 
-/// Lengthens sequences by repeating their first id, so that equal sequences remain equal.
+/// Lengthens sequences by a factor, up to `max_len` tokens.
 fn stretched(batch: &Batch, factor: f64, max_len: usize) -> Result<Batch> {
-    Batch::from_sequences(batch.sequences().map(|sequence| {
-        let length = ((sequence.len() as f64 * factor) as usize).min(max_len);
-        let mut sequence = sequence.to_vec();
-        let first = sequence.first().copied().unwrap_or_default();
-        sequence.resize(length.max(sequence.len()), first);
-        sequence
-    }))
+    let stretch = |length: usize| ((length as f64 * factor) as usize).min(max_len).max(length);
+    with_lengths(batch, stretch)
 }
 
 #[cfg(test)]
@@ -247,5 +262,25 @@ mod tests {
         let (q, p) = lengthened(&query, &twice, max_lens, 60, true).unwrap();
         assert_eq!(p.sequences().next(), p.sequences().nth(2));
         assert!((60..66).contains(&encoded_tokens(&q, &p, true).unwrap()));
+    }
+
+    #[test]
+    fn the_common_part_of_branches_is_resized() {
+        let branches = [(vec![7, 1, 2, 3, 4], 0), (vec![5, 6], 3), (vec![8, 9], 0)];
+        let batch = Batch::from_branches(branches).unwrap();
+        let longer = stretched(&batch, 1.5, 100).unwrap();
+        assert_eq!(longer.ids(), [7, 7, 7, 7, 1, 2, 3, 4, 5, 6, 8, 8, 9]);
+        assert_eq!(longer.shared(), [0, 6, 0]);
+        assert_eq!(stretched(&batch, 1.5, 8).unwrap().tokens(), 8 + 3);
+        assert_eq!(stretched(&batch, 1.5, 2).unwrap(), batch);
+        let shorter = truncated(&batch, 6).unwrap();
+        assert_eq!(
+            (shorter.ids(), shorter.shared()),
+            (&[1, 2, 3, 4, 5, 6, 8, 9][..], &[0, 2, 0][..])
+        );
+        // Branches keep a common token.
+        assert_eq!(truncated(&batch, 1).unwrap().shared(), [0, 1, 0]);
+        let sample = Sample { query: self::batch(&[]), passage: batch, encoded: 9 };
+        assert_eq!(row_tokens(&sample), [7.0, 2.0]);
     }
 }

@@ -14,7 +14,7 @@ use crate::backend::{CountingBackend, DeviceMemory, Dtype};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
-use crate::loss::{Contrastive, ObjectiveOptions, RowsPerRank};
+use crate::loss::{Contrastive, ObjectiveOptions};
 use crate::model::weights::ModelFolder;
 use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
 use crate::text::{PromptEncoder, Role};
@@ -260,7 +260,8 @@ impl DryRun {
         Ok(PlannedInput::Finetuning(Box::new(input), objective.clone()))
     }
 
-    /// The rows of `batch`, each with a set of one target; a set takes no memory of the device to speak of.
+    /// The texts of `batch`, each with a set of one target per sequence; a set takes no memory of the device to speak
+    /// of.
     fn pretraining_input(
         &self,
         batch: &LargestBatch,
@@ -268,24 +269,27 @@ impl DryRun {
     ) -> Result<PlannedInput> {
         let prompts = &self.shape.prompts;
         let (prefix, suffix) = prompts.affixes(Role::Passage);
-        let sequence = |ids: &[u32], labels, objective| TrainingSequence {
-            ids: ids.to_vec(),
-            labels,
-            objective,
-            targets: vec![0],
+        let sequence = |ids, labels, objective| {
+            let targets = vec![0];
+            TrainingSequence { ids, labels, objective, targets }
         };
-        let mut queries = batch.query.sequences();
-        let rows = batch.passage.sequences().map(|ids| {
-            let end = ids.len().saturating_sub(suffix.len()).max(1);
+        let batch = &batch.passage;
+        let sequences: Vec<&[u32]> = batch.sequences().collect();
+        let rows = batch.trees().map(|tree| {
+            let root = sequences[tree.start];
+            let end = root.len().saturating_sub(suffix.len()).max(1);
             let labels = prefix.len().clamp(1, end)..end;
-            let passage = sequence(ids, labels, SetObjective::AutoEncode);
-            let query = queries.next().map(|ids| sequence(ids, 0..0, SetObjective::AutoRegress));
-            std::iter::once(passage).chain(query).collect()
+            let passage = sequence(root.to_vec(), labels, SetObjective::AutoEncode);
+            let branches = tree.skip(1).map(|branch| {
+                let shared = &root[..batch.shared()[branch] as usize];
+                let ids = [shared, sequences[branch]].concat();
+                sequence(ids, 0..0, SetObjective::AutoRegress)
+            });
+            std::iter::once(passage).chain(branches).collect()
         });
         let rows: Vec<Vec<TrainingSequence>> = rows.collect();
-        let all = (&RowsPerRank::one(rows.len(), 1), 0);
         let pooled = prompts.template().pooled_tokens;
-        Ok(PlannedInput::Pretraining(PretrainingInput::share(&rows, all, pooled, dropout)?))
+        Ok(PlannedInput::Pretraining(PretrainingInput::new(&rows, pooled, dropout)?))
     }
 
     /// Memory of the process while the model is evaluated, in bytes.

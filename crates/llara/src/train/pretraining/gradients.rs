@@ -59,7 +59,8 @@ impl Factors {
 /// Adds the gradient of the loss on one batch to the parameters of a model that was loaded with its language-model
 /// head. `ready` receives parameters whose gradients are complete during the last chunk.
 ///
-/// Returns this process's part of the loss, and of its terms LM, EBAE and EBAR, on the device. `[1, 4]`
+/// Returns this process's part of the loss, and of its terms LM, EBAE and EBAR, on the device; a term for which no
+/// process has a target is NaN. `[1, 4]`
 ///
 /// # Errors
 /// The model has no head, a token id is beyond the vocabulary, or an operation of the device or the process group
@@ -78,7 +79,10 @@ pub fn accumulate_pretraining_gradients<B: Backend>(
     let [labels, encode, regress] = counts;
     let all = TargetCounts { labels, sets: [encode, regress] };
     let factors = Factors::new(&loss.weights, &all);
-    let mut terms = backend.zeros(1, 3, Dtype::F32)?;
+    // A term without targets has no value: it is NaN, in the log null.
+    let has_targets = factors.term.map(|factor| factor > 0.0);
+    let start = has_targets.map(|has| if has { 0.0f32 } else { f32::NAN });
+    let mut terms = backend.upload(&start, 1, 3)?;
     let chunks = match input.batch.is_empty() {
         true => Vec::new(),
         false => chunking.chunks(&input.batch),
@@ -105,7 +109,7 @@ pub fn accumulate_pretraining_gradients<B: Backend>(
     }
     let mut losses = backend.zeros(1, 4, Dtype::F32)?;
     backend.copy(terms.view(), losses.view_mut().with_cols(1..4))?;
-    for (term, factor) in factors.loss.into_iter().enumerate() {
+    for (term, factor) in factors.loss.into_iter().enumerate().filter(|(at, _)| has_targets[*at]) {
         let term = terms.view().with_cols(term..term + 1);
         backend.add_scaled(term, factor as f32, losses.view_mut().with_cols(0..1))?;
     }

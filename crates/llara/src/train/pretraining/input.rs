@@ -1,18 +1,20 @@
 //! The input of one step of pretraining on the host.
 
+use std::ops::Range;
+
 use super::sequences::{SetObjective, TrainingSequence};
-use crate::Result;
 use crate::data::{Batch, BatchView, Draw};
 use crate::loss::RowsPerRank;
 use crate::model::Dropout;
 use crate::train::task::TaskInput;
+use crate::{Error, ErrorKind, Result};
 
 /// The part of the batch of one step that one process computes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PretrainingInput {
     /// The rows of the dataset; empty if the input is not from a dataset.
     pub(super) rows: Vec<Draw>,
-    /// The sequences, packed.
+    /// The sequences, packed. Tokens that all sequences of a row start with are encoded once.
     pub(super) batch: Batch,
     /// What each sequence has to predict. `[S]`
     pub(super) targets: Vec<SequenceTargets>,
@@ -25,10 +27,8 @@ pub struct PretrainingInput {
 /// What a sequence has to predict.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SequenceTargets {
-    /// Position of the first token that is predicted from the one before it.
-    pub(super) first_label: u32,
-    /// Number of these tokens.
-    pub(super) labels: u32,
+    /// Positions of the tokens that are predicted from those before them.
+    pub(super) labels: Range<usize>,
     pub(super) objective: SetObjective,
     /// Distinct ids, ascending.
     pub(super) set: Vec<u32>,
@@ -47,8 +47,12 @@ impl PretrainingInput {
     /// Packs the sequences of each row; a row may have none. `bag_rows` is the number of pooled tokens of a
     /// sequence.
     ///
+    /// The second sequence of a row branches off the first: the tokens that both start with are encoded once, as far
+    /// as their hidden states predict nothing in the second one.
+    ///
     /// # Errors
-    /// A sequence is empty, or there are too many tokens.
+    /// A sequence is empty or has labels beyond its ids, a row has more than two sequences or two of one objective,
+    /// or there are too many tokens.
     pub fn new(
         rows: &[Vec<TrainingSequence>],
         bag_rows: usize,
@@ -61,16 +65,25 @@ impl PretrainingInput {
     ///
     /// # Errors
     /// As for [`new`](Self::new).
-    pub fn share(
+    pub(in crate::train) fn share(
         rows: &[Vec<TrainingSequence>],
         (rows_per_rank, rank): (&RowsPerRank, usize),
         bag_rows: usize,
         dropout: Option<Dropout>,
     ) -> Result<Self> {
-        let batch = Batch::from_sequences(rows.iter().flatten().map(|sequence| &sequence.ids))?;
+        (0..).zip(rows).try_for_each(|(row, sequences)| check(row, sequences, bag_rows))?;
+        let branches = rows.iter().flat_map(|sequences| {
+            sequences.iter().enumerate().map(move |(at, sequence)| {
+                let shared = match at {
+                    0 => 0,
+                    _ => shared_tokens(&sequences[0], sequence, bag_rows),
+                };
+                (&sequence.ids[shared..], shared)
+            })
+        });
+        let batch = Batch::from_branches(branches)?;
         let targets = rows.iter().flatten().map(|sequence| SequenceTargets {
-            first_label: sequence.labels.start as u32,
-            labels: sequence.labels.len() as u32,
+            labels: sequence.labels.clone(),
             objective: sequence.objective,
             set: sequence.targets.clone(),
         });
@@ -96,7 +109,7 @@ impl PretrainingInput {
     pub(super) fn counts(&self) -> TargetCounts {
         let mut counts = TargetCounts::default();
         for targets in &self.targets {
-            counts.labels += f64::from(targets.labels);
+            counts.labels += targets.labels.len() as f64;
             if !targets.set.is_empty() {
                 counts.sets[targets.objective as usize] += 1.0;
             }
@@ -105,13 +118,45 @@ impl PretrainingInput {
     }
 }
 
-impl SequenceTargets {
-    /// Number of last positions of a sequence of `length` tokens whose hidden states are needed.
-    pub(super) fn output_rows(&self, length: usize, bag_rows: usize) -> usize {
-        match self.labels {
-            0 => bag_rows.min(length),
-            _ => length + 1 - self.first_label as usize,
+/// Checks the sequences of a row.
+fn check(row: usize, sequences: &[TrainingSequence], bag_rows: usize) -> Result<()> {
+    let bad = |what: &str| Error::new(ErrorKind::Argument, format!("row {row}: {what}"));
+    if let [first, others @ ..] = sequences
+        && others.iter().any(|other| others.len() > 1 || other.objective == first.objective)
+    {
+        return Err(bad("too many sequences").expected("one of each objective at most").got(
+            sequences.iter().map(|s| format!("{:?}", s.objective)).collect::<Vec<_>>().join(", "),
+        ));
+    }
+    for TrainingSequence { ids, labels, targets, .. } in sequences {
+        if !labels.is_empty() && (labels.start == 0 || labels.end > ids.len()) {
+            return Err(bad("labels beyond the sequence")
+                .expected(format!("positions from 1 to {}", ids.len().saturating_sub(1)))
+                .got(format!("{labels:?}")));
         }
+        if !targets.is_empty() && (bag_rows == 0 || bag_rows > ids.len()) {
+            return Err(bad("a sequence without room for the pooled tokens")
+                .expected(format!("at least {} tokens, of which some are pooled", bag_rows.max(1)))
+                .got(format!("{} tokens, {bag_rows} pooled", ids.len())));
+        }
+    }
+    Ok(())
+}
+
+/// Number of tokens that the second sequence of a row shares with the first. At least one token is its own, and so are
+/// those whose hidden states predict something.
+fn shared_tokens(first: &TrainingSequence, second: &TrainingSequence, bag_rows: usize) -> usize {
+    let length = second.ids.len();
+    let own = output_rows(length, &second.labels, bag_rows).max(1);
+    let equal = first.ids.iter().zip(&second.ids).take_while(|(a, b)| a == b).count();
+    equal.min(length.saturating_sub(own))
+}
+
+/// Number of last positions of a sequence of `length` tokens whose hidden states are needed.
+fn output_rows(length: usize, labels: &Range<usize>, bag_rows: usize) -> usize {
+    match labels.is_empty() {
+        true => bag_rows.min(length),
+        false => length + 1 - labels.start,
     }
 }
 
@@ -130,12 +175,14 @@ impl ChunkTargets {
     pub(super) fn new(batch: BatchView<'_>, targets: &[SequenceTargets], bag_rows: usize) -> Self {
         let mut chunk = ChunkTargets::default();
         let mut end = 0;
-        for (bounds, targets) in batch.bounds().zip(targets) {
-            let ids = &batch.ids()[bounds.start as usize..bounds.end as usize];
-            let rows = targets.output_rows(ids.len(), bag_rows);
-            let labels = (targets.first_label as usize..).take(targets.labels as usize);
-            chunk.labels.0.extend((end as u32..).take(labels.clone().count()));
-            chunk.labels.1.extend(labels.map(|position| ids[position]));
+        let sequences = batch.bounds().zip(batch.shared());
+        for ((bounds, &shared), targets) in sequences.zip(targets) {
+            let own = &batch.ids()[bounds.start as usize..bounds.end as usize];
+            let shared = shared as usize;
+            let rows = output_rows(shared + own.len(), &targets.labels, bag_rows);
+            let labels = targets.labels.clone();
+            chunk.labels.0.extend((end as u32..).take(labels.len()));
+            chunk.labels.1.extend(labels.map(|position| own[position - shared]));
             end += rows;
             if !targets.set.is_empty() {
                 let bag = (end - bag_rows.min(rows)) as u32..end as u32;
@@ -185,6 +232,9 @@ mod tests {
             vec![sequence(&[1, 2, 50, 8, 9], 2..3, encode, &[])],
         ];
         let input = PretrainingInput::new(&rows, 2, None).unwrap();
+        // The second sequence has its two pooled tokens only.
+        assert_eq!(input.batch.ids(), [1, 2, 30, 31, 8, 9, 6, 7, 1, 2, 50, 8, 9]);
+        assert_eq!(input.batch.shared(), [0, 4, 0]);
         assert_eq!(input.sequence_numbers, [0, 1, 4]);
         assert_eq!(input.counts(), TargetCounts { labels: 3.0, sets: [1.0, 1.0] });
         let chunk = ChunkTargets::new(input.batch.view(), &input.targets, 2);

@@ -4,7 +4,8 @@
 //! A text is encoded as a passage and as a query of fine-tuning, by the template of the model. From the pooled tokens
 //! of the passage form the model predicts the words of the text itself (EBAE, embedding-based auto-encoding), from
 //! those of the query form the words of the text that follows it (EBAR, embedding-based auto-regression); beside
-//! both, every token of the text predicts the next one.
+//! both, every token of the text predicts the next one. Both forms are encoded in one pass: the second branches off
+//! where it differs from the first.
 //!
 //! With `N` tokens to predict and `n` texts with targets over all processes, and `h` the hidden states after the
 //! final norm, `z = h · Wᵀ`:
