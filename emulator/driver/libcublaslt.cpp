@@ -1,6 +1,7 @@
 // A stub of libcublasLt.so that computes products with loops: the functions that llara calls, with the library's types written
 // out. Layouts, alignments, workspace and types are checked as the library requires them.
 #include "driver.h"
+#include "record.h"
 
 namespace {
 
@@ -10,7 +11,7 @@ enum DescAttribute { DESC_TRANSA = 3, DESC_TRANSB = 4, DESC_EPILOGUE = 7, DESC_B
 enum PreferenceAttribute { MAX_WORKSPACE = 1, REDUCTION_SCHEMES = 3, MIN_ALIGNMENT_A = 5 }; // B, C, D follow
 enum Epilogue { EPILOGUE_NONE = 1, EPILOGUE_BIAS = 4 };
 constexpr int COMPUTE_32F = 68;
-constexpr size_t WORKSPACE = 1 << 20; // required by the algorithm of every product
+constexpr size_t WORKSPACE = 1 << 20; // the least that an algorithm can do with
 constexpr u64 MARK = 0x656d756c61746f72; // in an algorithm that the heuristic returned
 
 struct Handle {
@@ -35,7 +36,8 @@ struct Preference {
 struct Algorithm {
     u64 mark;
     u32 alignment[4];
-    u64 unused[5];
+    u64 workspace; // bytes: all that the preference allows
+    u64 unused[4];
 };
 static_assert(sizeof(Algorithm) == 64);
 struct Heuristic {
@@ -188,7 +190,7 @@ API cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, v
     memset(&r, 0, sizeof r);
     r.algorithm.mark = MARK;
     memcpy(r.algorithm.alignment, p.alignment, sizeof p.alignment);
-    r.workspace = WORKSPACE;
+    r.workspace = r.algorithm.workspace = p.workspace;
     *found = 1;
     return OK;
 }
@@ -207,11 +209,16 @@ API cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, v
                     i, algorithm->alignment[i]);
             return INVALID;
         }
-    if (workspace_bytes < WORKSPACE || !workspace || (uintptr_t)workspace % 256) return INVALID;
+    const size_t scratch = algorithm->workspace;
+    if (workspace_bytes < scratch || !workspace || (uintptr_t)workspace % 256) return INVALID;
+    emu::record::log("product %s %s %llu,%llu,%llu %g", p.a.type == BF16 ? "bf16" : "f32", p.d.type == BF16 ? "bf16" : "f32",
+                     p.d.cols, p.d.rows, p.inner(), p.beta);
+    if (emu::record::dry()) return OK;
     return emu::driver::enqueue(stream, [=] {
         // The real library writes to the workspace; overwriting it detects other uses of this memory.
-        emu::driver::require_device(workspace, workspace_bytes, "cublasLt: the workspace");
+        emu::driver::require_device(workspace, scratch, "cublasLt: the workspace");
         memset(workspace, 0xff, WORKSPACE);
+        memset((char*)workspace + scratch - 4096, 0xff, 4096);
         run(p);
     }) ? EXECUTION_FAILED : OK;
 }

@@ -14,6 +14,7 @@
 
 mod attention;
 mod case;
+mod dtypes;
 mod masks_and_distillation;
 mod mixed;
 mod norms;
