@@ -37,7 +37,9 @@ struct Algorithm {
     u64 mark;
     u32 alignment[4];
     u64 workspace; // bytes: all that the preference allows
-    u64 unused[4];
+    u32 kinds; // of the operands
+    u32 strides[4];
+    u32 unused[3];
 };
 static_assert(sizeof(Algorithm) == 64);
 struct Heuristic {
@@ -64,6 +66,11 @@ bool fits(const Desc& desc, const Layout& a, const Layout& b, const Layout& c, c
         if (!l->rows || !l->cols || l->stride < (long long)l->rows) return false;
     return k == k_b && d.rows == m && d.cols == n && c.rows == m && c.cols == n && a.type == b.type &&
            c.type == d.type && (a.type == F32 ? d.type == F32 : true);
+}
+
+/// The types of left and result, and which operands are transposed.
+u32 kinds_of(const Desc& desc, const Layout& a, const Layout& d) {
+    return a.type | d.type << 8 | desc.transposed_a << 16 | desc.transposed_b << 17;
 }
 
 float load(const void* at, int type, size_t i) {
@@ -190,6 +197,8 @@ API cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, v
     memset(&r, 0, sizeof r);
     r.algorithm.mark = MARK;
     memcpy(r.algorithm.alignment, p.alignment, sizeof p.alignment);
+    r.algorithm.kinds = kinds_of(*(Desc*)desc, *layouts[0], *layouts[3]);
+    for (int i = 0; i < 4; i++) r.algorithm.strides[i] = (u32)layouts[i]->stride;
     r.workspace = r.algorithm.workspace = p.workspace;
     *found = 1;
     return OK;
@@ -202,6 +211,10 @@ API cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, v
     const Product p{*(Desc*)desc, *(Layout*)a_layout, *(Layout*)b_layout, *(Layout*)c_layout, *(Layout*)d_layout,
                     a, b, c, d, *(const float*)alpha, *(const float*)beta};
     if (!fits(p.desc, p.a, p.b, p.c, p.d)) return INVALID;
+    // The real library refuses some of these calls, and computes others slowly.
+    const u32 strides[] = {(u32)p.a.stride, (u32)p.b.stride, (u32)p.c.stride, (u32)p.d.stride};
+    if (memcmp(strides, algorithm->strides, sizeof strides)) emu::fail("cublasLt: an algorithm for other leading dimensions");
+    if (algorithm->kinds != kinds_of(p.desc, p.a, p.d)) emu::fail("cublasLt: an algorithm for other types or transpositions");
     const void* pointers[] = {a, b, p.beta != 0 ? c : d, d};
     for (int i = 0; i < 4; i++)
         if ((uintptr_t)pointers[i] % algorithm->alignment[i]) {
