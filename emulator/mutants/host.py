@@ -31,8 +31,8 @@ MUTANTS = [
     ("transfer: a pinned buffer is filled after its copy was enqueued", [
         (TRANSFER, "let mut pinned = staging.take(bytes)?;\n        for",
          "let mut pinned = staging.take(bytes)?;\n        if @ { copy_to_device(context, buffer.pointer(), &pinned.as_slice()[..bytes])?; }\n        for"),
-        (TRANSFER, "        copy_to_device(context, buffer.pointer(), &pinned.as_slice()[..bytes])?;\n        staging",
-         "        if !@ { copy_to_device(context, buffer.pointer(), &pinned.as_slice()[..bytes])?; }\n        staging")]),
+        (TRANSFER, "        copy_to_device(context, buffer.pointer(), &pinned.as_slice()[..bytes])?;",
+         "        if !@ { copy_to_device(context, buffer.pointer(), &pinned.as_slice()[..bytes])?; }")]),
     ("transfer: rows of a block at the wrong distance", [chosen(TRANSFER, "(to.stride * to.dtype.bytes())", "(to.cols * to.dtype.bytes())")]),
     ("transfer: offsets of lists in elements", [(TRANSFER, "*offset = 4 * end;", "*offset = if @ { end } else { 4 * end };")]),
     ("transfer: half of a result is copied", [
