@@ -1,5 +1,6 @@
 // A stub of libcublasLt.so that computes products with loops: the functions that llara calls, with the library's types written
-// out. Layouts, alignments, workspace and types are checked as the library requires them.
+// out. Layouts, alignments, workspace and types are checked as the library requires them. What the library may refuse, but a
+// correct program never asks for, ends the process: llara would compute such a product with its own kernel.
 #include "driver.h"
 #include "record.h"
 
@@ -64,8 +65,9 @@ bool fits(const Desc& desc, const Layout& a, const Layout& b, const Layout& c, c
     const u64 k_b = desc.transposed_b ? b.cols : b.rows, n = desc.transposed_b ? b.rows : b.cols;
     for (const Layout* l : {&a, &b, &c, &d})
         if (!l->rows || !l->cols || l->stride < (long long)l->rows) return false;
-    return k == k_b && d.rows == m && d.cols == n && c.rows == m && c.cols == n && a.type == b.type &&
-           c.type == d.type && (a.type == F32 ? d.type == F32 : true);
+    // The library returns an error, which the caller may take for a product that it does not support.
+    if (k != k_b || d.rows != m || d.cols != n || c.rows != m || c.cols != n) emu::fail("cublasLt: shapes that do not match");
+    return a.type == b.type && c.type == d.type && (a.type == F32 ? d.type == F32 : true);
 }
 
 /// The types of left and result, and which operands are transposed.
@@ -217,13 +219,12 @@ API cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, v
     if (algorithm->kinds != kinds_of(p.desc, p.a, p.d)) emu::fail("cublasLt: an algorithm for other types or transpositions");
     const void* pointers[] = {a, b, p.beta != 0 ? c : d, d};
     for (int i = 0; i < 4; i++)
-        if ((uintptr_t)pointers[i] % algorithm->alignment[i]) {
-            fprintf(stderr, "emulated cublasLt: operand %d is not aligned to the %u bytes that the algorithm was chosen for\n",
-                    i, algorithm->alignment[i]);
-            return INVALID;
-        }
+        if ((uintptr_t)pointers[i] % algorithm->alignment[i])
+            emu::fail("cublasLt: operand " + std::to_string(i) + " is not aligned to the " +
+                      std::to_string(algorithm->alignment[i]) + " bytes that the algorithm was chosen for");
     const size_t scratch = algorithm->workspace;
-    if (workspace_bytes < scratch || !workspace || (uintptr_t)workspace % 256) return INVALID;
+    if (workspace_bytes < scratch || !workspace || (uintptr_t)workspace % 256)
+        emu::fail("cublasLt: a workspace that is too small for the algorithm, or not aligned");
     emu::record::log("product %s %s %llu,%llu,%llu %g", p.a.type == BF16 ? "bf16" : "f32", p.d.type == BF16 ? "bf16" : "f32",
                      p.d.cols, p.d.rows, p.inner(), p.beta);
     if (emu::record::dry()) return OK;

@@ -348,7 +348,13 @@ API cuMemFree_v2(u64 pointer) {
 }
 API cuMemAllocAsync(u64* pointer, size_t bytes, void*) { return take(pointer, bytes); }
 API cuMemFreeAsync(u64 pointer, void* stream) {
-    return enqueue(stream, [pointer] { give_back(pointer); });
+    LOCK;
+    const Stream* s = stream_of(stream);
+    const bool idle = streams.count(stream_of(stream)) && s->done == s->enqueued;
+    const Result result = enqueue(stream, [pointer] { give_back(pointer); });
+    // An idle stream does it at once, also if work that uses the memory waits in another one.
+    if (!result && idle) run_until(stream_of(stream), s->enqueued);
+    return result;
 }
 API cuDeviceGetDefaultMemPool(void** pool, int) {
     *pool = &the_pool;

@@ -28,13 +28,15 @@ MUTANTS = [
     ("elements: bf16 stored in the wrong order", [chosen(ELEMENTS, "pack_bf16(x[4], x[5])", "pack_bf16(x[5], x[4])")]),
     ("elements: wrong half of f32 octets", [(ELEMENTS, "high = load16(p + 4)", "high = load16(p + (@ ? 0 : 4))")]),
     ("elements: wrong remainder", [chosen(ELEMENTS, "(u32)x - q * (u32)by", "(u32)x - q")]),
-    ("sums: no barrier before parts are overwritten", [skipped(ELEMENTS, "x = warp_sum(x);\n    ", BARRIER)]),
+    ("sums: no barrier before parts are overwritten", [skipped(ELEMENTS, "x = warp_sum(x);\n    ", BARRIER)],
+     "no kernel computes two sums of one type; the barrier is for those that will"),
     ("sums: no barrier before parts are read", [
         skipped(ELEMENTS, "parts[threadIdx.x / 32] = x;\n    ", BARRIER, "\n    T total = 0;")]),
     ("sums: the last warp is missing", [
         (ELEMENTS, "warp < (blockDim.x + 31) / 32; warp++) total", "warp < (blockDim.x + 31) / 32 - (@ ? 1 : 0); warp++) total")]),
     ("sums: half of a warp", [(PRELUDE, "for (int step = 16; step; step >>= 1) x += __shfl", "for (int step = @ ? 8 : 16; step; step >>= 1) x += __shfl")]),
-    ("maxima: no barrier before parts are overwritten", [skipped(ELEMENTS, "x = warp_max(x);\n    ", BARRIER)]),
+    ("maxima: no barrier before parts are overwritten", [skipped(ELEMENTS, "x = warp_max(x);\n    ", BARRIER)],
+     "no kernel computes two maxima; the barrier is for those that will"),
     ("maxima: no barrier before parts are read", [
         skipped(ELEMENTS, "parts[threadIdx.x / 32] = x;\n    ", BARRIER, "\n    float largest")]),
     ("gemm: no barrier before the tiles are read", [skipped(GEMM, "col * g.b_col]) : 0.0f;\n        ", BARRIER)]),

@@ -17,6 +17,7 @@ pub(super) fn dtypes<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
     for sizes in [(3, 8, 16), (17, 31, 33)] {
         products(suite, sizes)?;
     }
+    equal_shapes(suite)?;
     Ok(())
 }
 
@@ -103,4 +104,39 @@ fn products<B: Backend>(
     let bound = (Dtype::Bf16, roundings(1.1).at_least((input as f64).sqrt()));
     suite.case("dtypes, linear");
     agree(suite, &format!("n {n}, {input} -> {output}"), &got, &want, bound)
+}
+
+/// Products of equal shapes whose results have different dtypes, or whose rows are at different distances: a backend
+/// that chooses an algorithm by the shapes must not confuse them.
+fn equal_shapes<B: Backend>(suite: &mut Suite<'_, B>) -> Result<()> {
+    let (n, input, output, aside) = (17, 64, 48, 128);
+    let (x, w) = (random(suite, n, input)?, random(suite, output, input)?);
+    let bias = suite.random(1, output);
+    let backend = suite.backend;
+    let bias = suite.tensor(&bias)?;
+    let zeros = backend.zeros(1, output, Dtype::F32)?;
+    let weight = backend.prepare(copy(suite, &w.narrow)?, WeightUse::Frozen(Dtype::Bf16))?;
+    let wide = backend.prepare(copy(suite, &w.wide)?, WeightUse::Frozen(Dtype::F32))?;
+    let mut block = backend.zeros(n, aside + input, Dtype::Bf16)?;
+    let columns = aside..aside + input;
+    backend.copy(x.narrow.view(), block.view_mut().with_cols(columns.clone()))?;
+    let bound = (Dtype::Bf16, roundings(1.1).at_least((input as f64).sqrt()));
+    suite.case("dtypes, products of equal shapes");
+    for (what, bias) in [("without a bias", &zeros), ("with a bias", &bias)] {
+        // Bias and product are rounded once, so that the product itself is f32.
+        let epilogue = || Epilogue { bias: Some(bias.view()), residual: None };
+        let want = backend.linear(x.wide.view(), wide.view(), 1.0, epilogue())?;
+        let got = backend.linear(x.narrow.view(), weight.view(), 1.0, epilogue())?;
+        agree(suite, &format!("{what}, f32 product"), &got, &want, bound)?;
+    }
+    let want = backend.linear(x.wide.view(), wide.view(), 1.0, Epilogue::default())?;
+    // The weight is converted for this product.
+    let got = backend.linear(x.wide.view(), weight.view(), 1.0, Epilogue::default())?;
+    let exact = (Dtype::F32, Bound::sum(input).at_least((input as f64).sqrt()));
+    agree(suite, "a bf16 weight, f32", &got, &want, exact)?;
+    for (what, x) in [("a matrix", x.narrow.view()), ("a block", block.view().with_cols(columns))] {
+        let got = backend.linear(x, weight.view(), 1.0, Epilogue::default())?;
+        agree(suite, what, &got, &want, bound)?;
+    }
+    Ok(())
 }
