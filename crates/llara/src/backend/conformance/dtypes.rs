@@ -1,6 +1,6 @@
 //! Checks of operations for every combination of dtypes and every size for which a backend may have a separate kernel.
 
-use super::mixed::{Both, agree, copy, random, roundings};
+use super::both::{Both, agree, copy, random, roundings};
 use super::suite::{Bound, Suite};
 use crate::Result;
 use crate::backend::{Backend, Dtype, Epilogue, ScatterPlan, ScatterRows, Shape, WeightUse};

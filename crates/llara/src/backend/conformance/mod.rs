@@ -13,6 +13,7 @@
 //! ```
 
 mod attention;
+mod both;
 mod case;
 mod dtypes;
 mod masks_and_distillation;
