@@ -1,6 +1,8 @@
 // A stub of libcublasLt.so that computes products with loops: the functions that llara calls, with the library's types written
-// out. Layouts, alignments, workspace and types are checked as the library requires them.
+// out. Layouts, alignments, workspace and types are checked as the library requires them. What the library may refuse, but a
+// correct program never asks for, ends the process: llara would compute such a product with its own kernel.
 #include "driver.h"
+#include "record.h"
 
 namespace {
 
@@ -10,7 +12,7 @@ enum DescAttribute { DESC_TRANSA = 3, DESC_TRANSB = 4, DESC_EPILOGUE = 7, DESC_B
 enum PreferenceAttribute { MAX_WORKSPACE = 1, REDUCTION_SCHEMES = 3, MIN_ALIGNMENT_A = 5 }; // B, C, D follow
 enum Epilogue { EPILOGUE_NONE = 1, EPILOGUE_BIAS = 4 };
 constexpr int COMPUTE_32F = 68;
-constexpr size_t WORKSPACE = 1 << 20; // required by the algorithm of every product
+constexpr size_t WORKSPACE = 1 << 20; // the least that an algorithm can do with
 constexpr u64 MARK = 0x656d756c61746f72; // in an algorithm that the heuristic returned
 
 struct Handle {
@@ -35,7 +37,10 @@ struct Preference {
 struct Algorithm {
     u64 mark;
     u32 alignment[4];
-    u64 unused[5];
+    u64 workspace; // bytes: all that the preference allows
+    u32 kinds; // of the operands
+    u32 strides[4];
+    u32 unused[3];
 };
 static_assert(sizeof(Algorithm) == 64);
 struct Heuristic {
@@ -60,8 +65,14 @@ bool fits(const Desc& desc, const Layout& a, const Layout& b, const Layout& c, c
     const u64 k_b = desc.transposed_b ? b.cols : b.rows, n = desc.transposed_b ? b.rows : b.cols;
     for (const Layout* l : {&a, &b, &c, &d})
         if (!l->rows || !l->cols || l->stride < (long long)l->rows) return false;
-    return k == k_b && d.rows == m && d.cols == n && c.rows == m && c.cols == n && a.type == b.type &&
-           c.type == d.type && (a.type == F32 ? d.type == F32 : true);
+    // The library returns an error, which the caller may take for a product that it does not support.
+    if (k != k_b || d.rows != m || d.cols != n || c.rows != m || c.cols != n) emu::fail("cublasLt: shapes that do not match");
+    return a.type == b.type && c.type == d.type && (a.type == F32 ? d.type == F32 : true);
+}
+
+/// The types of left and result, and which operands are transposed.
+u32 kinds_of(const Desc& desc, const Layout& a, const Layout& d) {
+    return a.type | d.type << 8 | desc.transposed_a << 16 | desc.transposed_b << 17;
 }
 
 float load(const void* at, int type, size_t i) {
@@ -188,7 +199,9 @@ API cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, v
     memset(&r, 0, sizeof r);
     r.algorithm.mark = MARK;
     memcpy(r.algorithm.alignment, p.alignment, sizeof p.alignment);
-    r.workspace = WORKSPACE;
+    r.algorithm.kinds = kinds_of(*(Desc*)desc, *layouts[0], *layouts[3]);
+    for (int i = 0; i < 4; i++) r.algorithm.strides[i] = (u32)layouts[i]->stride;
+    r.workspace = r.algorithm.workspace = p.workspace;
     *found = 1;
     return OK;
 }
@@ -200,18 +213,26 @@ API cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, v
     const Product p{*(Desc*)desc, *(Layout*)a_layout, *(Layout*)b_layout, *(Layout*)c_layout, *(Layout*)d_layout,
                     a, b, c, d, *(const float*)alpha, *(const float*)beta};
     if (!fits(p.desc, p.a, p.b, p.c, p.d)) return INVALID;
+    // The real library refuses some of these calls, and computes others slowly.
+    const u32 strides[] = {(u32)p.a.stride, (u32)p.b.stride, (u32)p.c.stride, (u32)p.d.stride};
+    if (memcmp(strides, algorithm->strides, sizeof strides)) emu::fail("cublasLt: an algorithm for other leading dimensions");
+    if (algorithm->kinds != kinds_of(p.desc, p.a, p.d)) emu::fail("cublasLt: an algorithm for other types or transpositions");
     const void* pointers[] = {a, b, p.beta != 0 ? c : d, d};
     for (int i = 0; i < 4; i++)
-        if ((uintptr_t)pointers[i] % algorithm->alignment[i]) {
-            fprintf(stderr, "emulated cublasLt: operand %d is not aligned to the %u bytes that the algorithm was chosen for\n",
-                    i, algorithm->alignment[i]);
-            return INVALID;
-        }
-    if (workspace_bytes < WORKSPACE || !workspace || (uintptr_t)workspace % 256) return INVALID;
+        if ((uintptr_t)pointers[i] % algorithm->alignment[i])
+            emu::fail("cublasLt: operand " + std::to_string(i) + " is not aligned to the " +
+                      std::to_string(algorithm->alignment[i]) + " bytes that the algorithm was chosen for");
+    const size_t scratch = algorithm->workspace;
+    if (workspace_bytes < scratch || !workspace || (uintptr_t)workspace % 256)
+        emu::fail("cublasLt: a workspace that is too small for the algorithm, or not aligned");
+    emu::record::log("product %s %s %llu,%llu,%llu %g", p.a.type == BF16 ? "bf16" : "f32", p.d.type == BF16 ? "bf16" : "f32",
+                     p.d.cols, p.d.rows, p.inner(), p.beta);
+    if (emu::record::dry()) return OK;
     return emu::driver::enqueue(stream, [=] {
         // The real library writes to the workspace; overwriting it detects other uses of this memory.
-        emu::driver::require_device(workspace, workspace_bytes, "cublasLt: the workspace");
+        emu::driver::require_device(workspace, scratch, "cublasLt: the workspace");
         memset(workspace, 0xff, WORKSPACE);
+        memset((char*)workspace + scratch - 4096, 0xff, 4096);
         run(p);
     }) ? EXECUTION_FAILED : OK;
 }

@@ -2,13 +2,18 @@
 // types written out, so that no NVIDIA header is needed.
 //
 // Work stays in its stream until the host waits for it, which is as late as the driver may run it, so that missing
-// synchronization is detected. Environment variables:
+// synchronization is detected. With a seed, a random part of the waiting work runs at each call. Environment variables:
 //     EMU_SEED=N          seed of a random order of threads and blocks; 0 or unset: in order
-//     EMU_EAGER=1         runs work when it is enqueued
+//     EMU_EAGER=1         runs work when it is enqueued, which is as early as the driver may run it
 //     EMU_CAPABILITY=9.0  the compute capability that the device has
 //     EMU_MEMORY=BYTES    the memory that the device has, 8 GiB if not given
 //     EMU_REPORT=1        prints bank conflicts and memory traffic at the end (build with checks)
+//     EMU_LIMITS=FILE     compares them with the limits and with the exceptions of FILE; exit code 103 if one fails
+//     EMU_COVERAGE=1      prints the kernels that were loaded and never launched; exit code 103 if there are any
+//     EMU_LOG=FILE        writes a line for each launch, product, copy and fill
+//     EMU_DRY=1           executes nothing; for logs of models that are too large to be computed
 #include "driver.h"
+#include "record.h"
 
 #include <deque>
 #include <functional>
@@ -17,6 +22,7 @@
 #include <mutex>
 #include <set>
 #include <sys/mman.h>
+#include <unistd.h>
 
 namespace {
 
@@ -107,6 +113,15 @@ void run_until(Stream* s, u64 number) {
 }
 Stream* stream_of(void* handle) { return (uintptr_t)handle > 2 ? (Stream*)handle : default_stream; }
 
+/// How much of the waiting work of a stream runs now.
+u64 progress(const Stream* s) {
+    const u64 waiting = s->enqueued - s->done;
+    if (eager()) return waiting;
+    if (!emu::options().seed) return 0;
+    static u64 random = 0x9e3779b97f4a7c15ull * (emu::options().seed + 1);
+    random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+    return random >> 33 & 7 ? 0 : (random >> 40) % (waiting + 1);
+}
 Result enqueue(void* handle, Work work) {
     LOCK;
     Stream* s = stream_of(handle);
@@ -114,7 +129,7 @@ Result enqueue(void* handle, Work work) {
     if (!streams.count(s)) return INVALID_HANDLE;
     s->work.push_back(std::move(work));
     s->enqueued++;
-    if (eager()) run_until(s, s->enqueued);
+    run_until(s, s->done + progress(s));
     return SUCCESS;
 }
 
@@ -141,7 +156,7 @@ Result take(u64* pointer, size_t bytes) {
     const size_t room = (bytes + 511) / 256 * 256; // a gap, so that an access past the end finds no other block
     void* at = aligned_alloc(256, room);
     if (!at) return OUT_OF_MEMORY;
-    memset(at, 0xff, room); // NaN
+    if (!emu::record::dry()) memset(at, 0xff, room); // NaN
     *pointer = (u64)at;
     memory[*pointer] = {bytes};
     used += bytes;
@@ -168,7 +183,9 @@ int target_of(const std::string& image) {
 
 struct AtExit {
     ~AtExit() {
-        if (getenv("EMU_REPORT")) emu::check::report(2.0, 1.3, true, {});
+        if (emu::record::finish()) return;
+        fflush(nullptr);
+        _exit(103);
     }
 } at_exit;
 
@@ -331,7 +348,13 @@ API cuMemFree_v2(u64 pointer) {
 }
 API cuMemAllocAsync(u64* pointer, size_t bytes, void*) { return take(pointer, bytes); }
 API cuMemFreeAsync(u64 pointer, void* stream) {
-    return enqueue(stream, [pointer] { give_back(pointer); });
+    LOCK;
+    const Stream* s = stream_of(stream);
+    const bool idle = streams.count(stream_of(stream)) && s->done == s->enqueued;
+    const Result result = enqueue(stream, [pointer] { give_back(pointer); });
+    // An idle stream does it at once, also if work that uses the memory waits in another one.
+    if (!result && idle) run_until(stream_of(stream), s->enqueued);
+    return result;
 }
 API cuDeviceGetDefaultMemPool(void** pool, int) {
     *pool = &the_pool;
@@ -392,7 +415,7 @@ API cuMemSetAccess(u64 pointer, size_t bytes, const void*, size_t) {
     LOCK;
     if (!memory.count(pointer) || memory[pointer].bytes != bytes) return INVALID_VALUE;
     mprotect((void*)pointer, bytes, PROT_READ | PROT_WRITE);
-    memset((void*)pointer, 0xff, bytes); // NaN
+    if (!emu::record::dry()) memset((void*)pointer, 0xff, bytes); // NaN
     emu::check::add_memory((void*)pointer, bytes, false);
     return SUCCESS;
 }
@@ -428,6 +451,8 @@ API cuMemFreeHost(void* pointer) {
 // Pinned memory is read and written when the copy runs; other memory before the call returns.
 API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
     LOCK;
+    emu::record::log("upload %zu", bytes);
+    if (emu::record::dry()) return SUCCESS;
     auto run = [to, bytes](const void* from) {
         require_device(to, bytes, "a copy to the device");
         memcpy((void*)to, from, bytes);
@@ -447,6 +472,8 @@ API cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) {
 }
 API cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void* stream) {
     LOCK;
+    emu::record::log("download %zu", bytes);
+    if (emu::record::dry()) return SUCCESS;
     auto run = [=] {
         require_device(from, bytes, "a copy from the device");
         memcpy(to, (const void*)from, bytes);
@@ -473,6 +500,8 @@ API cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void* stream) {
     });
 }
 API cuMemsetD8Async(u64 to, unsigned char value, size_t bytes, void* stream) {
+    emu::record::log("fill %zu", bytes);
+    if (emu::record::dry()) return SUCCESS;
     return enqueue(stream, [=] {
         require_device(to, bytes, "a memset");
         memset((void*)to, value, bytes);
@@ -499,6 +528,7 @@ API cuModuleLoadData(void** module, const void* image) {
         delete m;
         return NO_BINARY_FOR_GPU;
     }
+    emu::record::loaded(m->image);
     *module = m;
     return SUCCESS;
 }
@@ -531,6 +561,8 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     auto arguments = std::make_shared<std::vector<std::string>>(); // copied at the call, as by the driver
     for (size_t bytes : emu::argument_sizes(f.name))
         arguments->emplace_back((const char*)parameters[arguments->size()], bytes);
+    emu::record::launched(f.name, {gx, gy, gz}, {bx, by, bz}, shared, arguments->empty() ? "" : arguments->front());
+    if (emu::record::dry()) return SUCCESS;
     return enqueue(stream, [=, name = f.name] {
         std::vector<void*> pointers;
         for (auto& x : *arguments) pointers.push_back(x.data());

@@ -6,9 +6,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <dlfcn.h>
+#include <fnmatch.h>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <set>
+#include <sstream>
 #include <sys/mman.h>
 #include <unordered_map>
 
@@ -118,24 +121,50 @@ void count_banks(const Request& r, u32 bytes, Site& s) {
         s.least += (words.size() + 31) / 32;
     }
 }
-void count_sectors(const Request& r, u32 bytes, Site& s) {
+/// Sectors of one or more requests: those of consecutive requests that touch the same sectors are counted once,
+/// because L1 (reads) or L2 (writes) merges them.
+struct Sectors {
     std::set<uintptr_t> sectors, items;
-    for (u32 lane = 0; lane < 32; lane++)
-        if (r.lanes >> lane & 1) {
-            items.insert(r.at[lane]);
-            for (uintptr_t x = r.at[lane] / 32; x <= (r.at[lane] + bytes - 1) / 32; x++) sectors.insert(x);
-        }
-    s.units += sectors.size();
-    // The same number of contiguous bytes, from the same first address.
-    const uintptr_t first = *items.begin();
-    s.least += (first + items.size() * bytes - 1) / 32 - first / 32 + 1;
-}
+    u32 requests = 0;
+
+    void add(const Request& r, u32 bytes) {
+        requests++;
+        for (u32 lane = 0; lane < 32; lane++)
+            if (r.lanes >> lane & 1) {
+                items.insert(r.at[lane]);
+                for (uintptr_t x = r.at[lane] / 32; x <= (r.at[lane] + bytes - 1) / 32; x++) sectors.insert(x);
+            }
+    }
+    bool shares_with(const Sectors& other) const {
+        return std::any_of(other.sectors.begin(), other.sectors.end(), [&](uintptr_t x) { return sectors.count(x); });
+    }
+    void count(Site& s, u32 bytes) const {
+        if (items.empty()) return;
+        s.units += sectors.size();
+        // The same number of contiguous bytes, from the same first address.
+        const uintptr_t first = *items.begin();
+        s.least += (first + items.size() * bytes - 1) / 32 - first / 32 + 1;
+    }
+};
+constexpr u32 MERGED = 8; // most requests that are counted together: the elements of an octet
 void close(const Key& key, Site& site, Open& open) {
+    Sectors group;
     for (const Request& r : open.requests) {
         site.requests++;
-        if (key.shared) count_banks(r, key.bytes, site);
-        else count_sectors(r, key.bytes, site);
+        if (key.shared) {
+            count_banks(r, key.bytes, site);
+            continue;
+        }
+        Sectors next;
+        next.add(r, key.bytes);
+        if (group.requests == MERGED || !group.shares_with(next)) {
+            group.count(site, key.bytes);
+            group = next;
+        } else {
+            group.add(r, key.bytes);
+        }
     }
+    group.count(site, key.bytes);
     open.requests.clear();
     std::fill(open.count, open.count + 32, 0);
 }
@@ -162,22 +191,34 @@ void count(uintptr_t at, u32 bytes, bool shared, bool write, const Place& p, con
     open.requests[number].at[lane] = at;
 }
 
-std::string where(const char* file, u64 line) {
-    if (file) {
-        const char* slash = strrchr(file, '/');
-        return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
-    }
+/// Places in the source of addresses in the code of one library, as "file:line in function". addr2line reads all debug
+/// information at each start, so it is started once.
+std::vector<std::string> places_of(const std::vector<u64>& addresses) {
+    std::vector<std::string> places(addresses.size(), "unknown");
     Dl_info info;
-    if (!dladdr((void*)line, &info) || !info.dli_fname) return "unknown";
-    char command[4096], function[512] = "", place[512] = "";
-    snprintf(command, sizeof command, "addr2line -f -C -e '%s' %llx", info.dli_fname, line - 1 - (u64)info.dli_fbase);
-    if (FILE* pipe = popen(command, "r")) {
-        if (!fgets(function, sizeof function, pipe) || !fgets(place, sizeof place, pipe)) place[0] = 0;
-        pclose(pipe);
+    if (addresses.empty() || !dladdr((void*)addresses[0], &info) || !info.dli_fname) return places;
+    std::string command = std::string("addr2line -f -C -e '") + info.dli_fname + "'";
+    char text[512];
+    for (u64 address : addresses) {
+        snprintf(text, sizeof text, " %llx", address - 1 - (u64)info.dli_fbase);
+        command += text;
     }
-    auto until = [](std::string s, const char* end) { return s.substr(0, s.find_first_of(end)); };
-    const std::string path = until(place, " \n");
-    return path.substr(path.rfind('/') + 1) + " in " + until(function, "(\n");
+    FILE* pipe = popen(command.c_str(), "r");
+    if (!pipe) return places;
+    char function[512], place[512];
+    for (std::string& result : places) {
+        if (!fgets(function, sizeof function, pipe) || !fgets(place, sizeof place, pipe)) break;
+        auto until = [](std::string s, const char* end) { return s.substr(0, s.find_first_of(end)); };
+        const std::string path = until(place, " \n"), name = until(function, "(<\n");
+        result = path.substr(path.rfind('/') + 1) + " in " + name.substr(name.rfind(' ') + 1);
+    }
+    pclose(pipe);
+    return places;
+}
+std::string where(const char* file, u64 line) {
+    if (!file) return places_of({line})[0];
+    const char* slash = strrchr(file, '/');
+    return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
 }
 
 [[noreturn]] void wrong(const char* what, const Range& r, uintptr_t at, const char* file, u64 line) {
@@ -307,6 +348,62 @@ int report(double bank_limit, double sector_limit, bool all, const std::vector<s
                    site.units, key.shared ? "wavefronts" : "sectors", ratio);
     }
     return above;
+}
+
+bool within_limits(double bank_limit, double sector_limit, const char* path) {
+    struct Line {
+        std::string kernel, space, kind, place;
+        double limit;
+        bool used;
+    };
+    std::vector<Line> lines;
+    std::ifstream file(path);
+    if (!file) fail(std::string("cannot read the limits ") + path);
+    for (std::string text; std::getline(file, text);) {
+        std::istringstream words(text.substr(0, text.find('#')));
+        Line l{};
+        if (!(words >> l.kernel)) continue;
+        if (!(words >> l.space >> l.kind >> l.place >> l.limit)) fail(std::string(path) + ": a line is not complete: " + text);
+        lines.push_back(l);
+    }
+    bool passed = true;
+    u64 exceptions = 0;
+    auto ratio_of = [](const Site& site) { return site.least ? (double)site.units / site.least : 1; };
+    std::map<u64, std::string> known; // places by their addresses
+    std::vector<u64> addresses;
+    for (const auto& [key, site] : sites)
+        if (!key.file && ratio_of(site) > (key.shared ? bank_limit : sector_limit)) addresses.push_back(key.line);
+    const std::vector<std::string> places = places_of(addresses);
+    for (size_t i = 0; i < addresses.size(); i++) known[addresses[i]] = places[i];
+    for (const auto& [key, site] : sites) {
+        const double ratio = ratio_of(site);
+        if (ratio <= (key.shared ? bank_limit : sector_limit)) continue;
+        const char *space = key.shared ? "shared" : "device", *kind = key.write ? "write" : "read";
+        const std::string at = key.file ? where(key.file, key.line) : known[key.line];
+        // Without the line, which changes with every edit: the function, or the file where that is not known.
+        const size_t in = at.find(" in ");
+        const std::string place = in == std::string::npos ? at.substr(0, at.find(':')) : at.substr(in + 4);
+        auto fits = [](const std::string& pattern, const std::string& text) { return !fnmatch(pattern.c_str(), text.c_str(), 0); };
+        const auto line = std::find_if(lines.begin(), lines.end(), [&](const Line& l) {
+            return fits(l.kernel, key.kernel) && l.space == space && l.kind == kind && fits(l.place, place);
+        });
+        if (line != lines.end()) line->used = true;
+        if (line != lines.end() && ratio <= line->limit) {
+            exceptions++;
+            continue;
+        }
+        printf("above its limit: %s %s %s %s: %.2f of the least, %llu requests, at %s\n", key.kernel.c_str(), space, kind,
+               place.c_str(), ratio, site.requests, at.c_str());
+        passed = false;
+    }
+    for (const Line& l : lines) {
+        if (l.used) continue;
+        printf("%s: fits no place: %s %s %s %s\n", path, l.kernel.c_str(), l.space.c_str(), l.kind.c_str(), l.place.c_str());
+        passed = false;
+    }
+    printf("%zu places that access memory, %llu of them are exceptions; %s\n", sites.size(), exceptions,
+           passed ? "all within their limits" : "NOT all within their limits");
+    return passed;
 }
 
 } // namespace emu::check

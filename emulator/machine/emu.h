@@ -79,6 +79,8 @@ void copy_async(void* to, const void* from, u32 bytes, bool valid, const char* f
 void copy_commit();
 void copy_wait(u32 pending);
 Bytes16 load16(const void* p, const char* file, int line);
+/// Whether the defect of this number is active (EMU_MUTANT); mutants/run.py inserts calls into the kernels.
+bool mutant(u32 number);
 void store16(void* p, Bytes16 v, const char* file, int line);
 
 // ---- Kernels by name ----

@@ -325,6 +325,11 @@ void store16(void* p, Bytes16 v, const char* file, int line) {
     memcpy(p, &v, 16);
 }
 
+bool mutant(u32 number) {
+    static const u32 active = getenv("EMU_MUTANT") ? (u32)atoi(getenv("EMU_MUTANT")) : 0;
+    return active == number;
+}
+
 // ---- Launches -------------------------------------------------------------------------------------
 
 unsigned char* dynamic_shared() { return machine.shared; }

@@ -61,4 +61,11 @@ void access(const void* at, size_t bytes, Kind kind, const char* file, u64 line)
 /// Not counted are kernels and functions whose name contains an element of `exempt`.
 int report(double bank_limit, double sector_limit, bool all, const std::vector<std::string>& exempt);
 
+/// Compares all places with both limits, and prints those that exceed them and are not among the exceptions of a file.
+/// A line of it is
+///     KERNEL shared|device read|write PLACE LIMIT # reason
+/// KERNEL and PLACE are patterns with *; a place is a function, or a file where the function is not known. The first
+/// line that fits a place has its limit. Returns false if a place exceeds its limit, or if a line fits no place.
+bool within_limits(double bank_limit, double sector_limit, const char* path);
+
 } // namespace emu::check

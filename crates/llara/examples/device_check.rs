@@ -5,7 +5,9 @@
 //! device_check conform [FAMILY...]           the conformance suite, twice: same numbers, same bits
 //! device_check attention                     tensor cores against plain kernels
 //! device_check gradients FOLDER              embeddings and every gradient against the CPU
+//! device_check objectives FOLDER             masks, distillation, chunks and pretraining against the CPU
 //! device_check train FOLDER [STEPS]          losses of a training run against the CPU
+//! device_check transfers                     copies that overlap with each other and with the host
 //! device_check speed [MODEL [LAYERS]]        rates of products, attention and training steps
 //! ```
 //!
@@ -14,10 +16,14 @@
 
 #[path = "device_check/attention.rs"]
 mod attention;
+#[path = "device_check/objectives.rs"]
+mod objectives;
 #[path = "device_check/speed.rs"]
 mod speed;
 #[path = "device_check/training.rs"]
 mod training;
+#[path = "device_check/transfers.rs"]
+mod transfers;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -99,6 +105,8 @@ fn check<B: Backend>(backend: B, args: &[String]) -> Result<Report> {
         ("conform", families) => conform(&backend, families, &mut report)?,
         ("attention", []) => attention::check(&backend, &mut report)?,
         ("gradients", [folder]) => training::gradients(&backend, folder, &mut report)?,
+        ("objectives", [folder]) => objectives::check(&backend, folder, &mut report)?,
+        ("transfers", []) => transfers::check(&backend, &mut report)?,
         ("train", [folder]) => training::losses(&backend, folder, 50, &mut report)?,
         ("train", [folder, steps]) => {
             let steps = steps.parse().map_err(|_| usage())?;
@@ -112,7 +120,7 @@ fn check<B: Backend>(backend: B, args: &[String]) -> Result<Report> {
 
 fn usage() -> Error {
     Error::new(ErrorKind::Argument, "device_check: unknown arguments")
-        .hint("describe | conform [FAMILY...] | attention | gradients FOLDER | train FOLDER [STEPS] | speed [MODEL [LAYERS]]")
+        .hint("describe | conform [FAMILY...] | attention | gradients FOLDER | objectives FOLDER | train FOLDER [STEPS] | transfers | speed [MODEL [LAYERS]]")
 }
 
 /// The conformance suite, each family twice.

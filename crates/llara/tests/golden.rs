@@ -5,10 +5,13 @@
 //! format, give its folder, its rows, the number of rows that are used, and its passage length:
 //! `LLARA_GOLDEN=dir:rows.jsonl:10:96 cargo test --test golden`. The numbers of the reference with cross-device
 //! negatives on two processes, if its folder is given too: `LLARA_GOLDEN_DISTRIBUTED=dir`.
+//!
+//! With `LLARA_TEST_DEVICE=cuda` the tests of one process compute on a GPU.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod batch_gradients;
+mod device;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batch_gradients::batch_gradients;
+use device::on_device;
 use llara::backend::{Backend, Cpu};
 use llara::data::{BadRows, Batch, Dataset, Sampler, SamplerConfig, Sampling};
 use llara::dist::{Collective, ThreadGroup};
@@ -24,7 +28,7 @@ use llara::train::{
     AdamW, AdamWConfig, Chunking, Decay, Observer, RunLength, StepInput, StepRecord, TrainConfig,
     Trainer, accumulate_gradients,
 };
-use llara::{BiEncoderModel, BiEncoderOptions, Role};
+use llara::{BiEncoderModel, BiEncoderOptions, Loader, Role};
 use ndarray::ArrayView2;
 use safetensors::SafeTensors;
 
@@ -91,13 +95,13 @@ fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
     file.iter().map(|(n, v)| (n.to_owned(), (v.shape().to_vec(), values(&v)))).collect()
 }
 
-fn model(dir: &Path, normalized: bool) -> BiEncoderModel {
+fn model<B: Backend>(backend: &B, dir: &Path, normalized: bool) -> BiEncoderModel<B> {
     let options = BiEncoderOptions { normalized, ..BiEncoderOptions::default() };
-    BiEncoderModel::from_folder(dir, options).unwrap()
+    Loader::new(dir).unwrap().load(backend.clone(), options).unwrap()
 }
 
 /// Queries and passages of rows `(ROWS * step + i) % row_count`, first positive and first negatives.
-fn texts_of_step(set: &Golden, model: &BiEncoderModel, step: u64) -> (Batch, Batch) {
+fn texts_of_step<B: Backend>(set: &Golden, model: &BiEncoderModel<B>, step: u64) -> (Batch, Batch) {
     let dataset = Dataset::open(std::slice::from_ref(&set.rows), BadRows::Error).unwrap();
     let sampler = Sampler::new(SamplerConfig {
         seed: 0,
@@ -161,7 +165,7 @@ fn within(what: &str, got: f64, bound: f64) {
 fn prompts_have_the_reference_ids() {
     on_all(|set, dir| {
         let golden = tensors(&dir.join("golden.safetensors"));
-        let (query, passage) = texts_of_step(set, &model(dir, true), 0);
+        let (query, passage) = texts_of_step(set, &model(&Cpu::new(), dir, true), 0);
         assert_eq!(query, padded(&golden, "query"), "{}", dir.display());
         assert_eq!(passage, padded(&golden, "passage"), "{}", dir.display());
     });
@@ -169,11 +173,15 @@ fn prompts_have_the_reference_ids() {
 
 #[test]
 fn embeddings_scores_and_loss() {
+    on_device!(compare_forward);
+}
+
+fn compare_forward<B: Backend>(backend: &B) {
     on_all(|_, dir| {
         let golden = tensors(&dir.join("golden.safetensors"));
         let (query, passage) = (padded(&golden, "query"), padded(&golden, "passage"));
         for (kind, normalized) in [("normlized", true), ("raw", false)] {
-            let mut model = model(dir, normalized);
+            let mut model = model(backend, dir, normalized);
             let want = |name: &str| golden[&format!("{kind}.{name}")].1.as_slice();
             let at = |name: &str| format!("{} {kind}.{name}", dir.display());
             let scale = |v: &[f64]| {
@@ -205,9 +213,13 @@ fn embeddings_scores_and_loss() {
 
 #[test]
 fn every_gradient() {
+    on_device!(compare_gradients);
+}
+
+fn compare_gradients<B: Backend>(backend: &B) {
     on_all(|_, dir| {
         let golden = tensors(&dir.join("golden.safetensors"));
-        let mut model = model(dir, true);
+        let mut model = model(backend, dir, true);
         let (query, passage) = (padded(&golden, "query"), padded(&golden, "passage"));
         batch_gradients(&mut model, (&query, &passage), &Chunking::default(), None).unwrap();
         let mut seen = 0;
@@ -225,19 +237,22 @@ fn every_gradient() {
 
 #[test]
 fn adamw_steps() {
+    on_device!(compare_adamw);
+}
+
+fn compare_adamw<B: Backend>(backend: &B) {
     on_all(|set, dir| {
         let golden = tensors(&dir.join("golden_train.safetensors"));
-        let mut model = model(dir, true);
-        let backend = model.backend().clone();
+        let mut model = model(backend, dir, true);
         let config = AdamWConfig { weight_decay: 0.01, ..AdamWConfig::default() };
-        let mut optimizer = AdamW::new(&backend, model.decoder_mut(), config).unwrap();
+        let mut optimizer = AdamW::new(backend, model.decoder_mut(), config).unwrap();
         let (shape, steps) = &golden["losses_and_grad_norms"];
         assert_eq!(shape[1], 2);
         for (step, want) in steps.chunks_exact(2).enumerate() {
             let (query, passage) = texts_of_step(set, &model, step as u64);
             let loss = batch_gradients(&mut model, (&query, &passage), &Chunking::default(), None)
                 .unwrap();
-            let clip = optimizer.step(&backend, model.decoder_mut(), 1e-3).unwrap();
+            let clip = optimizer.step(backend, model.decoder_mut(), 1e-3).unwrap();
             let loss = f64::from(loss);
             let norm = f64::from(backend.download(&clip).unwrap()[0]);
             let at = |what| format!("{} step {step} {what}", dir.display());
@@ -255,11 +270,15 @@ fn adamw_steps() {
 
 #[test]
 fn adapters() {
+    on_device!(compare_adapter);
+}
+
+fn compare_adapter<B: Backend>(backend: &B) {
     on_all(|_, dir| {
         let golden = tensors(&dir.join("golden_lora.safetensors"));
         let rows = tensors(&dir.join("golden.safetensors"));
         let (query, passage) = (padded(&rows, "query"), padded(&rows, "passage"));
-        let mut model = model(dir, true);
+        let mut model = model(backend, dir, true);
         model.attach_adapter(&dir.join("lora")).unwrap();
         let at = |what: &str| format!("{} lora {what}", dir.display());
 
@@ -337,7 +356,7 @@ fn step_of_rank(
 }
 
 fn model_of_rank(dir: &Path) -> BiEncoderModel {
-    let mut model = model(dir, true);
+    let mut model = model(&Cpu::new(), dir, true);
     model.set_negatives_cross_device(true);
     model.train();
     model

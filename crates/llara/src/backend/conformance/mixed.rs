@@ -1,7 +1,9 @@
 //! Checks of mixed precision: with bf16 inputs, every operation must give the result of the same numbers in
 //! f32, rounded once, in the dtype that [`Backend`] documents.
 
+use super::both::{agree, copy, random, roundings};
 use super::case::Case;
+use super::dtypes::dtypes;
 use super::reference::Matrix;
 use super::suite::{Bound, Suite};
 use crate::Result;
@@ -28,47 +30,14 @@ pub fn mixed<B: Backend>(backend: &B) -> Result<Vec<Case>> {
         products(&mut suite, sizes)?;
     }
     for lengths in [&[1usize][..], &[17, 1, 33], &[64, 128, 65], &[130]] {
-        attention(&mut suite, lengths)?;
+        attention(&mut suite, lengths, 16)?;
     }
+    // Head sizes for which a device may use tensor cores.
+    for head_dim in [64, 96, 128] {
+        attention(&mut suite, &[17, 1, 70, 129], head_dim)?;
+    }
+    dtypes(&mut suite)?;
     Ok(suite.finish())
-}
-
-/// The same numbers in both dtypes: `narrow` is bf16, `wide` is f32.
-struct Both<B: Backend> {
-    narrow: B::Tensor,
-    wide: B::Tensor,
-}
-
-fn random<B: Backend>(suite: &mut Suite<'_, B>, rows: usize, cols: usize) -> Result<Both<B>> {
-    let x = suite.random(rows, cols);
-    let narrow = suite.backend.cast(&suite.tensor(&x)?, Dtype::Bf16)?;
-    let wide = suite.backend.cast(&narrow, Dtype::F32)?;
-    Ok(Both { narrow, wide })
-}
-
-/// A copy, for an operation that consumes its argument.
-fn copy<B: Backend>(suite: &Suite<'_, B>, x: &B::Tensor) -> Result<B::Tensor> {
-    suite.backend.cast(x, x.dtype())
-}
-
-/// The bound for results that have been rounded to bf16 up to `count` times.
-fn roundings(count: f64) -> Bound {
-    Bound::roundings(count * f64::from(1 << 16))
-}
-
-/// `got` must have the dtype `dtype` and equal the f32 result `want` within the bound.
-fn agree<B: Backend>(
-    suite: &mut Suite<'_, B>,
-    what: &str,
-    got: &B::Tensor,
-    want: &B::Tensor,
-    (dtype, bound): (Dtype, Bound),
-) -> Result<()> {
-    suite.require(&format!("{what} is {dtype}"), got.dtype() == dtype);
-    let (rows, cols) = want.shape();
-    let want = suite.backend.download(want)?;
-    let want = Matrix::from_fn(rows, cols, |i, j| f64::from(want[i * cols + j]));
-    suite.check(what, got, &want, bound)
 }
 
 fn conversion<B: Backend>(suite: &mut Suite<'_, B>, (rows, cols): (usize, usize)) -> Result<()> {
@@ -251,8 +220,13 @@ fn products<B: Backend>(
     agree(suite, &format!("{what}, bias"), &got, &want, (Dtype::F32, Bound::EXACT))
 }
 
-fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<()> {
-    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16, window: None, scale: 0.25 };
+fn attention<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    lengths: &[usize],
+    head_dim: usize,
+) -> Result<()> {
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim, window: None, scale };
     let (rows, longest) = (lengths.iter().sum(), lengths.iter().copied().max().unwrap_or(0));
     let cols = shape.q_cols() + 2 * shape.kv_cols();
     let (mut qkv, dout) = (random(suite, rows, cols)?, random(suite, rows, shape.q_cols())?);
@@ -281,7 +255,7 @@ fn attention<B: Backend>(suite: &mut Suite<'_, B>, lengths: &[usize]) -> Result<
     let input = |qkv| attention_input(qkv, &layout, &shape);
     let want = backend.attention(&input(&wide))?;
     let got = backend.attention(&input(&qkv.narrow))?;
-    let what = format!("lengths {lengths:?}");
+    let what = format!("head {head_dim}, lengths {lengths:?}");
     suite.case("mixed, attention");
     agree(suite, &what, &got.out, &want.out, (Dtype::Bf16, roundings(2.0)))?;
     let want = backend.attention_backward(&dout.wide, &input(&wide), &want)?;

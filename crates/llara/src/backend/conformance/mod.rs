@@ -13,7 +13,9 @@
 //! ```
 
 mod attention;
+mod both;
 mod case;
+mod dtypes;
 mod masks_and_distillation;
 mod mixed;
 mod norms;

@@ -192,6 +192,7 @@ impl Device {
     }
 
     pub(super) fn normalize(&self, x: &CudaTensor) -> Result<(CudaTensor, CudaTensor)> {
+        assert_eq!(x.dtype(), Dtype::F32, "normalize: dtype");
         let y = self.unspecified(x.rows(), x.cols(), Dtype::F32)?;
         let inv = self.unspecified(x.rows(), 1, Dtype::F32)?;
         let args = NormalizeArgs {
@@ -201,7 +202,7 @@ impl Device {
             cols: x.cols() as u64,
             wide: u32::from(Block::from(x).is_aligned() && Block::from(&y).is_aligned()),
         };
-        self.launch(&format!("normalize_{}", x.dtype()), [x.rows(), 1], BLOCK, args)?;
+        self.launch("normalize_f32", [x.rows(), 1], BLOCK, args)?;
         Ok((y, inv))
     }
 
@@ -213,6 +214,7 @@ impl Device {
     ) -> Result<CudaTensor> {
         assert_eq!(dy.shape(), y.shape(), "normalize_backward: gradient");
         assert_eq!(inv.shape(), (y.rows(), 1), "normalize_backward: inv_norm");
+        assert_eq!(dy.dtype, Dtype::F32, "normalize_backward: dtype");
         let dx = self.unspecified(dy.rows, dy.cols, dy.dtype)?;
         let blocks = [dy, Block::from(y), Block::from(&dx)];
         let args = NormalizeBackwardArgs {
@@ -224,7 +226,7 @@ impl Device {
             dy_stride: dy.stride as u64,
             wide: u32::from(blocks.iter().all(Block::is_aligned)),
         };
-        self.launch(&format!("normalize_backward_{}", dy.dtype), [dy.rows, 1], BLOCK, args)?;
+        self.launch("normalize_backward_f32", [dy.rows, 1], BLOCK, args)?;
         Ok(dx)
     }
 }

@@ -185,6 +185,7 @@ impl Device {
         offsets: &CudaIndex,
         cols: usize,
     ) -> Result<()> {
+        assert_eq!(x.dtype(), Dtype::F32, "{kernel}: dtype");
         let args = SegmentArgs {
             x: x.pointer(),
             offsets: offsets.pointer(),
@@ -193,7 +194,7 @@ impl Device {
             wide: u32::from(Block::from(x).is_wide() && Block::from(y).is_wide()),
         };
         let (grid, block) = row_grid(offsets.len - 1, cols);
-        self.launch(&format!("{kernel}_{}", x.dtype()), grid, block, args)
+        self.launch(&format!("{kernel}_f32"), grid, block, args)
     }
 
     /// `db (+)= Σ_rows dy`

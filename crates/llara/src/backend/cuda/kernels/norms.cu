@@ -220,7 +220,6 @@ template <class X> DEVICE void normalize(const NormalizeArgs& a) {
     }
 }
 KERNEL(256, 1) normalize_f32(NormalizeArgs a) { normalize<float>(a); }
-KERNEL(256, 1) normalize_bf16(NormalizeArgs a) { normalize<bf16>(a); }
 
 /// dx = (dy − y · (y·dy)) · inv. One block per row.
 struct NormalizeBackwardArgs {
@@ -256,4 +255,3 @@ template <class G> DEVICE void normalize_backward(const NormalizeBackwardArgs& a
     }
 }
 KERNEL(256, 1) normalize_backward_f32(NormalizeBackwardArgs a) { normalize_backward<float>(a); }
-KERNEL(256, 1) normalize_backward_bf16(NormalizeBackwardArgs a) { normalize_backward<bf16>(a); }

@@ -142,7 +142,6 @@ template <class T> DEVICE void segment_mean(const SegmentArgs& a) {
     store8((T*)a.y + (u64)blockIdx.x * a.cols + col, sum, left, a.wide);
 }
 KERNEL(128, 1) segment_mean_f32(SegmentArgs a) { segment_mean<float>(a); }
-KERNEL(128, 1) segment_mean_bf16(SegmentArgs a) { segment_mean<bf16>(a); }
 
 template <class T> DEVICE void segment_mean_backward(const SegmentArgs& a) {
     const u64 col = ((u64)blockIdx.y * blockDim.x + threadIdx.x) * OCTET;
@@ -158,7 +157,6 @@ template <class T> DEVICE void segment_mean_backward(const SegmentArgs& a) {
     for (u32 row = start; row < end; row++) store8((T*)a.y + (u64)row * a.cols + col, x, left, a.wide);
 }
 KERNEL(128, 1) segment_mean_backward_f32(SegmentArgs a) { segment_mean_backward<float>(a); }
-KERNEL(128, 1) segment_mean_backward_bf16(SegmentArgs a) { segment_mean_backward<bf16>(a); }
 
 /// partial[t] = Σ x[row] over rows t · task_rows and the following task_rows, with x as f32. Block (t, b) has
 /// octets 32 · b and following; each of its eight warps sums every eighth row.
