@@ -375,7 +375,7 @@ mod tests {
 
     #[test]
     fn cross_device_negatives_need_several_processes() {
-        let given = parse(&["--negatives_cross_device"]);
+        let given = parse(&["--negatives-cross-device"]);
         let of = |args: &Args, processes| {
             args.model_options(&recipe(), processes).negatives_cross_device
         };

@@ -174,10 +174,10 @@ fn a_checkpoint_of_one_task_is_not_continued_by_the_other() {
         });
         format!("{row}\n")
     };
-    bench.write("both.jsonl", (0..12).map(row).collect::<String>());
-    let data = bench.path("both.jsonl");
+    bench.write("train.jsonl", (0..12).map(row).collect::<String>());
+    let data = bench.path("train.jsonl");
     let by = |verb: &str, rest: &[&str]| match verb {
-        "pretrain" => pretrain(&bench, rest),
+        "pretrain" => pretrain(&bench, &[&["--train-data", &data], rest].concat()),
         _ => bench.finetune(rest),
     };
     for (first, second, task) in [
@@ -186,11 +186,11 @@ fn a_checkpoint_of_one_task_is_not_continued_by_the_other() {
     ] {
         let (from, to) = (format!("by-{first}"), format!("by-{second}-again"));
         let out = bench.path(&from);
-        by(first, &["--train-data", &data, "--output-dir", &out, "--save-steps", "1"]).json();
+        by(first, &["--output-dir", &out, "--save-steps", "1"]).json();
         let checkpoint = "checkpoint-2";
         copy_folder_deep(&bench.at(&from).join(checkpoint), &bench.at(&to).join(checkpoint));
         let out = bench.path(&to);
-        let resume = ["--train-data", &data, "--output-dir", &out, "--resume-from-checkpoint"];
+        let resume = ["--output-dir", &out, "--resume-from-checkpoint"];
         by(second, &resume).refused(&["settings differ from the checkpoint's", task]);
     }
 }
