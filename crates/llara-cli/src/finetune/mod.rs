@@ -48,7 +48,7 @@ pub(super) use prepare::{
 };
 pub(super) use ranges::{check_loop, require};
 pub(super) use report_facts::{adapter as adapter_setting, common_settings};
-pub(super) use resume::{claim_by_first, precision_of_first};
+pub(super) use resume::Claimed;
 pub(super) use run::{Run, say_skipped};
 pub(super) use trainer_flags::TrainerFlags;
 pub(super) use training_args::TrainingArgs;

@@ -19,7 +19,8 @@ use llara::{
 use super::Args;
 use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
-use super::{ranges, resume};
+use super::ranges;
+use super::resume::Claimed;
 use crate::processes::Processes;
 use crate::talk::{counted, say};
 use crate::{paths, trained_model};
@@ -70,25 +71,16 @@ impl<B: Backend> Prepared<B> {
         processes: &Processes,
     ) -> anyhow::Result<Self> {
         let options = processes.agree(Options::check(args, &purpose))?;
-        let (output_dir, lock, checkpoint) = match &purpose {
-            Purpose::Run(output_dir) => {
-                let (lock, checkpoint) =
-                    resume::claim_by_first(&args.output, output_dir, processes)?;
-                (output_dir.clone(), lock, checkpoint)
-            }
-            Purpose::Plan | Purpose::Compare => (PathBuf::new(), None, None),
+        let output_dir = match &purpose {
+            Purpose::Run(output_dir) => Some(output_dir.clone()),
+            Purpose::Plan | Purpose::Compare => None,
         };
-        let precision = resume::precision_of_first(
-            (&args.training, &args.precision),
-            checkpoint.as_ref(),
-            &backend,
-            processes,
-        )?;
+        let dtype = (&args.training, &args.precision);
+        let claimed = Claimed::by_first((&args.output, output_dir), dtype, &backend, processes)?;
         if !matches!(purpose, Purpose::Plan) {
             let cache = args.model.cache_dir.as_deref();
             trained_model::download_once(&options.model_name, cache, "--from-peft", processes)?;
         }
-        let claimed = Claimed { output_dir, lock, checkpoint, precision };
         processes.agree(Self::read(args, purpose, backend, options, claimed, processes))
     }
 
@@ -253,14 +245,6 @@ struct Options {
     sources: DataSources,
     template: Option<Template>,
     adapter: Adapter,
-}
-
-/// What the first process has decided for all.
-struct Claimed {
-    output_dir: PathBuf,
-    lock: Option<FolderLock>,
-    checkpoint: Option<Checkpoint>,
-    precision: Dtype,
 }
 
 impl Options {

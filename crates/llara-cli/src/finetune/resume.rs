@@ -1,7 +1,7 @@
 //! `--resume-from-checkpoint`: the checkpoint that a run continues from, and the settings that are taken from
 //! it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use llara::backend::{Backend, Dtype};
 use llara::train::plan::ChunkPolicy;
@@ -15,8 +15,41 @@ use crate::output_folder;
 use crate::processes::Processes;
 use crate::talk::{counted, say};
 
+/// What the first process has decided for all, before a model or data is read.
+pub(crate) struct Claimed {
+    /// The output folder; empty for a run that saves nothing.
+    pub(crate) output_dir: PathBuf,
+    /// The lock of the output folder; the first process has it.
+    pub(crate) lock: Option<FolderLock>,
+    /// The checkpoint that the run continues from.
+    pub(crate) checkpoint: Option<Checkpoint>,
+    /// The number format of activations.
+    pub(crate) precision: Dtype,
+}
+
+impl Claimed {
+    /// Claims the output folder, if there is one, and chooses the number format. Every process calls it.
+    ///
+    /// # Errors
+    /// The folder cannot be used, or has no checkpoint to continue from; on every process.
+    pub(crate) fn by_first(
+        (output, output_dir): (&OutputArgs, Option<PathBuf>),
+        dtype: (&TrainingArgs, &Precision),
+        backend: &impl Backend,
+        processes: &Processes,
+    ) -> anyhow::Result<Self> {
+        let (lock, checkpoint) = match &output_dir {
+            Some(output_dir) => claim_by_first(output, output_dir, processes)?,
+            None => (None, None),
+        };
+        let own = precision(dtype, checkpoint.as_ref(), backend);
+        let precision = processes.shared_precision(own, backend)?;
+        Ok(Claimed { output_dir: output_dir.unwrap_or_default(), lock, checkpoint, precision })
+    }
+}
+
 /// [`claim`] by the first process. The others have no lock, and open the checkpoint that it has chosen.
-pub(crate) fn claim_by_first(
+fn claim_by_first(
     output: &OutputArgs,
     output_dir: &Path,
     processes: &Processes,
@@ -94,17 +127,6 @@ fn latest(output_dir: &Path) -> Result<Option<Checkpoint>> {
         }
         (None, _) => Ok(None),
     }
-}
-
-/// [`precision`] of the first process, on every process.
-pub(crate) fn precision_of_first(
-    dtype: (&TrainingArgs, &Precision),
-    checkpoint: Option<&Checkpoint>,
-    backend: &impl Backend,
-    processes: &Processes,
-) -> Result<Dtype> {
-    let own = precision(dtype, checkpoint, backend);
-    processes.shared_precision(own, backend)
 }
 
 /// The number format of activations. A resumed run takes the choices of `--dtype auto` and of the kernels from

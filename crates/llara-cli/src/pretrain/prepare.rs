@@ -14,8 +14,8 @@ use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Outline, Recipe, Resul
 
 use super::args::Args;
 use crate::finetune::{
-    Adapter, OwnSettings, check_evaluated_texts, check_loop, claim_by_first, loader, missing,
-    precision_of_first, require, starting_recipe,
+    Adapter, Claimed, OwnSettings, check_evaluated_texts, check_loop, loader, missing, require,
+    starting_recipe,
 };
 use crate::processes::Processes;
 use crate::talk::say;
@@ -61,14 +61,6 @@ struct Checked {
     adapter: Adapter,
 }
 
-/// What the first process has decided for all.
-struct Claimed {
-    output_dir: PathBuf,
-    lock: Option<FolderLock>,
-    checkpoint: Option<Checkpoint>,
-    precision: Dtype,
-}
-
 impl<B: Backend> Prepared<B> {
     /// Checks the options, then the model's configuration and tokenizer, then the data. Every process does; an error of
     /// one is an error of all.
@@ -79,12 +71,11 @@ impl<B: Backend> Prepared<B> {
         processes: &Processes,
     ) -> anyhow::Result<Self> {
         let checked = processes.agree(Checked::of(args, &output_dir))?;
-        let (lock, checkpoint) = claim_by_first(&args.output, &output_dir, processes)?;
         let dtype = (&args.training, &args.precision);
-        let precision = precision_of_first(dtype, checkpoint.as_ref(), &backend, processes)?;
+        let output = (&args.output, Some(output_dir));
+        let claimed = Claimed::by_first(output, dtype, &backend, processes)?;
         let cache = args.model.cache_dir.as_deref();
         trained_model::download_once(&checked.model_name, cache, "--from-peft", processes)?;
-        let claimed = Claimed { output_dir, lock, checkpoint, precision };
         processes.agree(Self::read(args, backend, checked, claimed, processes))
     }
 
