@@ -63,6 +63,9 @@ enum Verb {
     /// Estimate memory, work and text lengths of a training run without training
     #[command(after_help = plan::AFTER_HELP)]
     Plan(Box<plan::PlanArgs>),
+    /// Estimate memory, work and text lengths of a pretraining run without training
+    #[command(after_help = plan::PRETRAINING_AFTER_HELP)]
+    PlanPretraining(Box<plan::PretrainingPlanArgs>),
     /// Compare training on several processes with one process: losses, gradients, weights
     #[command(after_help = verify_distributed::AFTER_HELP)]
     VerifyDistributed(Box<verify_distributed::VerifyArgs>),
@@ -117,8 +120,8 @@ fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
 }
 
 /// The definition of the command line. Every option accepts negative numbers as values, so that a value out
-/// of range is reported as such and not as an unknown option. `plan` and `verify-distributed` have no output
-/// folder.
+/// of range is reported as such and not as an unknown option. Verbs that train nothing and `verify-distributed` have no
+/// output folder.
 fn command() -> clap::Command {
     let output = "output_dir";
     Cli::command()
@@ -129,10 +132,8 @@ fn command() -> clap::Command {
             )
         })
         .mut_subcommand("pretrain", |verb| {
-            // All weights are trained, and the model gets the tokens that it lacks, unless the user says otherwise.
-            verb.mut_arg(output, |arg| arg.required_unless_present("config"))
-                .mut_arg("use_lora", |arg| arg.default_value("false"))
-                .mut_arg("add_special_tokens", |arg| arg.default_value("true"))
+            with_defaults_of_pretraining(verb)
+                .mut_arg(output, |arg| arg.required_unless_present("config"))
                 .override_usage(
                     "llara pretrain [OPTIONS] --model <DIR|HUB_ID> --text <PATH>... --output-dir <DIR>\n       \
                      llara pretrain [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>... --output-dir <DIR>\n       \
@@ -143,6 +144,13 @@ fn command() -> clap::Command {
             verb.mut_arg(output, |arg| arg.hide(true)).override_usage(
                 "llara plan [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>...\n       \
                  llara plan [OPTIONS] --config <FILE>",
+            )
+        })
+        .mut_subcommand("plan-pretraining", |verb| {
+            with_defaults_of_pretraining(verb).mut_arg(output, |arg| arg.hide(true)).override_usage(
+                "llara plan-pretraining [OPTIONS] --model <DIR|HUB_ID> --text <PATH>...\n       \
+                 llara plan-pretraining [OPTIONS] --model <DIR|HUB_ID> --train-data <PATH>...\n       \
+                 llara plan-pretraining [OPTIONS] --config <FILE>",
             )
         })
         .mut_subcommand("verify-distributed", |verb| {
@@ -165,6 +173,12 @@ fn command() -> clap::Command {
         })
 }
 
+/// All weights are trained, and the model gets the tokens that it lacks, unless the user says otherwise.
+fn with_defaults_of_pretraining(verb: clap::Command) -> clap::Command {
+    verb.mut_arg("use_lora", |arg| arg.default_value("false"))
+        .mut_arg("add_special_tokens", |arg| arg.default_value("true"))
+}
+
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.verb {
         Verb::Pretrain(_)
@@ -180,6 +194,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Pretrain(args) => pretrain::run(*args),
         Verb::Finetune(args) => finetune::run(*args),
         Verb::Plan(args) => plan::run(&args),
+        Verb::PlanPretraining(args) => plan::run_pretraining(&args),
         Verb::VerifyDistributed(args) => verify_distributed::run(*args),
         Verb::Encode(args) => encode::run(*args),
         Verb::Evaluate(args) => evaluate::run(*args),

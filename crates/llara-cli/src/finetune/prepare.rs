@@ -16,11 +16,11 @@ use llara::{
     Recipe, Role,
 };
 
-use super::Args;
 use super::flag_table::OwnSettings;
 use super::lora_args::Adapter;
 use super::ranges;
 use super::resume::Claimed;
+use super::{Args, ModelArgs};
 use crate::processes::Processes;
 use crate::talk::{counted, say};
 use crate::{paths, trained_model};
@@ -33,6 +33,25 @@ pub(crate) enum Purpose {
     Plan,
     /// A comparison of runs: nothing is saved.
     Compare,
+}
+
+impl Purpose {
+    /// The output folder, if the run saves a model.
+    pub(crate) fn output_dir(&self) -> Option<&Path> {
+        match self {
+            Purpose::Run(output_dir) => Some(output_dir),
+            Purpose::Plan | Purpose::Compare => None,
+        }
+    }
+
+    /// The folder of a model, or for a plan one that may lack the weights. Downloads what is missing.
+    pub(crate) fn find_model(&self, name: &str, args: &ModelArgs) -> llara::Result<PathBuf> {
+        let find = match self {
+            Purpose::Run(_) | Purpose::Compare => trained_model::find,
+            Purpose::Plan => trained_model::find_outline,
+        };
+        find(name, args.cache_dir.as_deref(), "--from-peft")
+    }
 }
 
 /// A run before its weights are read.
@@ -70,24 +89,21 @@ impl<B: Backend> Prepared<B> {
         backend: B,
         processes: &Processes,
     ) -> anyhow::Result<Self> {
-        let options = processes.agree(Options::check(args, &purpose))?;
-        let output_dir = match &purpose {
-            Purpose::Run(output_dir) => Some(output_dir.clone()),
-            Purpose::Plan | Purpose::Compare => None,
-        };
+        let options = processes.agree(Options::check(args, purpose.output_dir()))?;
         let dtype = (&args.training, &args.precision);
-        let claimed = Claimed::by_first((&args.output, output_dir), dtype, &backend, processes)?;
+        let output = (&args.output, purpose.output_dir().map(Path::to_owned));
+        let claimed = Claimed::by_first(output, dtype, &backend, processes)?;
         if !matches!(purpose, Purpose::Plan) {
             let cache = args.model.cache_dir.as_deref();
             trained_model::download_once(&options.model_name, cache, "--from-peft", processes)?;
         }
-        processes.agree(Self::read(args, purpose, backend, options, claimed, processes))
+        processes.agree(Self::read(args, &purpose, backend, options, claimed, processes))
     }
 
     /// Reads and checks data, configuration and tokenizer.
     fn read(
         args: &Args,
-        purpose: Purpose,
+        purpose: &Purpose,
         backend: B,
         options: Options,
         claimed: Claimed,
@@ -104,13 +120,7 @@ impl<B: Backend> Prepared<B> {
         dataset.check_group(group_size)?;
         checkpoint.iter().try_for_each(|checkpoint| checkpoint.check_data(&dataset))?;
 
-        let cache = args.model.cache_dir.as_deref();
-        let dir = match purpose {
-            Purpose::Run(_) | Purpose::Compare => {
-                trained_model::find(&model_name, cache, "--from-peft")?
-            }
-            Purpose::Plan => trained_model::find_outline(&model_name, cache, "--from-peft")?,
-        };
+        let dir = purpose.find_model(&model_name, &args.model)?;
         let base = starting_recipe(&dir, &adapter, template.as_ref())?;
         let outline = outline(args, &dir, &base, &adapter)?;
         let recipe = args.recipe(base, dataset.sources())?;
@@ -248,7 +258,7 @@ struct Options {
 }
 
 impl Options {
-    fn check(args: &Args, purpose: &Purpose) -> anyhow::Result<Self> {
+    fn check(args: &Args, output_dir: Option<&Path>) -> anyhow::Result<Self> {
         let model_name = required(args)?;
         let own = OwnSettings {
             model: &model_name,
@@ -266,7 +276,7 @@ impl Options {
         let sources = DataSources::read(&args.data.train_data)?;
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
-        if let Purpose::Run(output_dir) = purpose {
+        if let Some(output_dir) = output_dir {
             check_apart(args, output_dir, &adapter, &model_name, &sources)?;
         }
         Ok(Options { model_name, objective, sources, template, adapter })

@@ -1,12 +1,10 @@
 //! `llara plan --processes N --network SPEED`: memory and communication of one of several processes.
 
-use llara::backend::Backend;
-use llara::loss::RowsPerRank;
 use llara::train::plan::MemoryBudget;
 use llara::train::{FlatLayout, StepTraffic, bucket_elements};
 use serde_json::{Value, json};
 
-use crate::finetune::{Forecast, Prepared};
+use crate::finetune::Forecast;
 use crate::talk::bytes;
 
 /// Bytes of an f32.
@@ -19,7 +17,7 @@ pub(super) struct NetworkArgs {
     /// Number of processes that the run is planned for
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
-    pub(super) processes: u32,
+    processes: u32,
     /// Speed at which a process sends, per second, such as 25GB/s; for the time of the communication of a step
     #[arg(long, value_name = "SPEED", value_parser = speed)]
     network: Option<f64>,
@@ -42,6 +40,36 @@ fn seconds(text: &str) -> Result<f64, String> {
     seconds.ok_or_else(|| "expected a positive number of seconds".to_owned())
 }
 
+impl NetworkArgs {
+    /// Number of processes.
+    pub(super) fn processes(&self) -> usize {
+        self.processes as usize
+    }
+
+    /// Memory and communication of the first of several processes; `None` for one. `traffic` says what a step exchanges
+    /// with this division of the parameters.
+    pub(super) fn plan(
+        &self,
+        forecast: &Forecast,
+        traffic: impl FnOnce(FlatLayout) -> StepTraffic,
+    ) -> Option<NetworkPlan> {
+        let processes = self.processes();
+        if processes == 1 {
+            return None;
+        }
+        let training = &forecast.plan.training;
+        let elements = (training.gradients / F32) as usize;
+        let layout = FlatLayout::new([elements], processes, bucket_elements(processes));
+        let sent = traffic(layout).bytes_sent(0);
+        let seconds = self.network.map(|speed| sent as f64 / speed);
+        let share =
+            seconds.zip(self.step_seconds).map(|(sending, step)| sending / (sending + step));
+        let (optimizer, communication) = (training.optimizer, training.communication);
+        let peak = training.total();
+        Some(NetworkPlan { processes, optimizer, communication, peak, sent, seconds, share })
+    }
+}
+
 /// Memory and communication of the first of several processes.
 pub(super) struct NetworkPlan {
     processes: usize,
@@ -60,44 +88,6 @@ pub(super) struct NetworkPlan {
 }
 
 impl NetworkPlan {
-    /// The plan for the given number of processes; `None` for one.
-    pub(super) fn new(
-        args: &NetworkArgs,
-        forecast: &Forecast,
-        prepared: &Prepared<impl Backend>,
-        negatives_cross_device: bool,
-    ) -> Option<Self> {
-        let processes = args.processes as usize;
-        if processes == 1 {
-            return None;
-        }
-        let (config, training) = (&prepared.config, &forecast.plan.training);
-        let elements = (training.gradients / F32) as usize;
-        let rows = RowsPerRank::divided(
-            config.batch_size * processes,
-            config.batch_size,
-            processes,
-            config.group_size,
-        );
-        let dimension = prepared.outline.decoder.hidden_size;
-        let traffic = StepTraffic {
-            layout: FlatLayout::new([elements], processes, bucket_elements(processes)),
-            rows,
-            dimension,
-            negatives_cross_device,
-            shard_optimizer: config.shard_optimizer,
-            loss_terms: 0,
-            counts: 0,
-        };
-        let sent = traffic.bytes_sent(0);
-        let seconds = args.network.map(|speed| sent as f64 / speed);
-        let share =
-            seconds.zip(args.step_seconds).map(|(sending, step)| sending / (sending + step));
-        let (optimizer, communication) = (training.optimizer, training.communication);
-        let peak = training.total();
-        Some(NetworkPlan { processes, optimizer, communication, peak, sent, seconds, share })
-    }
-
     /// The plan in a few lines.
     pub(super) fn lines(&self) -> Vec<String> {
         let mut lines = vec![

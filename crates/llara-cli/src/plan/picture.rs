@@ -1,7 +1,8 @@
 //! Bar charts in text: memory by category, histograms of text lengths.
 
-use llara::train::plan::{Plan, TextLengths};
+use llara::train::plan::Plan;
 
+use super::planned_run::PlannedTexts;
 use crate::histogram::{self, bar};
 use crate::talk::{bytes, count};
 
@@ -30,19 +31,12 @@ pub(super) fn memory(plan: &Plan) -> Vec<String> {
     lines
 }
 
-/// A histogram of the lengths of each role, with the maximum length.
-pub(super) fn lengths(roles: &[TextLengths]) -> Vec<String> {
-    roles.iter().flat_map(histogram).collect()
-}
-
-fn histogram(texts: &TextLengths) -> Vec<String> {
+/// A histogram of the lengths of texts, with the maximum length.
+pub(super) fn lengths(texts: &PlannedTexts) -> Vec<String> {
     let summary = texts.lengths.summary();
-    let name = match texts.role {
-        llara::Role::Query => "queries",
-        llara::Role::Passage => "passages",
-    };
+    let PlannedTexts { plural, template, .. } = texts;
     let mut lines = vec![format!(
-        "{name}: tokens of {} texts, template included: mean {:.0}, median {}, 90th percentile {}, \
+        "{plural}: tokens of {} texts, template {template}: mean {:.0}, median {}, 90th percentile {}, \
          99th percentile {}, longest {}",
         count(summary.texts as usize),
         summary.mean,
@@ -51,7 +45,7 @@ fn histogram(texts: &TextLengths) -> Vec<String> {
         count(summary.p99),
         count(summary.max),
     )];
-    let max_len = (texts.max_len, texts.truncated_share());
+    let max_len = (texts.max_len, texts.truncated_share);
     lines.extend(histogram::lines(&texts.lengths.histogram(BINS), Some(max_len)));
     lines
 }

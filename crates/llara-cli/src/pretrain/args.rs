@@ -64,7 +64,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) evaluation: EvalArgs,
     #[command(flatten)]
-    pub(super) compute: Compute,
+    pub(crate) compute: Compute,
     #[command(flatten)]
     pub(super) precision: Precision,
     #[command(flatten)]

@@ -15,14 +15,15 @@ use llara::{Result, hub};
 
 use crate::compute::on_device;
 use crate::finetune::{
-    Forecast, Remedies, Run, adapter_setting, announce_processes, common_settings, group_shape,
-    missing, smallest_chunking,
+    Forecast, Purpose, Remedies, Run, adapter_setting, announce_processes, common_settings,
+    group_shape, missing, smallest_chunking,
 };
 use crate::processes::Processes;
 use crate::report::{Lengths, ReportFacts};
 use crate::talk::{count, counted, say};
 pub(super) use args::Args;
-use prepare::{Prepared, lora_config};
+pub(super) use prepare::Prepared;
+use prepare::lora_config;
 
 /// Bins of the histogram of text lengths.
 const BINS: usize = 24;
@@ -54,7 +55,7 @@ fn pretrain(
     backend: impl Backend,
     processes: &Processes,
 ) -> anyhow::Result<()> {
-    let mut prepared = Prepared::new(args, output_dir, backend, processes)?;
+    let mut prepared = Prepared::new(args, Purpose::Run(output_dir), backend, processes)?;
     let (facts, chunking) = processes.agree(foresee(args, &prepared))?;
     prepared.config.chunking = smallest_chunking(chunking, processes)?;
 
@@ -95,17 +96,23 @@ fn foresee<B: Backend>(
     args: &Args,
     prepared: &Prepared<B>,
 ) -> anyhow::Result<(ReportFacts, Chunking)> {
-    let forecast = forecast(args, prepared)?;
+    let forecast = forecast(args, prepared, prepared.ranks)?;
     forecast.refuse_if_too_large()?;
     for line in forecast.lines() {
         say!("{line}");
     }
-    warn_of_long_texts(prepared);
+    for line in length_warnings(prepared) {
+        say!("{line}");
+    }
     Ok((facts(prepared, &forecast)?, forecast.plan.chunks.chunking))
 }
 
-/// Plans a step of the largest expected batch.
-fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast> {
+/// Plans a step of the largest expected batch, in each of so many processes.
+pub(super) fn forecast<B: Backend>(
+    args: &Args,
+    prepared: &Prepared<B>,
+    processes: usize,
+) -> Result<Forecast> {
     let Prepared { config, options, data, evaluation, outline, .. } = prepared;
     let prompts = &outline.prompts;
     let shape = |e| EvaluationShape::of(e, config, prompts, &prepared.recipe.tasks);
@@ -118,7 +125,7 @@ fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast>
         options: args.model_options(&prepared.recipe),
         evaluation,
         task: PlannedTask::Pretraining,
-        group: group_shape(config, prepared.ranks, false),
+        group: group_shape(config, processes, false),
         memory: prepared.backend.memory(),
         process_bytes: 0,
     };
@@ -135,23 +142,23 @@ fn forecast<B: Backend>(args: &Args, prepared: &Prepared<B>) -> Result<Forecast>
     Forecast::of(shape, batch, (&args.training, checkpoint), remedies, machine)
 }
 
-fn warn_of_long_texts<B: Backend>(prepared: &Prepared<B>) {
-    let sample = &prepared.sample;
-    let longer = sample.lengths.longer_than(sample.text_tokens);
-    let share = longer as f64 / sample.lengths.texts().max(1) as f64;
-    if share > TRUNCATED_SHARE {
-        let cutoff_len = prepared.options.cutoff_len;
-        let option = match prepared.data.piece_length() {
-            Some(_) => "decrease --piece-characters",
-            None => "increase --cutoff-len",
-        };
-        say!(
-            "warning: {:.0} % of the texts are longer than the {} that --cutoff-len {cutoff_len} leaves and are \
-             truncated: {option}",
-            100.0 * share,
-            counted(sample.text_tokens, "token"),
-        );
+/// A warning if many texts are truncated.
+pub(super) fn length_warnings<B: Backend>(prepared: &Prepared<B>) -> Vec<String> {
+    let share = prepared.sample.truncated_share();
+    if share <= TRUNCATED_SHARE {
+        return Vec::new();
     }
+    let cutoff_len = prepared.options.cutoff_len;
+    let option = match prepared.data.piece_length() {
+        Some(_) => "decrease --piece-characters",
+        None => "increase --cutoff-len",
+    };
+    vec![format!(
+        "warning: {:.0} % of the texts are longer than the {} that --cutoff-len {cutoff_len} leaves and are \
+         truncated: {option}",
+        100.0 * share,
+        counted(prepared.sample.text_tokens, "token"),
+    )]
 }
 
 fn announce<B: Backend>(args: &Args, prepared: &Prepared<B>, steps: u64, processes: &Processes) {
@@ -224,7 +231,6 @@ fn facts<B: Backend>(prepared: &Prepared<B>, forecast: &Forecast) -> Result<Repo
         let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         (name, file.rows)
     });
-    let truncated = sample.lengths.longer_than(sample.text_tokens);
     Ok(ReportFacts {
         llara: env!("CARGO_PKG_VERSION").to_owned(),
         settings: settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
@@ -236,7 +242,7 @@ fn facts<B: Backend>(prepared: &Prepared<B>, forecast: &Forecast) -> Result<Repo
         lengths: vec![Lengths {
             role: "texts".to_owned(),
             max_len: sample.text_tokens,
-            truncated_share: truncated as f64 / sample.lengths.texts().max(1) as f64,
+            truncated_share: sample.truncated_share(),
             summary: sample.lengths.summary(),
             histogram: sample.lengths.histogram(BINS),
         }],

@@ -14,8 +14,8 @@ use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Outline, Recipe, Resul
 
 use super::args::Args;
 use crate::finetune::{
-    Adapter, Claimed, OwnSettings, check_evaluated_texts, check_loop, loader, missing, require,
-    starting_recipe,
+    Adapter, Claimed, OwnSettings, Purpose, check_evaluated_texts, check_loop, loader, missing,
+    require, starting_recipe,
 };
 use crate::processes::Processes;
 use crate::talk::say;
@@ -30,16 +30,16 @@ const FILLED: f64 = 0.9;
 const SAMPLED_ROWS: usize = 2_000;
 
 /// A run before its weights are read.
-pub(super) struct Prepared<B: Backend> {
-    pub(super) model_name: String,
-    pub(super) config: TrainConfig,
+pub(crate) struct Prepared<B: Backend> {
+    pub(crate) model_name: String,
+    pub(crate) config: TrainConfig,
     pub(super) options: PretrainingOptions,
     pub(super) adapter: Adapter,
-    pub(super) data: PretrainingData,
-    pub(super) sample: PretrainingSample,
+    pub(crate) data: PretrainingData,
+    pub(crate) sample: PretrainingSample,
     pub(super) evaluation: Option<Evaluation>,
     pub(super) recipe: Recipe,
-    pub(super) outline: Outline,
+    pub(crate) outline: Outline,
     pub(super) backend: B,
     pub(super) checkpoint: Option<Checkpoint>,
     pub(super) precision: Dtype,
@@ -64,24 +64,27 @@ struct Checked {
 impl<B: Backend> Prepared<B> {
     /// Checks the options, then the model's configuration and tokenizer, then the data. Every process does; an error of
     /// one is an error of all.
-    pub(super) fn new(
+    pub(crate) fn new(
         args: &Args,
-        output_dir: PathBuf,
+        purpose: Purpose,
         backend: B,
         processes: &Processes,
     ) -> anyhow::Result<Self> {
-        let checked = processes.agree(Checked::of(args, &output_dir))?;
+        let checked = processes.agree(Checked::of(args, purpose.output_dir()))?;
         let dtype = (&args.training, &args.precision);
-        let output = (&args.output, Some(output_dir));
+        let output = (&args.output, purpose.output_dir().map(Path::to_owned));
         let claimed = Claimed::by_first(output, dtype, &backend, processes)?;
-        let cache = args.model.cache_dir.as_deref();
-        trained_model::download_once(&checked.model_name, cache, "--from-peft", processes)?;
-        processes.agree(Self::read(args, backend, checked, claimed, processes))
+        if !matches!(purpose, Purpose::Plan) {
+            let cache = args.model.cache_dir.as_deref();
+            trained_model::download_once(&checked.model_name, cache, "--from-peft", processes)?;
+        }
+        processes.agree(Self::read(args, &purpose, backend, checked, claimed, processes))
     }
 
     /// Reads and checks configuration, tokenizer and data.
     fn read(
         args: &Args,
+        purpose: &Purpose,
         backend: B,
         checked: Checked,
         claimed: Claimed,
@@ -91,8 +94,7 @@ impl<B: Backend> Prepared<B> {
         let Claimed { output_dir, lock, checkpoint, precision } = claimed;
         let ranks = processes.size();
 
-        let cache = args.model.cache_dir.as_deref();
-        let dir = trained_model::find(&model_name, cache, "--from-peft")?;
+        let dir = purpose.find_model(&model_name, &args.model)?;
         let mut recipe = starting_recipe(&dir, &adapter, template.as_ref())?;
         recipe.normalized = args.model.normalized.unwrap_or(recipe.normalized);
         let outline = outline(args.model.add_special_tokens, &dir, &recipe, &adapter)?;
@@ -160,7 +162,7 @@ impl<B: Backend> Prepared<B> {
 }
 
 impl Checked {
-    fn of(args: &Args, output_dir: &Path) -> anyhow::Result<Self> {
+    fn of(args: &Args, output_dir: Option<&Path>) -> anyhow::Result<Self> {
         let model_name = args.model.model.clone().ok_or_else(|| missing("--model"))?;
         if args.data.train_data.is_empty() && args.data.text.is_empty() {
             return Err(missing("--train-data or --text").into());
@@ -179,7 +181,9 @@ impl Checked {
         let options = args.options()?;
         let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
         let adapter = args.lora.adapter()?;
-        check_apart(args, output_dir, &adapter, &model_name)?;
+        if let Some(output_dir) = output_dir {
+            check_apart(args, output_dir, &adapter, &model_name)?;
+        }
         Ok(Checked { model_name, options, template, adapter })
     }
 }

@@ -1,4 +1,4 @@
-//! `llara plan`, and what `finetune` says and refuses before it begins.
+//! `llara plan` and `plan-pretraining`, and what `finetune` says and refuses before it begins.
 
 use std::fs;
 
@@ -131,4 +131,86 @@ fn several_processes_are_planned_with_their_network() {
     assert!(of("communication_share") > 0.5 && planned.stderr.contains("sent per step"));
     let wrong = plan(&bench, &["--processes", "4", "--network", "fast"]);
     assert!(wrong.code == Some(2) && wrong.stderr.contains("25GB/s"), "{}", wrong.stderr);
+}
+
+/// A plan of pretraining on short texts.
+fn plan_pretraining(bench: &Bench, rest: &[&str]) -> Outcome {
+    let piece =
+        |i: usize| format!("The crane {i} rests on one leg{}. ", " and sleeps".repeat(i % 4));
+    bench.write("text.txt", (0..60).map(piece).collect::<String>());
+    let (model, text) = (bench.path("base"), bench.path("text.txt"));
+    let mut args = vec!["plan-pretraining", "--model", &model, "--text", &text, "--max-steps", "3"];
+    args.extend(["--per-device-train-batch-size", "4", "--cutoff-len", "160"]);
+    args.extend(rest);
+    llara(&args)
+}
+
+#[test]
+fn a_plan_of_pretraining_needs_no_weights_and_is_what_the_run_says() {
+    let bench = Bench::new();
+    let weights = fs::read(bench.at("base/model.safetensors")).unwrap();
+    fs::remove_file(bench.at("base/model.safetensors")).unwrap();
+    plan_pretraining(&bench, &[]).json();
+    let before = bench.names("");
+    let planned = plan_pretraining(&bench, &[]);
+    assert_eq!(bench.names(""), before);
+    let json = planned.json();
+    let bytes = |path: &str| json.pointer(path).and_then(|n| n.as_u64()).unwrap();
+    let weights_bytes = bytes("/plan/training/weights");
+    assert!(weights_bytes > 0);
+    assert!(bytes("/plan/training/gradients").abs_diff(weights_bytes) < 1 << 12);
+    assert!(bytes("/plan/training/optimizer").abs_diff(2 * weights_bytes) < 1 << 12);
+    assert_eq!((bytes("/batch/texts"), bytes("/plan/chunks/count")), (4, 1));
+    assert!(bytes("/lengths/text/texts") > 4 && bytes("/lengths/text/max_len") < 160);
+    assert_eq!((&json["fits"], &json["refused"]), (&true.into(), &false.into()));
+    for part in ["texts: tokens of", "template not included", "█", "one pass over", "pieces    of"]
+    {
+        assert!(planned.stderr.contains(part), "no {part:?} in: {}", planned.stderr);
+    }
+
+    // The run says the same of memory and chunks, up to the memory of its process.
+    fs::write(bench.at("base/model.safetensors"), weights).unwrap();
+    let (model, text, out) = (bench.path("base"), bench.path("text.txt"), bench.path("pre"));
+    let mut args = vec!["pretrain", "--model", &model, "--text", &text, "--max-steps", "3"];
+    args.extend(["--per-device-train-batch-size", "4", "--cutoff-len", "160"]);
+    args.extend(["--output-dir", &out, "--logging-steps", "1"]);
+    let run = llara(&args);
+    run.json();
+    let chunks = |stderr: &str| {
+        stderr.lines().find(|line| line.starts_with("chunks")).map(str::to_owned).unwrap()
+    };
+    assert_eq!(chunks(&planned.stderr), chunks(&run.stderr));
+    let log = fs::read_to_string(bench.at("pre/log.jsonl")).unwrap();
+    let steps = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let most = steps.map(|step| step["tokens"].as_u64().unwrap()).max();
+    assert_eq!(most, Some(bytes("/plan/chunks/tokens")), "all three steps were sampled");
+}
+
+#[test]
+fn a_plan_of_pretraining_is_limited_refused_and_divided_like_one_of_fine_tuning() {
+    let bench = Bench::new();
+    let json = plan_pretraining(&bench, &[]).json();
+    let bytes = |path: &str| json.pointer(path).and_then(|n| n.as_u64()).unwrap();
+    let budget = bytes("/plan/training/activations") / 4;
+    let budget = (bytes("/peak_bytes") - budget).to_string();
+    let chunked = plan_pretraining(&bench, &["--memory-budget", &budget]);
+    let count = chunked.json()["plan"]["chunks"]["count"].as_u64().unwrap();
+    assert!(count > 1, "{}", chunked.stderr);
+
+    let refused = plan_pretraining(&bench, &["--memory-budget", "1MiB"]);
+    assert_eq!(refused.json()["refused"], true);
+    assert!(refused.stderr.contains("pretrain would refuse"), "{}", refused.stderr);
+
+    let divided = plan_pretraining(&bench, &["--processes", "4", "--network", "1MB/s"]).json();
+    let network = &divided["network"];
+    let moments = bytes("/plan/training/optimizer") as f64;
+    assert!((network["optimizer_bytes"].as_f64().unwrap() / moments - 0.25).abs() < 0.01);
+    // Gradients and weights of three quarters of the parameters, and headers.
+    let sent = network["bytes_sent_per_step"].as_f64().unwrap();
+    assert!((sent / (moments * 0.75) - 1.0).abs() < 0.01, "{sent} {moments}");
+
+    plan_pretraining(&bench, &["--cutoff-len", "20"]).refused(&["no token for the text"]);
+    let model = bench.path("base");
+    let without = llara(&["plan-pretraining", "--model", &model]);
+    assert!(without.code == Some(2) && without.stderr.contains("--train-data or --text"));
 }

@@ -1,6 +1,9 @@
 //! The bytes that a process sends in a step, as a formula.
 
+use super::config::TrainConfig;
 use super::flat_layout::FlatLayout;
+use super::task::Task;
+use crate::backend::Backend;
 use crate::dist::message_bytes;
 use crate::loss::RowsPerRank;
 
@@ -28,6 +31,26 @@ pub struct StepTraffic {
 }
 
 impl StepTraffic {
+    /// A step of task `T` with a full batch, on the processes of `layout`.
+    pub fn of_task<B: Backend, T: Task<B>>(
+        config: &TrainConfig,
+        layout: FlatLayout,
+        dimension: usize,
+        negatives_cross_device: bool,
+    ) -> Self {
+        let TrainConfig { batch_size, group_size, shard_optimizer, .. } = *config;
+        let ranks = layout.ranks();
+        StepTraffic {
+            layout,
+            rows: RowsPerRank::divided(batch_size * ranks, batch_size, ranks, group_size),
+            dimension,
+            negatives_cross_device,
+            shard_optimizer,
+            loss_terms: T::TERMS.len(),
+            counts: T::COUNTS,
+        }
+    }
+
     /// Bytes of all messages that a rank sends, headers included.
     ///
     /// With `W` ranks, `N` trainable parameters and `b` rows of `G` passages each per rank, that is about

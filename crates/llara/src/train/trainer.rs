@@ -21,7 +21,6 @@ use crate::backend::Backend;
 use crate::biencoder::BiEncoderModel;
 use crate::data::{Dataset, Draw, Prefetched, prefetch};
 use crate::dist::{Collective, Solo};
-use crate::loss::RowsPerRank;
 use crate::model::Parameter;
 use crate::{Error, ErrorKind, Result};
 use group::{agree_on, check_same, hash};
@@ -225,17 +224,12 @@ impl<'r, B: Backend, T: Task<B>> Trainer<'r, B, T> {
 
     /// What the processes exchange in a step with a full batch.
     pub fn traffic(&self) -> StepTraffic {
-        let TrainConfig { batch_size, group_size, shard_optimizer, .. } = *self.config;
-        let ranks = self.collective.size();
-        StepTraffic {
-            layout: self.state.layout().clone(),
-            rows: RowsPerRank::divided(batch_size * ranks, batch_size, ranks, group_size),
-            dimension: self.model.dimension(),
-            negatives_cross_device: self.model.options().negatives_cross_device,
-            shard_optimizer,
-            loss_terms: T::TERMS.len(),
-            counts: T::COUNTS,
-        }
+        StepTraffic::of_task::<B, T>(
+            self.config,
+            self.state.layout().clone(),
+            self.model.dimension(),
+            self.model.options().negatives_cross_device,
+        )
     }
 
     /// Computes the gradients of a step, counted from 0, and passes every trainable parameter with its gradient to

@@ -41,6 +41,12 @@ impl PretrainingSample {
         Ok(PretrainingSample { lengths, text_tokens: encoder.text_tokens(), rows, with_targets })
     }
 
+    /// The fraction of texts that are truncated.
+    pub fn truncated_share(&self) -> f64 {
+        let truncated = self.lengths.longer_than(self.text_tokens);
+        truncated as f64 / self.lengths.texts().max(1) as f64
+    }
+
     /// Number of rows that have a target of an objective.
     pub fn with(&self, objective: SetObjective) -> usize {
         self.with_targets[objective as usize]
