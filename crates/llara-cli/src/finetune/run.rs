@@ -56,6 +56,8 @@ impl Run<'_> {
         let steps_per_epoch = task.steps_per_epoch();
         processes.first(|| Ok(self.check_space(&model, config.length.steps(steps_per_epoch)?)?))?;
         let trained = self.train((&mut model, task, collective), facts, announce);
+        // Saving needs main memory of its own; that of activations, gradients and moments is unused now.
+        model.backend().release_unused_memory();
         let trained = trained.and_then(|trained| {
             if trained.summary.stopped {
                 return Err(processes.stopped());

@@ -63,6 +63,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
         Ok(None)
     }
 
+    /// Returns memory of dropped tensors that the backend keeps for later ones to the system. Called between phases of a
+    /// run with different needs; new tensors cost more for a while. Where the system refuses, memory is kept.
+    fn release_unused_memory(&self) {}
+
     /// Whether calls return before the device has finished. A caller should then enqueue the next step
     /// before it reads the results of the current one.
     fn is_asynchronous(&self) -> bool {

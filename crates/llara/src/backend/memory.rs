@@ -4,6 +4,7 @@
 //! prediction passes the same requests to it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 /// A best-fit allocator for a range of memory that starts at offset 0.
 #[derive(Debug, Clone, Default)]
@@ -78,6 +79,12 @@ impl OffsetAllocator {
         self.peak
     }
 
+    /// The free blocks below the peak, as ranges of offsets.
+    pub fn free_ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        let blocks = self.free_blocks.iter().map(|(&offset, &length)| offset..offset + length);
+        blocks.chain(std::iter::once(self.end..self.peak))
+    }
+
     /// Resets the peak to the current end.
     pub fn reset_peak(&mut self) {
         self.peak = self.end;
@@ -143,11 +150,13 @@ mod tests {
         assert_eq!(allocator.allocate(100), c);
         allocator.free(c, 100);
         allocator.free(b, 64);
+        assert_eq!(allocator.free_ranges().collect::<Vec<_>>(), [a..d, 896..896]);
         assert_eq!(allocator.allocate(640 + 64 + 128), a);
         assert_eq!((allocator.peak(), allocator.allocated()), (896, 896));
         allocator.free(d, 64);
         allocator.free(a, 832);
         assert_eq!((allocator.allocate(1), allocator.allocated(), allocator.peak()), (0, 64, 896));
+        assert_eq!(allocator.free_ranges().collect::<Vec<_>>(), vec![64..896]);
         allocator.reset_peak();
         assert_eq!(allocator.peak(), 64);
     }

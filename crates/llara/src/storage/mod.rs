@@ -30,7 +30,7 @@ pub(crate) use partial::PartialFile;
 pub(crate) use replace::{INDEX_FILE, WEIGHTS_FILE, is_leftover};
 pub use replace::{Recovered, finish_interrupted};
 pub(crate) use safetensors::{
-    Declaration, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,
+    Declaration, PART_ELEMENTS, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,
 };
 pub(crate) use staging::Staging;
 pub use toml_file::read_toml;

@@ -182,6 +182,9 @@ impl SafetensorsFile {
     }
 }
 
+/// Elements of a part of a tensor that is converted or copied at a time: 4 MiB of f32.
+pub(crate) const PART_ELEMENTS: usize = 1 << 20;
+
 /// A tensor to be written: name, type and shape.
 pub(crate) type Declaration = (String, Dtype, Vec<usize>);
 
@@ -303,16 +306,48 @@ impl SafetensorsWriter {
 
     /// Writes the next declared tensor from f32 values, rounding to its declared type.
     pub(crate) fn write_f32(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        self.write_parts(name, values.chunks(PART_ELEMENTS).map(Ok))
+    }
+
+    /// Writes the next declared tensor from consecutive parts of its f32 values, rounding to its declared type. One part
+    /// is in memory at a time.
+    pub(crate) fn write_parts<V: AsRef<[f32]>>(
+        &mut self,
+        name: &str,
+        parts: impl IntoIterator<Item = Result<V>>,
+    ) -> Result<()> {
         let declared = self.next(name)?;
         let (dtype, elements) = (declared.1, declared.2.iter().product::<usize>());
-        if elements != values.len() {
+        let mut hasher = blake3::Hasher::new();
+        let mut done = 0;
+        for part in parts {
+            let part = part?;
+            let bytes = self.encoded(name, dtype, (done, part.as_ref()))?;
+            done += part.as_ref().len();
+            if done > elements {
+                break;
+            }
+            if self.hashes {
+                hasher.update(&bytes);
+            }
+            self.write(&bytes)?;
+        }
+        if done != elements {
             return Err(Error::new(ErrorKind::Weights, "another size than declared")
                 .tensor(&self.path, name)
                 .expected(elements)
-                .got(values.len()));
+                .got(done));
         }
-        let bytes = from_f32(values, dtype).map_err(|at| {
-            let value = values[at];
+        if self.hashes {
+            self.written.push((declared, hasher.finalize()));
+        }
+        Ok(())
+    }
+
+    /// The bytes of a part of a tensor, which starts at element `first`.
+    fn encoded(&self, name: &str, dtype: Dtype, (first, part): (usize, &[f32])) -> Result<Vec<u8>> {
+        from_f32(part, dtype).map_err(|at| {
+            let value = part[at];
             let (what, hint) = if value.is_finite() {
                 ("a weight is too large for the file's number format", "save as f32 or bf16")
             } else {
@@ -321,10 +356,9 @@ impl SafetensorsWriter {
             Error::new(ErrorKind::Numeric, what)
                 .tensor(&self.path, name)
                 .expected(format!("a finite {dtype:?}"))
-                .got(format!("{value} at element {at}"))
+                .got(format!("{value} at element {}", first + at))
                 .hint(hint)
-        })?;
-        self.write(declared, &bytes)
+        })
     }
 
     /// Writes the next declared tensor from bytes of its declared type.
@@ -336,7 +370,10 @@ impl SafetensorsWriter {
                 .tensor(&self.path, name)
                 .got(format!("{} bytes", bytes.len())));
         }
-        self.write(declared, bytes)
+        if self.hashes {
+            self.written.push((declared, blake3::hash(bytes)));
+        }
+        self.write(bytes)
     }
 
     fn next(&mut self, name: &str) -> Result<Declaration> {
@@ -348,10 +385,7 @@ impl SafetensorsWriter {
         }
     }
 
-    fn write(&mut self, declared: Declaration, bytes: &[u8]) -> Result<()> {
-        if self.hashes {
-            self.written.push((declared, blake3::hash(bytes)));
-        }
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.write_all(bytes).map_err(|e| write_failed("write weights", &self.path, e))
     }
 

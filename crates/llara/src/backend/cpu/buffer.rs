@@ -3,11 +3,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::element::Element;
+use super::reserved::Reserved;
 use super::unit::Unit;
 use crate::backend::{Dtype, OffsetAllocator, PreparedWeight, Shape, View, ViewMut};
 use crate::{Error, ErrorKind, Result};
-
-use reserved::Reserved;
 
 /// Main memory for tensors: a large range of virtual addresses. The operating system assigns physical memory to
 /// a page when it is first accessed.
@@ -27,6 +26,9 @@ struct AddressRange {
 
 /// Bytes of addresses reserved at a time. Only pages that are accessed use memory.
 const RESERVED: usize = if cfg!(miri) { 1 << 20 } else { 1 << 38 };
+
+/// Bytes of a page, or of several where pages are smaller.
+const PAGE: usize = 1 << 16;
 
 /// Bytes by which an allocator may round a request up.
 const SLACK: usize = 64;
@@ -53,78 +55,6 @@ impl AddressRange {
     }
 }
 
-/// One range of addresses. Blocks of it are raw pointers. No reference to the whole range is created, because
-/// it would alias the blocks.
-#[cfg(not(miri))]
-mod reserved {
-    use memmap2::{MmapOptions, MmapRaw};
-
-    pub(super) struct Reserved(MmapRaw);
-
-    impl Reserved {
-        pub(super) fn new(length: usize) -> std::io::Result<Self> {
-            if length > isize::MAX as usize {
-                return Err(std::io::ErrorKind::OutOfMemory.into());
-            }
-            let memory = MmapOptions::new().len(length).no_reserve_swap().map_anon()?;
-            // Requests huge pages; the system may ignore this.
-            #[cfg(target_os = "linux")]
-            let _ = memory.advise(memmap2::Advice::HugePage);
-            Ok(Reserved(MmapRaw::from(memory)))
-        }
-
-        pub(super) fn start(&self) -> *mut u8 {
-            self.0.as_mut_ptr()
-        }
-
-        pub(super) fn len(&self) -> usize {
-            self.0.len()
-        }
-    }
-}
-
-/// The same on the heap, for Miri, which does not support memory mapping.
-#[cfg(miri)]
-mod reserved {
-    use std::alloc::{Layout, alloc_zeroed, dealloc};
-
-    pub(super) struct Reserved {
-        start: *mut u8,
-        layout: Layout,
-    }
-
-    // SAFETY: this value is the only owner of the memory, and its pointer is only copied.
-    unsafe impl Send for Reserved {}
-
-    impl Reserved {
-        pub(super) fn new(length: usize) -> std::io::Result<Self> {
-            let none = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
-            let layout = Layout::from_size_align(length, 64).map_err(|_| none())?;
-            if length > 1 << 30 {
-                return Err(none());
-            }
-            // SAFETY: the length is at least RESERVED, so it is not zero.
-            let start = unsafe { alloc_zeroed(layout) };
-            if start.is_null() { Err(none()) } else { Ok(Reserved { start, layout }) }
-        }
-
-        pub(super) fn start(&self) -> *mut u8 {
-            self.start
-        }
-
-        pub(super) fn len(&self) -> usize {
-            self.layout.size()
-        }
-    }
-
-    impl Drop for Reserved {
-        fn drop(&mut self) {
-            // SAFETY: allocated in `new` with this layout; blocks keep the arena alive.
-            unsafe { dealloc(self.start, self.layout) };
-        }
-    }
-}
-
 impl Arena {
     /// # Errors
     /// If the system refuses the range of addresses, or if `LLARA_CPU` is invalid. In the latter case no tensor
@@ -146,6 +76,21 @@ impl Arena {
         // SAFETY: `fits` and `reserve` checked that the range has `offset + bytes` bytes.
         let start = unsafe { memory.start().add(offset) };
         Ok(Block { start, bytes, range, offset, arena: Arc::clone(self) })
+    }
+
+    /// Returns the memory of all free blocks to the system, as far as that takes it.
+    pub(super) fn release_unused(&self) {
+        for AddressRange { memory, offsets } in self.lock().iter() {
+            for free in offsets.free_ranges() {
+                let start = free.start.next_multiple_of(PAGE);
+                let end = free.end / PAGE * PAGE;
+                if start >= end {
+                    continue;
+                }
+                // SAFETY: the lock is held, so no block is allocated here meanwhile; a freed block has no owner.
+                unsafe { memory.discard(start, end - start) };
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<AddressRange>> {
@@ -347,6 +292,28 @@ mod tests {
         assert_eq!(read.len() + third.as_slice().len(), 29);
         drop(third);
         assert!(written.iter().all(|&x| x == 2.0));
+    }
+
+    #[test]
+    fn unused_memory_is_returned_and_matrices_keep_their_contents() {
+        let arena = Arc::default();
+        let mut between: Vec<CpuTensor> = (0..3).map(|_| matrix(&arena, 300, 300)).collect();
+        for (value, matrix) in (1u8..).zip(&mut between) {
+            matrix.as_mut_slice().fill(f32::from(value));
+        }
+        let freed = between.remove(1);
+        let address = freed.as_slice().as_ptr();
+        drop(freed);
+        arena.release_unused();
+        let [first, last] = [&between[0], &between[1]];
+        assert!(first.as_slice().iter().all(|&x| x == 1.0));
+        assert!(last.as_slice().iter().all(|&x| x == 3.0));
+        let again = matrix(&arena, 300, 300);
+        assert_eq!(again.as_slice().as_ptr(), address);
+        // Whole pages of it are new ones.
+        if cfg!(all(target_os = "linux", not(miri))) {
+            assert_eq!(again.as_slice()[150 * 300], 0.0);
+        }
     }
 
     #[test]

@@ -55,6 +55,10 @@ impl Cpu {
         CpuTensor::unspecified(&self.arena, (rows, cols), dtype)
     }
 
+    pub(super) fn release_unused(&self) {
+        self.arena.release_unused();
+    }
+
     pub(super) fn zeros_tensor(&self, rows: usize, cols: usize) -> Result<CpuTensor> {
         let mut x = self.unspecified(rows, cols)?;
         x.as_mut_slice().fill(0.0);

@@ -16,6 +16,7 @@ mod memory;
 mod norms;
 mod optimizer;
 mod products;
+mod reserved;
 mod rope;
 mod rows;
 mod shared;
@@ -95,6 +96,10 @@ impl Backend for Cpu {
     /// bf16 where [`multiplies_bf16_faster`](Cpu::multiplies_bf16_faster), else f32.
     fn fastest_dtype(&self) -> Dtype {
         if Self::multiplies_bf16_faster() { Dtype::Bf16 } else { Dtype::F32 }
+    }
+
+    fn release_unused_memory(&self) {
+        self.release_unused();
     }
 
     fn memory(&self) -> DeviceMemory {

@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use super::files::{WeightFiles, index_name, single_name};
 use super::load::{load_decoder, load_head, prefix_of, standard_normal};
-use crate::backend::{Backend, Shape};
+use crate::backend::{Backend, Shape, View};
 use crate::model::{Decoder, DecoderConfig, HEAD_WEIGHT, NamedTensor};
 use crate::storage::{
-    Declaration, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile, read_file,
+    Declaration, PART_ELEMENTS, SafetensorsFile, SafetensorsWriter, Staging, WrittenFile, read_file,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -213,6 +213,9 @@ impl ModelFolder {
             let mut writer = SafetensorsWriter::create(staging, file, declared)?;
             for Planned { declaration: (name, dtype, shape), parameter } in tensors {
                 match parameter.as_deref().and_then(|p| in_memory.get(p)) {
+                    Some(t) if t.values().dtype() == crate::backend::Dtype::F32 => {
+                        writer.write_parts(name, parts(backend, t.values()))?;
+                    }
                     Some(t) => writer.write_f32(name, &self.exact_values(backend, t)?.0)?,
                     None => self.copy_tensor(name, *dtype, shape, &mut writer)?,
                 }
@@ -362,6 +365,18 @@ impl<B: Backend> Decoder<B> {
         let row = |&id: &u32| &values[id as usize * cols..][..cols];
         Ok(ids.iter().flat_map(row).copied().collect())
     }
+}
+
+/// The values of a matrix, some rows at a time, on the host.
+fn parts<'t, B: Backend>(
+    backend: &'t B,
+    matrix: View<'t, B::Tensor>,
+) -> impl Iterator<Item = Result<Vec<f32>>> + 't {
+    let (rows, cols) = matrix.shape();
+    let of_part = (PART_ELEMENTS / cols.max(1)).max(1);
+    (0..rows).step_by(of_part).map(move |start| {
+        backend.download_view(matrix.with_rows(start..(start + of_part).min(rows)))
+    })
 }
 
 /// The tensors of a decoder by name.

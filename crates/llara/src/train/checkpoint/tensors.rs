@@ -12,7 +12,7 @@ use safetensors::Dtype;
 
 use crate::backend::{Backend, Shape};
 use crate::model::{Decoder, Parameter};
-use crate::storage::{SafetensorsFile, SafetensorsWriter};
+use crate::storage::{PART_ELEMENTS, SafetensorsFile, SafetensorsWriter};
 use crate::train::flat_layout::ParameterSlice;
 use crate::train::optimizer::AdamW;
 use crate::{Error, ErrorKind, Result};
@@ -62,18 +62,20 @@ pub(super) fn write<B: Backend>(
     }
     let mut writer = SafetensorsWriter::create_at(&folder.join(file), declared)?;
     for owned in optimizer.owned() {
+        let parameter = parameters[owned.slice.parameter];
         for &kind in kinds {
-            let values = match kind {
-                FIRST => backend.download(&owned.first)?,
-                SECOND => backend.download(&owned.second)?,
-                _ => {
-                    let value = parameters[owned.slice.parameter].values();
-                    backend.read_elements(value, owned.slice.elements.clone())?
-                }
+            let (matrix, offset) = match kind {
+                FIRST => (&owned.first, 0),
+                SECOND => (&owned.second, 0),
+                _ => (parameter.values(), owned.slice.elements.start),
             };
-            let parameter = parameters[owned.slice.parameter];
             for part in parts(parameter, &owned.slice.elements) {
-                writer.write_f32(&part.file_name(kind), &values[part.of_range])?;
+                let Range { start, end } = part.of_range;
+                let values = (start..end).step_by(PART_ELEMENTS).map(|start| {
+                    let end = (start + PART_ELEMENTS).min(end);
+                    backend.read_elements(matrix, offset + start..offset + end)
+                });
+                writer.write_parts(&part.file_name(kind), values)?;
             }
         }
     }
