@@ -6,6 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use super::Dtype;
+
 /// A best-fit allocator for a range of memory that starts at offset 0.
 #[derive(Debug, Clone, Default)]
 pub struct OffsetAllocator {
@@ -106,6 +108,19 @@ fn rounded(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(OffsetAllocator::ALIGNMENT)
 }
 
+/// The largest inputs of kernels, on which their scratch memory depends.
+#[derive(Debug, Clone, Copy)]
+pub struct KernelSizes {
+    /// Rows of a matrix: tokens of a chunk.
+    pub rows: usize,
+    /// Tokens of the longest sequence.
+    pub longest: usize,
+    /// Features of an attention head.
+    pub head_dim: usize,
+    /// Dtype of activations.
+    pub activations: Dtype,
+}
+
 /// How a device allocates memory and how much its kernels need: see
 /// [`Backend::memory`](super::Backend::memory).
 #[derive(Debug, Clone, Copy)]
@@ -120,18 +135,16 @@ pub struct DeviceMemory {
     pub norm_task_elements: usize,
     /// Whether a trainable matrix that is multiplied by bf16 activations has a bf16 copy.
     pub has_working_copies: bool,
-    /// Scratch memory of a kernel, in bytes, for sequences of at most `longest` tokens and heads of
-    /// `head_dim` features.
-    pub scratch_bytes: fn(longest: usize, head_dim: usize) -> usize,
+    /// Scratch memory of a kernel, in bytes.
+    pub scratch_bytes: fn(&KernelSizes) -> usize,
     /// Maximum number of kernels that have scratch memory at the same time.
     pub threads: usize,
 }
 
 impl DeviceMemory {
-    /// Maximum memory of kernels in addition to tensors, in bytes, for sequences of `longest` tokens and
-    /// heads of `head_dim` features.
-    pub fn workspace(&self, longest: usize, head_dim: usize) -> usize {
-        self.fixed_bytes + self.threads * (self.scratch_bytes)(longest, head_dim)
+    /// Maximum memory of kernels in addition to tensors, in bytes.
+    pub fn workspace(&self, sizes: &KernelSizes) -> usize {
+        self.fixed_bytes + self.threads * (self.scratch_bytes)(sizes)
     }
 }
 

@@ -40,7 +40,7 @@ pub use interface::{
     AttentionInput, AttentionOutput, Backend, Layout, ListedColumns, PreparedWeight, RopeTable,
     ScatterPlan, ScoreMask, TokenIds,
 };
-pub use memory::{DeviceMemory, OffsetAllocator};
+pub use memory::{DeviceMemory, KernelSizes, OffsetAllocator};
 pub use operands::{
     Accumulate, AdamWStep, AttentionGradients, AttentionShape, DistillationLoss, DropoutKey,
     Epilogue, RopeDirection, ScatterRows, WeightUse,

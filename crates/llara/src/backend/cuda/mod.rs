@@ -88,7 +88,7 @@ impl Cuda {
             attention_state: attention::STATE_PER_HEAD,
             norm_task_elements: rows::SUM_TASK_ELEMENTS,
             has_working_copies: true,
-            scratch_bytes: |_, _| 0,
+            scratch_bytes: |_| 0,
             threads: 1,
         }
     }

@@ -10,7 +10,7 @@ use super::group::GroupShape;
 use super::work::needed_flops;
 use super::{Chunks, Parts, Plan, Work};
 use crate::Result;
-use crate::backend::{CountingBackend, DeviceMemory, Dtype};
+use crate::backend::{CountingBackend, DeviceMemory, Dtype, KernelSizes};
 use crate::biencoder::{BiEncoderModel, BiEncoderOptions, Parts as ModelParts, Recipe};
 use crate::data::Batch;
 use crate::dist::Solo;
@@ -162,8 +162,13 @@ impl DryRun {
         };
         let host = self.host_bytes();
         let process = self.shape.process_bytes;
-        let head_dim = self.shape.decoder.head_dim;
-        let workspace = self.shape.memory.workspace(encoded.longest(), head_dim) as u64;
+        let largest_tokens = chunks.iter().map(size).max().unwrap_or(0);
+        let workspace = self.shape.memory.workspace(&KernelSizes {
+            rows: largest_tokens,
+            longest: encoded.longest(),
+            head_dim: self.shape.decoder.head_dim,
+            activations: self.shape.precision,
+        }) as u64;
         let fixed = self.weights + self.gradients + self.moments;
         let lengths: Vec<usize> = encoded.sequences().map(<[u32]>::len).collect();
         let pooled = self.shape.prompts.template().pooled_tokens;
@@ -186,7 +191,7 @@ impl DryRun {
                 chunking,
                 count: chunks.len(),
                 kept: kept.len(),
-                largest_tokens: chunks.iter().map(size).max().unwrap_or(0),
+                largest_tokens,
                 tokens: encoded.tokens(),
                 recomputed_share: match self.shape.task {
                     PlannedTask::Finetuning(_) => {
@@ -296,7 +301,12 @@ impl DryRun {
     fn evaluation_bytes(&self) -> u64 {
         let Some(evaluation) = &self.shape.evaluation else { return 0 };
         let config = &self.shape.decoder;
-        let workspace = self.shape.memory.workspace(evaluation.longest, config.head_dim);
+        let workspace = self.shape.memory.workspace(&KernelSizes {
+            rows: evaluation.batch_tokens.max(evaluation.longest),
+            longest: evaluation.longest,
+            head_dim: config.head_dim,
+            activations: self.shape.precision,
+        });
         let host = evaluation.host_bytes(config.hidden_size);
         self.shape.process_bytes + (self.evaluation + workspace + host) as u64
     }

@@ -17,7 +17,7 @@ use super::cell::Format;
 use super::engine::Engine;
 use super::pack::{group_cells, pack_panels, pack_rows};
 use super::scratch::{Scratch, with_scratch};
-use super::split::{COLUMNS, Costs, Grid, blocks, rows_at_once};
+use super::split::{COLUMNS, Costs, Grid, SUM_ROWS, blocks, rows_at_once};
 use super::tile::{Left, MR, NR, Place, Tile};
 use super::view::Operand;
 
@@ -90,42 +90,65 @@ impl Job<'_> {
     /// # Safety
     /// As for [`run`](Job::run), for the rows and columns of this task.
     unsafe fn task(&self, scratch: &mut Scratch, rows: Range<usize>, columns: Range<usize>) {
+        let several_blocks = blocks(self.k.div_ceil(self.engine.format.group())).nth(1).is_some();
+        // f32 results accumulate in place; bf16 ones would be rounded in between.
+        let with_sums = match self.out {
+            Place::Bf16(..) if several_blocks => Some(SUM_ROWS),
+            _ => None,
+        };
+        for column in columns.clone().step_by(COLUMNS) {
+            let columns = column..(column + COLUMNS).min(columns.end);
+            for row in rows.clone().step_by(with_sums.unwrap_or(rows.len()).max(1)) {
+                let rows = row..(row + with_sums.unwrap_or(rows.len())).min(rows.end);
+                // SAFETY: guaranteed by the caller, for a part of its rows and columns.
+                unsafe { self.band(scratch, rows, columns.clone(), with_sums.is_some()) };
+            }
+        }
+    }
+
+    /// At most [`COLUMNS`] columns of a task, and with sums at most [`SUM_ROWS`] rows.
+    ///
+    /// # Safety
+    /// As for [`task`](Job::task).
+    unsafe fn band(
+        &self,
+        scratch: &mut Scratch,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        with_sums: bool,
+    ) {
         let group = self.engine.format.group();
         let steps = self.k.div_ceil(group);
         let last = blocks(steps).last().unwrap_or_default();
-        for column in columns.clone().step_by(COLUMNS) {
-            let columns = column..(column + COLUMNS).min(columns.end);
-            let out = Region { place: self.out, row: 0, column: 0 };
-            // f32 results accumulate in place; bf16 ones would be rounded in between.
-            let sums = match self.out {
-                Place::Bf16(..) if last.start > 0 => {
-                    let sums = scratch.sums.cells(rows.len() * COLUMNS).as_mut_ptr().cast::<f32>();
-                    let place = Place::Single(sums, COLUMNS);
-                    Region { place, row: rows.start, column: columns.start }
-                }
-                _ => out,
+        let out = Region { place: self.out, row: 0, column: 0 };
+        let sums = match with_sums {
+            true => {
+                let sums = scratch.sums.cells(rows.len() * COLUMNS).as_mut_ptr().cast::<f32>();
+                let place = Place::Single(sums, COLUMNS);
+                Region { place, row: rows.start, column: columns.start }
+            }
+            false => out,
+        };
+        for block in blocks(steps) {
+            let inner = block.start * group..(block.end * group).min(self.k);
+            let cells = scratch.right.cells(columns.len().next_multiple_of(NR) * block.len());
+            if !block.is_empty() {
+                pack_panels(&self.engine, &self.right, inner.clone(), columns.clone(), cells);
+            }
+            let pass = Pass {
+                first: block.start == 0,
+                from: sums,
+                to: if block == last { out } else { sums },
+                inner,
+                block,
+                columns: columns.clone(),
             };
-            for block in blocks(steps) {
-                let inner = block.start * group..(block.end * group).min(self.k);
-                let cells = scratch.right.cells(columns.len().next_multiple_of(NR) * block.len());
-                if !block.is_empty() {
-                    pack_panels(&self.engine, &self.right, inner.clone(), columns.clone(), cells);
-                }
-                let pass = Pass {
-                    first: block.start == 0,
-                    from: sums,
-                    to: if block == last { out } else { sums },
-                    inner,
-                    block,
-                    columns: columns.clone(),
-                };
-                let in_place = self.in_place(0).is_some();
-                let at_once = rows_at_once(pass.block.len() * pass.columns.len(), in_place);
-                for row in rows.clone().step_by(at_once) {
-                    let rows = row..(row + at_once).min(rows.end);
-                    // SAFETY: guaranteed by the caller, for a part of its rows and columns.
-                    unsafe { self.rows(scratch, &pass, rows) };
-                }
+            let in_place = self.in_place(0).is_some();
+            let at_once = rows_at_once(pass.block.len() * pass.columns.len(), in_place);
+            for row in rows.clone().step_by(at_once) {
+                let rows = row..(row + at_once).min(rows.end);
+                // SAFETY: guaranteed by the caller, for a part of its rows and columns.
+                unsafe { self.rows(scratch, &pass, rows) };
             }
         }
     }

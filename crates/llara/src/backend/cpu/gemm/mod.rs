@@ -34,6 +34,7 @@ use tile::Place;
 
 pub use crate::backend::cpu::unit::Unit;
 pub use engine::Precision;
+pub(super) use split::sum_bytes;
 pub use view::{Operand, View, ViewMut};
 
 /// An element of a result: f32 or bf16.

@@ -155,6 +155,24 @@ fn small_products_access_only_their_own_memory() {
     assert_eq!(out, vec![bf16::from_f32(k as f32); 8]);
 }
 
+/// More rows than have sums in scratch memory at a time, and several blocks of the inner dimension.
+#[test]
+#[cfg_attr(miri, ignore = "millions of operations")]
+fn rows_beyond_those_with_sums_have_the_bits_of_a_product_of_their_own() {
+    let (m, n, k) = (split::SUM_ROWS + 40, 18, 1700);
+    let (a, b) = (rounded(&random(m * k, 3)), rounded(&random(k * n, 4)));
+    let gemm = || Gemm::new(Precision::Bf16).serial();
+    let mut all = vec![bf16::NAN; m * n];
+    gemm().multiply(ViewMut::new(&mut all, m, n), View::new(&a, m, k), View::new(&b, n, k).t());
+    for row in [0, 5, split::SUM_ROWS - 1, split::SUM_ROWS, m - 1] {
+        let mut alone = vec![bf16::NAN; n];
+        let of_row = View::new(&a[row * k..][..k], 1, k);
+        gemm().multiply(ViewMut::new(&mut alone, 1, n), of_row, View::new(&b, n, k).t());
+        assert!(alone.iter().all(|x| x.is_finite()));
+        assert_eq!(all[row * n..][..n], alone, "row {row}");
+    }
+}
+
 #[test]
 fn bias_and_residual_are_added_once() {
     // The last has several blocks of the inner dimension for every kernel.
