@@ -14,15 +14,14 @@ const F32: u64 = 4;
 #[derive(clap::Args)]
 #[command(next_help_heading = "Several processes (mpirun, srun)")]
 pub(super) struct NetworkArgs {
-    /// Number of processes that the run is planned for
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
-    processes: u32,
+    /// Number of processes that the run is planned for [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    processes: Option<u32>,
     /// Speed at which a process sends, per second, such as 25GB/s; for the time of the communication of a step
-    #[arg(long, value_name = "SPEED", value_parser = speed)]
+    #[arg(long, value_name = "SPEED", value_parser = speed, requires = "processes")]
     network: Option<f64>,
     /// Time that a step of one process takes to compute, such as 0.8 seconds; for the share of communication
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "network")]
     step_seconds: Option<f64>,
 }
 
@@ -43,7 +42,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 impl NetworkArgs {
     /// Number of processes.
     pub(super) fn processes(&self) -> usize {
-        self.processes as usize
+        self.processes.unwrap_or(1) as usize
     }
 
     /// Memory and communication of the first of several processes; `None` for one. `traffic` says what a step exchanges

@@ -131,6 +131,8 @@ fn several_processes_are_planned_with_their_network() {
     assert!(of("communication_share") > 0.5 && planned.stderr.contains("sent per step"));
     let wrong = plan(&bench, &["--processes", "4", "--network", "fast"]);
     assert!(wrong.code == Some(2) && wrong.stderr.contains("25GB/s"), "{}", wrong.stderr);
+    let alone = plan(&bench, &["--network", "1MB/s"]);
+    assert!(alone.code == Some(2) && alone.stderr.contains("--processes"), "{}", alone.stderr);
 }
 
 /// A plan of pretraining on short texts.
