@@ -12,8 +12,8 @@ use llara::model::weights::SaveDtype;
 use llara::text::Template;
 
 use super::compute::{Compute, on_device};
-use super::finetune::say_skipped;
 use super::talk::{count, counted, print, say};
+use super::training::say_skipped;
 use super::{output_folder, paths, trained_model};
 
 /// Create a small untrained model with random weights and a tokenizer trained on the data.

@@ -28,6 +28,7 @@ mod save_dtype;
 mod search;
 mod talk;
 mod trained_model;
+mod training;
 mod values;
 mod verify_distributed;
 

@@ -2,24 +2,16 @@
 //! library.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::data::{BadRows, BatchRows, DataSources, Dataset, Instructions, Sampling};
-use llara::loss::ObjectiveOptions;
-use llara::train::{Batching, Chunking, TrainConfig};
+use llara::train::{Batching, TrainConfig};
 use llara::{BiEncoderOptions, Error, ErrorKind, Recipe, Result, Shortcuts};
 
-use super::distributed_args::DistributedArgs;
-use super::eval_args::EvalArgs;
-use super::lora_args::LoraArgs;
+use super::contrastive_args::{ContrastiveArgs, DistributedArgs};
 use super::objective_args::ObjectiveArgs;
-use super::optimizer_args::OptimizerArgs;
-use super::output_args::OutputArgs;
-use super::trainer_flags::TrainerFlags;
-use super::training_args::{ContrastiveArgs, TrainingArgs};
-use crate::compute::{Compute, Precision};
+use crate::training::{CommonArgs, ModelArgs};
 
 /// Fine-tune a model on queries with positive and negative passages.
 #[derive(clap::Args)]
@@ -67,54 +59,13 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) data: DataArgs,
     #[command(flatten)]
-    pub(super) training: TrainingArgs,
-    #[command(flatten)]
     pub(super) contrastive: ContrastiveArgs,
     #[command(flatten)]
     pub(super) objective: ObjectiveArgs,
     #[command(flatten)]
-    pub(super) lora: LoraArgs,
-    #[command(flatten)]
-    pub(super) optimizer: OptimizerArgs,
-    #[command(flatten)]
     pub(super) distributed: DistributedArgs,
     #[command(flatten)]
-    pub(super) output: OutputArgs,
-    #[command(flatten)]
-    pub(super) evaluation: EvalArgs,
-    #[command(flatten)]
-    pub(crate) compute: Compute,
-    #[command(flatten)]
-    pub(super) precision: Precision,
-    #[command(flatten)]
-    pub(super) trainer_flags: TrainerFlags,
-}
-
-#[derive(clap::Args)]
-#[command(next_help_heading = "Model")]
-pub(crate) struct ModelArgs {
-    /// Folder of the model to train, or its name on the Hugging Face Hub (org/name)
-    #[arg(long, alias = "model-name-or-path", value_name = "DIR|HUB_ID")]
-    #[arg(required_unless_present = "config")]
-    pub(crate) model: Option<String>,
-    /// Cache folder of the Hub [default: HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) cache_dir: Option<PathBuf>,
-    /// Template of queries and passages: llara, e5-mistral, qwen3-embedding, or a TOML file
-    /// [default: as the model was trained, or llara]
-    #[arg(long, value_name = "NAME|FILE.toml")]
-    pub(crate) template: Option<String>,
-    /// Add the template's special tokens that the tokenizer lacks; their embeddings are trained, with an
-    /// adapter as well, and saved
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(default_value = "false", action = ArgAction::Set)]
-    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(crate) add_special_tokens: bool,
-    /// Whether embeddings are L2-normalized [default: as the model was trained, or true]
-    #[arg(long, alias = "normlized", value_name = "BOOL", num_args = 0..=1)]
-    #[arg(default_missing_value = "true", value_parser = BoolishValueParser::new())]
-    #[arg(hide_possible_values = true)]
-    pub(crate) normalized: Option<bool>,
+    pub(crate) common: CommonArgs,
 }
 
 #[derive(clap::Args)]
@@ -234,46 +185,23 @@ impl Args {
         recipe: &Recipe,
         steps_per_epoch: u64,
     ) -> TrainConfig {
-        let (data, training, optimizer) = (&self.data, &self.training, &self.optimizer);
+        let data = &self.data;
         TrainConfig {
-            output_dir,
-            length: training.length(),
-            batch_size: training.per_device_train_batch_size,
             group_size: data.train_group_size,
-            query_max_len: recipe.query_max_len,
-            passage_max_len: recipe.passage_max_len,
-            objective: ObjectiveOptions::default(), // checked, then set, when the model is known
             sampling: data.sampling,
-            batching: Batching::Mixed, // set when the data is known
             drop_last: data.dataloader_drop_last,
-            seed: training.seed,
-            learning_rate: optimizer.learning_rate,
-            decay: optimizer.decay(),
-            warmup: optimizer.warmup(),
-            adamw: optimizer.adamw(),
-            query_instruction: recipe.query_instruction.clone(),
-            passage_instruction: recipe.passage_instruction.clone(),
-            chunking: Chunking::default(), // chosen once the data is known
-            logging_steps: self.output.logging_steps,
-            saving: self.output.saving(steps_per_epoch),
-            shard_optimizer: self.distributed.processes.shard_optimizer,
-            bucket_elements: None,
+            ..self.common.train_config(output_dir, recipe, steps_per_epoch)
         }
     }
 
     /// Rows of a step of one process.
     pub(crate) fn batch_size(&self) -> usize {
-        self.training.per_device_train_batch_size
+        self.common.training.per_device_train_batch_size
     }
 
     /// Passages of a query.
     pub(crate) fn group_size(&self) -> usize {
         self.data.train_group_size
-    }
-
-    /// The time after which a process that does not take part in communication ends the run.
-    pub(crate) fn collective_timeout(&self) -> Duration {
-        self.distributed.processes.collective.collective_timeout
     }
 
     /// Whether queries are scored against the passages of all processes.
@@ -289,7 +217,7 @@ impl Args {
             temperature: self.contrastive.temperature,
             sub_batch_size: None,
             shortcuts: Shortcuts {
-                last_layer_at_pooled: self.training.last_layer_at_pooled,
+                last_layer_at_pooled: self.common.training.last_layer_at_pooled,
                 dedup_sequences: self.contrastive.dedup_sequences,
             },
         }

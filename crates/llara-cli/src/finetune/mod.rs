@@ -1,24 +1,13 @@
 //! `llara finetune`: train a model. All inputs are checked before files are written.
 
 mod args;
-mod distributed_args;
-mod eval_args;
-mod flag_table;
+mod contrastive_args;
 mod forecast;
 mod lengths;
-mod lora_args;
 mod objective_args;
-mod optimizer_args;
-mod output_args;
 mod prepare;
 mod ranges;
 mod report_facts;
-mod resume;
-mod run;
-mod steps;
-mod traffic;
-mod trainer_flags;
-mod training_args;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -33,25 +22,13 @@ use super::compute::on_device;
 use super::processes::Processes;
 use super::report::ReportFacts;
 use super::talk::{count, counted, say};
+use super::training::{Purpose, Run, announce_processes, missing, smallest_chunking};
 use super::{inspect_data, trained_model};
-pub(super) use args::{Args, ModelArgs};
-pub(super) use distributed_args::ProcessArgs;
-pub(super) use eval_args::EvalArgs;
-pub(super) use flag_table::OwnSettings;
-pub(super) use forecast::{Forecast, Remedies, group_shape};
+pub(super) use args::Args;
+pub(super) use forecast::forecast;
 pub(super) use lengths::warnings as length_warnings;
-pub(super) use lora_args::{Adapter, LoraArgs};
-pub(super) use optimizer_args::OptimizerArgs;
-pub(super) use output_args::OutputArgs;
-pub(super) use prepare::{
-    Prepared, Purpose, check_evaluated_texts, loader, missing, required, starting_recipe,
-};
-pub(super) use ranges::{check_loop, require};
-pub(super) use report_facts::{adapter as adapter_setting, common_settings};
-pub(super) use resume::Claimed;
-pub(super) use run::{Run, say_skipped};
-pub(super) use trainer_flags::TrainerFlags;
-pub(super) use training_args::TrainingArgs;
+pub(super) use prepare::Prepared;
+use prepare::required;
 
 /// Number of texts whose lengths are measured before training.
 const TEXTS: usize = 2_000;
@@ -60,11 +37,12 @@ const TEXTS: usize = 2_000;
 const INSPECTED_BYTES: usize = 8 << 20;
 
 pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
-    let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
-    let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
+    let deadline = args.common.training.max_time.and_then(|time| Instant::now().checked_add(time));
+    let output_dir =
+        args.common.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
     required(&args)?;
-    let processes = Processes::start(args.collective_timeout())?;
-    args.compute.set_default_threads(processes.placement().threads);
+    let processes = Processes::start(args.common.processes.collective.collective_timeout)?;
+    args.common.compute.set_default_threads(processes.placement().threads);
     let result = run_on_device(&args, output_dir, deadline, &processes);
     processes.end(result)
 }
@@ -75,7 +53,7 @@ fn run_on_device(
     deadline: Option<Instant>,
     processes: &Processes,
 ) -> anyhow::Result<()> {
-    on_device!(args.compute, backend => finetune(args, output_dir, deadline, backend, processes))
+    on_device!(args.common.compute, backend => finetune(args, output_dir, deadline, backend, processes))
 }
 
 fn finetune(
@@ -98,7 +76,7 @@ fn finetune(
         checkpoint: checkpoint.as_ref(),
         evaluation: evaluation.as_ref(),
         model_name: args.model.model.as_deref().unwrap_or_default(),
-        saves_merged: args.lora.save_merged_lora_model,
+        saves_merged: args.common.lora.save_merged_lora_model,
         created_output_dir: prepared.created_output_dir(),
         deadline,
         processes,
@@ -123,7 +101,7 @@ fn foresee(
     args: &Args,
     prepared: &Prepared<impl Backend>,
 ) -> anyhow::Result<(ReportFacts, Chunking)> {
-    let forecast = Forecast::new(args, prepared, prepared.ranks)?;
+    let forecast = forecast(args, prepared, prepared.ranks)?;
     forecast.refuse_if_too_large()?;
     for line in forecast.lines() {
         say!("{line}");
@@ -137,17 +115,6 @@ fn foresee(
     }
     let facts = report_facts::facts(args, prepared, &forecast, &lengths)?;
     Ok((facts, forecast.plan.chunks.chunking))
-}
-
-/// The smallest chunks that any process has chosen for its memory: with equal chunks, results are equal.
-pub(super) fn smallest_chunking(
-    chunking: Chunking,
-    processes: &Processes,
-) -> llara::Result<Chunking> {
-    let Chunking { max_tokens, max_sequences, kept_tokens } = chunking;
-    let [max_tokens, max_sequences, kept_tokens] =
-        processes.smallest([max_tokens, max_sequences, kept_tokens])?;
-    Ok(Chunking { max_tokens, max_sequences, kept_tokens })
 }
 
 /// What is noteworthy about the data, from its first rows: `llara inspect-data` has the rest.
@@ -199,7 +166,7 @@ fn announce(
             counted(dataset.len(), "row"),
         );
     }
-    if args.lora.are_ignored() {
+    if args.common.lora.are_ignored() {
         say!("note: --use-lora is false, so other options of adapters have no effect");
     }
     if args.contrastive.negatives_cross_device && ranks == 1 {
@@ -208,19 +175,7 @@ fn announce(
     if !normalized {
         say!("note: embeddings are not normalized, so the temperature is 1.0");
     }
-    if args.optimizer.ignores_warmup() {
+    if args.common.optimizer.ignores_warmup() {
         say!("note: the schedule `constant` has no warm-up; use constant_with_warmup");
     }
-}
-
-/// Prints how the work is divided.
-pub(super) fn announce_processes(config: &TrainConfig, processes: &Processes) {
-    let (ranks, placement) = (processes.size(), processes.placement());
-    say!(
-        "processes {ranks}, {} on the first host with {} each by default; {} per step each; moments {}",
-        placement.local_processes,
-        counted(placement.threads, "thread"),
-        counted(config.batch_size, "row"),
-        if config.shard_optimizer { "divided among them" } else { "on every process" },
-    );
 }

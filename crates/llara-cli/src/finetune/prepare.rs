@@ -2,57 +2,24 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::error::ErrorKind as Usage;
 use llara::backend::{Backend, Dtype};
 use llara::data::{BadRows, DataSources, Dataset};
 use llara::loss::{ObjectiveContext, ObjectiveOptions};
 use llara::model::{LoraConfig, SavedTokens};
-use llara::retrieval::BLOCK_TEXTS;
-use llara::text::Template;
 use llara::train::plan::TextLengths;
 use llara::train::{Checkpoint, Evaluation, TrainConfig};
 use llara::{
-    BiEncoderModel, BiEncoderOptions, Error, ErrorKind, FolderLock, Loader, Outline, Probes,
-    Recipe, Role,
+    BiEncoderModel, BiEncoderOptions, Error, ErrorKind, FolderLock, Outline, Probes, Recipe, Role,
 };
 
-use super::flag_table::OwnSettings;
-use super::lora_args::Adapter;
-use super::ranges;
-use super::resume::Claimed;
-use super::{Args, ModelArgs};
+use super::{Args, ranges};
 use crate::processes::Processes;
 use crate::talk::{counted, say};
-use crate::{paths, trained_model};
-
-/// The purpose of a preparation.
-pub(crate) enum Purpose {
-    /// A training run with this output folder.
-    Run(PathBuf),
-    /// An estimate: no weights are read and nothing is saved.
-    Plan,
-    /// A comparison of runs: nothing is saved.
-    Compare,
-}
-
-impl Purpose {
-    /// The output folder, if the run saves a model.
-    pub(crate) fn output_dir(&self) -> Option<&Path> {
-        match self {
-            Purpose::Run(output_dir) => Some(output_dir),
-            Purpose::Plan | Purpose::Compare => None,
-        }
-    }
-
-    /// The folder of a model, or for a plan one that may lack the weights. Downloads what is missing.
-    pub(crate) fn find_model(&self, name: &str, args: &ModelArgs) -> llara::Result<PathBuf> {
-        let find = match self {
-            Purpose::Run(_) | Purpose::Compare => trained_model::find,
-            Purpose::Plan => trained_model::find_outline,
-        };
-        find(name, args.cache_dir.as_deref(), "--from-peft")
-    }
-}
+use crate::trained_model;
+use crate::training::{
+    Adapter, CheckedArgs, Claimed, Purpose, attach_adapter, check_evaluated_texts, loader, missing,
+    starting_recipe, with_added_tokens,
+};
 
 /// A run before its weights are read.
 pub(crate) struct Prepared<B: Backend> {
@@ -90,13 +57,8 @@ impl<B: Backend> Prepared<B> {
         processes: &Processes,
     ) -> anyhow::Result<Self> {
         let options = processes.agree(Options::check(args, purpose.output_dir()))?;
-        let dtype = (&args.training, &args.precision);
-        let output = (&args.output, purpose.output_dir().map(Path::to_owned));
-        let claimed = Claimed::by_first(output, dtype, &backend, processes)?;
-        if !matches!(purpose, Purpose::Plan) {
-            let cache = args.model.cache_dir.as_deref();
-            trained_model::download_once(&options.model_name, cache, "--from-peft", processes)?;
-        }
+        let given = (&args.model, &args.common);
+        let claimed = purpose.claim(&options.common.model_name, given, &backend, processes)?;
         processes.agree(Self::read(args, &purpose, backend, options, claimed, processes))
     }
 
@@ -109,7 +71,8 @@ impl<B: Backend> Prepared<B> {
         claimed: Claimed,
         processes: &Processes,
     ) -> anyhow::Result<Self> {
-        let Options { model_name, objective, sources, template, adapter } = options;
+        let Options { common: CheckedArgs { model_name, template, adapter }, objective, sources } =
+            options;
         let Claimed { output_dir, lock, checkpoint, precision } = claimed;
         let ranks = processes.size();
         let group_size = args.data.train_group_size;
@@ -138,7 +101,7 @@ impl<B: Backend> Prepared<B> {
         // Errors of the sampler are reported before a large model is read.
         let steps_per_epoch = config.sampler(&dataset, ranks)?.steps_per_epoch();
         config.saving = args.train_config(PathBuf::new(), &recipe, steps_per_epoch).saving;
-        let evaluation = args.evaluation.open(&args.output, steps_per_epoch)?;
+        let evaluation = args.common.evaluation.open(&args.common.output, steps_per_epoch)?;
         for (role, option, max_len) in [
             (Role::Query, "--query-max-len", config.query_max_len),
             (Role::Passage, "--passage-max-len", config.passage_max_len),
@@ -175,7 +138,7 @@ impl<B: Backend> Prepared<B> {
     pub(super) fn lora(&self) -> llara::Result<Option<LoraConfig>> {
         Ok(match &self.adapter {
             Adapter::None => None,
-            Adapter::New(lora) => Some(self.with_added_tokens(lora)),
+            Adapter::New(lora) => Some(with_added_tokens(lora, &self.outline.added_tokens)),
             Adapter::From(dir) => {
                 let mut lora = LoraConfig::from_peft(dir)?;
                 if lora.saved_tokens == SavedTokens::ModulesToSave {
@@ -185,11 +148,6 @@ impl<B: Backend> Prepared<B> {
                 Some(lora)
             }
         })
-    }
-
-    /// The settings of a new adapter, which trains the embeddings of added tokens.
-    fn with_added_tokens(&self, lora: &LoraConfig) -> LoraConfig {
-        LoraConfig { trained_tokens: self.outline.added_tokens.clone(), ..lora.clone() }
     }
 
     /// Lengths of queries and passages, measured on about `texts` texts.
@@ -214,15 +172,8 @@ impl<B: Backend> Prepared<B> {
         let alone = BiEncoderOptions { negatives_cross_device: false, ..options };
         let mut model = loader.load_weights(self.outline.clone(), self.backend.clone(), alone)?;
         model.set_negatives_cross_device(options.negatives_cross_device);
-        match &self.adapter {
-            Adapter::None => {}
-            Adapter::New(lora) => {
-                model.attach_new_adapter(&self.with_added_tokens(lora), self.config.seed)?;
-            }
-            Adapter::From(dir) => {
-                model.attach_adapter(dir).map_err(|e| trained_model::name_recorded_base(e, dir))?
-            }
-        }
+        let added = &self.outline.added_tokens;
+        attach_adapter(&mut model, &self.adapter, added, self.config.seed)?;
         model.set_precision(precision)?;
         self.check_probes(&model)?;
         Ok(model)
@@ -250,71 +201,26 @@ impl<B: Backend> Prepared<B> {
 
 /// The options that were checked without reading a model or data.
 struct Options {
-    model_name: String,
+    common: CheckedArgs,
     objective: ObjectiveOptions,
     sources: DataSources,
-    template: Option<Template>,
-    adapter: Adapter,
 }
 
 impl Options {
     fn check(args: &Args, output_dir: Option<&Path>) -> anyhow::Result<Self> {
-        let model_name = required(args)?;
-        let own = OwnSettings {
-            model: &model_name,
-            seed: args.training.seed,
-            evaluates: args.evaluation.evaluates(),
-        };
-        let mut notes = args.trainer_flags.check(&own)?;
-        notes.extend(args.evaluation.check()?);
-        for line in notes {
-            say!("note: {line}");
-        }
+        required(args)?;
+        let common = CheckedArgs::new(&args.model, &args.common)?;
         ranges::check(args)?;
         let mut objective = args.objective.objective()?;
         objective.reference_gradient_scale = args.distributed.reference_gradient_scale;
         let sources = DataSources::read(&args.data.train_data)?;
-        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
-        let adapter = args.lora.adapter()?;
         if let Some(output_dir) = output_dir {
-            check_apart(args, output_dir, &adapter, &model_name, &sources)?;
+            let data = args.data.train_data.iter().map(PathBuf::as_path).chain(sources.paths());
+            let data = data.map(|path| ("training data", path));
+            common.check_apart(output_dir, &args.common, data)?;
         }
-        Ok(Options { model_name, objective, sources, template, adapter })
+        Ok(Options { common, objective, sources })
     }
-}
-
-/// The initial recipe: that of the adapter, of the model, or the default one.
-pub(crate) fn starting_recipe(
-    dir: &Path,
-    adapter: &Adapter,
-    template: Option<&Template>,
-) -> llara::Result<Recipe> {
-    let of_adapter = match adapter {
-        Adapter::From(dir) => Recipe::read(dir)?,
-        Adapter::None | Adapter::New(_) => None,
-    };
-    let mut recipe = match of_adapter {
-        Some(recipe) => recipe,
-        None => Loader::new(dir)?.recipe().clone(),
-    };
-    if let Some(template) = template {
-        recipe.template = template.clone();
-    }
-    Ok(recipe)
-}
-
-/// The loader of the model that is trained: the embeddings of added tokens are in the adapter, if there is one.
-pub(crate) fn loader<'d>(
-    dir: &'d Path,
-    recipe: &Recipe,
-    adapter: &'d Adapter,
-) -> llara::Result<Loader<'d>> {
-    let loader = Loader::new(dir)?.with_recipe(recipe.clone());
-    Ok(match adapter {
-        Adapter::None => loader,
-        Adapter::New(_) => loader.vocabulary_in_adapter(true),
-        Adapter::From(adapter) => loader.with_adapter(adapter),
-    })
 }
 
 /// Reads configuration and tokenizer. Adding tokens to an adapter that exists already is refused.
@@ -328,7 +234,7 @@ fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara
             .map_err(|error| trained_model::name_recorded_base(error, dir))?,
     };
     let add = args.model.add_special_tokens;
-    if args.lora.save_tokens_as.is_some() && outline.added_tokens.is_empty() {
+    if args.common.lora.save_tokens_as.is_some() && outline.added_tokens.is_empty() {
         say!("note: --save-tokens-as has no effect: no token is added");
     }
     match (outline.added_tokens.len(), adapter) {
@@ -353,36 +259,12 @@ fn outline(args: &Args, dir: &Path, recipe: &Recipe, adapter: &Adapter) -> llara
     Ok(outline)
 }
 
-/// The usage error for a required option that is missing.
-pub(crate) fn missing(option: &str) -> clap::Error {
-    let text = format!("{option} is required, on the command line or in the run file\n");
-    clap::Error::raw(Usage::MissingRequiredArgument, text)
-}
-
 /// The model's name, and whether there is training data.
 pub(crate) fn required(args: &Args) -> Result<String, clap::Error> {
     if args.data.train_data.is_empty() {
         return Err(missing("--train-data"));
     }
     args.model.model.clone().ok_or_else(|| missing("--model"))
-}
-
-/// Refuses an output folder that contains an input or is inside one.
-fn check_apart(
-    args: &Args,
-    output_dir: &Path,
-    adapter: &Adapter,
-    model: &str,
-    sources: &DataSources,
-) -> llara::Result<()> {
-    let mut inputs = vec![("the model", Path::new(model))];
-    if let Adapter::From(dir) = adapter {
-        inputs.push(("the adapter", dir));
-    }
-    inputs.extend(args.data.train_data.iter().map(|path| ("training data", path.as_path())));
-    inputs.extend(sources.paths().map(|path| ("training data", path)));
-    inputs.extend(args.evaluation.folders().map(|path| ("the evaluation data", path)));
-    paths::check_apart(output_dir, &inputs)
 }
 
 /// Refuses data with tokens for which the model has no embedding. All texts are tokenized for that only if
@@ -412,25 +294,5 @@ fn check_vocabulary(
         };
         check(Role::Query, &query, config.query_max_len)?;
         check(Role::Passage, &passages, config.passage_max_len)
-    })
-}
-
-/// The same for the texts of an evaluation.
-pub(crate) fn check_evaluated_texts(
-    config: &TrainConfig,
-    evaluation: &Evaluation,
-    outline: &Outline,
-) -> llara::Result<()> {
-    let prompts = &outline.prompts;
-    if prompts.tokenizer().vocab_size() <= outline.decoder.vocab_size {
-        return Ok(());
-    }
-    let check = |role, texts: &[String], max_len| {
-        let mut blocks = texts.chunks(BLOCK_TEXTS.get());
-        blocks.try_for_each(|block| prompts.encode_all(role, block, max_len).map(drop))
-    };
-    evaluation.sets.iter().try_for_each(|set| {
-        check(Role::Query, &set.dataset.queries.texts, config.query_max_len)?;
-        check(Role::Passage, &set.dataset.corpus.texts, config.passage_max_len)
     })
 }

@@ -2,12 +2,12 @@
 
 use llara::backend::Backend;
 use llara::loss::{Distillation, ObjectiveOptions};
-use llara::model::LoraConfig;
 use llara::train::plan::TextLengths;
 use llara::train::{Batching, TrainConfig};
 
-use super::{Args, Forecast, Prepared};
+use super::{Args, Prepared};
 use crate::report::{Lengths, ReportFacts};
+use crate::training::{Forecast, adapter_setting, common_settings};
 
 /// Bins of the histograms of text lengths.
 const BINS: usize = 24;
@@ -62,7 +62,7 @@ fn settings<B: Backend>(
     let recipe = &prepared.recipe;
     let mut rows = vec![
         ("model", prepared.model_name.clone()),
-        ("adapter", adapter(prepared.lora()?)),
+        ("adapter", adapter_setting(prepared.lora()?)),
         ("device", prepared.backend.description()),
         ("dtype", prepared.precision.to_string()),
         ("template", recipe.template.name.clone()),
@@ -80,34 +80,6 @@ fn settings<B: Backend>(
     rows.extend(common_settings(config));
     let given = rows.into_iter().filter(|(_, value)| !value.is_empty());
     Ok(given.map(|(name, value)| (name.to_owned(), value)).collect())
-}
-
-/// The adapter that is trained, if there is one.
-pub(crate) fn adapter(lora: Option<LoraConfig>) -> String {
-    match lora {
-        None => "none, all weights are trained".to_owned(),
-        Some(LoraConfig { rank, alpha, dropout, target_modules, .. }) => {
-            let modules: Vec<String> = target_modules.iter().map(ToString::to_string).collect();
-            format!("rank {rank}, alpha {alpha}, dropout {dropout}, on {}", modules.join(", "))
-        }
-    }
-}
-
-/// The settings of the optimizer and of the order of the rows.
-pub(crate) fn common_settings(config: &TrainConfig) -> [(&'static str, String); 7] {
-    let adamw = &config.adamw;
-    [
-        ("learning rate", format!("{:e}", config.learning_rate)),
-        ("schedule", format!("{:?}, warm-up {:?}", config.decay, config.warmup)),
-        ("weight decay", adamw.weight_decay.to_string()),
-        ("betas", format!("{}, {}", adamw.beta1, adamw.beta2)),
-        (
-            "gradient clipping",
-            adamw.max_grad_norm.map_or("none".to_owned(), |norm| norm.to_string()),
-        ),
-        ("sampling", format!("{:?}", config.sampling)),
-        ("seed", config.seed.to_string()),
-    ]
 }
 
 fn batching(batching: &Batching) -> String {

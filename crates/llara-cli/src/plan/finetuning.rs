@@ -7,9 +7,10 @@ use serde_json::json;
 
 use super::network::NetworkArgs;
 use super::planned_run::{PlannedRun, PlannedTexts};
-use crate::finetune::{self, Forecast, Prepared, Purpose};
+use crate::finetune::{self, Prepared};
 use crate::processes::Processes;
 use crate::talk::{count, counted};
+use crate::training::Purpose;
 
 /// Number of texts whose lengths are measured.
 const TEXTS: usize = 10_000;
@@ -20,7 +21,7 @@ pub(super) fn plan<B: Backend>(
     backend: B,
 ) -> anyhow::Result<()> {
     let prepared = Prepared::new(args, Purpose::Plan, backend, &Processes::one())?;
-    let forecast = Forecast::new(args, &prepared, network.processes())?;
+    let forecast = finetune::forecast(args, &prepared, network.processes())?;
     let decoder = &prepared.outline.decoder;
     let lengths = prepared.lengths(TEXTS)?;
     let warnings = finetune::length_warnings(&lengths, &prepared.outline.prompts)?;

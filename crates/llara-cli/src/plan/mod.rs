@@ -55,9 +55,9 @@ pub(super) struct PretrainingPlanArgs {
 }
 
 pub(super) fn run(args: &PlanArgs) -> anyhow::Result<()> {
-    on_device!(args.run.compute, backend => finetuning::plan(&args.run, &args.network, backend))
+    on_device!(args.run.common.compute, backend => finetuning::plan(&args.run, &args.network, backend))
 }
 
 pub(super) fn run_pretraining(args: &PretrainingPlanArgs) -> anyhow::Result<()> {
-    on_device!(args.run.compute, backend => pretraining::plan(&args.run, &args.network, backend))
+    on_device!(args.run.common.compute, backend => pretraining::plan(&args.run, &args.network, backend))
 }

@@ -4,8 +4,8 @@ use llara::train::plan::MemoryBudget;
 use llara::train::{FlatLayout, StepTraffic, bucket_elements};
 use serde_json::{Value, json};
 
-use crate::finetune::Forecast;
 use crate::talk::bytes;
+use crate::training::Forecast;
 
 /// Bytes of an f32.
 const F32: u64 = 4;

@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 
 use super::network::NetworkPlan;
 use super::picture;
-use crate::finetune::Forecast;
 use crate::talk::{count, counted, print, say};
+use crate::training::Forecast;
 
 /// Lengths of the texts of one kind in tokens, before truncation.
 pub(super) struct PlannedTexts {

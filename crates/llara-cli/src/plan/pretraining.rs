@@ -6,10 +6,10 @@ use serde_json::json;
 
 use super::network::NetworkArgs;
 use super::planned_run::{PlannedRun, PlannedTexts};
-use crate::finetune::Purpose;
 use crate::pretrain::{self, Prepared};
 use crate::processes::Processes;
 use crate::talk::counted;
+use crate::training::Purpose;
 
 pub(super) fn plan<B: Backend>(
     args: &pretrain::Args,

@@ -5,16 +5,11 @@ use std::path::PathBuf;
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
 use llara::data::{BadRows, Sampling};
-use llara::loss::ObjectiveOptions;
 use llara::text::StopWords;
-use llara::train::{Batching, Chunking, LossWeights, PretrainingOptions, TrainConfig};
+use llara::train::{LossWeights, PretrainingOptions, TrainConfig};
 use llara::{BiEncoderOptions, Error, ErrorKind, Recipe, Result, Shortcuts};
 
-use crate::compute::{Compute, Precision};
-use crate::finetune::{
-    EvalArgs, LoraArgs, ModelArgs, OptimizerArgs, OutputArgs, ProcessArgs, TrainerFlags,
-    TrainingArgs,
-};
+use crate::training::{CommonArgs, ModelArgs};
 
 /// Adapt a plain language model to embedding texts, on texts alone (Llama2Vec)
 #[derive(clap::Args)]
@@ -52,23 +47,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) objective: ObjectiveArgs,
     #[command(flatten)]
-    pub(super) training: TrainingArgs,
-    #[command(flatten)]
-    pub(super) lora: LoraArgs,
-    #[command(flatten)]
-    pub(super) optimizer: OptimizerArgs,
-    #[command(flatten)]
-    pub(super) processes: ProcessArgs,
-    #[command(flatten)]
-    pub(super) output: OutputArgs,
-    #[command(flatten)]
-    pub(super) evaluation: EvalArgs,
-    #[command(flatten)]
-    pub(crate) compute: Compute,
-    #[command(flatten)]
-    pub(super) precision: Precision,
-    #[command(flatten)]
-    pub(super) trainer_flags: TrainerFlags,
+    pub(crate) common: CommonArgs,
 }
 
 #[derive(clap::Args)]
@@ -158,36 +137,16 @@ impl Args {
         recipe: &Recipe,
         steps_per_epoch: u64,
     ) -> TrainConfig {
-        let (training, optimizer) = (&self.training, &self.optimizer);
         TrainConfig {
-            output_dir,
-            length: training.length(),
-            batch_size: training.per_device_train_batch_size,
-            group_size: 1,
-            query_max_len: recipe.query_max_len,
-            passage_max_len: recipe.passage_max_len,
-            objective: ObjectiveOptions::default(),
             sampling: self.data.sampling,
-            batching: Batching::Mixed,
             drop_last: self.data.dataloader_drop_last,
-            seed: training.seed,
-            learning_rate: optimizer.learning_rate,
-            decay: optimizer.decay(),
-            warmup: optimizer.warmup(),
-            adamw: optimizer.adamw(),
-            query_instruction: recipe.query_instruction.clone(),
-            passage_instruction: recipe.passage_instruction.clone(),
-            chunking: Chunking::default(), // chosen once the data is known
-            logging_steps: self.output.logging_steps,
-            saving: self.output.saving(steps_per_epoch),
-            shard_optimizer: self.processes.shard_optimizer,
-            bucket_elements: None,
+            ..self.common.train_config(output_dir, recipe, steps_per_epoch)
         }
     }
 
     /// The options of the model.
     pub(super) fn model_options(&self, recipe: &Recipe) -> BiEncoderOptions {
-        let last_layer_at_pooled = self.training.last_layer_at_pooled;
+        let last_layer_at_pooled = self.common.training.last_layer_at_pooled;
         BiEncoderOptions {
             normalized: recipe.normalized,
             shortcuts: Shortcuts { last_layer_at_pooled, ..Shortcuts::default() },

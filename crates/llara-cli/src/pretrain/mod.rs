@@ -14,13 +14,13 @@ use llara::train::{Chunking, Pretraining, PretrainingOptions};
 use llara::{Result, hub};
 
 use crate::compute::on_device;
-use crate::finetune::{
-    Forecast, Purpose, Remedies, Run, adapter_setting, announce_processes, common_settings,
-    group_shape, missing, smallest_chunking,
-};
 use crate::processes::Processes;
 use crate::report::{Lengths, ReportFacts};
 use crate::talk::{count, counted, say};
+use crate::training::{
+    Forecast, Purpose, Remedies, Run, adapter_setting, announce_processes, common_settings,
+    group_shape, missing, smallest_chunking,
+};
 pub(super) use args::Args;
 pub(super) use prepare::Prepared;
 use prepare::lora_config;
@@ -31,10 +31,11 @@ const BINS: usize = 24;
 const TRUNCATED_SHARE: f64 = 0.2;
 
 pub(super) fn run(mut args: Args) -> anyhow::Result<()> {
-    let deadline = args.training.max_time.and_then(|time| Instant::now().checked_add(time));
-    let output_dir = args.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
-    let processes = Processes::start(args.processes.collective.collective_timeout)?;
-    args.compute.set_default_threads(processes.placement().threads);
+    let deadline = args.common.training.max_time.and_then(|time| Instant::now().checked_add(time));
+    let output_dir =
+        args.common.output.output_dir.clone().ok_or_else(|| missing("--output-dir"))?;
+    let processes = Processes::start(args.common.processes.collective.collective_timeout)?;
+    args.common.compute.set_default_threads(processes.placement().threads);
     let result = run_on_device(&args, output_dir, deadline, &processes);
     processes.end(result)
 }
@@ -45,7 +46,7 @@ fn run_on_device(
     deadline: Option<Instant>,
     processes: &Processes,
 ) -> anyhow::Result<()> {
-    on_device!(args.compute, backend => pretrain(args, output_dir, deadline, backend, processes))
+    on_device!(args.common.compute, backend => pretrain(args, output_dir, deadline, backend, processes))
 }
 
 fn pretrain(
@@ -77,7 +78,7 @@ fn pretrain(
         checkpoint: checkpoint.as_ref(),
         evaluation: evaluation.as_ref(),
         model_name: &prepared.model_name,
-        saves_merged: args.lora.save_merged_lora_model,
+        saves_merged: args.common.lora.save_merged_lora_model,
         created_output_dir: prepared.created_output_dir(),
         deadline,
         processes,
@@ -139,7 +140,7 @@ pub(super) fn forecast<B: Backend>(
     };
     let checkpoint = prepared.checkpoint.as_ref();
     let machine = (&prepared.backend, prepared.local_processes);
-    Forecast::of(shape, batch, (&args.training, checkpoint), remedies, machine)
+    Forecast::new(shape, batch, (&args.common.training, checkpoint), remedies, machine)
 }
 
 /// A warning if many texts are truncated.
@@ -183,10 +184,10 @@ fn announce<B: Backend>(args: &Args, prepared: &Prepared<B>, steps: u64, process
             counted(data.dataset().len(), "row"),
         );
     }
-    if args.lora.are_ignored() {
+    if args.common.lora.are_ignored() {
         say!("note: --use-lora is false, so other options of adapters have no effect");
     }
-    if args.optimizer.ignores_warmup() {
+    if args.common.optimizer.ignores_warmup() {
         say!("note: the schedule `constant` has no warm-up; use constant_with_warmup");
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use llara::backend::{Backend, Dtype};
 use llara::data::{PieceLength, PretrainingData, first_characters};
 use llara::model::{DecoderConfig, LoraConfig};
-use llara::text::{PromptEncoder, Template};
+use llara::text::PromptEncoder;
 use llara::train::{
     Checkpoint, Evaluation, PretrainingEncoder, PretrainingOptions, PretrainingSample,
     SetObjective, TrainConfig,
@@ -13,14 +13,13 @@ use llara::train::{
 use llara::{BiEncoderModel, Error, ErrorKind, FolderLock, Outline, Recipe, Result};
 
 use super::args::Args;
-use crate::finetune::{
-    Adapter, Claimed, OwnSettings, Purpose, check_evaluated_texts, check_loop, loader, missing,
-    require, starting_recipe,
-};
 use crate::processes::Processes;
 use crate::talk::say;
 use crate::trained_model::MAX_LEN;
-use crate::{paths, trained_model};
+use crate::training::{
+    Adapter, CheckedArgs, Claimed, Purpose, attach_adapter, check_evaluated_texts, check_loop,
+    loader, missing, require, starting_recipe,
+};
 
 /// Characters of the first texts on which the length of tokens is measured.
 const MEASURED_CHARACTERS: usize = 1 << 18;
@@ -55,10 +54,8 @@ pub(crate) struct Prepared<B: Backend> {
 
 /// The options that were checked without reading a model or data.
 struct Checked {
-    model_name: String,
+    common: CheckedArgs,
     options: PretrainingOptions,
-    template: Option<Template>,
-    adapter: Adapter,
 }
 
 impl<B: Backend> Prepared<B> {
@@ -71,13 +68,8 @@ impl<B: Backend> Prepared<B> {
         processes: &Processes,
     ) -> anyhow::Result<Self> {
         let checked = processes.agree(Checked::of(args, purpose.output_dir()))?;
-        let dtype = (&args.training, &args.precision);
-        let output = (&args.output, purpose.output_dir().map(Path::to_owned));
-        let claimed = Claimed::by_first(output, dtype, &backend, processes)?;
-        if !matches!(purpose, Purpose::Plan) {
-            let cache = args.model.cache_dir.as_deref();
-            trained_model::download_once(&checked.model_name, cache, "--from-peft", processes)?;
-        }
+        let given = (&args.model, &args.common);
+        let claimed = purpose.claim(&checked.common.model_name, given, &backend, processes)?;
         processes.agree(Self::read(args, &purpose, backend, checked, claimed, processes))
     }
 
@@ -90,7 +82,7 @@ impl<B: Backend> Prepared<B> {
         claimed: Claimed,
         processes: &Processes,
     ) -> anyhow::Result<Self> {
-        let Checked { model_name, options, template, adapter } = checked;
+        let Checked { common: CheckedArgs { model_name, template, adapter }, options } = checked;
         let Claimed { output_dir, lock, checkpoint, precision } = claimed;
         let ranks = processes.size();
 
@@ -106,8 +98,8 @@ impl<B: Backend> Prepared<B> {
         checkpoint.iter().try_for_each(|checkpoint| checkpoint.check_data(dataset))?;
         let mut config = args.train_config(output_dir, &recipe, 0);
         let steps_per_epoch = config.sampler(dataset, ranks)?.steps_per_epoch();
-        config.saving = args.output.saving(steps_per_epoch);
-        let evaluation = args.evaluation.open(&args.output, steps_per_epoch)?;
+        config.saving = args.common.output.saving(steps_per_epoch);
+        let evaluation = args.common.evaluation.open(&args.common.output, steps_per_epoch)?;
         check_vocabulary(&data, &encoder, &outline)?;
         evaluation.iter().try_for_each(|e| check_evaluated_texts(&config, e, &outline))?;
         let sample = PretrainingSample::of(&data, &encoder, SAMPLED_ROWS)?;
@@ -149,13 +141,8 @@ impl<B: Backend> Prepared<B> {
             backend,
             options,
         )?;
-        match &self.adapter {
-            Adapter::None => {}
-            Adapter::New(lora) => model.attach_new_adapter(lora, self.config.seed)?,
-            Adapter::From(dir) => {
-                model.attach_adapter(dir).map_err(|e| trained_model::name_recorded_base(e, dir))?
-            }
-        }
+        let added = &self.outline.added_tokens;
+        attach_adapter(&mut model, &self.adapter, added, self.config.seed)?;
         model.set_precision(self.precision)?;
         Ok(model)
     }
@@ -163,28 +150,21 @@ impl<B: Backend> Prepared<B> {
 
 impl Checked {
     fn of(args: &Args, output_dir: Option<&Path>) -> anyhow::Result<Self> {
-        let model_name = args.model.model.clone().ok_or_else(|| missing("--model"))?;
-        if args.data.train_data.is_empty() && args.data.text.is_empty() {
+        let data = &args.data;
+        if data.train_data.is_empty() && data.text.is_empty() {
             return Err(missing("--train-data or --text").into());
         }
-        let own = OwnSettings {
-            model: &model_name,
-            seed: args.training.seed,
-            evaluates: args.evaluation.evaluates(),
-        };
-        let mut notes = args.trainer_flags.check(&own)?;
-        notes.extend(args.evaluation.check()?);
-        for line in notes {
-            say!("note: {line}");
-        }
+        let common = CheckedArgs::new(&args.model, &args.common)?;
         check_ranges(args)?;
         let options = args.options()?;
-        let template = args.model.template.as_deref().map(trained_model::template).transpose()?;
-        let adapter = args.lora.adapter()?;
         if let Some(output_dir) = output_dir {
-            check_apart(args, output_dir, &adapter, &model_name)?;
+            let texts = data.train_data.iter().chain(&data.text);
+            let texts = texts.map(|path| ("training data", path.as_path()));
+            let words =
+                args.objective.stop_words.iter().map(|path| ("the stop words", path.as_path()));
+            common.check_apart(output_dir, &args.common, texts.chain(words))?;
         }
-        Ok(Checked { model_name, options, template, adapter })
+        Ok(Checked { common, options })
     }
 }
 
@@ -247,14 +227,14 @@ fn check_ranges(args: &Args) -> Result<()> {
         let checked = PieceLength::new(characters);
         checked.map_err(|e| e.got(format!("--piece-characters {characters}")))?;
     }
-    let rows = args.training.per_device_train_batch_size;
+    let rows = args.common.training.per_device_train_batch_size;
     require(
         rows < 1 << 31,
         ("--per-device-train-batch-size", rows),
         "the batch size is too large",
         "fewer than 2,147,483,648 rows per step",
     )?;
-    check_loop(&args.training, &args.optimizer, &args.output)
+    check_loop(&args.common.training, &args.common.optimizer, &args.common.output)
 }
 
 /// Opens the rows, or the texts in pieces that fit `text_tokens` tokens.
@@ -274,19 +254,6 @@ fn open_data(args: &Args, prompts: &PromptEncoder, text_tokens: usize) -> Result
         }
     };
     PretrainingData::open_texts(&data.text, PieceLength::new(characters)?, data.on_bad_row)
-}
-
-/// Refuses an output folder that contains an input or is inside one.
-fn check_apart(args: &Args, output_dir: &Path, adapter: &Adapter, model: &str) -> Result<()> {
-    let mut inputs = vec![("the model", Path::new(model))];
-    if let Adapter::From(dir) = adapter {
-        inputs.push(("the adapter", dir));
-    }
-    let data = args.data.train_data.iter().chain(&args.data.text);
-    inputs.extend(data.map(|path| ("training data", path.as_path())));
-    inputs.extend(args.objective.stop_words.iter().map(|path| ("the stop words", path.as_path())));
-    inputs.extend(args.evaluation.folders().map(|path| ("the evaluation data", path)));
-    paths::check_apart(output_dir, &inputs)
 }
 
 /// Refuses data with tokens for which the model has no embedding. All texts are tokenized for that only if the

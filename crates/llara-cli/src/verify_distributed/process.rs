@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use super::case::Computation;
 use crate::compute::on_device;
-use crate::finetune::{self, Forecast, Prepared, Purpose};
+use crate::finetune::{self, Prepared};
 use crate::processes::Processes;
+use crate::training::{Purpose, smallest_chunking};
 
 /// The file that describes the results of a run; it is written last.
 pub(super) const DESCRIPTION: &str = "results.json";
@@ -47,8 +48,8 @@ pub(super) fn run(
     computation: Computation,
     results: &Path,
 ) -> anyhow::Result<()> {
-    let processes = Processes::start(args.collective_timeout())?;
-    args.compute.set_default_threads(processes.placement().threads);
+    let processes = Processes::start(args.common.processes.collective.collective_timeout)?;
+    args.common.compute.set_default_threads(processes.placement().threads);
     let computed = compute(&args, steps, computation, results, &processes);
     processes.end(computed)
 }
@@ -60,7 +61,7 @@ fn compute(
     results: &Path,
     processes: &Processes,
 ) -> anyhow::Result<()> {
-    on_device!(args.compute, backend => train(args, steps, computation, results, backend, processes))
+    on_device!(args.common.compute, backend => train(args, steps, computation, results, backend, processes))
 }
 
 fn train<B: Backend>(
@@ -73,7 +74,7 @@ fn train<B: Backend>(
 ) -> anyhow::Result<()> {
     let mut prepared = Prepared::new(args, Purpose::Compare, backend, processes)?;
     let chunking = processes.agree(chunking(args, &prepared, processes.size()))?;
-    prepared.config.chunking = finetune::smallest_chunking(chunking, processes)?;
+    prepared.config.chunking = smallest_chunking(chunking, processes)?;
     prepared.config.length = RunLength::Steps(steps);
     prepared.config.saving = Saving { every: None, keep: None, ..Saving::default() };
     let mut model = processes.agree(prepared.load(args).map_err(Into::into))?;
@@ -99,7 +100,7 @@ fn chunking(
     prepared: &Prepared<impl Backend>,
     processes: usize,
 ) -> anyhow::Result<llara::train::Chunking> {
-    let forecast = Forecast::new(args, prepared, processes)?;
+    let forecast = finetune::forecast(args, prepared, processes)?;
     forecast.refuse_if_too_large()?;
     Ok(forecast.plan.chunks.chunking)
 }

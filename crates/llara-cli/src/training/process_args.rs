@@ -1,4 +1,4 @@
-//! Options of `llara finetune` and `llara pretrain` about runs on several processes.
+//! Options of a training run about several processes.
 
 use clap::ArgAction;
 use clap::builder::BoolishValueParser;
@@ -17,18 +17,4 @@ pub(crate) struct ProcessArgs {
     pub(crate) shard_optimizer: bool,
     #[command(flatten)]
     pub(crate) collective: CollectiveArgs,
-}
-
-/// Options of fine-tuning.
-#[derive(clap::Args)]
-#[command(next_help_heading = "Several processes (mpirun, srun)")]
-pub(super) struct DistributedArgs {
-    #[command(flatten)]
-    pub(super) processes: ProcessArgs,
-    /// Divide gradients by the number of processes with --negatives-cross-device, as the reference does: for
-    /// comparisons with it step by step
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(default_value = "false", action = ArgAction::Set)]
-    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) reference_gradient_scale: bool,
 }

@@ -37,7 +37,7 @@ pub(crate) struct LoraArgs {
     /// their rows) or modules-to-save (the whole table) [default: trainable-token-indices]
     #[arg(long, value_name = "FORM", value_parser = crate::values::saved_tokens())]
     #[arg(hide_possible_values = true)]
-    pub(super) save_tokens_as: Option<SavedTokens>,
+    pub(crate) save_tokens_as: Option<SavedTokens>,
     /// Also save the model with the merged adapter, in merged_model/ of the output folder
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[arg(default_value = "false", action = ArgAction::Set)]

@@ -1,4 +1,4 @@
-//! Options of `llara finetune` and `llara pretrain` about the training loop: its length, the batch and its chunks.
+//! Options of a training run about its length, the batch and its chunks.
 
 use std::time::Duration;
 
@@ -49,25 +49,6 @@ pub(crate) struct TrainingArgs {
     /// Seed of all random numbers
     #[arg(long, value_name = "N", default_value_t = 42, value_parser = whole_number)]
     pub(crate) seed: u64,
-}
-
-/// Options about the comparison of queries with passages.
-#[derive(clap::Args)]
-#[command(next_help_heading = "Training")]
-pub(super) struct ContrastiveArgs {
-    /// Divisor of the similarities in the loss; always 1.0 with --normalized false
-    #[arg(long, value_name = "X", default_value_t = 0.02)]
-    pub(super) temperature: f32,
-    /// Use the passages of all processes as negatives; has no effect with one process
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(default_value = "false", action = ArgAction::Set)]
-    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) negatives_cross_device: bool,
-    /// Encode equal texts of a batch only once; has no effect with dropout
-    #[arg(long, alias = "equal-once", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(default_value = "true", action = ArgAction::Set)]
-    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
-    pub(super) dedup_sequences: bool,
 }
 
 /// The size of the chunks of a batch.
