@@ -121,7 +121,7 @@ fn parse(args: Vec<OsString>) -> anyhow::Result<Cli> {
 }
 
 /// The definition of the command line. Every option accepts negative numbers as values, so that a value out
-/// of range is reported as such and not as an unknown option. Verbs that train nothing and `verify-distributed` have no
+/// of range is reported as such and not as an unknown option. `plan`, `plan-pretraining` and `verify-distributed` have no
 /// output folder.
 fn command() -> clap::Command {
     let output = "output_dir";

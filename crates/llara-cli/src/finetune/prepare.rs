@@ -9,7 +9,7 @@ use llara::model::{LoraConfig, SavedTokens};
 use llara::train::plan::TextLengths;
 use llara::train::{Checkpoint, Evaluation, TrainConfig};
 use llara::{
-    BiEncoderModel, BiEncoderOptions, Error, ErrorKind, FolderLock, Outline, Probes, Recipe, Role,
+    BiEncoderModel, BiEncoderOptions, Error, ErrorKind, FolderLock, Outline, Recipe, Role,
 };
 
 use super::{Args, ranges};
@@ -17,8 +17,8 @@ use crate::processes::Processes;
 use crate::talk::{counted, say};
 use crate::trained_model;
 use crate::training::{
-    Adapter, CheckedArgs, Claimed, Purpose, attach_adapter, check_evaluated_texts, loader, missing,
-    starting_recipe, with_added_tokens,
+    Adapter, CheckedArgs, Claimed, Purpose, attach_adapter, check_evaluated_texts, check_probes,
+    loader, missing, starting_recipe, with_added_tokens,
 };
 
 /// A run before its weights are read.
@@ -175,27 +175,8 @@ impl<B: Backend> Prepared<B> {
         let added = &self.outline.added_tokens;
         attach_adapter(&mut model, &self.adapter, added, self.config.seed)?;
         model.set_precision(precision)?;
-        self.check_probes(&model)?;
+        check_probes(&self.dir, &self.adapter, &model)?;
         Ok(model)
-    }
-
-    /// Compares the model, before it is trained, with the probes in its folder or in that of its adapter, as far
-    /// as this run computes embeddings as they were computed.
-    fn check_probes(&self, model: &BiEncoderModel<B>) -> llara::Result<()> {
-        let dir = match &self.adapter {
-            Adapter::From(dir) => dir,
-            Adapter::None | Adapter::New(_) => &self.dir,
-        };
-        let Some(saved) = Recipe::read(dir)? else { return Ok(()) };
-        let pooled = |recipe: &Recipe| (recipe.template.pooled_tokens, recipe.normalized);
-        if pooled(&saved) != pooled(model.recipe()) {
-            return Ok(());
-        }
-        let Some(probes) = Probes::read(dir)? else { return Ok(()) };
-        probes.check_embeddings(model).map_err(|error| match &self.adapter {
-            Adapter::From(adapter) => trained_model::name_recorded_base(error.file(dir), adapter),
-            Adapter::None | Adapter::New(_) => error.file(dir),
-        })
     }
 }
 

@@ -33,7 +33,7 @@ pub(super) fn plan<B: Backend>(
         PlannedTexts {
             name,
             plural,
-            template: "included",
+            template_included: true,
             max_len: texts.max_len,
             truncated_share: texts.truncated_share(),
             lengths: texts.lengths,

@@ -1,4 +1,4 @@
-//! `llara plan --processes N --network SPEED`: memory and communication of one of several processes.
+//! `--processes N --network SPEED` of both plans: memory and communication of one of several processes.
 
 use llara::train::plan::MemoryBudget;
 use llara::train::{FlatLayout, StepTraffic, bucket_elements};
@@ -45,17 +45,14 @@ impl NetworkArgs {
         self.processes.unwrap_or(1) as usize
     }
 
-    /// Memory and communication of the first of several processes; `None` for one. `traffic` says what a step exchanges
+    /// Memory and communication of the first of the processes; `None` without `--processes`. `traffic` says what a step exchanges
     /// with this division of the parameters.
     pub(super) fn plan(
         &self,
         forecast: &Forecast,
         traffic: impl FnOnce(FlatLayout) -> StepTraffic,
     ) -> Option<NetworkPlan> {
-        let processes = self.processes();
-        if processes == 1 {
-            return None;
-        }
+        let processes = self.processes? as usize;
         let training = &forecast.plan.training;
         let elements = (training.gradients / F32) as usize;
         let layout = FlatLayout::new([elements], processes, bucket_elements(processes));

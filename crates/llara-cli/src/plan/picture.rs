@@ -34,9 +34,10 @@ pub(super) fn memory(plan: &Plan) -> Vec<String> {
 /// A histogram of the lengths of texts, with the maximum length.
 pub(super) fn lengths(texts: &PlannedTexts) -> Vec<String> {
     let summary = texts.lengths.summary();
-    let PlannedTexts { plural, template, .. } = texts;
+    let PlannedTexts { plural, template_included, .. } = texts;
+    let template = if *template_included { "template included" } else { "without template" };
     let mut lines = vec![format!(
-        "{plural}: tokens of {} texts, template {template}: mean {:.0}, median {}, 90th percentile {}, \
+        "{plural}: tokens of {} texts, {template}: mean {:.0}, median {}, 90th percentile {}, \
          99th percentile {}, longest {}",
         count(summary.texts as usize),
         summary.mean,

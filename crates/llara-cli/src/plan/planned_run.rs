@@ -14,8 +14,8 @@ pub(super) struct PlannedTexts {
     /// The key in the result.
     pub(super) name: &'static str,
     pub(super) plural: &'static str,
-    /// Whether the tokens of the template are `included` or `not included`.
-    pub(super) template: &'static str,
+    /// Whether the tokens of the template are counted.
+    pub(super) template_included: bool,
     pub(super) lengths: Lengths,
     /// Maximum length in tokens.
     pub(super) max_len: usize,

@@ -22,7 +22,7 @@ pub(super) fn plan<B: Backend>(
     let texts = PlannedTexts {
         name: "text",
         plural: "texts",
-        template: "not included",
+        template_included: false,
         max_len: sample.text_tokens,
         truncated_share: sample.truncated_share(),
         lengths: sample.lengths.clone(),
@@ -35,7 +35,7 @@ pub(super) fn plan<B: Backend>(
         let (config, dimension) = (&prepared.config, decoder.hidden_size);
         StepTraffic::of_task::<B, Pretraining<B>>(config, layout, dimension, false)
     });
-    let batch = forecast.batch.passage.trees().count();
+    let batch = prepared.config.batch_size.min(prepared.data.dataset().len());
     PlannedRun {
         verb: "pretrain",
         model: (&prepared.model_name, decoder),

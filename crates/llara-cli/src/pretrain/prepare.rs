@@ -18,7 +18,7 @@ use crate::talk::say;
 use crate::trained_model::MAX_LEN;
 use crate::training::{
     Adapter, CheckedArgs, Claimed, Purpose, attach_adapter, check_evaluated_texts, check_loop,
-    loader, missing, require, starting_recipe,
+    check_probes, loader, missing, require, starting_recipe,
 };
 
 /// Characters of the first texts on which the length of tokens is measured.
@@ -144,6 +144,7 @@ impl<B: Backend> Prepared<B> {
         let added = &self.outline.added_tokens;
         attach_adapter(&mut model, &self.adapter, added, self.config.seed)?;
         model.set_precision(self.precision)?;
+        check_probes(&self.dir, &self.adapter, &model)?;
         Ok(model)
     }
 }
@@ -275,21 +276,28 @@ fn check_vocabulary(
     })
 }
 
-/// Refuses data without targets, and notes how many rows of the sample have none.
+/// Refuses data without targets of the losses that have a weight, and notes how many rows of the sample have none.
 fn check_targets(sample: &PretrainingSample, options: &PretrainingOptions) -> Result<()> {
-    let counts = [SetObjective::AutoEncode, SetObjective::AutoRegress]
-        .map(|objective| sample.with(objective));
-    if counts == [0, 0] {
+    let weights = &options.weights;
+    let terms = [
+        (SetObjective::AutoEncode, weights.auto_encode, "of their own text"),
+        (SetObjective::AutoRegress, weights.auto_regress, "of a following text"),
+    ];
+    let counts = terms.map(|(objective, ..)| sample.with(objective));
+    let counts = terms.into_iter().zip(counts).filter(|((_, weight, _), _)| *weight > 0.0);
+    let counts: Vec<(&str, usize)> = counts.map(|((.., what), count)| (what, count)).collect();
+    if !counts.is_empty() && counts.iter().all(|(_, count)| *count == 0) {
         let hint = match options.stop_words {
             Some(_) => "all words were removed as stop words: check the list, or omit it",
-            None => "check `output_summarize` and `output_predict`",
+            None => "check `output_summarize` and `output_predict`, and the weights of the losses",
         };
+        let what: Vec<&str> = counts.into_iter().map(|(what, _)| what).collect();
         return Err(Error::new(ErrorKind::Data, "no row has words to predict")
-            .expected("target words in `output_summarize` or `output_predict`")
-            .got(format!("none in {} rows", sample.rows))
+            .expected(format!("rows with words {}", what.join(" or ")))
+            .got(format!("none among {} sampled rows", sample.rows))
             .hint(hint));
     }
-    for (count, what) in counts.into_iter().zip(["of their own text", "of a following text"]) {
+    for (what, count) in counts {
         let without = sample.rows - count;
         if without > 0 {
             say!(

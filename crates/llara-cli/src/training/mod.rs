@@ -24,8 +24,8 @@ pub(super) use forecast::{Forecast, Remedies, group_shape};
 pub(super) use group::{announce_processes, smallest_chunking};
 pub(super) use lora_args::Adapter;
 pub(super) use prepare::{
-    CheckedArgs, Purpose, attach_adapter, check_evaluated_texts, loader, missing, starting_recipe,
-    with_added_tokens,
+    CheckedArgs, Purpose, attach_adapter, check_evaluated_texts, check_probes, loader, missing,
+    starting_recipe, with_added_tokens,
 };
 pub(super) use ranges::{check_loop, require};
 pub(super) use report_facts::{adapter_setting, common_settings};

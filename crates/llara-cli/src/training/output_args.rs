@@ -13,7 +13,8 @@ use crate::save_dtype::SavedAs;
 #[command(next_help_heading = "Output")]
 pub(crate) struct OutputArgs {
     /// Output folder of the model and the log; new or empty
-    #[arg(long, value_name = "DIR")] // required, except for `llara plan`; see `main::command`
+    #[arg(long, value_name = "DIR")]
+    // required, except for verbs that save no model; see `main::command`
     pub(crate) output_dir: Option<PathBuf>,
     /// Replace an earlier run in the output folder: its log and its checkpoint-N folders are deleted when
     /// training starts, its model when the new one is saved and verified

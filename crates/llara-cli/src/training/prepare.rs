@@ -8,7 +8,7 @@ use llara::model::LoraConfig;
 use llara::retrieval::BLOCK_TEXTS;
 use llara::text::Template;
 use llara::train::{Evaluation, TrainConfig};
-use llara::{BiEncoderModel, Loader, Outline, Recipe, Result, Role};
+use llara::{BiEncoderModel, Loader, Outline, Probes, Recipe, Result, Role};
 
 use super::args::{CommonArgs, ModelArgs};
 use super::flag_table::OwnSettings;
@@ -174,6 +174,29 @@ pub(crate) fn attach_adapter<B: Backend>(
             model.attach_adapter(dir).map_err(|e| trained_model::name_recorded_base(e, dir))
         }
     }
+}
+
+/// Compares a model, before it is trained, with the probes in its folder or in that of its adapter, as far as this run
+/// computes embeddings as they were computed.
+pub(crate) fn check_probes<B: Backend>(
+    dir: &Path,
+    adapter: &Adapter,
+    model: &BiEncoderModel<B>,
+) -> Result<()> {
+    let saved_in = match adapter {
+        Adapter::From(adapter) => adapter,
+        Adapter::None | Adapter::New(_) => dir,
+    };
+    let Some(saved) = Recipe::read(saved_in)? else { return Ok(()) };
+    let pooled = |recipe: &Recipe| (recipe.template.pooled_tokens, recipe.normalized);
+    if pooled(&saved) != pooled(model.recipe()) {
+        return Ok(());
+    }
+    let Some(probes) = Probes::read(saved_in)? else { return Ok(()) };
+    probes.check_embeddings(model).map_err(|error| match adapter {
+        Adapter::From(adapter) => trained_model::name_recorded_base(error.file(adapter), adapter),
+        Adapter::None | Adapter::New(_) => error.file(dir),
+    })
 }
 
 /// Refuses an evaluation of texts with tokens for which the model has no embedding. They are tokenized for that only if

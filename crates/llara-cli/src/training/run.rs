@@ -57,6 +57,7 @@ impl Run<'_> {
         processes.first(|| Ok(self.check_space(&model, config.length.steps(steps_per_epoch)?)?))?;
         let trained = self.train((&mut model, task, collective), facts, announce);
         // Saving needs main memory of its own; that of activations, gradients and moments is unused now.
+        model.decoder_mut().drop_gradients();
         model.backend().release_unused_memory();
         let trained = trained.and_then(|trained| {
             if trained.summary.stopped {
@@ -180,7 +181,6 @@ impl Run<'_> {
 
 /// Takes the weights of the best evaluated step, if that is wanted and it is not the last one.
 fn load_best<B: Backend>(model: &mut BiEncoderModel<B>, trained: &Trained) -> llara::Result<()> {
-    model.decoder_mut().drop_gradients();
     let Some(best) = &trained.best_checkpoint else { return Ok(()) };
     Checkpoint::open(best)?.restore_weights(model)?;
     say!("loaded    the weights of the best evaluated step, from {}", best.display());

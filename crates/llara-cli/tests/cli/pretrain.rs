@@ -297,6 +297,28 @@ fn bad_input_is_refused_before_work_starts() {
     assert_eq!(without.code, Some(2));
     assert!(without.stderr.contains("--train-data or --text"), "{}", without.stderr);
 
+    // A model that does not answer as it did when it was saved.
+    let weights = bench.at("base/model.safetensors");
+    let saved = fs::read(&weights).unwrap();
+    let mut damaged = saved.clone();
+    // An exponent of the last weight but some.
+    let at = damaged.len() - 4000;
+    damaged[at - at % 4 + 3] ^= 1;
+    fs::write(&weights, damaged).unwrap();
+    refused(&[], &["does not answer as it did", "base"]);
+    fs::write(&weights, saved).unwrap();
+
+    // Words to predict, but not of the losses that have a weight.
+    let own = ["--language-model-weight", "0", "--auto-encode-weight", "0"];
+    let alone = rows_of(
+        "alone.jsonl",
+        "{\"input\": \"An otter.\", \"output_summarize\": \"An otter.\", \"output_predict\": \"\"}\n",
+    );
+    refused(
+        &[&["--train-data", &alone], &own[..]].concat(),
+        &["no row has words to predict", "words of a following text", "1 sampled"],
+    );
+
     // A bare decoder has no head.
     let config = bench.at("base/config.json");
     let text = fs::read_to_string(&config).unwrap();

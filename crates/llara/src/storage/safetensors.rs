@@ -306,6 +306,12 @@ impl SafetensorsWriter {
 
     /// Writes the next declared tensor from f32 values, rounding to its declared type.
     pub(crate) fn write_f32(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        if let Some((.., shape)) = self.declared.as_slice().first()
+            && shape.iter().product::<usize>() != values.len()
+        {
+            let elements = values.len().to_string();
+            return Err(self.wrong_size(name, shape.iter().product(), elements));
+        }
         self.write_parts(name, values.chunks(PART_ELEMENTS).map(Ok))
     }
 
@@ -333,15 +339,21 @@ impl SafetensorsWriter {
             self.write(&bytes)?;
         }
         if done != elements {
-            return Err(Error::new(ErrorKind::Weights, "another size than declared")
-                .tensor(&self.path, name)
-                .expected(elements)
-                .got(done));
+            // Parts after the first one that is too much are not counted.
+            let more = if done > elements { " or more" } else { "" };
+            return Err(self.wrong_size(name, elements, format!("{done}{more}")));
         }
         if self.hashes {
             self.written.push((declared, hasher.finalize()));
         }
         Ok(())
+    }
+
+    fn wrong_size(&self, name: &str, declared: usize, elements: String) -> Error {
+        Error::new(ErrorKind::Weights, "another size than declared")
+            .tensor(&self.path, name)
+            .expected(format!("{declared} elements"))
+            .got(elements)
     }
 
     /// The bytes of a part of a tensor, which starts at element `first`.
@@ -480,6 +492,46 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(theirs.tensor("a").unwrap().dtype(), Dtype::BF16);
+    }
+
+    #[test]
+    fn a_tensor_in_parts_is_that_of_one_piece_and_has_the_declared_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let elements = PART_ELEMENTS + 5;
+        let values: Vec<f32> = (0..elements).map(|i| i as f32 * 0.5).collect();
+        let declared = || vec![("x".to_owned(), Dtype::F32, vec![elements])];
+        let staging = Staging::new(&dir.path().join("model"), "config.json").unwrap();
+        let writer = |name: &str| SafetensorsWriter::create(&staging, name, declared()).unwrap();
+
+        let mut whole = writer("whole.safetensors");
+        whole.write_f32("x", &values).unwrap();
+        let mut parts = writer("parts.safetensors");
+        let uneven =
+            [&values[..7], &values[7..7], &values[7..elements - 1], &values[elements - 1..]];
+        parts.write_parts("x", uneven.map(Ok)).unwrap();
+        for (written, name) in [(whole, "whole"), (parts, "parts")] {
+            written.finish().unwrap().verify(staging.path()).unwrap();
+            let path = staging.path().join(format!("{name}.safetensors"));
+            let read = SafetensorsFile::open(&path).unwrap().read_f32("x").unwrap();
+            assert!(read == values, "{name}");
+        }
+
+        let wrong = |parts: &[&[f32]]| {
+            let parts = parts.iter().map(|part| Ok(*part));
+            writer("wrong.safetensors").write_parts("x", parts).unwrap_err().to_string()
+        };
+        for (error, got) in [
+            (wrong(&[&values[..9]]), "got: 9"),
+            (wrong(&[&values, &values[..1], &values]), &format!("got: {} or more", elements + 1)),
+        ] {
+            assert!(error.contains("another size than declared") && error.contains(got), "{error}");
+        }
+        let short = writer("wrong.safetensors").write_f32("x", &values[1..]).unwrap_err();
+        assert!(short.to_string().contains(&format!("got: {}", elements - 1)), "{short}");
+        let mut with_nan = values.clone();
+        with_nan[PART_ELEMENTS + 3] = f32::NAN;
+        let error = writer("wrong.safetensors").write_f32("x", &with_nan).unwrap_err().to_string();
+        assert!(error.contains(&format!("NaN at element {}", PART_ELEMENTS + 3)), "{error}");
     }
 
     #[test]

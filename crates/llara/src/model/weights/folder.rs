@@ -367,15 +367,16 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// The values of a matrix, some rows at a time, on the host.
+/// The values of an f32 matrix, a part at a time, on the host. The tensors of a parameter are rows of it.
 fn parts<'t, B: Backend>(
     backend: &'t B,
-    matrix: View<'t, B::Tensor>,
+    rows: View<'t, B::Tensor>,
 ) -> impl Iterator<Item = Result<Vec<f32>>> + 't {
-    let (rows, cols) = matrix.shape();
-    let of_part = (PART_ELEMENTS / cols.max(1)).max(1);
-    (0..rows).step_by(of_part).map(move |start| {
-        backend.download_view(matrix.with_rows(start..(start + of_part).min(rows)))
+    let cols = rows.tensor.cols();
+    assert_eq!(rows.cols, cols, "a tensor has whole rows of its parameter");
+    let (start, end) = (rows.row * cols, (rows.row + rows.rows) * cols);
+    (start..end).step_by(PART_ELEMENTS).map(move |start| {
+        backend.read_elements(rows.tensor, start..(start + PART_ELEMENTS).min(end))
     })
 }
 

@@ -225,3 +225,94 @@ impl SavedTensors {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::backend::{Cpu, Dtype as Stored};
+    use crate::model::{DecoderConfig, ParameterValues};
+    use crate::train::flat_layout::FlatLayout;
+    use crate::train::optimizer::AdamWConfig;
+
+    /// A decoder of which two parameters have more elements than are written at a time.
+    fn decoder(cpu: &Cpu) -> Decoder<Cpu> {
+        let config = json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 9000,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "vocab_size": 17_000, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
+        });
+        let config = DecoderConfig::from_json(config.to_string().as_bytes()).unwrap();
+        let mut next = 0u32;
+        Decoder::build(cpu, config, &mut |_, shape| {
+            let values = (0..shape.iter().product::<usize>()).map(|_| {
+                next += 1;
+                next as f32
+            });
+            Ok(ParameterValues::F32(values.collect()))
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn large_tensors_of_several_ranks_are_read_back_in_any_division() {
+        let (cpu, dir) = (Cpu::new(), tempfile::tempdir().unwrap());
+        let mut decoder = decoder(&cpu);
+        let parameters = || decoder.trainable_parameters();
+        let largest = parameters().map(|p| p.values().rows() * p.values().cols()).max().unwrap();
+        assert!(largest > PART_ELEMENTS + 5);
+        let total: usize = parameters().map(|p| p.values().rows() * p.values().cols()).sum();
+        // A number that says where an element is.
+        let first = |at: usize| at as f32 + 0.25;
+        let ranks = 3;
+        for rank in 0..ranks {
+            let layout = FlatLayout::of(&decoder, ranks, 1 << 22);
+            let config = AdamWConfig::default();
+            let mut adamw = AdamW::sharded(&cpu, &mut decoder, config, layout, rank).unwrap();
+            let mut starts = Vec::new();
+            for range in adamw.layout().clone().owned(rank) {
+                starts.extend(range);
+            }
+            let mut starts = starts.into_iter();
+            for owned in adamw.owned_mut() {
+                let values: Vec<f32> =
+                    starts.by_ref().take(owned.slice.elements.len()).map(first).collect();
+                cpu.write_elements(&mut owned.first, 0, &values).unwrap();
+                let second: Vec<f32> = values.iter().map(|x| -x).collect();
+                cpu.write_elements(&mut owned.second, 0, &second).unwrap();
+            }
+            let file = file_name(rank, ranks);
+            write(dir.path(), &file, (&cpu, &decoder), &adamw, true).unwrap();
+        }
+
+        let saved = SavedTensors::open(dir.path(), ranks).unwrap();
+        let mut restored = AdamW::new(&cpu, &mut decoder, AdamWConfig::default()).unwrap();
+        saved.restore_moments(&cpu, &decoder, &mut restored).unwrap();
+        let mut at = 0;
+        for owned in restored.owned() {
+            let (one, two) =
+                (cpu.download(&owned.first).unwrap(), cpu.download(&owned.second).unwrap());
+            for (x, y) in one.into_iter().zip(two) {
+                assert_eq!((x, y), (first(at), -first(at)), "element {at} of {total}");
+                at += 1;
+            }
+        }
+        assert_eq!(at, total);
+
+        let want: Vec<Vec<f32>> =
+            decoder.trainable_parameters().map(|p| cpu.download(p.values()).unwrap()).collect();
+        for parameter in decoder.trainable_parameters_mut() {
+            let (rows, cols) = parameter.values().shape();
+            parameter.set_values(&cpu, cpu.zeros(rows, cols, Stored::F32).unwrap()).unwrap();
+        }
+        saved.restore_weights(&cpu, &mut decoder).unwrap();
+        for (parameter, want) in decoder.trainable_parameters().zip(want) {
+            assert!(
+                cpu.download(parameter.values()).unwrap() == want,
+                "{:?}",
+                parameter.values().shape()
+            );
+        }
+    }
+}

@@ -32,10 +32,11 @@ fn overhead(max_tokens: usize) -> f64 {
 }
 
 /// Chunk sizes by increasing estimated cost. The estimate assumes that the activations of `one_pass` are
-/// proportional to the number of tokens. It reduces the number of dry runs.
-fn candidate_sizes(one_pass: &Plan, budget: u64) -> Vec<usize> {
+/// proportional to the number of tokens; `fixed` is the memory that a run with small chunks needs beside them. It reduces
+/// the number of dry runs.
+fn candidate_sizes(one_pass: &Plan, fixed: u64, budget: u64) -> Vec<usize> {
     let tokens = one_pass.chunks.tokens as f64;
-    let for_activations = budget.saturating_sub(one_pass.training.without_activations()) as f64;
+    let for_activations = budget.saturating_sub(fixed) as f64;
     let tokens_in_budget = tokens * for_activations / one_pass.training.activations.max(1) as f64;
     let cost = |size: usize| {
         let kept = (tokens_in_budget / size as f64).floor() * size as f64;
@@ -82,8 +83,10 @@ impl DryRun {
         if one_pass.training.total() <= budget {
             return Ok(one_pass);
         }
+        let smallest = Chunking { max_tokens: 1, kept_tokens: 0, ..whole };
+        let fixed = self.plan(batch, smallest)?.training.without_activations();
         let mut best: Option<(f64, Plan)> = None;
-        for max_tokens in candidate_sizes(&one_pass, budget) {
+        for max_tokens in candidate_sizes(&one_pass, fixed, budget) {
             let plan = self.keep_most(batch, Chunking { max_tokens, ..whole }, budget)?;
             let cost = plan.work.done_flops as f64 * overhead(max_tokens);
             if plan.training.total() > budget {

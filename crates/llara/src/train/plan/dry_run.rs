@@ -16,7 +16,10 @@ use crate::data::Batch;
 use crate::dist::Solo;
 use crate::loss::{Contrastive, ObjectiveOptions};
 use crate::model::weights::ModelFolder;
-use crate::model::{Decoder, DecoderConfig, Dropout, LoraConfig, ParameterValues};
+use crate::model::{
+    Decoder, DecoderConfig, Dropout, Input, LoraConfig, ParameterValues, SavedTokens,
+    embed_streamed,
+};
 use crate::text::{PromptEncoder, Role};
 use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::pretraining::{
@@ -112,7 +115,15 @@ impl DryRun {
                     trained.attach_zero_adapter(lora)?;
                     drop(adapters);
                 }
-                None => drop(load(&counting, &shape)?),
+                // The saved weights are verified one layer at a time.
+                None => {
+                    let text = shape.prompts.encode(Role::Passage, "", usize::MAX)?;
+                    let batch = Batch::from_sequences([text])?;
+                    let pooled = shape.prompts.template().pooled_tokens;
+                    let input = Input::new(&counting, batch.view(), [pooled], &[0], &[])?;
+                    let zeros = &mut |_: &str, _: &[usize]| Ok(ParameterValues::Zeros(Dtype::F32));
+                    drop(embed_streamed(&counting, &shape.decoder, zeros, &input)?);
+                }
             }
             counting.peak()
         };
@@ -174,18 +185,22 @@ impl DryRun {
         let pooled = self.shape.prompts.template().pooled_tokens;
         let (group, dimension) = (self.shape.group, self.shape.decoder.hidden_size);
         let (gradients, moments) = (self.gradients as u64, self.moments as u64);
+        let training = Parts {
+            weights: self.weights as u64,
+            gradients,
+            optimizer: group.map_or(moments, |group| group.optimizer(moments)),
+            activations: counted.peak.saturating_sub(fixed) as u64,
+            workspace,
+            communication: group.map_or(0, |group| group.communication(gradients, dimension)),
+            process,
+        };
         Ok(Plan {
-            training: Parts {
-                weights: self.weights as u64,
-                gradients,
-                optimizer: group.map_or(moments, |group| group.optimizer(moments)),
-                activations: counted.peak.saturating_sub(fixed) as u64,
-                workspace,
-                communication: group.map_or(0, |group| group.communication(gradients, dimension)),
-                process,
-            },
+            training,
             loading_bytes: process + self.loading as u64 + host,
-            saving_bytes: process + self.saving as u64 + host,
+            saving_bytes: match self.saved_table_bytes() {
+                Some(table) => training.total() + table,
+                None => process + self.saving as u64 + host,
+            },
             evaluation_bytes: self.evaluation_bytes(),
             chunks: Chunks {
                 chunking,
@@ -274,6 +289,7 @@ impl DryRun {
     ) -> Result<PlannedInput> {
         let prompts = &self.shape.prompts;
         let (prefix, suffix) = prompts.affixes(Role::Passage);
+        let (_, query_suffix) = prompts.affixes(Role::Query);
         let sequence = |ids, labels, objective| {
             let targets = vec![0];
             TrainingSequence { ids, labels, objective, targets }
@@ -282,6 +298,10 @@ impl DryRun {
         let sequences: Vec<&[u32]> = batch.sequences().collect();
         let rows = batch.trees().map(|tree| {
             let root = sequences[tree.start];
+            // Where queries begin otherwise than passages, the two sequences of a text share nothing.
+            if suffix != query_suffix && root.ends_with(query_suffix) {
+                return vec![sequence(root.to_vec(), 0..0, SetObjective::AutoRegress)];
+            }
             let end = root.len().saturating_sub(suffix.len()).max(1);
             let labels = prefix.len().clamp(1, end)..end;
             let passage = sequence(root.to_vec(), labels, SetObjective::AutoEncode);
@@ -311,7 +331,22 @@ impl DryRun {
         self.shape.process_bytes + (self.evaluation + workspace + host) as u64
     }
 
-    /// Host memory while a tensor is read or written: the bytes of the largest one in the file and as f32.
+    /// Host memory while a checkpoint of an adapter with the whole embedding table is written: the table of the base
+    /// model from memory and from its file, and the merged one. `None`: no such table is saved.
+    fn saved_table_bytes(&self) -> Option<u64> {
+        let decoder = &self.shape.decoder;
+        match &self.shape.lora {
+            Some(lora)
+                if lora.saved_tokens == SavedTokens::ModulesToSave
+                    && !lora.trained_tokens.is_empty() =>
+            {
+                Some(12 * (decoder.vocab_size * decoder.hidden_size) as u64)
+            }
+            _ => None,
+        }
+    }
+
+    /// Host memory while a tensor is read: the bytes of the largest one in the file and as f32.
     fn host_bytes(&self) -> u64 {
         let tensors = self.model.decoder().tensors();
         tensors.map(|tensor| tensor.elements()).max().unwrap_or(0) as u64 * 8

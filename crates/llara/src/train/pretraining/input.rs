@@ -129,15 +129,16 @@ fn check(row: usize, sequences: &[TrainingSequence], bag_rows: usize) -> Result<
         ));
     }
     for TrainingSequence { ids, labels, targets, .. } in sequences {
+        let rows = output_rows(ids.len(), labels, bag_rows);
         if !labels.is_empty() && (labels.start == 0 || labels.end > ids.len()) {
             return Err(bad("labels beyond the sequence")
                 .expected(format!("positions from 1 to {}", ids.len().saturating_sub(1)))
                 .got(format!("{labels:?}")));
         }
-        if !targets.is_empty() && (bag_rows == 0 || bag_rows > ids.len()) {
+        if !targets.is_empty() && (bag_rows == 0 || bag_rows > rows) {
             return Err(bad("a sequence without room for the pooled tokens")
-                .expected(format!("at least {} tokens, of which some are pooled", bag_rows.max(1)))
-                .got(format!("{} tokens, {bag_rows} pooled", ids.len())));
+                .expected(format!("at least {} tokens, labels before them", bag_rows.max(1)))
+                .got(format!("{} tokens, labels {labels:?}, {bag_rows} pooled", ids.len())));
         }
     }
     Ok(())

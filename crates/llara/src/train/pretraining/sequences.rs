@@ -48,7 +48,7 @@ impl PretrainingEncoder {
     /// Prepares the template of `prompts`.
     ///
     /// # Errors
-    /// A suffix is empty, both suffixes are equal, `cutoff_len` leaves no token for the text, or a setting is out
+    /// A suffix is empty, prefix and suffix of queries equal those of passages, `cutoff_len` leaves no token for the text, or a setting is out
     /// of its range.
     pub fn new(prompts: Arc<PromptEncoder>, options: &PretrainingOptions) -> Result<Self> {
         options.weights.check()?;
@@ -57,7 +57,7 @@ impl PretrainingEncoder {
             [Role::Query, Role::Passage].map(|role| prompts.affixes(role));
         let unfit = |what: &str| {
             Error::new(ErrorKind::Argument, what)
-                .expected("a template with different suffixes for queries and passages")
+                .expected("a template whose queries and passages differ and end in a suffix")
                 .got(format!("template `{}`", template.name))
                 .hint("use the template llara, or define one in a TOML file")
         };

@@ -123,8 +123,9 @@ impl Job<'_> {
         let out = Region { place: self.out, row: 0, column: 0 };
         let sums = match with_sums {
             true => {
-                let sums = scratch.sums.cells(rows.len() * COLUMNS).as_mut_ptr().cast::<f32>();
-                let place = Place::Single(sums, COLUMNS);
+                let stride = columns.len().next_multiple_of(NR);
+                let sums = scratch.sums.cells(rows.len() * stride).as_mut_ptr().cast::<f32>();
+                let place = Place::Single(sums, stride);
                 Region { place, row: rows.start, column: columns.start }
             }
             false => out,
