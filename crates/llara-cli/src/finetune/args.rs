@@ -63,9 +63,9 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) objective: ObjectiveArgs,
     #[command(flatten)]
-    pub(super) distributed: DistributedArgs,
-    #[command(flatten)]
     pub(crate) common: CommonArgs,
+    #[command(flatten)]
+    pub(super) distributed: DistributedArgs,
 }
 
 #[derive(clap::Args)]
