@@ -41,6 +41,7 @@ fn shape() -> RunShape {
         group: None,
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
+        saves_merged: false,
     }
 }
 
@@ -164,6 +165,18 @@ fn products_of_bf16_need_sums_of_up_to_2048_rows_in_every_thread() {
         let (_, half) = workspace(Dtype::Bf16, rows, threads);
         assert_eq!(half - single, threads * sums(tokens), "{tokens} tokens, {threads} threads");
     }
+}
+
+#[test]
+fn a_merged_model_is_saved_in_f32() {
+    let lora = LoraConfig { rank: 4, ..LoraConfig::default() };
+    let shape = RunShape { lora: Some(lora), precision: Dtype::Bf16, ..shape() };
+    let saving = |saves_merged| {
+        one_pass(RunShape { saves_merged, ..shape.clone() }, &batch(2, 2)).saving_bytes
+    };
+    let full = one_pass(RunShape { lora: None, ..shape.clone() }, &batch(2, 2)).training.weights;
+    // The matrices of the adapted model are bf16.
+    assert!(saving(true) > saving(false) + full / 3, "{} {}", saving(true), saving(false));
 }
 
 /// The workspace of one pass is larger than the whole budget; that of chunks is not.

@@ -507,6 +507,7 @@ fn shape(dtype: Dtype) -> RunShape {
         group: None,
         memory: Cpu::new().memory(),
         process_bytes: 1 << 20,
+        saves_merged: false,
     }
 }
 

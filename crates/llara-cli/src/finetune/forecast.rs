@@ -28,6 +28,7 @@ pub(crate) fn forecast(
         group: group_shape(config, processes, args.has_cross_device_negatives()),
         memory: prepared.backend.memory(),
         process_bytes: 0,
+        saves_merged: args.common.lora.save_merged_lora_model,
     };
     let batch = LargestBatch::of_run(dataset, &shape.prompts, config, shape.dedups_sequences())?;
     let remedies = Remedies {

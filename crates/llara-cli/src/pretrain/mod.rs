@@ -129,6 +129,7 @@ pub(super) fn forecast<B: Backend>(
         group: group_shape(config, processes, false),
         memory: prepared.backend.memory(),
         process_bytes: 0,
+        saves_merged: args.common.lora.save_merged_lora_model,
     };
     let batch = LargestBatch::of_pretraining(data, prompts, config, options)?;
     let remedies = Remedies {

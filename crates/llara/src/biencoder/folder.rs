@@ -281,7 +281,7 @@ impl<B: Backend> BiEncoderModel<B> {
         let backend = &self.backend;
         let files = WeightFiles::open(dir)?;
         let saved = Probes::take_streamed(self, &mut |name, _| {
-            Ok(ParameterValues::F32(files.read_f32(&self.folder.name_in_files(name))?))
+            files.values(&self.folder.name_in_files(name), Dtype::F32)
         })?;
         saved.check_tokens(&outline.prompts, loader.recipe())?;
         let tensors: HashMap<_, _> =

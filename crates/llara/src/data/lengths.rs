@@ -4,6 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+/// Tokens of a text of which more are not counted, where lengths are measured on a sample: a longer text has this length.
+/// Tokenizing a text of many megabytes would take minutes.
+pub const LONGEST_MEASURED: usize = 1 << 14;
+
 /// How many texts have each length. Its memory grows with the number of different lengths.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Lengths {

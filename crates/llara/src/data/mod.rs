@@ -19,7 +19,7 @@ pub use batch::{Batch, BatchView};
 pub use dataset::{BadRows, DataFile, Dataset, Skipped};
 pub use file_batches::FileRows;
 pub(crate) use files::{data_files, open_data_file, read_rows};
-pub use lengths::{Histogram, LengthSummary, Lengths};
+pub use lengths::{Histogram, LONGEST_MEASURED, LengthSummary, Lengths};
 pub use pieces::PieceLength;
 pub(crate) use prefetch::{Prefetched, prefetch};
 pub use pretraining::{PretrainingData, PretrainingRow, first_characters};

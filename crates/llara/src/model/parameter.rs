@@ -8,17 +8,19 @@ use rayon::prelude::*;
 use crate::backend::{Accumulate, Backend, Dtype, PreparedWeight, Shape, View, ViewMut, WeightUse};
 use crate::{Error, ErrorKind, Result};
 
-/// Values of a tensor of the weight files, in host memory, in row-major order.
-pub enum ParameterValues {
+/// Values of a tensor of the weight files, in row-major order.
+pub enum ParameterValues<'v> {
     /// Single precision.
     F32(Vec<f32>),
     /// bfloat16.
     Bf16(Vec<bf16>),
     /// Zeros, which need no host memory.
     Zeros(Dtype),
+    /// Consecutive whole rows, which are rounded to the dtype. One part is in host memory at a time.
+    Parts(Dtype, Box<dyn Iterator<Item = Result<Vec<f32>>> + 'v>),
 }
 
-impl ParameterValues {
+impl ParameterValues<'_> {
     /// The values, rounded to `dtype`.
     pub fn rounded(values: Vec<f32>, dtype: Dtype) -> Self {
         match dtype {
@@ -33,7 +35,7 @@ impl ParameterValues {
         match self {
             ParameterValues::F32(_) => Dtype::F32,
             ParameterValues::Bf16(_) => Dtype::Bf16,
-            ParameterValues::Zeros(dtype) => *dtype,
+            ParameterValues::Zeros(dtype) | ParameterValues::Parts(dtype, _) => *dtype,
         }
     }
 }
@@ -181,15 +183,31 @@ impl<B: Backend> Parameter<B> {
                 }
                 (none, values) => none.insert(backend.zeros(rows, cols, values.dtype())?),
             };
-            let to = match kind {
-                Kind::Vector => matrix.view_mut().with_cols(part.range.clone()),
-                Kind::Stacked | Kind::Table => matrix.view_mut().with_rows(part.range.clone()),
+            // Rows of a matrix, or elements of a vector.
+            let mut copy = |values: ParameterValues<'_>, range: Range<usize>| {
+                let to = match kind {
+                    Kind::Vector => matrix.view_mut().with_cols(range),
+                    Kind::Stacked | Kind::Table => matrix.view_mut().with_rows(range),
+                };
+                match &values {
+                    ParameterValues::F32(values) => backend.upload_into(values, to),
+                    ParameterValues::Bf16(values) => backend.upload_into(&values[..], to),
+                    ParameterValues::Zeros(_) | ParameterValues::Parts(..) => Ok(()),
+                }
             };
-            match &values {
-                ParameterValues::F32(values) => backend.upload_into(values, to)?,
-                ParameterValues::Bf16(values) => backend.upload_into(&values[..], to)?,
-                ParameterValues::Zeros(_) => {}
+            let ParameterValues::Parts(dtype, of_file) = values else {
+                copy(values, part.range.clone())?;
+                continue;
+            };
+            let unit = if kind == Kind::Vector { 1 } else { cols.max(1) };
+            let mut start = part.range.start;
+            for values in of_file {
+                let values = values?;
+                let end = start + values.len() / unit;
+                copy(ParameterValues::rounded(values, dtype), start..end)?;
+                start = end;
             }
+            assert_eq!(start, part.range.end, "{}: the parts are the whole tensor", part.name);
         }
         let Some(matrix) = matrix else { unreachable!("a parameter has a part") };
         let purpose = match kind {
@@ -447,4 +465,4 @@ impl<B: Backend> Parameter<B> {
 }
 
 /// A source of the values of a decoder's tensors, by name and shape in files.
-pub type Values<'v> = dyn FnMut(&str, &[usize]) -> Result<ParameterValues> + 'v;
+pub type Values<'v> = dyn FnMut(&str, &[usize]) -> Result<ParameterValues<'v>> + 'v;

@@ -109,13 +109,33 @@ impl SafetensorsFile {
 
     /// The bytes of a tensor, in the file's number format.
     pub(crate) fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for part in self.parts(name)? {
+            bytes.extend_from_slice(&part?);
+        }
+        Ok(bytes)
+    }
+
+    /// The same in consecutive parts of whole rows.
+    ///
+    /// # Errors
+    /// There is no such tensor. An item is an error if it cannot be read.
+    pub(crate) fn parts(
+        &self,
+        name: &str,
+    ) -> Result<impl Iterator<Item = Result<Vec<u8>>> + use<'_>> {
         let info = self.info(name).ok_or_else(|| {
             Error::new(ErrorKind::Weights, "no such tensor").tensor(&self.path, name)
         })?;
         let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        self.read_at(start, &mut bytes)?;
-        Ok(bytes)
+        let row = info.shape.iter().skip(1).product::<usize>().max(1);
+        let rows = (PART_ELEMENTS / row).max(1);
+        let part = (rows * row * info.dtype.bitsize() / 8).max(1);
+        Ok((start..end).step_by(part).map(move |at| {
+            let mut bytes = vec![0; part.min(end - at)];
+            self.read_at(at, &mut bytes)?;
+            Ok(bytes)
+        }))
     }
 
     /// Fills `bytes` from an offset of the data.
@@ -157,12 +177,14 @@ impl SafetensorsFile {
             .hint("load the model again; write a new model to another folder"))
     }
 
-    /// A tensor as f32.
+    /// A tensor as f32, in consecutive parts of whole rows.
     ///
     /// # Errors
-    /// The tensor's type is not f32, f16 or bf16, or it contains NaN or infinity.
-    pub(crate) fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
-        let bytes = self.read_bytes(name)?;
+    /// The tensor's type is not f32, f16 or bf16. An item is an error if it cannot be read or contains NaN or infinity.
+    pub(crate) fn parts_f32(
+        &self,
+        name: &str,
+    ) -> Result<impl Iterator<Item = Result<Vec<f32>>> + use<'_>> {
         let dtype = self.info(name).map_or(Dtype::F32, |info| info.dtype);
         if !is_readable(dtype) {
             return Err(Error::new(ErrorKind::Weights, "weights of an unsupported type")
@@ -170,13 +192,40 @@ impl SafetensorsFile {
                 .expected("F32, F16 or BF16")
                 .got(format!("{dtype:?}")));
         }
-        let values = to_f32(&bytes, dtype);
-        if let Some(at) = values.iter().position(|x| !x.is_finite()) {
-            return Err(Error::new(ErrorKind::Weights, "weights that are not finite")
+        let (mut first, name) = (0, name.to_owned());
+        let parts = self.parts(&name)?;
+        Ok(parts.map(move |bytes| {
+            let values = to_f32(&bytes?, dtype);
+            if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+                return Err(Error::new(ErrorKind::Weights, "weights that are not finite")
+                    .tensor(&self.path, &name)
+                    .expected("finite numbers")
+                    .got(format!("{} at element {}", values[at], first + at))
+                    .hint(
+                        "the training run that wrote this file had diverged: use an earlier one",
+                    ));
+            }
+            first += values.len();
+            Ok(values)
+        }))
+    }
+
+    /// A tensor as f32.
+    ///
+    /// # Errors
+    /// As of [`parts_f32`](Self::parts_f32), and if there is no memory for it.
+    pub(crate) fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let parts = self.parts_f32(name)?;
+        let elements = self.info(name).map_or(0, |info| info.shape.iter().product::<usize>());
+        let mut values = Vec::new();
+        values.try_reserve_exact(elements).map_err(|error| {
+            Error::new(ErrorKind::Weights, "there is no memory for the weights")
                 .tensor(&self.path, name)
-                .expected("finite numbers")
-                .got(format!("{} at element {at}", values[at]))
-                .hint("the training run that wrote this file had diverged: use an earlier one"));
+                .got(format!("{elements} elements"))
+                .because(error)
+        })?;
+        for part in parts {
+            values.extend_from_slice(&part?);
         }
         Ok(values)
     }
@@ -323,25 +372,60 @@ impl SafetensorsWriter {
         parts: impl IntoIterator<Item = Result<V>>,
     ) -> Result<()> {
         let declared = self.next(name)?;
-        let (dtype, elements) = (declared.1, declared.2.iter().product::<usize>());
+        let dtype = declared.1;
+        let mut done = 0;
+        let (path, bits) = (self.path.clone(), dtype.bitsize());
+        let encoded = parts.into_iter().map(|part| {
+            let part = part?;
+            let bytes = encoded(&path, name, dtype, (done, part.as_ref()))?;
+            done += part.as_ref().len();
+            Ok(bytes)
+        });
+        self.write(declared, bits, encoded)
+    }
+
+    /// Writes the next declared tensor from bytes of its declared type.
+    #[cfg(test)]
+    pub(crate) fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let declared = self.next(name)?;
+        let bits = declared.1.bitsize();
+        self.write(declared, bits, [Ok(bytes.to_vec())])
+    }
+
+    /// Copies the next declared tensor, which has the same type and shape in `file`.
+    pub(crate) fn copy_from(&mut self, name: &str, file: &SafetensorsFile) -> Result<()> {
+        let declared = self.next(name)?;
+        let bits = declared.1.bitsize();
+        self.write(declared, bits, file.parts(name)?)
+    }
+
+    /// Writes the bytes of a tensor, whose elements have so many bits.
+    fn write(
+        &mut self,
+        declared: Declaration,
+        bits: usize,
+        parts: impl IntoIterator<Item = Result<Vec<u8>>>,
+    ) -> Result<()> {
+        let elements = declared.2.iter().product::<usize>();
         let mut hasher = blake3::Hasher::new();
         let mut done = 0;
-        for part in parts {
-            let part = part?;
-            let bytes = self.encoded(name, dtype, (done, part.as_ref()))?;
-            done += part.as_ref().len();
+        for bytes in parts {
+            let bytes = bytes?;
+            done += 8 * bytes.len() / bits;
             if done > elements {
                 break;
             }
             if self.hashes {
                 hasher.update(&bytes);
             }
-            self.write(&bytes)?;
+            self.file
+                .write_all(&bytes)
+                .map_err(|e| write_failed("write weights", &self.path, e))?;
         }
         if done != elements {
             // Parts after the first one that is too much are not counted.
             let more = if done > elements { " or more" } else { "" };
-            return Err(self.wrong_size(name, elements, format!("{done}{more}")));
+            return Err(self.wrong_size(&declared.0, elements, format!("{done}{more}")));
         }
         if self.hashes {
             self.written.push((declared, hasher.finalize()));
@@ -356,38 +440,6 @@ impl SafetensorsWriter {
             .got(elements)
     }
 
-    /// The bytes of a part of a tensor, which starts at element `first`.
-    fn encoded(&self, name: &str, dtype: Dtype, (first, part): (usize, &[f32])) -> Result<Vec<u8>> {
-        from_f32(part, dtype).map_err(|at| {
-            let value = part[at];
-            let (what, hint) = if value.is_finite() {
-                ("a weight is too large for the file's number format", "save as f32 or bf16")
-            } else {
-                ("a weight is not finite: training has diverged", "lower the learning rate")
-            };
-            Error::new(ErrorKind::Numeric, what)
-                .tensor(&self.path, name)
-                .expected(format!("a finite {dtype:?}"))
-                .got(format!("{value} at element {}", first + at))
-                .hint(hint)
-        })
-    }
-
-    /// Writes the next declared tensor from bytes of its declared type.
-    pub(crate) fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let declared = self.next(name)?;
-        let (dtype, elements) = (declared.1, declared.2.iter().product::<usize>());
-        if elements * dtype.bitsize() / 8 != bytes.len() {
-            return Err(Error::new(ErrorKind::Weights, "another size than declared")
-                .tensor(&self.path, name)
-                .got(format!("{} bytes", bytes.len())));
-        }
-        if self.hashes {
-            self.written.push((declared, blake3::hash(bytes)));
-        }
-        self.write(bytes)
-    }
-
     fn next(&mut self, name: &str) -> Result<Declaration> {
         match self.declared.next() {
             Some(declared) if declared.0 == name => Ok(declared),
@@ -395,10 +447,6 @@ impl SafetensorsWriter {
                 .tensor(&self.path, name)
                 .expected(other.map_or("the end of the file".to_owned(), |(name, ..)| name))),
         }
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| write_failed("write weights", &self.path, e))
     }
 
     /// Writes what is buffered. The file is not flushed to the disk: [`Staging::commit`] and the manifest of a
@@ -413,6 +461,28 @@ impl SafetensorsWriter {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(WrittenFile { name, tensors: self.written })
     }
+}
+
+/// The bytes of a part of a tensor, which starts at element `first`.
+fn encoded(
+    path: &Path,
+    name: &str,
+    dtype: Dtype,
+    (first, part): (usize, &[f32]),
+) -> Result<Vec<u8>> {
+    from_f32(part, dtype).map_err(|at| {
+        let value = part[at];
+        let (what, hint) = if value.is_finite() {
+            ("a weight is too large for the file's number format", "save as f32 or bf16")
+        } else {
+            ("a weight is not finite: training has diverged", "lower the learning rate")
+        };
+        Error::new(ErrorKind::Numeric, what)
+            .tensor(path, name)
+            .expected(format!("a finite {dtype:?}"))
+            .got(format!("{value} at element {}", first + at))
+            .hint(hint)
+    })
 }
 
 #[cfg(test)]

@@ -62,10 +62,9 @@ impl PromptEncoder {
     pub fn encode(&self, role: Role, text: &str, max_len: usize) -> Result<Vec<u32>> {
         self.check_max_len(role, max_len)?;
         let affixes = self.affix_ids(role);
-        let text_ids = self.tokenizer.encode(text, false)?;
-        let kept = &text_ids[..text_ids.len().min(max_len - affixes.len())];
-        self.check_ids(kept)?;
-        let ids = [&affixes.prefix, kept, &affixes.suffix].concat();
+        let kept = self.tokenizer.encode_first(text, max_len - affixes.len())?;
+        self.check_ids(&kept)?;
+        let ids = [&affixes.prefix[..], &kept, &affixes.suffix].concat();
         if ids.is_empty() {
             return Err(Error::new(ErrorKind::Data, format!("a {role} has no tokens"))
                 .got(format!("{text:?} in template `{}`", self.template.name))
@@ -79,8 +78,7 @@ impl PromptEncoder {
     /// # Errors
     /// A token is not in the model's vocabulary.
     pub fn encode_text(&self, text: &str, max_tokens: usize) -> Result<Vec<u32>> {
-        let mut ids = self.tokenizer.encode(text, false)?;
-        ids.truncate(max_tokens);
+        let ids = self.tokenizer.encode_first(text, max_tokens)?;
         self.check_ids(&ids)?;
         Ok(ids)
     }

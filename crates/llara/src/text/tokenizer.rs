@@ -11,6 +11,13 @@ use tokenizers::{AddedToken, Tokenizer};
 use crate::storage::{OutputFile, read_limited};
 use crate::{Error, ErrorKind, Result};
 
+/// Bytes of a text of which one token is expected at least.
+const BYTES_PER_TOKEN: usize = 16;
+/// Further bytes that are tokenized.
+const MARGIN_BYTES: usize = 4096;
+/// Tokens before a cut that are not used.
+const MARGIN_TOKENS: usize = 64;
+
 /// A tokenizer. Truncation and padding that are stored in the file are disabled.
 #[derive(Clone)]
 pub struct TextTokenizer {
@@ -80,6 +87,31 @@ impl TextTokenizer {
         let encoding =
             guarded(|| self.inner.encode_fast(text, with_special_tokens)).map_err(cannot_encode)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The first `count` ids of `text`, or all if there are fewer. Only the beginning of a long text is tokenized, so
+    /// that memory and time do not depend on what is cut.
+    ///
+    /// # Errors
+    /// The tokenizer cannot encode the text.
+    pub fn encode_first(&self, text: &str, count: usize) -> Result<Vec<u32>> {
+        self.encode_beginning(text, count, count.saturating_mul(BYTES_PER_TOKEN))
+    }
+
+    /// [`encode_first`](Self::encode_first), which tokenizes `bytes` of the text, and more if that is not enough.
+    fn encode_beginning(&self, text: &str, count: usize, mut bytes: usize) -> Result<Vec<u32>> {
+        bytes = bytes.saturating_add(MARGIN_BYTES);
+        loop {
+            let whole = text.len() / 2 <= bytes;
+            let beginning = if whole { text } else { beginning(text, bytes) };
+            let mut ids = self.encode(beginning, false)?;
+            // Where the text is cut, the last tokens may be others than in the whole text.
+            if whole || ids.len() >= count.saturating_add(MARGIN_TOKENS) {
+                ids.truncate(count);
+                return Ok(ids);
+            }
+            bytes = bytes.saturating_mul(4);
+        }
     }
 
     /// The special tokens that the post-processor prepends to a text: BOS or none.
@@ -315,9 +347,18 @@ fn write_file(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
+/// At most about `bytes` bytes of `text`, up to white space if there is any in the last half of them.
+fn beginning(text: &str, bytes: usize) -> &str {
+    let bytes = text.floor_char_boundary(bytes);
+    let half = text.floor_char_boundary(bytes / 2);
+    let space = text[half..bytes].rfind(char::is_whitespace);
+    &text[..space.map_or(bytes, |at| half + at)]
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::path::PathBuf;
 
     use super::*;
     use crate::text::train_bpe;
@@ -326,6 +367,58 @@ mod tests {
     fn small() -> TextTokenizer {
         let texts = ["the cat sat on the mat", "a cat and a mat", "the mat sat"].map(String::from);
         train_bpe(texts.into_iter(), 300, &[]).unwrap()
+    }
+
+    /// Words, runs of one letter, white space, digits and other scripts.
+    fn long_text() -> String {
+        let mut state = 7u32;
+        let mut next = |below: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) % below
+        };
+        let mut text = String::new();
+        while text.len() < 60_000 {
+            match next(8) {
+                0 => text.push_str("the cat sat"),
+                1 => text.push_str(&"a".repeat(next(300) as usize)),
+                2 => text.push_str(&" ".repeat(next(40) as usize)),
+                3 => text.push_str("\n\t "),
+                4 => text.push_str(&next(1_000_000).to_string()),
+                5 => text.push_str("größer, 汉字没有空格 и слова "),
+                6 => text.push_str(" mats’ e\u{301}"),
+                _ => text.push_str(". And "),
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn the_first_ids_of_a_long_text_are_those_of_the_whole() {
+        let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        let names = ["llama-gqa", "llama-mha", "llama3-rope", "mistral", "qwen2", "qwen3"];
+        let fixtures = names.map(|name| TextTokenizer::from_folder(fixtures.join(name)).unwrap());
+        let text = long_text();
+        for tokenizer in fixtures.iter().chain([&small()]) {
+            let all = tokenizer.encode(&text, false).unwrap();
+            for count in [0, 1, 30, 200, 1000, all.len() - 1, all.len(), usize::MAX] {
+                let want = &all[..all.len().min(count)];
+                assert_eq!(tokenizer.encode_first(&text, count).unwrap(), want, "{count}");
+                // Several attempts are needed.
+                assert_eq!(tokenizer.encode_beginning(&text, count, 0).unwrap(), want, "{count}");
+            }
+        }
+        // A word that is longer than what is tokenized first.
+        let word = "ab".repeat(100_000);
+        let all = small().encode(&word, false).unwrap();
+        assert_eq!(small().encode_first(&word, 9).unwrap(), all[..9]);
+    }
+
+    #[test]
+    fn the_beginning_of_a_text_ends_at_white_space_or_a_character() {
+        assert_eq!(beginning("one two three", 9), "one two");
+        assert_eq!(beginning("onetwothree", 5), "onetw");
+        assert_eq!(beginning("äöü", 3), "ä");
+        assert_eq!(beginning("one", 99), "one");
     }
 
     fn saved(tokenizer: &TextTokenizer) -> tempfile::TempDir {

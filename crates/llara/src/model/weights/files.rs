@@ -6,6 +6,8 @@ use std::path::{Component, Path, PathBuf};
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 
+use crate::backend::Dtype;
+use crate::model::ParameterValues;
 use crate::storage::{INDEX_FILE, SafetensorsFile, WEIGHTS_FILE};
 use crate::{Error, ErrorKind, Result};
 
@@ -130,6 +132,17 @@ impl WeightFiles {
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         match self.file_of(name) {
             Some(file) => file.read_f32(name),
+            None => Err(Error::new(ErrorKind::Weights, format!("there is no tensor `{name}`"))),
+        }
+    }
+
+    /// A tensor, rounded to `dtype` as it is read.
+    ///
+    /// # Errors
+    /// As of [`read_f32`](Self::read_f32).
+    pub(crate) fn values(&self, name: &str, dtype: Dtype) -> Result<ParameterValues<'_>> {
+        match self.file_of(name) {
+            Some(file) => Ok(ParameterValues::Parts(dtype, Box::new(file.parts_f32(name)?))),
             None => Err(Error::new(ErrorKind::Weights, format!("there is no tensor `{name}`"))),
         }
     }

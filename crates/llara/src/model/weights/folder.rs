@@ -308,13 +308,20 @@ impl ModelFolder {
             ));
         };
         if info.dtype == dtype && info.shape == shape {
-            return writer.write_bytes(name, &file.read_bytes(name)?);
+            return writer.copy_from(name, file);
         }
-        let mut values = file.read_f32(name)?;
         let rows = info.shape.first().copied().unwrap_or(1);
-        let grown = shape.first().copied().unwrap_or(1);
-        values.extend(new_rows(&values, rows, grown - rows));
-        writer.write_f32(name, &values)
+        let added = shape.first().copied().unwrap_or(1) - rows;
+        if added == 0 {
+            return writer.write_parts(name, file.parts_f32(name)?);
+        }
+        let mut statistics = RowStatistics::new(rows, info.shape.iter().skip(1).product());
+        file.parts_f32(name)?.try_for_each(|part| {
+            statistics.add(&part?);
+            Ok::<(), Error>(())
+        })?;
+        let added = std::iter::once_with(|| Ok(statistics.new_rows(added)));
+        writer.write_parts(name, file.parts_f32(name)?.chain(added))
     }
 
     fn config_for<B: Backend>(&self, decoder: &Decoder<B>, dtype: SaveDtype) -> Value {
@@ -385,25 +392,49 @@ fn named<B: Backend>(decoder: &Decoder<B>) -> HashMap<String, NamedTensor<'_, B>
     decoder.tensors().map(|tensor| (tensor.name().to_owned(), tensor)).collect()
 }
 
-/// Rows for new tokens: the mean of the existing rows, plus noise of a tenth of their standard deviation, so
-/// that no two are equal.
+/// Rows for new tokens, from a whole table: see [`RowStatistics::new_rows`].
 fn new_rows(table: &[f32], rows: usize, count: usize) -> Vec<f32> {
-    let cols = table.len() / rows.max(1);
-    let mut mean = vec![0.0f64; cols];
-    let mut square = 0.0f64;
-    for row in table.chunks_exact(cols.max(1)) {
-        for (mean, &x) in mean.iter_mut().zip(row) {
-            *mean += f64::from(x) / rows as f64;
-            square += f64::from(x) * f64::from(x) / table.len() as f64;
+    let mut statistics = RowStatistics::new(rows, table.len() / rows.max(1));
+    statistics.add(table);
+    statistics.new_rows(count)
+}
+
+/// The mean of the rows of a table, and the mean square of its elements.
+struct RowStatistics {
+    rows: usize,
+    mean: Vec<f64>,
+    square: f64,
+}
+
+impl RowStatistics {
+    fn new(rows: usize, cols: usize) -> Self {
+        RowStatistics { rows, mean: vec![0.0; cols], square: 0.0 }
+    }
+
+    /// Adds whole rows of the table.
+    fn add(&mut self, part: &[f32]) {
+        let cols = self.mean.len();
+        let elements = (self.rows * cols) as f64;
+        for row in part.chunks_exact(cols.max(1)) {
+            for (mean, &x) in self.mean.iter_mut().zip(row) {
+                *mean += f64::from(x) / self.rows as f64;
+                self.square += f64::from(x) * f64::from(x) / elements;
+            }
         }
     }
-    let mean_square = mean.iter().map(|m| m * m).sum::<f64>() / cols.max(1) as f64;
-    let noise = 0.1 * (square - mean_square).max(0.0).sqrt();
-    let mut generator = ChaCha8Rng::seed_from_u64(rows as u64);
-    (0..count)
-        .flat_map(|_| mean.iter())
-        .map(|m| (m + noise * f64::from(standard_normal(&mut generator))) as f32)
-        .collect()
+
+    /// Rows for new tokens: the mean of the existing rows, plus noise of a tenth of their standard deviation, so
+    /// that no two are equal.
+    fn new_rows(&self, count: usize) -> Vec<f32> {
+        let mean_square =
+            self.mean.iter().map(|m| m * m).sum::<f64>() / self.mean.len().max(1) as f64;
+        let noise = 0.1 * (self.square - mean_square).max(0.0).sqrt();
+        let mut generator = ChaCha8Rng::seed_from_u64(self.rows as u64);
+        (0..count)
+            .flat_map(|_| self.mean.iter())
+            .map(|m| (m + noise * f64::from(standard_normal(&mut generator))) as f32)
+            .collect()
+    }
 }
 
 fn carry_files(from: &Path, staging: &Staging) -> Result<()> {

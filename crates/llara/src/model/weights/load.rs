@@ -44,9 +44,8 @@ pub fn load_decoder<B: Backend>(
     let prefix = prefix_of(files);
     compare(files, prefix, &config.parameter_shapes()?)?;
     Decoder::build(backend, config.clone(), &mut |name, shape| {
-        let values = files.read_f32(&format!("{prefix}{name}"))?;
         let dtype = if shape.len() == 2 { matrices } else { Dtype::F32 };
-        Ok(ParameterValues::rounded(values, dtype))
+        files.values(&format!("{prefix}{name}"), dtype)
     })
 }
 
@@ -80,7 +79,7 @@ pub(crate) fn load_head<B: Backend>(
                 .got(format!("{:?} in {:?}", info.shape, info.dtype)));
         }
     }
-    decoder.attach_head(backend, &mut |name, _| Ok(ParameterValues::F32(files.read_f32(name)?)))
+    decoder.attach_head(backend, &mut |name, _| files.values(name, Dtype::F32))
 }
 
 /// A decoder initialized as a new model of Hugging Face: matrices from a normal

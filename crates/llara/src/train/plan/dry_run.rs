@@ -29,6 +29,9 @@ use crate::train::pretraining::{
 use crate::train::step::{Chunking, accumulate_gradients};
 use crate::train::step_input::StepInput;
 
+/// Host memory of a part of a tensor while it is read: its bytes in the file, as f32, and rounded.
+const PART_BYTES: u64 = 10 << 20;
+
 /// The properties of a run, other than the batch, that determine its memory and work.
 #[derive(Clone)]
 pub struct RunShape {
@@ -52,6 +55,8 @@ pub struct RunShape {
     pub memory: DeviceMemory,
     /// Memory of the process before the weights are read, in bytes.
     pub process_bytes: u64,
+    /// Whether the model with the merged adapter is saved too.
+    pub saves_merged: bool,
 }
 
 /// The task of a run, as far as it determines memory and work.
@@ -115,17 +120,9 @@ impl DryRun {
                     trained.attach_zero_adapter(lora)?;
                     drop(adapters);
                 }
-                // The saved weights are verified one layer at a time.
-                None => {
-                    let text = shape.prompts.encode(Role::Passage, "", usize::MAX)?;
-                    let batch = Batch::from_sequences([text])?;
-                    let pooled = shape.prompts.template().pooled_tokens;
-                    let input = Input::new(&counting, batch.view(), [pooled], &[0], &[])?;
-                    let zeros = &mut |_: &str, _: &[usize]| Ok(ParameterValues::Zeros(Dtype::F32));
-                    drop(embed_streamed(&counting, &shape.decoder, zeros, &input)?);
-                }
+                None => verify(&counting, &shape)?,
             }
-            counting.peak()
+            counting.peak().max(if shape.saves_merged { merged_bytes(&shape)? } else { 0 })
         };
         let counting = CountingBackend::new(shape.memory);
         let mut model = load(&counting, &shape)?;
@@ -196,7 +193,7 @@ impl DryRun {
         };
         Ok(Plan {
             training,
-            loading_bytes: process + self.loading as u64 + host,
+            loading_bytes: process + self.loading as u64 + host.min(PART_BYTES),
             saving_bytes: match self.saved_table_bytes() {
                 Some(table) => training.total() + table,
                 None => process + self.saving as u64 + host,
@@ -346,11 +343,31 @@ impl DryRun {
         }
     }
 
-    /// Host memory while a tensor is read: the bytes of the largest one in the file and as f32.
+    /// Host memory while saved weights are compared: those of the largest tensor, in memory and rounded.
     fn host_bytes(&self) -> u64 {
         let tensors = self.model.decoder().tensors();
         tensors.map(|tensor| tensor.elements()).max().unwrap_or(0) as u64 * 8
     }
+}
+
+/// The verification of saved weights, one layer at a time.
+fn verify(counting: &CountingBackend, shape: &RunShape) -> Result<()> {
+    let text = shape.prompts.encode(Role::Passage, "", usize::MAX)?;
+    let batch = Batch::from_sequences([text])?;
+    let pooled = shape.prompts.template().pooled_tokens;
+    let input = Input::new(counting, batch.view(), [pooled], &[0], &[])?;
+    let zeros = &mut |_: &str, _: &[usize]| Ok(ParameterValues::Zeros(Dtype::F32));
+    embed_streamed(counting, &shape.decoder, zeros, &input).map(drop)
+}
+
+/// Peak memory of tensors while the merged model is made and saved: its weights are f32.
+fn merged_bytes(shape: &RunShape) -> Result<usize> {
+    let counting = CountingBackend::new(shape.memory);
+    let shape = RunShape { precision: Dtype::F32, ..shape.clone() };
+    let merged = load(&counting, &shape)?;
+    verify(&counting, &shape)?;
+    drop(merged);
+    Ok(counting.peak())
 }
 
 /// The input of the step that is counted.

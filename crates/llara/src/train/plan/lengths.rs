@@ -1,7 +1,7 @@
 //! The lengths of the training texts in tokens, before truncation.
 
 use crate::Result;
-use crate::data::{Dataset, Lengths};
+use crate::data::{Dataset, LONGEST_MEASURED, Lengths};
 use crate::text::{PromptEncoder, Role};
 use crate::train::config::TrainConfig;
 
@@ -12,7 +12,7 @@ pub struct TextLengths {
     pub role: Role,
     /// Maximum length in tokens.
     pub max_len: usize,
-    /// The lengths before truncation.
+    /// The lengths before truncation, up to [`LONGEST_MEASURED`] or one more than the maximum length.
     pub lengths: Lengths,
 }
 
@@ -41,8 +41,8 @@ impl TextLengths {
             }
         }
         let lengths = |role, texts: &[String], max_len| -> Result<TextLengths> {
-            let lengths =
-                prompts.encode_all(role, texts, usize::MAX)?.iter().map(Vec::len).collect();
+            let most = LONGEST_MEASURED.max(max_len + 1);
+            let lengths = prompts.encode_all(role, texts, most)?.iter().map(Vec::len).collect();
             Ok(TextLengths { role, max_len, lengths })
         };
         Ok([

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::options::PretrainingOptions;
-use crate::data::PretrainingRow;
+use crate::data::{LONGEST_MEASURED, PretrainingRow};
 use crate::text::{PromptEncoder, Role, StopWords};
 use crate::{Error, ErrorKind, Result};
 
@@ -102,12 +102,13 @@ impl PretrainingEncoder {
         self.prompts.template().pooled_tokens
     }
 
-    /// Number of tokens of a row's text before it is cut, without template.
+    /// Number of tokens of a row's text before it is cut, without template, up to [`LONGEST_MEASURED`] or what is kept.
     ///
     /// # Errors
     /// As for [`encode`](Self::encode).
     pub fn length(&self, row: &PretrainingRow) -> Result<usize> {
-        Ok(self.prompts.encode_text(&row.input, usize::MAX)?.len())
+        let most = LONGEST_MEASURED.max(self.text_tokens + 1);
+        Ok(self.prompts.encode_text(&row.input, most)?.len())
     }
 
     /// The sequences of a row: the passage form, and the query form if there are targets for it. None if the text
