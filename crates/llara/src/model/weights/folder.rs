@@ -374,16 +374,21 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// The values of an f32 matrix, a part at a time, on the host. The tensors of a parameter are rows of it.
+/// The values of a block of an f32 matrix, a part at a time, on the host.
 fn parts<'t, B: Backend>(
     backend: &'t B,
-    rows: View<'t, B::Tensor>,
+    block: View<'t, B::Tensor>,
 ) -> impl Iterator<Item = Result<Vec<f32>>> + 't {
-    let cols = rows.tensor.cols();
-    assert_eq!(rows.cols, cols, "a tensor has whole rows of its parameter");
-    let (start, end) = (rows.row * cols, (rows.row + rows.rows) * cols);
-    (start..end).step_by(PART_ELEMENTS).map(move |start| {
-        backend.read_elements(rows.tensor, start..(start + PART_ELEMENTS).min(end))
+    let View { tensor, row, rows, col, cols } = block;
+    let stride = tensor.cols();
+    // The rows of a matrix follow each other; so do the elements of a part of a vector.
+    let (lines, length) = if cols == stride || rows == 1 { (1, rows * cols) } else { (rows, cols) };
+    (0..lines).flat_map(move |line| {
+        let start = (row + line) * stride + col;
+        let end = start + length;
+        (start..end).step_by(PART_ELEMENTS).map(move |start| {
+            backend.read_elements(tensor, start..(start + PART_ELEMENTS).min(end))
+        })
     })
 }
 
