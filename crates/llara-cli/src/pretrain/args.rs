@@ -57,7 +57,7 @@ pub(super) struct DataArgs {
     #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "text")]
     pub(super) train_data: Vec<PathBuf>,
     /// Texts: JSONL files with `text`, plain text files (one text each), or folders of these (.jsonl, .json,
-    /// .txt, .md)
+    /// .txt, .md), subfolders included
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub(super) text: Vec<PathBuf>,
     /// Length of the pieces of --text in characters; they end at white space [default: what --cutoff-len has

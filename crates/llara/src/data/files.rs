@@ -93,19 +93,29 @@ pub(super) fn read_lines(
     Ok(!blank)
 }
 
-/// Extensions of files of training rows.
-pub(super) const ROW_FILES: &[&str] = &["jsonl", "json"];
+/// The files of a folder that are read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FilesOfFolder {
+    /// Their extensions. Hidden files are left out.
+    pub(super) extensions: &'static [&'static str],
+    /// Whether those in subfolders are read too; hidden folders and links to folders are left out.
+    pub(super) subfolders: bool,
+}
+
+/// Files of training rows.
+pub(super) const ROW_FILES: FilesOfFolder =
+    FilesOfFolder { extensions: &["jsonl", "json"], subfolders: false };
 
 /// The files of sources, with folders replaced by the files of training rows in them: the index of the source, and
 /// the path.
 pub(crate) fn data_files(sources: &[DataSource]) -> Result<Vec<(usize, PathBuf)>> {
-    files_with_extensions(sources, ROW_FILES)
+    files_of(sources, ROW_FILES)
 }
 
-/// The same for files that have one of these extensions.
-pub(super) fn files_with_extensions(
+/// The same for files of another kind.
+pub(super) fn files_of(
     sources: &[DataSource],
-    extensions: &[&str],
+    kind_of_files: FilesOfFolder,
 ) -> Result<Vec<(usize, PathBuf)>> {
     let mut files = Vec::new();
     for (index, DataSource { path, .. }) in sources.iter().enumerate() {
@@ -114,19 +124,20 @@ pub(super) fn files_with_extensions(
         if kind.is_file() {
             files.push((index, path.clone()));
         } else if kind.is_dir() {
-            let before = files.len();
-            for entry in fs::read_dir(path).map_err(failed)? {
-                let file = entry.map_err(failed)?.path();
-                if is_data_file(&file, extensions) {
-                    files.push((index, file));
-                }
-            }
-            if files.len() == before {
-                return Err(Error::new(ErrorKind::Data, "the folder has no training data")
+            let mut found = Vec::new();
+            let has_subfolders = add_files(path, kind_of_files, &mut found)?;
+            if found.is_empty() {
+                let FilesOfFolder { extensions, subfolders } = kind_of_files;
+                let error = Error::new(ErrorKind::Data, "the folder has no training data")
                     .file(path)
-                    .expected(format!("files whose names end in .{}", extensions.join(" or ."))));
+                    .expected(format!("files whose names end in .{}", extensions.join(" or .")));
+                return Err(match has_subfolders && !subfolders {
+                    true => error.hint("files in subfolders are not read: give the subfolders"),
+                    false => error,
+                });
             }
-            files[before..].sort();
+            found.sort();
+            files.extend(found.into_iter().map(|file| (index, file)));
         } else {
             return Err(Error::new(ErrorKind::Data, "this is neither a file nor a folder")
                 .file(path)
@@ -138,8 +149,62 @@ pub(super) fn files_with_extensions(
     Ok(files)
 }
 
-fn is_data_file(path: &Path, extensions: &[&str]) -> bool {
-    let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+/// Adds the files of a folder. Returns whether it has subfolders.
+fn add_files(folder: &Path, kind: FilesOfFolder, files: &mut Vec<PathBuf>) -> Result<bool> {
+    let mut folders = vec![folder.to_owned()];
+    let mut has_subfolders = false;
+    while let Some(folder) = folders.pop() {
+        let failed = |e| Error::io("read training data", &folder, e);
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let path = entry.path();
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                continue;
+            }
+            // The type of a link is not that of its target, so that no cycle is followed.
+            if entry.file_type().map_err(failed)?.is_dir() {
+                has_subfolders = true;
+                folders.extend(kind.subfolders.then_some(path));
+            } else if has_extension(&path, kind.extensions) && path.is_file() {
+                files.push(path);
+            }
+        }
+    }
+    Ok(has_subfolders)
+}
+
+fn has_extension(path: &Path, extensions: &[&str]) -> bool {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    !hidden && extensions.contains(&extension) && path.is_file()
+    extensions.contains(&extension)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subfolders_are_read_for_texts_only_and_links_to_folders_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for folder in ["b/c", ".hidden", "d"] {
+            fs::create_dir_all(at(folder)).unwrap();
+        }
+        for file in
+            ["b/c/2.txt", "b/1.txt", "a.txt", "3.md", ".hidden/4.txt", "d/5.TXT", "d/.6.txt"]
+        {
+            fs::write(at(file), "text").unwrap();
+        }
+        std::os::unix::fs::symlink(dir.path(), at("b/cycle")).unwrap();
+        let texts = |subfolders| FilesOfFolder { extensions: &["txt"], subfolders };
+        let found = |kind| -> Vec<PathBuf> {
+            let files = files_of(&[DataSource::from(dir.path().to_owned())], kind).unwrap();
+            files.into_iter().map(|(_, path)| path).collect()
+        };
+        assert_eq!(found(texts(true)), ["a.txt", "b/1.txt", "b/c/2.txt"].map(at));
+        assert_eq!(found(texts(false)), [at("a.txt")]);
+        fs::remove_file(at("a.txt")).unwrap();
+        let source = [DataSource::from(dir.path().to_owned())];
+        let error = files_of(&source, texts(false)).unwrap_err().to_string();
+        assert!(error.contains("give the subfolders"), "{error}");
+    }
 }

@@ -5,12 +5,13 @@ use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 
-use super::files::RowLine;
+use super::files::{FilesOfFolder, RowLine};
 use crate::storage::compressed;
 use crate::{Error, ErrorKind, Result};
 
-/// Extensions of files of texts in a folder.
-pub(super) const TEXT_FILES: &[&str] = &["jsonl", "json", "txt", "md"];
+/// Files of texts.
+pub(super) const TEXT_FILES: FilesOfFolder =
+    FilesOfFolder { extensions: &["jsonl", "json", "txt", "md"], subfolders: true };
 
 /// Bytes that are read from a file at a time.
 const READ_BYTES: usize = 1 << 18;

@@ -6,9 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::DataSource;
 use super::dataset::{BadRows, Dataset};
-use super::files::{
-    ROW_FILES, RowLine, files_with_extensions, no_rows, open_data_file, read_lines,
-};
+use super::files::{ROW_FILES, RowLine, files_of, no_rows, open_data_file, read_lines};
 use super::pieces::{PieceLength, TEXT_FILES, is_rows_file, piece_and_next, read_plain_text};
 use super::row::Location;
 use crate::storage::LineReader;
@@ -91,7 +89,7 @@ impl PretrainingData {
     }
 
     /// Reads texts and cuts each into consecutive pieces. A piece is a row: its own words are its summary, and the
-    /// following piece of the same text is what comes next. Each path is a file, or a folder of files. Files ending
+    /// following piece of the same text is what comes next. Each path is a file, or a folder of files, with those in its subfolders. Files ending
     /// in `.jsonl` or `.json` have one object with the field `text` per line; any other file is one text.
     ///
     /// # Errors
@@ -177,7 +175,7 @@ fn blank_file(path: &Path) -> RowLine<'static> {
 pub fn first_characters(paths: &[PathBuf], characters: usize) -> Result<String> {
     let mut text = String::new();
     let sources: Vec<DataSource> = paths.iter().cloned().map(DataSource::from).collect();
-    for (_, path) in files_with_extensions(&sources, TEXT_FILES)? {
+    for (_, path) in files_of(&sources, TEXT_FILES)? {
         let file = open_data_file(&path)?;
         let failed = |e| Error::io("read training data", &path, e);
         if is_rows_file(&path) {

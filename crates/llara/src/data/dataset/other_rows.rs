@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{BadRows, Dataset, IndexEntry, checksum};
 use crate::Result;
-use crate::data::files::{RowLine, files_with_extensions, open_data_file};
+use crate::data::files::{FilesOfFolder, RowLine, files_of, open_data_file};
 use crate::data::{DataSource, DataSources};
 
 /// Reads the rows of a file and passes them on in order; see [`Dataset::open_with`].
@@ -13,19 +13,19 @@ pub(in crate::data) type ReadFile<'r> =
     dyn FnMut(&Path, &File, &mut dyn FnMut(RowLine<'_>) -> Result<()>) -> Result<()> + 'r;
 
 impl Dataset {
-    /// Indexes rows of another form, in files with these extensions: `read` calls its last argument with each row of
+    /// Indexes rows of another form, in files of this kind: `read` calls its last argument with each row of
     /// a file, in order.
     ///
     /// # Errors
     /// A path cannot be read, `read` fails, a row is an error and not to be skipped, or no row remains.
     pub(in crate::data) fn open_with(
-        (paths, extensions): (&[PathBuf], &[&str]),
+        (paths, kind): (&[PathBuf], FilesOfFolder),
         on_bad_row: BadRows,
         read: &mut ReadFile<'_>,
     ) -> Result<Dataset> {
         let sources = paths.iter().cloned().map(DataSource::from).collect();
         let sources = DataSources { sources, ..DataSources::default() };
-        let files = files_with_extensions(&sources.sources, extensions)?;
+        let files = files_of(&sources.sources, kind)?;
         let mut dataset = Dataset::empty(sources);
         for (source_index, path) in files {
             let file = open_data_file(&path)?;
