@@ -128,9 +128,10 @@ impl SafetensorsFile {
             Error::new(ErrorKind::Weights, "no such tensor").tensor(&self.path, name)
         })?;
         let (start, end) = info.data_offsets;
-        let row = info.shape.iter().skip(1).product::<usize>().max(1);
-        let rows = (PART_ELEMENTS / row).max(1);
-        let part = (rows * row * info.dtype.bitsize() / 8).max(1);
+        // Of an empty tensor, the other dimensions may be any numbers.
+        let row = info.shape.iter().skip(1).fold(1usize, |n, &d| n.saturating_mul(d)).max(1);
+        let elements = (PART_ELEMENTS / row).max(1).saturating_mul(row);
+        let part = (elements.saturating_mul(info.dtype.bitsize()) / 8).max(1);
         Ok((start..end).step_by(part).map(move |at| {
             let mut bytes = vec![0; part.min(end - at)];
             self.read_at(at, &mut bytes)?;
@@ -602,6 +603,18 @@ mod tests {
         with_nan[PART_ELEMENTS + 3] = f32::NAN;
         let error = writer("wrong.safetensors").write_f32("x", &with_nan).unwrap_err().to_string();
         assert!(error.contains(&format!("NaN at element {}", PART_ELEMENTS + 3)), "{error}");
+    }
+
+    #[test]
+    fn an_empty_tensor_with_impossible_dimensions_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("empty.safetensors");
+        let header =
+            br#"{"x":{"dtype":"F32","shape":[0,9223372036854775807,8],"data_offsets":[0,0]}}"#;
+        let length = (header.len() as u64).to_le_bytes();
+        std::fs::write(&path, [&length[..], header].concat()).unwrap();
+        let file = SafetensorsFile::open(&path).unwrap();
+        assert!(file.read_f32("x").unwrap().is_empty());
     }
 
     #[test]

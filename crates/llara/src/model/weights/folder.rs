@@ -315,7 +315,8 @@ impl ModelFolder {
         if added == 0 {
             return writer.write_parts(name, file.parts_f32(name)?);
         }
-        let mut statistics = RowStatistics::new(rows, info.shape.iter().skip(1).product());
+        let elements = info.shape.iter().product::<usize>();
+        let mut statistics = RowStatistics::new(rows, elements / rows.max(1));
         file.parts_f32(name)?.try_for_each(|part| {
             statistics.add(&part?);
             Ok::<(), Error>(())
