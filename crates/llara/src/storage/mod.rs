@@ -12,6 +12,7 @@ mod output;
 mod partial;
 mod replace;
 mod safetensors;
+mod safetensors_writer;
 mod staging;
 mod tensor_scan;
 mod toml_file;
@@ -29,8 +30,9 @@ pub use output::{refresh_file, replace_file};
 pub(crate) use partial::PartialFile;
 pub(crate) use replace::{INDEX_FILE, WEIGHTS_FILE, is_leftover};
 pub use replace::{Recovered, finish_interrupted};
-pub(crate) use safetensors::{
-    Declaration, PART_ELEMENTS, SafetensorsFile, SafetensorsWriter, WrittenFile, safetensors_header,
+pub(crate) use safetensors::{PART_ELEMENTS, SafetensorsFile};
+pub(crate) use safetensors_writer::{
+    Declaration, SafetensorsWriter, WrittenFile, safetensors_header,
 };
 pub(crate) use staging::Staging;
 pub use toml_file::read_toml;

@@ -59,7 +59,7 @@ mod tests {
 
     use safetensors::Dtype;
 
-    use super::super::safetensors::SafetensorsWriter;
+    use super::super::safetensors_writer::SafetensorsWriter;
     use super::*;
 
     #[test]
