@@ -92,16 +92,14 @@ impl Job<'_> {
     unsafe fn task(&self, scratch: &mut Scratch, rows: Range<usize>, columns: Range<usize>) {
         let several_blocks = blocks(self.k.div_ceil(self.engine.format.group())).nth(1).is_some();
         // f32 results accumulate in place; bf16 ones would be rounded in between.
-        let with_sums = match self.out {
-            Place::Bf16(..) if several_blocks => Some(SUM_ROWS),
-            _ => None,
-        };
+        let with_sums = several_blocks && matches!(self.out, Place::Bf16(..));
+        let most_rows = if with_sums { SUM_ROWS } else { rows.len().max(1) };
         for column in columns.clone().step_by(COLUMNS) {
             let columns = column..(column + COLUMNS).min(columns.end);
-            for row in rows.clone().step_by(with_sums.unwrap_or(rows.len()).max(1)) {
-                let rows = row..(row + with_sums.unwrap_or(rows.len())).min(rows.end);
+            for row in rows.clone().step_by(most_rows) {
+                let rows = row..(row + most_rows).min(rows.end);
                 // SAFETY: guaranteed by the caller, for a part of its rows and columns.
-                unsafe { self.band(scratch, rows, columns.clone(), with_sums.is_some()) };
+                unsafe { self.band(scratch, rows, columns.clone(), with_sums) };
             }
         }
     }
