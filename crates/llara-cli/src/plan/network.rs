@@ -45,8 +45,8 @@ impl NetworkArgs {
         self.processes.unwrap_or(1) as usize
     }
 
-    /// Memory and communication of the first of the processes; `None` without `--processes`. `traffic` says what a step exchanges
-    /// with this division of the parameters.
+    /// Memory and communication of the first of the processes; `None` without `--processes`. `traffic` says what a
+    /// step exchanges with this division of the parameters.
     pub(super) fn plan(
         &self,
         forecast: &Forecast,

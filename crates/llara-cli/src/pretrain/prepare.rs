@@ -283,9 +283,11 @@ fn check_targets(sample: &PretrainingSample, options: &PretrainingOptions) -> Re
         (SetObjective::AutoEncode, weights.auto_encode, "of their own text"),
         (SetObjective::AutoRegress, weights.auto_regress, "of a following text"),
     ];
-    let counts = terms.map(|(objective, ..)| sample.with(objective));
-    let counts = terms.into_iter().zip(counts).filter(|((_, weight, _), _)| *weight > 0.0);
-    let counts: Vec<(&str, usize)> = counts.map(|((.., what), count)| (what, count)).collect();
+    let counts: Vec<(&str, usize)> = terms
+        .into_iter()
+        .filter(|(_, weight, _)| *weight > 0.0)
+        .map(|(objective, _, what)| (what, sample.with(objective)))
+        .collect();
     if !counts.is_empty() && counts.iter().all(|(_, count)| *count == 0) {
         let hint = match options.stop_words {
             Some(_) => "all words were removed as stop words: check the list, or omit it",

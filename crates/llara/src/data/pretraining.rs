@@ -89,8 +89,9 @@ impl PretrainingData {
     }
 
     /// Reads texts and cuts each into consecutive pieces. A piece is a row: its own words are its summary, and the
-    /// following piece of the same text is what comes next. Each path is a file, or a folder of files, with those in its subfolders. Files ending
-    /// in `.jsonl` or `.json` have one object with the field `text` per line; any other file is one text.
+    /// following piece of the same text is what comes next. Each path is a file, or a folder of files, with those in
+    /// its subfolders. Files ending in `.jsonl` or `.json` have one object with the field `text` per line; any other
+    /// file is one text.
     ///
     /// # Errors
     /// A path cannot be read; a folder has no such file; a file is compressed; a line, a piece or a file is malformed

@@ -154,36 +154,33 @@ impl SafetensorsWriter {
         let declared = self.next(name)?;
         let dtype = declared.1;
         let mut done = 0;
-        let (path, bits) = (self.path.clone(), dtype.bitsize());
+        let path = self.path.clone();
         let encoded = parts.into_iter().map(|part| {
             let part = part?;
             let bytes = encoded(&path, name, dtype, (done, part.as_ref()))?;
             done += part.as_ref().len();
             Ok(bytes)
         });
-        self.write(declared, bits, encoded)
+        self.write(declared, encoded)
     }
 
     /// Writes the next declared tensor from bytes of its declared type.
     #[cfg(test)]
     pub(crate) fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let declared = self.next(name)?;
-        let bits = declared.1.bitsize();
-        self.write(declared, bits, [Ok(bytes.to_vec())])
+        self.write(declared, [Ok(bytes.to_vec())])
     }
 
     /// Copies the next declared tensor, which has the same type and shape in `file`.
     pub(crate) fn copy_from(&mut self, name: &str, file: &SafetensorsFile) -> Result<()> {
         let declared = self.next(name)?;
-        let bits = declared.1.bitsize();
-        self.write(declared, bits, file.parts(name)?)
+        self.write(declared, file.parts(name)?)
     }
 
-    /// Writes the bytes of a tensor, whose elements have so many bits.
+    /// Writes the bytes of a tensor, which are those of its declared type and shape.
     fn write(
         &mut self,
         declared: Declaration,
-        bits: usize,
         parts: impl IntoIterator<Item = Result<Vec<u8>>>,
     ) -> Result<()> {
         let elements = declared.2.iter().product::<usize>();
@@ -191,7 +188,7 @@ impl SafetensorsWriter {
         let mut done = 0;
         for bytes in parts {
             let bytes = bytes?;
-            done += 8 * bytes.len() / bits;
+            done += 8 * bytes.len() / declared.1.bitsize();
             if done > elements {
                 break;
             }

@@ -1,6 +1,7 @@
 //! Saving a model folder: the files that were loaded, with the trained tensors in place of the original ones.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rand::{SeedableRng, rngs::ChaCha8Rng};
@@ -386,10 +387,18 @@ fn parts<'t, B: Backend>(
     let (lines, length) = if cols == stride || rows == 1 { (1, rows * cols) } else { (rows, cols) };
     (0..lines).flat_map(move |line| {
         let start = (row + line) * stride + col;
-        let end = start + length;
-        (start..end).step_by(PART_ELEMENTS).map(move |start| {
-            backend.read_elements(tensor, start..(start + PART_ELEMENTS).min(end))
-        })
+        element_parts(backend, tensor, start..start + length)
+    })
+}
+
+/// Elements of an f32 matrix, in row-major order, a part at a time, on the host.
+pub(crate) fn element_parts<'t, B: Backend>(
+    backend: &'t B,
+    matrix: &'t B::Tensor,
+    range: Range<usize>,
+) -> impl Iterator<Item = Result<Vec<f32>>> + 't {
+    range.clone().step_by(PART_ELEMENTS).map(move |start| {
+        backend.read_elements(matrix, start..(start + PART_ELEMENTS).min(range.end))
     })
 }
 

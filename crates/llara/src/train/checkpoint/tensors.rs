@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use crate::backend::{Backend, Shape};
+use crate::model::weights::element_parts;
 use crate::model::{Decoder, Parameter};
-use crate::storage::{PART_ELEMENTS, SafetensorsFile, SafetensorsWriter};
+use crate::storage::{SafetensorsFile, SafetensorsWriter};
 use crate::train::flat_layout::ParameterSlice;
 use crate::train::optimizer::AdamW;
 use crate::{Error, ErrorKind, Result};
@@ -71,10 +72,7 @@ pub(super) fn write<B: Backend>(
             };
             for part in parts(parameter, &owned.slice.elements) {
                 let Range { start, end } = part.of_range;
-                let values = (start..end).step_by(PART_ELEMENTS).map(|start| {
-                    let end = (start + PART_ELEMENTS).min(end);
-                    backend.read_elements(matrix, offset + start..offset + end)
-                });
+                let values = element_parts(backend, matrix, offset + start..offset + end);
                 writer.write_parts(&part.file_name(kind), values)?;
             }
         }
@@ -233,6 +231,7 @@ mod tests {
     use super::*;
     use crate::backend::{Cpu, Dtype as Stored};
     use crate::model::{DecoderConfig, ParameterValues};
+    use crate::storage::PART_ELEMENTS;
     use crate::train::flat_layout::FlatLayout;
     use crate::train::optimizer::AdamWConfig;
 
